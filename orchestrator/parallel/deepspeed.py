@@ -1,0 +1,121 @@
+"""Rendering the DeepSpeed configuration of a job: a policy file with every value filled in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, Literal
+
+from orchestrator.errors import SpecError
+from orchestrator.parallel.layout import Layout
+from orchestrator.spec import JobSpec, ParallelSpec
+
+# DeepSpeed accepts unknown keys in silence; these are the ones that a policy may use.
+_ADAM = {"lr": 0, "betas": 0, "eps": 0, "weight_decay": 0, "torch_adam": 0, "fused": 0}
+_OFFLOAD = {"device": 0, "pin_memory": 0, "buffer_count": 0, "ratio": 0, "fast_init": 0}
+KNOWN_KEYS: Mapping[str, Any] = {
+    "train_batch_size": 0,
+    "train_micro_batch_size_per_gpu": 0,
+    "gradient_accumulation_steps": 0,
+    "gradient_clipping": 0,
+    "steps_per_print": 0,
+    "wall_clock_breakdown": 0,
+    "bf16": {"enabled": 0},
+    "fp16": dict.fromkeys(
+        ("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"), 0
+    ),
+    "optimizer": {"type": 0, "params": _ADAM},
+    "zero_optimization": {
+        **dict.fromkeys(
+            (
+                "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
+                "allgather_partitions", "allgather_bucket_size", "round_robin_gradients", "sub_group_size",
+                "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+                "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
+            ),
+            0,
+        ),
+        "offload_optimizer": _OFFLOAD,
+        "offload_param": {**_OFFLOAD, "buffer_size": 0, "max_in_cpu": 0},
+    },
+}  # fmt: skip
+
+
+def policy_name(parallel: ParallelSpec) -> str:
+    """Return the name of the policy file that a job's parallel section asks for, without its ending."""
+    where = {"none": "gpu", "cpu": "cpu"}
+    return (
+        f"zero{parallel.zero_stage}_params-{where[parallel.offload_param]}"
+        f"_optimizer-{where[parallel.offload_optimizer]}"
+    )
+
+
+def load_policy(name: str) -> dict[str, Any]:
+    """Return a policy of ds_configs as it is written, with its "auto" values."""
+    text = (resources.files("ds_configs") / f"{name}.json").read_text(encoding="utf-8")
+    policy: dict[str, Any] = json.loads(text)
+    return policy
+
+
+def render(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], device: Literal["cuda", "cpu"]) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a job, with every value filled in.
+
+    Args:
+        job: The job.
+        dtype: Number format, already decided.
+        device: Kind of device that it will run on; host memory is pinned for CUDA only.
+
+    Raises:
+        SpecError: The policy has a key that is not known, or a value that nothing fills.
+    """
+    name = policy_name(job.parallel)
+    optim, layout = job.optim, Layout.of(job)
+    values = {
+        "train_batch_size": optim.global_batch_size,
+        "train_micro_batch_size_per_gpu": optim.micro_batch_size,
+        "gradient_accumulation_steps": optim.global_batch_size // (optim.micro_batch_size * layout.data_parallel_size),
+        "gradient_clipping": optim.clip_norm,
+        "bf16.enabled": dtype == "bf16",
+        "fp16.enabled": dtype == "fp16",
+        "optimizer.params.lr": optim.lr,
+        "optimizer.params.betas": list(optim.betas),
+        "optimizer.params.eps": optim.eps,
+        "optimizer.params.weight_decay": optim.weight_decay,
+        "zero_optimization.offload_optimizer.pin_memory": device == "cuda",
+        "zero_optimization.offload_param.pin_memory": device == "cuda",
+    }
+    policy = load_policy(name)
+    problems = [f"ds_configs/{name}.json: {problem}" for problem in unknown_keys(policy)]
+    rendered = _fill(policy, values)
+    problems += [
+        f"ds_configs/{name}.json: nothing fills {key}, which is auto; write a value" for key in _autos(rendered)
+    ]
+    if problems:
+        raise SpecError(*problems)
+    filled: dict[str, Any] = rendered
+    return filled
+
+
+def unknown_keys(config: Any, known: Any = KNOWN_KEYS, prefix: str = "") -> Iterator[str]:
+    """Yield a sentence for each key that DeepSpeed would accept in silence and never read."""
+    for key, value in config.items():
+        dotted = f"{prefix}{key}"
+        if key not in known:
+            yield f"{dotted} is not a key that is known here; remove it, or add it to KNOWN_KEYS with its meaning"
+        elif isinstance(value, dict) and isinstance(known[key], dict):
+            yield from unknown_keys(value, known[key], f"{dotted}.")
+
+
+def _fill(value: Any, values: Mapping[str, Any], dotted: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _fill(child, values, f"{dotted}.{key}" if dotted else key) for key, child in value.items()}
+    return values.get(dotted, value) if value == "auto" else value
+
+
+def _autos(value: Any, dotted: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _autos(child, f"{dotted}.{key}" if dotted else key)
+    elif value == "auto":
+        yield dotted

@@ -1,0 +1,295 @@
+"""The job file as values: frozen models that say what to train.
+
+Reading order starts here. A `JobSpec` holds no decision of the planner and touches nothing outside itself:
+building one opens no file, asks no network and starts no process. `orchestrator.jobfile` reads one from YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Device = Literal["auto", "cuda", "cpu"]
+Offload = Literal["none", "cpu"]
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the job file: frozen, without unknown keys, types as written."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSpec(Section):
+    """Which model, in which number format, and how its attention is computed."""
+
+    path: str = Field(min_length=1)
+    """Folder in Hugging Face format, a hub name, or builtin/tiny-llama (ships with this package)."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` initialises from the configuration and run.seed instead of loading weights."""
+    dtype: Dtype = "auto"
+    """Number format of weights and activations; auto is bf16 on CUDA and fp32 on CPU."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """Kernel of the per-document attention; auto is flash on CUDA and sdpa on CPU."""
+    gradient_checkpointing: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    trust_remote_code: bool = False
+    """Allow Python code from the model's own repository to run."""
+
+
+class MethodSpec(Section):
+    """Which parameters are trained."""
+
+    type: Literal["full", "lora"] = "full"
+    """`full` trains every parameter."""
+
+
+class SourceSpec(Section):
+    """One data set."""
+
+    path: str = Field(min_length=1)
+    """JSON or JSONL file, or builtin/alpaca_sample and builtin/alpaca_sample_eval (ship with this package)."""
+    format: Literal["alpaca"] = "alpaca"
+    """alpaca: rows with instruction, output and optional input."""
+    weight: float = Field(default=1.0, gt=0.0)
+    """Share of this data set in a mixture."""
+    repeat: Count = 1
+    """How often every row is read in one epoch."""
+    sample: Count | None = None
+    """Use only this many rows, drawn by run.seed."""
+
+
+class DataSpec(Section):
+    """What is read, and how rows become packs of max_length tokens."""
+
+    train: tuple[SourceSpec, ...] = Field(min_length=1)
+    """The training data."""
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Tokens in a pack."""
+    packing: Literal["none", "best_fit", "concat"] = "best_fit"
+    """best_fit puts whole documents together; none pads each document to max_length."""
+    cross_document_attention: bool = False
+    """true lets tokens attend to other documents of their pack, as XTuner's published profile does."""
+    truncation: Literal["right", "left", "drop", "split"] = "right"
+    """What happens to a row longer than max_length: keep its start, keep its end, or leave it out."""
+    loss_on: Literal["response", "all"] = "response"
+    """Which tokens are trained on."""
+    template: Literal["auto", "chat", "alpaca"] = "auto"
+    """chat: the tokenizer's chat template; alpaca: Stanford Alpaca's prompt; auto: chat where there is one."""
+
+
+class ParallelSpec(Section):
+    """How the work is spread over devices."""
+
+    workers: Count = 1
+    """Number of worker processes, one per GPU (per CPU slot on CPU)."""
+    device: Device = "auto"
+    """auto takes the GPUs of the cluster where there are any."""
+    cpus_per_worker: Count = 1
+    """CPU cores that Ray reserves for each worker."""
+    sequence_parallel_size: Count = 1
+    """How many workers share one sequence."""
+    zero_stage: Literal[2, 3] = 3
+    """2 partitions gradients and optimizer state, 3 the parameters too."""
+    offload_optimizer: Offload = "none"
+    """cpu keeps optimizer state, and the step that uses it, in host memory."""
+    offload_param: Offload = "none"
+    """cpu keeps the parameters in host memory (zero_stage 3 with offload_optimizer: cpu)."""
+
+
+class OptimSpec(Section):
+    """Batch sizes, learning rate and how long to train."""
+
+    lr: float = Field(default=2.0e-5, gt=0.0)
+    """Peak learning rate."""
+    micro_batch_size: Count = 1
+    """Packs in one forward and backward pass of a worker."""
+    global_batch_size: Count = 8
+    """Packs in one optimizer step over all workers."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up; cosine and linear end at zero."""
+    warmup_ratio: Fraction = 0.03
+    """Share of all steps in which the learning rate rises linearly from zero."""
+    max_steps: Count | None = None
+    """Optimizer steps; null means epochs decide."""
+    epochs: float = Field(default=1.0, gt=0.0)
+    """Passes over the packs."""
+    clip_norm: float = Field(default=1.0, ge=0.0)
+    """Largest gradient norm; 0 does not clip."""
+    optimizer: Literal["adamw"] = "adamw"
+    """adamw keeps its state in fp32; with offload_optimizer: cpu it is DeepSpeed's CPU Adam."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1.0e-8, gt=0.0)
+    """Added to the denominator of the update."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay, on every parameter."""
+
+
+class EvalSpec(Section):
+    """Held-out rows whose loss is measured during training."""
+
+    data: tuple[SourceSpec, ...] = Field(min_length=1)
+    """The held-out data."""
+    every_steps: Count | None = None
+    """Evaluate after every so many steps; null means only at the end."""
+
+
+class CheckpointSpec(Section):
+    """Where the run lives and how often it is saved."""
+
+    storage: str = Field(default="runs", min_length=1)
+    """Folder that every node can read and write; the run's folder is STORAGE/NAME."""
+    every_steps: Count | None = None
+    """Save after every so many steps; null means only at the end."""
+    keep: Count = 2
+    """How many checkpoints stay."""
+    asynchronous: bool = False
+    """Upload in the background."""
+
+
+class RunSpec(Section):
+    """What happens when something fails."""
+
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often the worker group is started again from the last checkpoint."""
+    min_workers: Count | None = None
+    """Go on with fewer workers, down to this many; null waits for all of them."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1024
+    """Seed of initialisation, packing and order."""
+    collective_timeout_seconds: Annotated[int, Field(ge=10)] = 600
+    """A collective that waits longer ends the attempt."""
+
+
+class MetricsSpec(Section):
+    """Where Prometheus finds the run."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] | None = 9400
+    """Port of the endpoint on the driver's node; 0 takes a free one, null opens none."""
+    host: str = "127.0.0.1"
+    """Address that the endpoint listens on; 0.0.0.0 for scraping from other machines."""
+
+
+class JobSpec(Section):
+    """One training job."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the run: letters, digits, dot, dash, underscore, at most 63."""
+    model: ModelSpec
+    data: DataSpec
+    method: MethodSpec = MethodSpec()
+    parallel: ParallelSpec = ParallelSpec()
+    optim: OptimSpec = OptimSpec()
+    eval: EvalSpec | None = None
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    run: RunSpec = RunSpec()
+    metrics: MetricsSpec = MetricsSpec()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Number of different micro-batches that the workers hold at one time."""
+        return self.parallel.workers // self.parallel.sequence_parallel_size
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of one worker in one optimizer step."""
+        return self.optim.global_batch_size // (self.optim.micro_batch_size * self.data_parallel_size)
+
+
+Problem = tuple[tuple[str, ...], str]
+"""The dotted fields that a broken rule is about, and the sentence that says so."""
+
+
+def broken_rules(job: JobSpec) -> Iterator[Problem]:
+    """Yield every rule between fields that the job breaks.
+
+    Args:
+        job: A job whose fields are valid one by one.
+
+    Yields:
+        The fields concerned and one sentence with value, rule and remedy.
+    """
+    yield from _broken_batch_rules(job)
+    yield from _broken_memory_rules(job)
+    yield from _not_in_this_version(job)
+
+
+def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
+    parallel, optim = job.parallel, job.optim
+    if parallel.workers % parallel.sequence_parallel_size:
+        divisors = [n for n in range(1, parallel.workers + 1) if parallel.workers % n == 0]
+        yield (
+            ("parallel.workers", "parallel.sequence_parallel_size"),
+            f"parallel.sequence_parallel_size={parallel.sequence_parallel_size} does not divide "
+            f"parallel.workers={parallel.workers}; use one of {divisors}",
+        )
+        return
+    at_once = optim.micro_batch_size * job.data_parallel_size
+    if optim.global_batch_size % at_once:
+        nearest = max(at_once, round(optim.global_batch_size / at_once) * at_once)
+        yield (
+            ("optim.global_batch_size", "optim.micro_batch_size", "parallel.workers"),
+            f"optim.global_batch_size={optim.global_batch_size} is not a multiple of micro_batch_size x "
+            f"data-parallel workers = {optim.micro_batch_size} x {job.data_parallel_size} = {at_once}; "
+            f"use {nearest}, or change micro_batch_size or workers",
+        )
+    if job.run.min_workers is not None and job.run.min_workers > parallel.workers:
+        yield (
+            ("run.min_workers", "parallel.workers"),
+            f"run.min_workers={job.run.min_workers} is above parallel.workers={parallel.workers}; lower it",
+        )
+
+
+def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
+    parallel = job.parallel
+    if parallel.offload_param != "none" and parallel.zero_stage != 3:
+        yield (
+            ("parallel.offload_param", "parallel.zero_stage"),
+            f"parallel.offload_param={parallel.offload_param} needs partitioned parameters, and "
+            f"zero_stage={parallel.zero_stage} does not partition them; use zero_stage: 3 or offload_param: none",
+        )
+    elif parallel.offload_param != "none" and parallel.offload_optimizer == "none":
+        yield (
+            ("parallel.offload_param", "parallel.offload_optimizer"),
+            "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the device; "
+            "set offload_optimizer: cpu as well",
+        )
+    if job.parallel.device == "cpu" and job.model.attention == "flash":
+        yield (
+            ("model.attention", "parallel.device"),
+            "model.attention=flash runs only on CUDA and parallel.device=cpu; use attention: auto or sdpa",
+        )
+
+
+def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
+    """Refuse what the file format has room for and this version cannot do."""
+    wanted = [
+        ("method.type", job.method.type, ["full"]),
+        ("parallel.sequence_parallel_size", job.parallel.sequence_parallel_size, [1]),
+        ("data.packing", job.data.packing, ["best_fit", "none"]),
+        ("data.truncation", job.data.truncation, ["right", "left", "drop"]),
+        ("data.cross_document_attention", job.data.cross_document_attention, [False]),
+        ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
+        ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
+    ]
+    for index, source in enumerate(job.data.train):
+        wanted += [
+            (f"data.train.{index}.weight", source.weight, [1.0]),
+            (f"data.train.{index}.sample", source.sample, [None]),
+        ]
+    for field, value, available in wanted:
+        if value not in available:
+            yield (field,), f"{field}={value} is not available in this version; use {available[0]}"
+    if "://" in job.checkpoint.storage:
+        yield (
+            ("checkpoint.storage",),
+            f"checkpoint.storage={job.checkpoint.storage} is a URI, and this version writes to folders only; "
+            "name a folder that every node mounts",
+        )

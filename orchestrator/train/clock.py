@@ -1,0 +1,75 @@
+"""Timing of a step and its phases, and the memory of a device, without stalling the device."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Phase = Literal["data", "forward", "backward", "optimizer"]
+
+
+class StepClock:
+    """Measures wall seconds of steps and seconds by phase.
+
+    On CUDA the phases are read from events that are recorded in the stream, so that nothing waits for the device until
+    the step is over. Making batches happens on the host and is timed there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[Phase, float] = defaultdict(float)
+        self._events: list[tuple[Phase, torch.cuda.Event, torch.cuda.Event]] = []
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Add what runs inside to a phase of the current step."""
+        if self._cuda and name != "data":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            start_seconds = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start_seconds
+
+    def phases(self) -> dict[Phase, float]:
+        """Return the seconds of each phase of the current step; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, start, end in self._events:
+                self._seconds[name] += start.elapsed_time(end) / 1e3
+            self._events.clear()
+        return {name: self._seconds[name] for name in ("data", "forward", "backward", "optimizer")}
+
+    def lap(self) -> float:
+        """Return the wall seconds since the last lap or restart, and begin the next step."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        self._seconds.clear()
+        return seconds
+
+    def restart(self) -> None:
+        """Begin the next step now: what lies between belongs to no step."""
+        self._start = time.perf_counter()
+
+
+def memory(device: torch.device) -> tuple[int, int, int]:
+    """Return bytes in use, the most so far, and bytes held by the allocator; on CPU resident memory for all."""
+    if device.type == "cuda":
+        return (
+            torch.cuda.memory_allocated(device),
+            torch.cuda.max_memory_allocated(device),
+            torch.cuda.memory_reserved(device),
+        )
+    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    return resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, resident

@@ -1,0 +1,72 @@
+"""The DeepSpeed engine of one worker: started, stepped, measured. DeepSpeed's own conventions end here."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def join_process_group(collective_timeout_seconds: int) -> None:
+    """Let DeepSpeed use the process group that is already initialised.
+
+    Args:
+        collective_timeout_seconds: How long a collective may wait.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    deepspeed.init_distributed(timeout=timedelta(seconds=collective_timeout_seconds), verbose=False)
+
+
+def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
+    """Return DeepSpeed's engine around a model.
+
+    Args:
+        model: As `build_model` returns it.
+        ds_config: As `orchestrator.parallel.deepspeed.render` returns it.
+    """
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=trained, config=ds_config, dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Set the learning rate of the next step in every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def backward(engine: Any, loss: Tensor, factor: float) -> None:
+    """Backpropagate a loss that is already normalised over the whole accumulation window.
+
+    Args:
+        engine: The engine.
+        loss: This rank's part of the loss; the parts of all ranks and micro-batches add up to the mean.
+        factor: What DeepSpeed will divide the summed gradients by (`Layout.gradient_divisor`).
+    """
+    engine.backward(loss * factor, scale_wrt_gas=False)
+
+
+def gradient_norm(engine: Any) -> float:
+    """Return the L2 norm of the last step's gradient over all ranks, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else float("nan")
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters, also of those that ZeRO-3 has partitioned away."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout from the place in the run, so that a resumed run draws what the undisturbed one draws."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)

@@ -1,0 +1,220 @@
+"""The training loop of one worker.
+
+Read `train` first. It is handed everything that is already decided: the engine, which packs belong to which step, how many steps
+there are, and whom to tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import distributed as dist
+
+from orchestrator.data.loader import MicroBatch, PackLoader
+from orchestrator.errors import TrainingError
+from orchestrator.metrics.flops import forward_flops, hardware_flops, model_flops
+from orchestrator.metrics.meter import RankStep
+from orchestrator.model.attention import Kernel
+from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.plan.shape import ModelShape
+from orchestrator.spec import JobSpec
+from orchestrator.train.clock import StepClock, memory
+from orchestrator.train.engine import backward, gradient_norm, seed_step, set_learning_rate
+from orchestrator.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one worker needs to know of the whole run.
+
+    Attributes:
+        job: The job.
+        loader: Training packs by step.
+        packs: Training packs of all steps together; places beyond it are empty.
+        steps: Optimizer steps.
+        evaluation: Held-out packs by step, and how many there are.
+        rank: Data-parallel rank of this worker.
+        gradient_divisor: What DeepSpeed divides summed gradients by.
+        device: Where the model is.
+        kernel: How attention is computed.
+        shape: For FLOPs; None leaves them out.
+    """
+
+    job: JobSpec
+    loader: PackLoader
+    packs: int
+    steps: int
+    evaluation: tuple[PackLoader, int] | None
+    rank: int
+    gradient_divisor: int
+    device: torch.device
+    kernel: Kernel
+    shape: ModelShape | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A finished optimizer step, the same on every rank."""
+
+    step: int
+    epoch: float
+    seconds: float
+    learning_rate: float
+    gradient_norm: float
+    skipped: bool
+    ranks: Sequence[RankStep]
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy over the step's trained tokens."""
+        trained = sum(rank.trained_tokens for rank in self.ranks)
+        return sum(rank.loss_sum for rank in self.ranks) / trained if trained else 0.0
+
+
+class Listener(Protocol):
+    """Who is told what happens, and saves."""
+
+    def stepped(self, report: StepReport) -> None:
+        """Take note of a finished step."""
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Take note of a loss on held-out rows."""
+
+    def save(self, engine: Any, step: int) -> None:
+        """Write a checkpoint; every rank calls it at the same step."""
+
+
+def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) -> None:
+    """Train from a step to the end.
+
+    Args:
+        engine: DeepSpeed's engine, its state that of `start_step`.
+        course: The run.
+        listener: Told of every step; saves checkpoints.
+        start_step: Steps that are already done.
+
+    Raises:
+        TrainingError: The loss is no longer a number.
+    """
+    job = course.job
+    clock = StepClock(course.device)
+    for step in range(start_step, course.steps):
+        rate = learning_rate(job.optim, step, course.steps)
+        set_learning_rate(engine, rate)
+        seed_step(job.run.seed, step, course.rank)
+        mine = run_step(engine, course, step, clock)
+        ranks = gather(mine, course.device)
+        done = step + 1
+        report = StepReport(
+            step=done,
+            epoch=course.loader.epoch(done),
+            seconds=clock.lap(),
+            learning_rate=rate,
+            gradient_norm=gradient_norm(engine),
+            skipped=not engine.was_step_applied(),
+            ranks=ranks,
+        )
+        listener.stepped(report)
+        require_finite(report)
+        if job.eval and is_due(job.eval.every_steps, done, course.steps):
+            listener.evaluated(done, evaluate(engine, course))
+        if is_due(job.checkpoint.every_steps, done, course.steps):
+            listener.save(engine, done)
+        clock.restart()
+
+
+def run_step(engine: Any, course: Course, step: int, clock: StepClock) -> RankStep:
+    """Run this worker's micro-batches of one optimizer step, and the update."""
+    batches = course.loader.micro_batches(step, course.rank, course.packs)
+    window_tokens = max(1, course.loader.trained_tokens(step, course.packs))
+    total = torch.zeros((), dtype=torch.float64, device=course.device)
+    work = []
+    for _ in range(course.job.gradient_accumulation_steps):
+        with clock.phase("data"):
+            batch = next(batches)
+            inputs = Inputs.of(batch, course.kernel, course.device)
+        with clock.phase("forward"):
+            loss = loss_sum(engine, inputs)
+        with clock.phase("backward"):
+            backward(engine, loss / window_tokens, course.gradient_divisor)
+        with clock.phase("optimizer"):
+            engine.step()
+        total += loss.detach()
+        work.append(batch)
+    return measure(course, work, total.item(), clock)
+
+
+def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: StepClock) -> RankStep:
+    """Return what this rank did in the step that is about to end."""
+    model_work = hardware_work = 0.0
+    if course.shape is not None:
+        checkpointed = course.job.model.gradient_checkpointing
+        for batch in work:
+            forward = forward_flops(course.shape, batch.tokens, batch.square_tokens, batch.trained_tokens)
+            model_work += model_flops(forward)
+            hardware_work += hardware_flops(forward, checkpointed)
+    phases = clock.phases()
+    in_use, peak, reserved = memory(course.device)
+    return RankStep(
+        loss_sum=loss,
+        tokens=sum(batch.tokens for batch in work),
+        trained_tokens=sum(batch.trained_tokens for batch in work),
+        slots=sum(len(batch.input_ids) for batch in work),
+        flops_model=model_work,
+        flops_hardware=hardware_work,
+        data_seconds=phases["data"],
+        forward_seconds=phases["forward"],
+        backward_seconds=phases["backward"],
+        optimizer_seconds=phases["optimizer"],
+        memory_bytes=in_use,
+        memory_peak_bytes=peak,
+        memory_reserved_bytes=reserved,
+    )
+
+
+def gather(mine: RankStep, device: torch.device) -> list[RankStep]:
+    """Return what every rank did, by rank: one small collective a step, which also ends the step for all."""
+    vector = torch.tensor(mine.vector(), dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, vector)
+    return [RankStep.of_vector(row) for row in torch.stack(everyone).tolist()]
+
+
+def evaluate(engine: Any, course: Course) -> float:
+    """Return the mean cross-entropy over the trained tokens of the held-out packs."""
+    if course.evaluation is None:
+        raise ValueError("evaluate needs a course with held-out packs")
+    loader, packs = course.evaluation
+    totals = torch.zeros(2, dtype=torch.float64, device=course.device)
+    engine.eval()
+    with torch.no_grad():
+        for step in range(loader.steps(1.0)):
+            for batch in loader.micro_batches(step, course.rank, packs):
+                loss = loss_sum(engine, Inputs.of(batch, course.kernel, course.device))
+                totals += torch.tensor([loss.item(), batch.trained_tokens], dtype=torch.float64, device=course.device)
+    engine.train()
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1].clamp(min=1))
+
+
+def require_finite(report: StepReport) -> None:
+    """Refuse to go on with a loss that is no number; fp16 steps that were skipped are part of loss scaling.
+
+    Raises:
+        TrainingError: Names the step and what to try.
+    """
+    if not math.isfinite(report.loss) and not report.skipped:
+        raise TrainingError(
+            f"loss={report.loss} at step {report.step}, with learning_rate={report.learning_rate:.3g} and "
+            f"gradient_norm={report.gradient_norm:.3g}, is not a number, so no later step can be right; lower optim.lr "
+            "or raise optim.warmup_ratio, look at the data of this step, and start again from the last checkpoint"
+        )
+
+
+def is_due(every_steps: int | None, done: int, steps: int) -> bool:
+    """Tell whether something happens after a step: at the end, and every so many steps before it."""
+    return done == steps or (every_steps is not None and done % every_steps == 0)
