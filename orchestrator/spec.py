@@ -6,6 +6,7 @@ building one opens no file, asks no network and starts no process. `orchestrator
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -15,8 +16,12 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
 Offload = Literal["none", "cpu"]
 
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 2**31 - 1  # what a 32-bit index reaches; a larger count is a slip
+
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # no file system can store a NUL
 
 
 class Section(BaseModel):
@@ -30,7 +35,7 @@ class Section(BaseModel):
 class ModelSpec(Section):
     """Which model, in which number format, and how its attention is computed."""
 
-    path: str = Field(min_length=1)
+    path: Place
     """Folder in Hugging Face format, a hub name, or builtin/tiny-llama (ships with this package)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` initialises from the configuration and run.seed instead of loading weights."""
@@ -54,7 +59,7 @@ class MethodSpec(Section):
 class SourceSpec(Section):
     """One data set."""
 
-    path: str = Field(min_length=1)
+    path: Place
     """JSON or JSONL file, or builtin/alpaca_sample and builtin/alpaca_sample_eval (ship with this package)."""
     format: Literal["alpaca"] = "alpaca"
     """alpaca: rows with instruction, output and optional input."""
@@ -71,7 +76,7 @@ class DataSpec(Section):
 
     train: tuple[SourceSpec, ...] = Field(min_length=1)
     """The training data."""
-    max_length: Annotated[int, Field(ge=16)] = 2048
+    max_length: Annotated[int, Field(ge=16, le=LARGEST)] = 2048
     """Tokens in a pack."""
     packing: Literal["none", "best_fit", "concat"] = "best_fit"
     """best_fit puts whole documents together; none pads each document to max_length."""
@@ -88,7 +93,7 @@ class DataSpec(Section):
 class ParallelSpec(Section):
     """How the work is spread over devices."""
 
-    workers: Count = 1
+    workers: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Number of worker processes, one per GPU (per CPU slot on CPU)."""
     device: Device = "auto"
     """auto takes the GPUs of the cluster where there are any."""
@@ -119,13 +124,13 @@ class OptimSpec(Section):
     """Share of all steps in which the learning rate rises linearly from zero."""
     max_steps: Count | None = None
     """Optimizer steps; null means epochs decide."""
-    epochs: float = Field(default=1.0, gt=0.0)
+    epochs: float = Field(default=1.0, gt=0.0, le=1.0e6)
     """Passes over the packs."""
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""
     optimizer: Literal["adamw"] = "adamw"
     """adamw keeps its state in fp32; with offload_optimizer: cpu it is DeepSpeed's CPU Adam."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: float = Field(default=1.0e-8, gt=0.0)
     """Added to the denominator of the update."""
@@ -145,7 +150,7 @@ class EvalSpec(Section):
 class CheckpointSpec(Section):
     """Where the run lives and how often it is saved."""
 
-    storage: str = Field(default="runs", min_length=1)
+    storage: Place = "runs"
     """Folder that every node can read and write; the run's folder is STORAGE/NAME."""
     every_steps: Count | None = None
     """Save after every so many steps; null means only at the end."""
@@ -158,13 +163,13 @@ class CheckpointSpec(Section):
 class RunSpec(Section):
     """What happens when something fails."""
 
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[int, Field(ge=0, le=LARGEST)] = 3
     """How often the worker group is started again from the last checkpoint."""
     min_workers: Count | None = None
     """Go on with fewer workers, down to this many; null waits for all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1024
     """Seed of initialisation, packing and order."""
-    collective_timeout_seconds: Annotated[int, Field(ge=10)] = 600
+    collective_timeout_seconds: Annotated[int, Field(ge=10, le=604_800)] = 600
     """A collective that waits longer ends the attempt."""
 
 
@@ -173,7 +178,7 @@ class MetricsSpec(Section):
 
     port: Annotated[int, Field(ge=0, le=65535)] | None = 9400
     """Port of the endpoint on the driver's node; 0 takes a free one, null opens none."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address that the endpoint listens on; 0.0.0.0 for scraping from other machines."""
 
 
@@ -217,7 +222,9 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
         The fields concerned and one sentence with value, rule and remedy.
     """
     yield from _broken_batch_rules(job)
+    yield from _broken_worker_rules(job)
     yield from _broken_memory_rules(job)
+    yield from _broken_attention_rules(job)
     yield from _not_in_this_version(job)
 
 
@@ -233,17 +240,20 @@ def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
         return
     at_once = optim.micro_batch_size * job.data_parallel_size
     if optim.global_batch_size % at_once:
-        nearest = max(at_once, round(optim.global_batch_size / at_once) * at_once)
+        nearest = max(1, (optim.global_batch_size + at_once // 2) // at_once) * at_once
         yield (
             ("optim.global_batch_size", "optim.micro_batch_size", "parallel.workers"),
             f"optim.global_batch_size={optim.global_batch_size} is not a multiple of micro_batch_size x "
             f"data-parallel workers = {optim.micro_batch_size} x {job.data_parallel_size} = {at_once}; "
             f"use {nearest}, or change micro_batch_size or workers",
         )
-    if job.run.min_workers is not None and job.run.min_workers > parallel.workers:
+
+
+def _broken_worker_rules(job: JobSpec) -> Iterator[Problem]:
+    if job.run.min_workers is not None and job.run.min_workers > job.parallel.workers:
         yield (
             ("run.min_workers", "parallel.workers"),
-            f"run.min_workers={job.run.min_workers} is above parallel.workers={parallel.workers}; lower it",
+            f"run.min_workers={job.run.min_workers} is above parallel.workers={job.parallel.workers}; lower it",
         )
 
 
@@ -261,7 +271,17 @@ def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
             "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the device; "
             "set offload_optimizer: cpu as well",
         )
-    if job.parallel.device == "cpu" and job.model.attention == "flash":
+
+
+def _broken_attention_rules(job: JobSpec) -> Iterator[Problem]:
+    if job.model.attention != "flash":
+        return
+    if job.model.dtype == "fp32":
+        yield (
+            ("model.attention", "model.dtype"),
+            "model.attention=flash takes bf16 and fp16, and model.dtype=fp32; use attention: auto or sdpa",
+        )
+    if job.parallel.device == "cpu":
         yield (
             ("model.attention", "parallel.device"),
             "model.attention=flash runs only on CUDA and parallel.device=cpu; use attention: auto or sdpa",
@@ -270,7 +290,7 @@ def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
 
 def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
     """Refuse what the file format has room for and this version cannot do."""
-    wanted = [
+    wanted: list[tuple[str, object, list[object]]] = [
         ("method.type", job.method.type, ["full"]),
         ("parallel.sequence_parallel_size", job.parallel.sequence_parallel_size, [1]),
         ("data.packing", job.data.packing, ["best_fit", "none"]),
@@ -279,14 +299,17 @@ def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
         ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
         ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
     ]
-    for index, source in enumerate(job.data.train):
-        wanted += [
-            (f"data.train.{index}.weight", source.weight, [1.0]),
-            (f"data.train.{index}.sample", source.sample, [None]),
-        ]
+    held_out = job.eval.data if job.eval else ()
+    for section, sources in (("data.train", job.data.train), ("eval.data", held_out)):
+        for index, source in enumerate(sources):
+            wanted += [
+                (f"{section}.{index}.weight", source.weight, [1.0]),
+                (f"{section}.{index}.sample", source.sample, [None]),
+            ]
     for field, value, available in wanted:
         if value not in available:
-            yield (field,), f"{field}={value} is not available in this version; use {available[0]}"
+            written, instead = (json.dumps(each).strip('"') for each in (value, available[0]))
+            yield (field,), f"{field}={written} is not available in this version; use {instead}"
     if "://" in job.checkpoint.storage:
         yield (
             ("checkpoint.storage",),

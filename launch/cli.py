@@ -1,0 +1,226 @@
+"""The command `orchestrator`: validate, pack, train, submit, export, render, report.
+
+Commands import what they need when they run, so that checking a job file answers in well under a second.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from orchestrator import jobfile
+from orchestrator.errors import OrchestratorError, SpecError
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Fine-tune large language models on many nodes: one job file in, a trained model and honest numbers out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to use, e.g. auto; none starts a local Ray.")]
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    sys.stderr.write(text + "\n")
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
+    """Turn errors into one block on stderr and their exit code: 2 the file, 3 the machines, 4 the run, 130 Ctrl-C."""
+    try:
+        yield
+    except OrchestratorError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(f"interrupted: {interrupted}", 130)
+
+
+@app.command(epilog="Example: orchestrator validate launch/jobs/quickstart.yaml")
+def validate(
+    jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files (YAML).")],
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Check job files and print every error at once."""
+    problems: list[str] = []
+    for path in jobs:
+        try:
+            jobfile.load(path, overrides)
+        except SpecError as error:
+            problems += error.problems
+    if as_json:
+        _say(json.dumps({"valid": not problems, "problems": problems}))
+        raise typer.Exit(2 if problems else 0)
+    if problems:
+        _fail(str(SpecError(*problems)), 2)
+    _say(f"{len(jobs)} job file{'s' if len(jobs) > 1 else ''} valid")
+
+
+@app.command(epilog="Example: orchestrator render --target deepspeed launch/jobs/quickstart.yaml")
+def render(
+    job: JobFile,
+    target: Annotated[Literal["deepspeed", "schema"], typer.Option(help="What to print.")] = "deepspeed",
+    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Device kind where the job says auto.")] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Print what would be used, and apply nothing."""
+    from orchestrator.parallel.deepspeed import render as render_deepspeed
+
+    with _exit_codes():
+        if target == "schema":
+            _say(json.dumps(jobfile.json_schema(), indent=2))
+            return
+        spec = jobfile.load(job, overrides)
+        kind = device or ("cuda" if spec.parallel.device == "auto" else spec.parallel.device)
+        dtype = spec.model.dtype
+        number_format = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
+        _say(json.dumps(render_deepspeed(spec, number_format, kind), indent=2))
+
+
+@app.command(epilog="Example: orchestrator pack launch/jobs/quickstart.yaml --json")
+def pack(
+    job: JobFile,
+    address: Address = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Tokenise and pack only, and say what became of every row and token."""
+    with _exit_codes():
+        spec = jobfile.load(job, overrides)
+        from orchestrator.train.driver import prepare
+
+        figures = prepare(spec, address)
+        _say(json.dumps(figures) if as_json else _table(figures))
+
+
+@app.command(epilog="Example: orchestrator train launch/jobs/quickstart.yaml")
+def train(
+    job: JobFile,
+    address: Address = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """Train a job through Ray Train; run it again after any failure and it goes on from the last checkpoint."""
+    with _exit_codes("run the same command again and it goes on from the last checkpoint"):
+        spec = jobfile.load(job, overrides)
+        from launch.progress import Progress
+        from orchestrator.train.driver import run
+
+        report = run(spec, address, Progress(sys.stderr if as_json else sys.stdout))
+        _say(json.dumps(report) if as_json else _summary(report))
+
+
+@app.command(epilog="Example: orchestrator submit job.yaml --address http://HEAD:8265")
+def submit(
+    job: JobFile,
+    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster, http://HEAD:8265.")],
+    wait: Annotated[bool, typer.Option(help="Stream the log until the run ends.")] = True,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Train a job on a cluster through Ray's job submission API."""
+    with _exit_codes("the job goes on; see it with `ray job status`, end it with `ray job stop`"):
+        spec = jobfile.load(job, overrides)
+        from launch.submit import submit as submit_job
+
+        raise typer.Exit(submit_job(spec, address, wait, _say))
+
+
+@app.command(epilog="Example: orchestrator export runs/quickstart --to model")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, STORAGE/NAME.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Write the newest checkpoint of a run as Hugging Face safetensors."""
+    with _exit_codes():
+        from orchestrator.train.driver import export_run
+
+        _say(f"exported to {export_run(run, to)}")
+
+
+@app.command(epilog="Example: orchestrator report runs/quickstart")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print the summaries of finished runs, side by side where there are several."""
+    with _exit_codes():
+        reports = [_read_report(run) for run in runs]
+        if as_json:
+            _say(json.dumps(reports))
+        elif len(reports) == 1:
+            _say(_summary(reports[0]))
+        else:
+            _say(_side_by_side(reports))
+
+
+def _read_report(run: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise SpecError(
+            f"{run} has no readable report.json; name the folder STORAGE/NAME of a run that has finished"
+        ) from None
+    return found
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """Return the numbers that a person looks for first."""
+    mfu = f"{report['mfu']:.1%}" if "mfu" in report else "not known for this device"
+    rows = {
+        "run": report["name"],
+        "steps": f"{report['steps']} ({report['epoch']:.2f} epochs)",
+        "loss": f"{report['first_loss']:.4f} -> {report['loss']:.4f}",
+        "evaluation loss": report["evaluation_loss"] if report["evaluation_loss"] is not None else "no held-out data",
+        "TGS": f"{report['tgs']:.1f} tokens/GPU/s ({report['tgs_trained']:.1f} trained, {report['tgs_slots']:.1f} slots)",
+        "TFLOPs": f"{report['tflops_model']:.4f} model, {report['tflops_hardware']:.4f} hardware, per GPU"
+        if "tflops_model" in report
+        else "not known for this architecture",
+        "MFU": mfu,
+        "workers": f"{report['world_size']} on {', '.join(report['nodes'])}",
+        "restarts": f"{report['restarts']} ({report['steps_lost']} steps done again)",
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()),
+    }
+    return _table(rows)
+
+
+def _side_by_side(reports: list[dict[str, Any]]) -> str:
+    names = ("loss", "evaluation_loss", "tgs", "tflops_model", "mfu", "step_seconds", "world_size", "restarts")
+    header = ["".ljust(18), *(str(report["name"]).rjust(14) for report in reports)]
+    lines = ["  ".join(header)]
+    for name in names:
+        values = [report.get(name) for report in reports]
+        cells = ["-" if value is None else f"{value:.5g}" for value in values]
+        lines.append("  ".join([name.ljust(18), *(cell.rjust(14) for cell in cells)]))
+    return "\n".join(lines)
+
+
+def _table(rows: dict[str, Any]) -> str:
+    width = max(len(name) for name in rows)
+    return "\n".join(
+        f"{name.ljust(width)}  {value:.4f}" if isinstance(value, float) else f"{name.ljust(width)}  {value}"
+        for name, value in rows.items()
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,304 @@
+"""The driver: one path from a job to a finished run, on a laptop and on a cluster.
+
+    check the cluster -> lay out the run's folder -> tokenise and pack on CPUs -> place the workers -> watch -> export -> report
+
+Everything that can be decided is decided here, once; workers are handed a `Brief`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.placement import missing
+from cluster.topology import Node
+from orchestrator.data.packing import Packs
+from orchestrator.data.store import TokenStore
+from orchestrator.data.tokenize import tokenize_sources
+from orchestrator.errors import ClusterError, OrchestratorError, TrainingError
+from orchestrator.parallel.deepspeed import render
+from orchestrator.spec import JobSpec
+from orchestrator.train import checkpoint, export, folder, summary
+from orchestrator.train.brief import Brief, pack
+from orchestrator.train.lease import Lease
+from orchestrator.train.recorder import Recorder, Status
+
+Watch = Callable[[Status], None]
+_POLL_SECONDS = 0.5
+_BUSY_WAIT_SECONDS = 30.0
+
+
+def run(job: JobSpec, address: str | None, watch: Watch) -> dict[str, Any]:
+    """Train a job from wherever its run stands to the end.
+
+    Args:
+        job: The job.
+        address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
+        watch: Called about twice a second while workers run.
+
+    Returns:
+        The run's report, also written to report.json.
+
+    Raises:
+        OrchestratorError: What went wrong, by whose side it was.
+    """
+    started = time.monotonic()
+    with _connected(address):
+        nodes = _nodes()
+        job, device = _settle(job, nodes)
+        _require_room(job, device, nodes)
+        home = folder.open_run(job)
+        finished = folder.finished(home)
+        if finished is not None:
+            return finished
+        lease = Lease.acquire(home)
+        try:
+            return _train(job, device, home, lease, watch, started)
+        finally:
+            lease.release(home)
+
+
+def _train(
+    job: JobSpec, device: Literal["cuda", "cpu"], home: Path, lease: Lease, watch: Watch, started: float
+) -> dict[str, Any]:
+    begun = time.monotonic()
+    store, packs, held_out = _prepare_data(job)
+    packing = summary.packing_figures(job, store, packs)
+    prepared = time.monotonic()
+    dtype = folder.number_format(job, device)
+    brief = Brief(job, home, store.folder, held_out, dtype, device, render(job, dtype, device))
+    folder.write_json(home / "deepspeed.json", brief.ds_config)
+    checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
+    recorder = _start_recorder(job, home, lease)
+    _fit(brief, recorder, watch)
+    trained = time.monotonic()
+    saved = checkpoint.published(brief.checkpoints)[-1]
+    _get(_export.remote(job, dtype, saved, home / "export"))
+    ended = time.monotonic()
+    seconds = {
+        "start": begun - started,
+        "data": prepared - begun,
+        "training": trained - prepared,
+        "checkpoints": _get(recorder.checkpoint_seconds.remote()),
+        "export": ended - trained,
+    }
+    report = summary.report(job, home, packing, seconds)
+    folder.write_json(home / summary.REPORT, report)
+    _get(recorder.close.remote())
+    return report
+
+
+def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
+    """Tokenise and pack only.
+
+    Returns:
+        What became of the rows and how full the packs are.
+    """
+    with _connected(address):
+        job = folder.with_absolute_paths(job)
+        store, packs, _ = _prepare_data(job)
+        return summary.packing_figures(job, store, packs)
+
+
+def export_run(home: Path, to: Path) -> Path:
+    """Export the newest checkpoint of a run to a folder.
+
+    Raises:
+        TrainingError: The run has no checkpoint.
+    """
+    job = folder.job_of(home)
+    saved = checkpoint.published(home / "checkpoints")
+    if not saved:
+        raise TrainingError(f"{home} has no published checkpoint; train the job first, then export")
+    device = json.loads((home / "deepspeed.json").read_text(encoding="utf-8"))
+    dtype: Literal["bf16", "fp16", "fp32"] = (
+        "bf16" if device["bf16"]["enabled"] else "fp16" if device["fp16"]["enabled"] else "fp32"
+    )
+    return export.export(job, dtype, saved[-1], to)
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """Be a driver of the cluster at an address, or of a local Ray that lives as long as this."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    # Ray 2.60 turns token authentication on for a plain local start, and writes a token into the home directory.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"Ray at {address} cannot be reached" if address else "a local Ray cannot be started"
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(f"{where} ({reason}); check the address and that the head node is up") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _nodes() -> tuple[Node, ...]:
+    """Return the live nodes; of two lives of one address the newer counts."""
+    found = {
+        record["NodeManagerAddress"]: Node(
+            node_id=record["NodeID"],
+            address=record["NodeManagerAddress"],
+            hostname=record["NodeManagerHostname"],
+            cpus=record["Resources"].get("CPU", 0.0),
+            gpus=record["Resources"].get("GPU", 0.0),
+            memory_bytes=int(record["Resources"].get("memory", 0)),
+        )
+        for record in ray.nodes()
+        if record["Alive"]
+    }
+    return tuple(found.values())
+
+
+def _settle(job: JobSpec, nodes: tuple[Node, ...]) -> tuple[JobSpec, Literal["cuda", "cpu"]]:
+    """Return the job with absolute paths, and the kind of device it runs on."""
+    wanted = job.parallel.device
+    device: Literal["cuda", "cpu"]
+    device = ("cuda" if any(node.gpus for node in nodes) else "cpu") if wanted == "auto" else wanted
+    return folder.with_absolute_paths(job), device
+
+
+def _require_room(job: JobSpec, device: str, nodes: tuple[Node, ...]) -> None:
+    """Refuse a job that the cluster cannot hold, and one that others leave no room for."""
+    parallel = job.parallel
+    gpus = 1 if device == "cuda" else 0
+    problem = missing(nodes, parallel.workers, parallel.cpus_per_worker, gpus)
+    if problem:
+        raise ClusterError(problem)
+    wanted = {"CPU": parallel.workers * parallel.cpus_per_worker, "GPU": parallel.workers * gpus}
+    deadline = time.monotonic() + _BUSY_WAIT_SECONDS
+    while True:
+        free = ray.available_resources()
+        short = [f"{name}: {free.get(name, 0):g} free of {n} wanted" for name, n in wanted.items() if free.get(name, 0) < n]
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"the cluster is large enough, and other jobs hold it ({'; '.join(short)}); wait for them, or stop one"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _prepare_data(job: JobSpec) -> tuple[TokenStore, Packs, Path | None]:
+    """Tokenise and pack, before any device is held."""
+    cache = Path(job.checkpoint.storage) / ".cache"
+    store = tokenize_sources(job, job.data.train, cache)
+    packs = _get(_pack.remote(job, store.folder))
+    held_out = tokenize_sources(job, job.eval.data, cache).folder if job.eval else None
+    return store, packs, held_out
+
+
+@ray.remote(num_cpus=1)
+def _pack(job: JobSpec, store: Path) -> Packs:
+    return pack(job, TokenStore(store))
+
+
+@ray.remote(num_cpus=1)
+def _export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path) -> Path:
+    return export.export(job, dtype, saved, to)
+
+
+def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    recorder = ray.remote(Recorder).options(**options).remote(home, job.name, lease, job.metrics.host, job.metrics.port)
+    try:
+        _get(recorder.status.remote())
+    except ray.exceptions.RayActorError as error:
+        raise ClusterError(f"the recorder cannot be started ({_first_line(error)}); see metrics.port") from None
+    return recorder
+
+
+def _fit(brief: Brief, recorder: Any, watch: Watch) -> None:
+    """Run the worker group to its end, and show where it stands."""
+    box: dict[str, BaseException] = {}
+    thread = threading.Thread(target=_fit_in_thread, args=(brief, recorder, box), daemon=True)
+    thread.start()
+    while True:
+        thread.join(timeout=_POLL_SECONDS)
+        status: Status = _get(recorder.status.remote())
+        watch(status)
+        if status.fatal is not None:
+            raise status.fatal
+        if not thread.is_alive():
+            break
+    if "error" in box:
+        raise _explain(box["error"], brief)
+
+
+def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -> None:
+    """Hand the job to Ray Train; outside the main thread, so that Ctrl-C reaches the driver itself."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from orchestrator.train.worker import run_worker
+
+    job = brief.job
+    resources = {"CPU": job.parallel.cpus_per_worker, **({"GPU": 1} if brief.device == "cuda" else {})}
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"brief": brief, "recorder": recorder},
+        scaling_config=ScalingConfig(
+            num_workers=job.parallel.workers, use_gpu=brief.device == "cuda", resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(timeout_s=job.run.collective_timeout_seconds),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=job.checkpoint.storage,
+            failure_config=FailureConfig(max_failures=job.run.max_failures, controller_failure_limit=10),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
+        ),
+    )
+    try:
+        trainer.fit()
+    except BaseException as error:  # the main thread raises it
+        box["error"] = error
+
+
+def _explain(error: BaseException, brief: Brief) -> OrchestratorError:
+    """Turn Ray Train's failure into one sentence a rank, ours first."""
+    failures = getattr(error, "worker_failures", {})
+    causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]
+    for cause in causes:
+        if isinstance(cause, OrchestratorError):
+            return cause
+    lines = [f"rank {rank}: {_first_line(failure)}" for rank, failure in sorted(failures.items())]
+    lines = lines or [_first_line(error)]
+    return TrainingError(
+        f"the worker group failed {brief.job.run.max_failures + 1} times and run.max_failures="
+        f"{brief.job.run.max_failures}; the last failure: {'; '.join(lines[:4])}; see the logs of Ray, then run the job again: "
+        "it goes on from the last checkpoint"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300]
+
+
+def _get(reference: Any) -> Any:
+    """Return a task's result; an error of ours is raised as itself."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OrchestratorError):
+            raise error.cause from None
+        raise
+
+

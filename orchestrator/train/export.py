@@ -1,0 +1,89 @@
+"""From a run's checkpoint to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.data.tokenize import load_tokenizer
+from orchestrator.errors import TrainingError
+from orchestrator.model.build import load_config, torch_dtype
+from orchestrator.spec import JobSpec
+from orchestrator.train import checkpoint
+
+_MAX_SHARD = "5GB"
+
+
+def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path) -> Path:
+    """Write the model of a checkpoint as Hugging Face safetensors, with configuration and tokenizer.
+
+    One tensor at a time is put together from the shards, so host memory holds one output file and not the model twice. Needs no
+    device and no process group.
+
+    Args:
+        job: The run's job.
+        dtype: Number format of the weights.
+        saved: A published checkpoint.
+        to: Folder to write; replaced where it exists.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TrainingError: The checkpoint is damaged, or the folder cannot be written.
+    """
+    problems = checkpoint.verify(saved)
+    if problems:
+        raise TrainingError(*problems)
+    draft = to.with_name(f".{to.name}.partial")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _write_weights(saved, draft, torch_dtype(dtype))
+        config = load_config(job.model)
+        config.dtype = torch_dtype(dtype)
+        config.architectures = config.architectures or [_architecture(config)]
+        config.save_pretrained(draft)
+        load_tokenizer(job).save_pretrained(draft)
+        shutil.rmtree(to, ignore_errors=True)
+        draft.rename(to)
+    except OSError as error:
+        raise TrainingError(
+            f"the model cannot be exported to {to} ({error.strerror}); make room or name another folder with --to"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return to
+
+
+def _architecture(config: Any) -> str:
+    from transformers import AutoModelForCausalLM
+
+    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
+
+
+def _write_weights(saved: Path, folder: Path, dtype: Any) -> None:
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    lazy = get_fp32_state_dict_from_zero_checkpoint(str(saved), tag=checkpoint.SHARDS, lazy_mode=True)
+    first_name = {id(tensor): name for name, tensor in reversed(lazy.items())}
+    # A tied tensor is stored once, under its first name; transformers ties it again when it loads.
+    kept = {name: tensor for name, tensor in lazy.items() if first_name[id(tensor)] == name}
+    empty = {
+        name: torch.empty(tensor.shape, dtype=dtype if tensor.dtype.is_floating_point else tensor.dtype)
+        for name, tensor in kept.items()
+    }
+    split = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=_MAX_SHARD
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: kept[name].contiguous().to(empty[name].dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -1,0 +1,123 @@
+"""The run's folder: what lies in it, and whether a job may go on in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator import jobfile
+from orchestrator.data.source import resolve
+from orchestrator.errors import ClusterError, SpecError
+from orchestrator.spec import JobSpec, SourceSpec
+from orchestrator.train.summary import REPORT
+
+JOB = "job.yaml"
+_RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+# What may differ between the first start of a run and a later one: it decides nothing that a number depends on.
+_FREE = ("run.max_failures", "run.collective_timeout_seconds", "checkpoint", "metrics", "eval.every_steps")
+
+
+def with_absolute_paths(job: JobSpec) -> JobSpec:
+    """Return the job with local paths made absolute, as seen from the driver's working directory."""
+
+    def settle(sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
+        return tuple(source.model_copy(update={"path": _absolute(source.path)}) for source in sources)
+
+    model = job.model.model_copy(update={"path": _absolute(job.model.path)})
+    data = job.data.model_copy(update={"train": settle(job.data.train)})
+    held_out = job.eval.model_copy(update={"data": settle(job.eval.data)}) if job.eval else None
+    storage = str(Path(job.checkpoint.storage).expanduser().absolute())
+    saving = job.checkpoint.model_copy(update={"storage": storage})
+    return job.model_copy(update={"model": model, "data": data, "eval": held_out, "checkpoint": saving})
+
+
+def _absolute(path: str) -> str:
+    """Return a path that holds in any working directory; what this package ships and hub names stay as they are."""
+    found = resolve(path)
+    return path if path.startswith("builtin/") or not found.exists() else str(found.absolute())
+
+
+def number_format(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16", "fp16", "fp32"]:
+    """Return the number format that a job runs in: bf16 on CUDA and fp32 on CPU unless it says otherwise."""
+    if job.model.dtype == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    return job.model.dtype
+
+
+def open_run(job: JobSpec) -> Path:
+    """Return the run's folder, made where it is new.
+
+    Raises:
+        ClusterError: The storage cannot be written.
+        SpecError: The folder holds a run of another job.
+    """
+    home = Path(job.checkpoint.storage) / job.name
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe = home / ".writable"
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+        if (home / JOB).exists():
+            _require_same(job_of(home), job, home)
+        (home / JOB).write_text(jobfile.dump(job), encoding="utf-8")
+        # Ray's list of checkpoints may name some that are gone; ours are found by their manifests.
+        (home / _RAY_SNAPSHOT).unlink(missing_ok=True)
+    except OSError as error:
+        raise ClusterError(
+            f"checkpoint.storage={job.checkpoint.storage} cannot be written ({error.strerror}); name a folder that the "
+            "driver and every node can write"
+        ) from None
+    return home
+
+
+def job_of(home: Path) -> JobSpec:
+    """Return the job of a run.
+
+    Raises:
+        SpecError: The folder is none of a run.
+    """
+    if not (home / JOB).is_file():
+        raise SpecError(f"{home} is not the folder of a run (it has no {JOB}); name STORAGE/NAME of a run")
+    return jobfile.load(home / JOB)
+
+
+def finished(home: Path) -> dict[str, Any] | None:
+    """Return the report of a run that is complete, or None."""
+    try:
+        report: dict[str, Any] = json.loads((home / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _require_same(old: JobSpec, new: JobSpec, home: Path) -> None:
+    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    differing = [
+        f"{key}={after.get(key)} (the run has {before.get(key)})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(_FREE)
+    ]
+    if differing:
+        raise SpecError(
+            f"{home} holds a run of another job: {', '.join(differing)}; give this job another name, or remove the folder"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            yield from _flat(child, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, list) and any(isinstance(child, Mapping) for child in value):
+        for index, child in enumerate(value):
+            yield from _flat(child, f"{prefix}.{index}")
+    else:
+        yield prefix, value

@@ -1,0 +1,229 @@
+"""The memory of a run on the driver's side: steps.jsonl, workers.json, the Prometheus endpoint, and the fence.
+
+One recorder lives beside the driver. Rank 0 sends it one message a step, which already holds what every rank did. It knows which
+attempt is the current one and refuses messages of earlier ones, so an attempt that was believed dead cannot write.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.metrics.exporter import Exporter, RankLabels
+from orchestrator.metrics.meter import RankStep, eta_seconds, rank_values, step_values
+from orchestrator.train.lease import Lease
+
+STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One worker of an attempt, as workers.json lists it."""
+
+    rank: int
+    node: str
+    hostname: str
+    pid: int
+    device: str
+    gpu: str
+    peak_flops: float | None
+    attempt: int = 0
+
+
+@dataclass
+class Status:
+    """Where the run stands, for the driver to show."""
+
+    attempt: int = 0
+    step: int = 0
+    steps: int = 0
+    eta_seconds: float = 0.0
+    metrics_port: int | None = None
+    latest: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    fatal: OrchestratorError | None = None
+
+
+class Recorder:
+    """Writes the run's files and serves its metrics.
+
+    Args:
+        folder: The run's folder.
+        run: Name of the run.
+        lease: The driver's lease, refreshed whenever the driver asks for the status.
+        host: Address of the endpoint.
+        port: Port of the endpoint; None opens none.
+    """
+
+    def __init__(self, folder: Path, run: str, lease: Lease, host: str, port: int | None) -> None:
+        self._folder, self._lease = folder, lease
+        self._exporter = Exporter(run, host, port) if port is not None else None
+        self._status = Status(metrics_port=self._exporter.port if self._exporter else None)
+        self._workers: list[WorkerInfo] = []
+        self._checkpoint_seconds = 0.0
+        self._recent: deque[float] = deque(maxlen=20)
+        rows = read_lines(folder / STEPS)
+        self._last_written = (int(rows[-1]["attempt"]), int(rows[-1]["step"])) if rows else (0, 0)
+        self._past = read_lines(folder / ATTEMPTS)
+        self._status.attempt = len(self._past)
+
+    def begin_attempt(self, workers: Sequence[WorkerInfo], info: Mapping[str, Any], start: int, steps: int) -> int:
+        """Begin an attempt and fence off those before it.
+
+        Args:
+            workers: Every worker, by rank.
+            info: Effective degrees, number format and device kind.
+            start: Steps that are done, from the checkpoint it resumes from.
+            steps: Steps of the whole run.
+
+        Returns:
+            Number of the attempt, from 1.
+
+        Raises:
+            OrchestratorError: The run has failed for good; starting again would fail in the same way.
+        """
+        if self._status.fatal is not None:
+            raise self._status.fatal
+        attempt = len(self._past) + 1
+        lost = max(0, self._last_written[1] - start) if self._past else 0
+        entry = {
+            "attempt": attempt, "time": time.time(), "start_step": start, "steps_lost": lost, "steps_planned": steps,
+            "world_size": len(workers), "nodes": sorted({worker.node for worker in workers}), **info,
+        }  # fmt: skip
+        self._workers = [WorkerInfo(**{**asdict(worker), "attempt": attempt}) for worker in workers]
+        _write_json(self._folder / WORKERS, [asdict(worker) for worker in self._workers])
+        self._past.append(entry)
+        _append(self._folder / ATTEMPTS, entry)
+        self._status.attempt, self._status.step, self._status.steps = attempt, start, steps
+        self._recent.clear()
+        if self._exporter:
+            labels = [RankLabels(worker.node, str(worker.rank), worker.gpu) for worker in self._workers]
+            self._exporter.begin_attempt(attempt, labels, {**info, "world_size": len(workers)})
+            self._exporter.set_run({"step": start, "steps_planned": steps, **self._totals()})
+        return attempt
+
+    def stepped(self, attempt: int, values: Mapping[str, float], vectors: Sequence[Sequence[float]]) -> None:
+        """Record a finished step.
+
+        Args:
+            attempt: Whose step it is; one that is not current is refused.
+            values: step, epoch, seconds, learning_rate, gradient_norm, skipped.
+            vectors: `RankStep.vector` of every rank.
+        """
+        self._require_current(attempt)
+        step = int(values["step"])
+        if (attempt, step) <= self._last_written:
+            return  # the same message again, after the recorder was started anew
+        ranks = [RankStep.of_vector(vector) for vector in vectors]
+        peaks = [worker.peak_flops for worker in self._workers] or [None] * len(ranks)
+        seconds = values["seconds"]
+        row = {
+            **{name: values[name] for name in ("step", "epoch", "learning_rate", "gradient_norm", "skipped")},
+            **step_values(ranks, seconds, peaks),
+            "attempt": attempt,
+            "time": time.time(),
+        }
+        _append(self._folder / STEPS, row)
+        self._last_written = (attempt, step)
+        self._recent.append(seconds)
+        self._status.step, self._status.latest = step, row
+        self._status.eta_seconds = eta_seconds(step, self._status.steps, self._recent)
+        if self._exporter:
+            each = [rank_values(rank, seconds, peak) for rank, peak in zip(ranks, peaks, strict=True)]
+            if self._workers:
+                self._exporter.set_ranks(each, [rank.flops_model for rank in ranks])
+            self._exporter.set_run({**row, "last_step_timestamp_seconds": row["time"]})
+
+    def evaluated(self, attempt: int, step: int, loss: float) -> None:
+        """Record a loss on held-out rows."""
+        self._require_current(attempt)
+        _append(self._folder / EVALUATIONS, {"step": step, "evaluation_loss": loss, "attempt": attempt})
+        self._note(f"step {step}: evaluation loss {loss:.4f}")
+        if self._exporter:
+            self._exporter.set_run({"evaluation_loss": loss})
+
+    def saved(self, attempt: int, step: int, seconds: float) -> None:
+        """Record a published checkpoint."""
+        self._require_current(attempt)
+        self._checkpoint_seconds += seconds
+        self._note(f"step {step}: checkpoint saved in {seconds:.1f} s")
+        if self._exporter:
+            self._exporter.set_run({"checkpoint_seconds": seconds})
+
+    def permit(self, attempt: int) -> None:
+        """Allow an attempt to publish a checkpoint.
+
+        Raises:
+            TrainingError: A newer attempt, or another driver, has taken the run over.
+        """
+        self._require_current(attempt)
+        if not self._lease.is_held(self._folder):
+            raise TrainingError(f"another driver has taken over the run in {self._folder}; this one stops writing")
+
+    def give_up(self, error: OrchestratorError, attempt: int | None) -> None:
+        """Note an error that starting again cannot mend; of an attempt that was replaced it means nothing."""
+        if self._status.fatal is None and attempt in (None, self._status.attempt):
+            self._status.fatal = error
+
+    def status(self) -> Status:
+        """Return where the run stands, and keep the driver's lease alive."""
+        if self._lease.is_held(self._folder):
+            self._lease.refresh(self._folder)
+        status, self._status.notes = Status(**vars(self._status)), ()
+        return status
+
+    def checkpoint_seconds(self) -> float:
+        """Return the seconds that checkpoints took since the driver started."""
+        return self._checkpoint_seconds
+
+    def close(self) -> None:
+        """Stop serving metrics."""
+        if self._exporter:
+            self._exporter.close()
+
+    def _note(self, text: str) -> None:
+        self._status.notes += (text,)
+
+    def _totals(self) -> dict[str, float]:
+        return {
+            "restarts": max(0, len(self._past) - 1),
+            "steps_lost": sum(entry["steps_lost"] for entry in self._past),
+        }
+
+    def _require_current(self, attempt: int) -> None:
+        if attempt != self._status.attempt:
+            raise TrainingError(
+                f"attempt {attempt} has been replaced by attempt {self._status.attempt}; it may not write any more"
+            )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSON-lines file; a last line that a crash cut short does not count."""
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return rows
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,106 @@
+"""report.json: what a run did, from the files that it left."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.packing import Packs, lower_bound
+from orchestrator.data.store import TokenStore
+from orchestrator.metrics.meter import last_attempt
+from orchestrator.spec import JobSpec
+from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS, read_lines
+
+REPORT = "report.json"
+_RATES = ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu")
+_MEDIANS = (*_RATES, "step_seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "peft", "datasets", "numpy")
+
+
+def packing_figures(job: JobSpec, store: TokenStore, packs: Packs) -> dict[str, Any]:
+    """Return what became of the rows and how full the packs are."""
+    slots = len(packs) * job.data.max_length
+    account = store.account
+    return {
+        **vars(account),
+        "packs": len(packs),
+        "max_length": job.data.max_length,
+        "non_padding_fraction": account.tokens_kept / slots,
+        "lower_bound": lower_bound(store.lengths, job.data.max_length),
+        "attention_cost_cv": _spread(store, packs),
+    }
+
+
+def _spread(store: TokenStore, packs: Packs) -> float:
+    """Return the coefficient of variation of the packs' attention cost (sum of squared document lengths)."""
+    squares = [float((store.lengths[packs.members(pack)] ** 2).sum()) for pack in range(len(packs))]
+    return statistics.pstdev(squares) / statistics.fmean(squares)
+
+
+def report(
+    job: JobSpec, folder: Path, packing: Mapping[str, Any], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Rates over the run are totals over totals, so that a long step weighs as much as it took; medians stand beside them.
+
+    Args:
+        job: The job as it ran.
+        folder: The run's folder with steps.jsonl, workers.json and attempts.jsonl.
+        packing: As `packing_figures` returns it.
+        seconds: Seconds by part: start, data, training, checkpoints, export.
+    """
+    steps = last_attempt(read_lines(folder / STEPS))
+    attempts = read_lines(folder / ATTEMPTS)
+    workers = json.loads((folder / WORKERS).read_text(encoding="utf-8"))
+    evaluations = read_lines(folder / EVALUATIONS)
+    return {
+        "name": job.name,
+        "steps": len(steps),
+        "epoch": steps[-1]["epoch"],
+        "loss": steps[-1]["loss"],
+        "first_loss": steps[0]["loss"],
+        "evaluation_loss": evaluations[-1]["evaluation_loss"] if evaluations else None,
+        **_totals(steps, len(workers)),
+        "medians": {
+            name: statistics.median(row[name] for row in steps) for name in _MEDIANS if all(name in row for row in steps)
+        },
+        "memory_peak_bytes": max(row["memory_peak_bytes"] for row in steps),
+        "packing": dict(packing),
+        "nodes": sorted({worker["node"] for worker in workers}),
+        "world_size": len(workers),
+        "parallel": {
+            "zero_stage": attempts[-1]["zero_stage"],
+            "sequence_parallel_size": attempts[-1]["sequence_parallel_size"],
+            "offload_optimizer": job.parallel.offload_optimizer,
+            "offload_param": job.parallel.offload_param,
+            "micro_batch_size": job.optim.micro_batch_size,
+            "gradient_accumulation_steps": job.gradient_accumulation_steps,
+        },
+        "dtype": attempts[-1]["dtype"],
+        "device": attempts[-1]["device"],
+        "restarts": len(attempts) - 1,
+        "steps_lost": sum(attempt["steps_lost"] for attempt in attempts),
+        "predicted": None,
+        "seconds": dict(seconds),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _totals(steps: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, float]:
+    """Return totals and rates over the whole run; each rate is weighted by the seconds of its step."""
+    seconds = sum(row["step_seconds"] for row in steps)
+    totals = {
+        "step_seconds": seconds,
+        "tokens": sum(row["tokens"] for row in steps),
+        "trained_tokens": sum(row["trained_tokens"] for row in steps),
+    }
+    for name in _RATES:
+        if all(name in row for row in steps):
+            totals[name] = sum(row[name] * row["step_seconds"] for row in steps) / seconds
+    slots = totals["tgs_slots"] * seconds * world_size
+    return {**totals, "padding_fraction": 1.0 - totals["tokens"] / slots}

@@ -1,0 +1,185 @@
+"""One worker of the run: what Ray Train starts on every device."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from torch import distributed as dist
+
+from cluster import hardware
+from orchestrator.data.store import TokenStore
+from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.plan.shape import ModelShape
+from orchestrator.train import checkpoint
+from orchestrator.train.brief import Brief, evaluation_loader, pack, training_loader
+from orchestrator.train.recorder import WorkerInfo
+
+
+def run_worker(config: dict[str, Any]) -> None:
+    """Join the group, build the model, resume where the run stands, and train to the end.
+
+    Args:
+        config: `brief`, the run as decided, and `recorder`, the actor that keeps its records.
+
+    Raises:
+        OrchestratorError: A failure that starting again cannot mend; the recorder has been told.
+    """
+    brief, recorder = config["brief"], config["recorder"]
+    reporter = _Reporter(brief, recorder)
+    try:
+        _train(brief, reporter)
+    except OrchestratorError as error:
+        ray.get(recorder.give_up.remote(error, reporter.attempt))
+        raise
+    except torch.OutOfMemoryError as error:
+        fatal = TrainingError(
+            f"rank {dist.get_rank()} ran out of device memory ({str(error).splitlines()[0]}); lower data.max_length or "
+            "optim.micro_batch_size, or use zero_stage: 3 or offload_optimizer: cpu"
+        )
+        ray.get(recorder.give_up.remote(fatal, reporter.attempt))
+        raise fatal from error
+
+
+def _train(brief: Brief, reporter: _Reporter) -> None:
+    os.environ["DS_ACCELERATOR"] = brief.device
+    from orchestrator.model.attention import kernel_for
+    from orchestrator.model.build import build_model, load_config, torch_dtype
+    from orchestrator.train.engine import join_process_group, start_engine
+    from orchestrator.train.loop import Course, train
+
+    job, rank = brief.job, dist.get_rank()
+    device = torch.device("cuda", torch.cuda.current_device()) if brief.device == "cuda" else torch.device("cpu")
+    join_process_group(job.run.collective_timeout_seconds)
+    saved = _agree(checkpoint.published(brief.checkpoints)[-1:])
+    dtype = torch_dtype(brief.dtype)
+    model = build_model(job.model, dtype, job.run.seed, brief.ds_config, load_weights=not saved)
+    engine = start_engine(model, brief.ds_config)
+    start = checkpoint.load(engine, saved[0]) if saved else 0
+    store = TokenStore(brief.training)
+    loader, packs, steps = training_loader(job, store, pack(job, store))
+    evaluation = None
+    if brief.evaluation is not None:
+        held_out = TokenStore(brief.evaluation)
+        evaluation = evaluation_loader(job, held_out, pack(job, held_out))
+    course = Course(
+        job=job,
+        loader=loader,
+        packs=packs,
+        steps=steps,
+        evaluation=evaluation,
+        rank=brief.layout.data_parallel_rank(rank),
+        gradient_divisor=brief.layout.gradient_divisor,
+        device=device,
+        kernel=kernel_for(job.model.attention, device, dtype),
+        shape=ModelShape.from_config(load_config(job.model).to_dict()),
+    )
+    reporter.begin(device, start, steps)
+    if saved:
+        reporter.adopt(saved[0])
+    train(engine, course, reporter, start)
+    reporter.flush()
+
+
+def _agree(value: Any) -> Any:
+    """Return rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _describe(brief: Brief, device: torch.device) -> WorkerInfo:
+    """Return who this worker is, as workers.json lists it."""
+    on_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_cuda else "cpu"
+    known = hardware.match(name) if on_cuda else hardware.device("cpu")
+    gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return WorkerInfo(
+        rank=dist.get_rank(),
+        node=ray.util.get_node_ip_address(),
+        hostname=os.uname().nodename,
+        pid=os.getpid(),
+        device=name,
+        gpu=str(gpus[0]) if on_cuda and gpus else "",
+        peak_flops=known.peak_flops(brief.dtype) if known else None,
+    )
+
+
+class _Reporter:
+    """Tells the recorder from rank 0 what happened, and Ray Train of each checkpoint from every rank."""
+
+    def __init__(self, brief: Brief, recorder: Any) -> None:
+        self._brief, self._recorder = brief, recorder
+        self._speaks = dist.get_rank() == 0
+        self._sent: list[Any] = []
+        self.attempt: int | None = None
+
+    def begin(self, device: torch.device, start: int, steps: int) -> None:
+        """Tell the recorder who takes part, and learn the number of this attempt."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, _describe(self._brief, device))
+        info = {
+            "zero_stage": self._brief.job.parallel.zero_stage,
+            "sequence_parallel_size": self._brief.layout.sequence_parallel_size,
+            "dtype": self._brief.dtype,
+            "device": everyone[0].device,
+        }
+        begun = self._recorder.begin_attempt.remote(everyone, info, start, steps) if self._speaks else None
+        self.attempt = int(_agree(ray.get(begun) if begun else None))
+
+    def stepped(self, report: Any) -> None:
+        """Send one message with what all ranks did; nobody waits for it."""
+        if not self._speaks:
+            return
+        values = {
+            "step": report.step,
+            "epoch": report.epoch,
+            "seconds": report.seconds,
+            "learning_rate": report.learning_rate,
+            "gradient_norm": report.gradient_norm,
+            "skipped": report.skipped,
+        }
+        vectors = [rank.vector() for rank in report.ranks]
+        if len(self._sent) >= 8:  # an error that the recorder raised must not stay unseen
+            ray.get(self._sent.pop(0))
+        self._sent.append(self._recorder.stepped.remote(self.attempt, values, vectors))
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Send a loss on held-out rows."""
+        if self._speaks:
+            self._sent.append(self._recorder.evaluated.remote(self.attempt, step, loss))
+
+    def save(self, engine: Any, step: int) -> None:
+        """Publish a checkpoint, once every step before it is on disk."""
+        started = time.perf_counter()
+        self.flush()
+        path = checkpoint.save(engine, self._brief.checkpoints, step, self.attempt, self._permit)
+        self.adopt(path)
+        if self._speaks:
+            self._sent.append(self._recorder.saved.remote(self.attempt, step, time.perf_counter() - started))
+
+    def adopt(self, path: Path) -> None:
+        """Make a published checkpoint known to Ray Train, which keeps the newest ones and deletes the others."""
+        known = ray.train.get_checkpoint()
+        if known is not None and Path(known.path) == path:
+            return
+        ray.train.report(
+            {"step": checkpoint.step_of(path)},
+            checkpoint=ray.train.Checkpoint.from_directory(path),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def flush(self) -> None:
+        """Wait until the recorder has written all that was sent."""
+        ray.get(self._sent)
+        self._sent.clear()
+
+    def _permit(self) -> None:
+        ray.get(self._recorder.permit.remote(self.attempt))
+
+
