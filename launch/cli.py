@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -19,7 +19,7 @@ from orchestrator.errors import OrchestratorError, SpecError
 
 app = typer.Typer(
     name="orchestrator",
-    help="Fine-tune large language models on many nodes: one job file in, a trained model and honest numbers out.",
+    help="Fine-tune large language models on many nodes: one job file in, a trained model and numbers out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,7 +28,8 @@ app = typer.Typer(
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable.")
+    list[str],
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use, e.g. auto; none starts a local Ray.")]
@@ -46,7 +47,7 @@ def _fail(text: str, code: int) -> NoReturn:
 
 @contextmanager
 def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
-    """Turn errors into one block on stderr and their exit code: 2 the file, 3 the machines, 4 the run, 130 Ctrl-C."""
+    """Turn errors into one block on stderr and an exit code: 2 file, 3 machines, 4 run, 130 Ctrl-C."""
     try:
         yield
     except OrchestratorError as error:
@@ -58,7 +59,7 @@ def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
 @app.command(epilog="Example: orchestrator validate launch/jobs/quickstart.yaml")
 def validate(
     jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files (YAML).")],
-    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
     """Check job files and print every error at once."""
@@ -80,8 +81,10 @@ def validate(
 def render(
     job: JobFile,
     target: Annotated[Literal["deepspeed", "schema"], typer.Option(help="What to print.")] = "deepspeed",
-    device: Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Device kind where the job says auto.")] = None,
-    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    device: Annotated[
+        Literal["cuda", "cpu"] | None, typer.Option(help="Device kind where the job says auto.")
+    ] = None,
+    overrides: Overrides = [],
 ) -> None:
     """Print what would be used, and apply nothing."""
     from orchestrator.parallel.deepspeed import render as render_deepspeed
@@ -101,7 +104,7 @@ def render(
 def pack(
     job: JobFile,
     address: Address = None,
-    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
     """Tokenise and pack only, and say what became of every row and token."""
@@ -109,7 +112,8 @@ def pack(
         spec = jobfile.load(job, overrides)
         from orchestrator.train.driver import prepare
 
-        figures = prepare(spec, address)
+        with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
+            figures = prepare(spec, address)
         _say(json.dumps(figures) if as_json else _table(figures))
 
 
@@ -117,16 +121,18 @@ def pack(
 def train(
     job: JobFile,
     address: Address = None,
-    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
-    """Train a job through Ray Train; run it again after any failure and it goes on from the last checkpoint."""
+    """Train a job through Ray Train; run it again after a failure and it goes on from its last checkpoint."""
     with _exit_codes("run the same command again and it goes on from the last checkpoint"):
         spec = jobfile.load(job, overrides)
         from launch.progress import Progress
         from orchestrator.train.driver import run
 
-        report = run(spec, address, Progress(sys.stderr if as_json else sys.stdout))
+        progress = Progress(sys.stderr if as_json else sys.stdout)
+        with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
+            report = run(spec, address, progress)
         _say(json.dumps(report) if as_json else _summary(report))
 
 
@@ -135,7 +141,7 @@ def submit(
     job: JobFile,
     address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster, http://HEAD:8265.")],
     wait: Annotated[bool, typer.Option(help="Stream the log until the run ends.")] = True,
-    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    overrides: Overrides = [],
 ) -> None:
     """Train a job on a cluster through Ray's job submission API."""
     with _exit_codes("the job goes on; see it with `ray job status`, end it with `ray job stop`"):
@@ -186,12 +192,14 @@ def _read_report(run: Path) -> dict[str, Any]:
 def _summary(report: dict[str, Any]) -> str:
     """Return the numbers that a person looks for first."""
     mfu = f"{report['mfu']:.1%}" if "mfu" in report else "not known for this device"
+    evaluation = report["evaluation_loss"]
     rows = {
         "run": report["name"],
         "steps": f"{report['steps']} ({report['epoch']:.2f} epochs)",
         "loss": f"{report['first_loss']:.4f} -> {report['loss']:.4f}",
-        "evaluation loss": report["evaluation_loss"] if report["evaluation_loss"] is not None else "no held-out data",
-        "TGS": f"{report['tgs']:.1f} tokens/GPU/s ({report['tgs_trained']:.1f} trained, {report['tgs_slots']:.1f} slots)",
+        "evaluation loss": "no held-out data" if evaluation is None else f"{evaluation:.4f}",
+        "TGS": f"{report['tgs']:.1f} tokens/GPU/s ({report['tgs_trained']:.1f} trained, "
+        f"{report['tgs_slots']:.1f} slots)",
         "TFLOPs": f"{report['tflops_model']:.4f} model, {report['tflops_hardware']:.4f} hardware, per GPU"
         if "tflops_model" in report
         else "not known for this architecture",
@@ -204,7 +212,16 @@ def _summary(report: dict[str, Any]) -> str:
 
 
 def _side_by_side(reports: list[dict[str, Any]]) -> str:
-    names = ("loss", "evaluation_loss", "tgs", "tflops_model", "mfu", "step_seconds", "world_size", "restarts")
+    names = (
+        "loss",
+        "evaluation_loss",
+        "tgs",
+        "tflops_model",
+        "mfu",
+        "step_seconds",
+        "world_size",
+        "restarts",
+    )
     header = ["".ljust(18), *(str(report["name"]).rjust(14) for report in reports)]
     lines = ["  ".join(header)]
     for name in names:

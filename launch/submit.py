@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.spec import JobSpec
+from orchestrator.train.session import choose_auth_mode
 
 _PACKAGES = ("orchestrator", "cluster", "launch", "ds_configs")
 _LARGEST_DATA_BYTES = 64 * 2**20
@@ -23,7 +24,7 @@ def submit(job: JobSpec, address: str, wait: bool, say: Callable[[str], None]) -
     """Submit a job and follow it.
 
     Args:
-        job: The job. Data files with a relative path travel along; others must lie where every node sees them.
+        job: The job. Data files with a relative path travel along; others must lie where nodes see them.
         address: Dashboard of the cluster, http://HEAD:8265.
         wait: Whether to stream the log until the run ends.
         say: Called with each line for the user.
@@ -35,6 +36,7 @@ def submit(job: JobSpec, address: str, wait: bool, say: Callable[[str], None]) -
         ClusterError: The cluster cannot be reached.
         SpecError: A data file is too large to travel.
     """
+    choose_auth_mode()
     from ray.job_submission import JobSubmissionClient
 
     with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
@@ -49,7 +51,8 @@ def submit(job: JobSpec, address: str, wait: bool, say: Callable[[str], None]) -
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(
-                f"the Ray dashboard at {address} does not take the job ({reason}); check --address and that the head is up"
+                f"the Ray dashboard at {address} does not take the job ({reason}); check --address and that "
+                "the head is up"
             ) from None
     say(f"submitted {identity}; follow it with: ray job logs --address {address} --follow {identity}")
     return _follow(client, identity, say) if wait else 0
@@ -66,16 +69,16 @@ def _pack_working_dir(job: JobSpec, folder: Path) -> None:
     for path in {source.path for source in sources if not source.path.startswith(("builtin/", "/", "~"))}:
         file = Path(path)
         if ".." in file.parts:
-            problems.append(f"data path {path} leaves the working directory, so it cannot travel; use an absolute path")
+            problems.append(f"data path {path} leaves the working directory; use an absolute path")
         elif file.is_file() and file.stat().st_size > _LARGEST_DATA_BYTES:
-            problems.append(f"data file {path} has more than 64 MiB; put it on storage that every node sees")
+            problems.append(f"data file {path} has more than 64 MiB; put it where every node sees it")
         elif file.is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, folder / file)
     if not Path(job.checkpoint.storage).is_absolute():
         problems.append(
-            f"checkpoint.storage={job.checkpoint.storage} is relative, and on a cluster it would lie in a temporary "
-            "folder; use the absolute path of storage that every node sees"
+            f"checkpoint.storage={job.checkpoint.storage} is relative, and on a cluster it would lie in "
+            "a temporary folder; use the absolute path of storage that every node sees"
         )
     if problems:
         raise SpecError(*problems)
@@ -90,8 +93,8 @@ def _follow(client: Any, identity: str, say: Callable[[str], None]) -> int:
             log = client.get_job_logs(identity)
         except (ConnectionError, RuntimeError, OSError) as error:
             raise ClusterError(
-                f"lost the cluster while following {identity} ({' '.join(str(error).split())[:200]}); the run may go on: "
-                "submit the same job again to resume it"
+                f"lost the cluster while following {identity} ({' '.join(str(error).split())[:200]}); the "
+                "run may go on: submit the same job again to resume it"
             ) from None
         fresh = log[shown:]
         if fresh:

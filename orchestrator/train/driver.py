@@ -1,6 +1,7 @@
 """The driver: one path from a job to a finished run, on a laptop and on a cluster.
 
-    check the cluster -> lay out the run's folder -> tokenise and pack on CPUs -> place the workers -> watch -> export -> report
+    check the cluster -> lay out the run's folder -> tokenise and pack on CPUs -> place the workers -> watch
+    -> export -> report
 
 Everything that can be decided is decided here, once; workers are handed a `Brief`.
 """
@@ -8,11 +9,9 @@ Everything that can be decided is decided here, once; workers are handed a `Brie
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from orchestrator.data.tokenize import tokenize_sources
 from orchestrator.errors import ClusterError, OrchestratorError, TrainingError
 from orchestrator.parallel.deepspeed import render
 from orchestrator.spec import JobSpec
-from orchestrator.train import checkpoint, export, folder, summary
+from orchestrator.train import checkpoint, export, folder, session, summary
 from orchestrator.train.brief import Brief, pack
 from orchestrator.train.lease import Lease
 from orchestrator.train.recorder import Recorder, Status
@@ -52,8 +51,8 @@ def run(job: JobSpec, address: str | None, watch: Watch) -> dict[str, Any]:
         OrchestratorError: What went wrong, by whose side it was.
     """
     started = time.monotonic()
-    with _connected(address):
-        nodes = _nodes()
+    with session.connected(address):
+        nodes = session.live_nodes()
         job, device = _settle(job, nodes)
         _require_room(job, device, nodes)
         home = folder.open_run(job)
@@ -103,7 +102,7 @@ def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
     Returns:
         What became of the rows and how full the packs are.
     """
-    with _connected(address):
+    with session.connected(address):
         job = folder.with_absolute_paths(job)
         store, packs, _ = _prepare_data(job)
         return summary.packing_figures(job, store, packs)
@@ -126,45 +125,6 @@ def export_run(home: Path, to: Path) -> Path:
     return export.export(job, dtype, saved[-1], to)
 
 
-@contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """Be a driver of the cluster at an address, or of a local Ray that lives as long as this."""
-    address = address or os.environ.get("RAY_ADDRESS")
-    # Ray 2.60 turns token authentication on for a plain local start, and writes a token into the home directory.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = f"Ray at {address} cannot be reached" if address else "a local Ray cannot be started"
-        reason = " ".join(str(error).split())[:200]
-        raise ClusterError(f"{where} ({reason}); check the address and that the head node is up") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _nodes() -> tuple[Node, ...]:
-    """Return the live nodes; of two lives of one address the newer counts."""
-    found = {
-        record["NodeManagerAddress"]: Node(
-            node_id=record["NodeID"],
-            address=record["NodeManagerAddress"],
-            hostname=record["NodeManagerHostname"],
-            cpus=record["Resources"].get("CPU", 0.0),
-            gpus=record["Resources"].get("GPU", 0.0),
-            memory_bytes=int(record["Resources"].get("memory", 0)),
-        )
-        for record in ray.nodes()
-        if record["Alive"]
-    }
-    return tuple(found.values())
-
-
 def _settle(job: JobSpec, nodes: tuple[Node, ...]) -> tuple[JobSpec, Literal["cuda", "cpu"]]:
     """Return the job with absolute paths, and the kind of device it runs on."""
     wanted = job.parallel.device
@@ -184,12 +144,17 @@ def _require_room(job: JobSpec, device: str, nodes: tuple[Node, ...]) -> None:
     deadline = time.monotonic() + _BUSY_WAIT_SECONDS
     while True:
         free = ray.available_resources()
-        short = [f"{name}: {free.get(name, 0):g} free of {n} wanted" for name, n in wanted.items() if free.get(name, 0) < n]
+        short = [
+            f"{name}: {free.get(name, 0):g} free of {n} wanted"
+            for name, n in wanted.items()
+            if free.get(name, 0) < n
+        ]
         if not short:
             return
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"the cluster is large enough, and other jobs hold it ({'; '.join(short)}); wait for them, or stop one"
+                f"the cluster is large enough, and other jobs hold it ({'; '.join(short)}); wait for "
+                "them, or stop one"
             )
         time.sleep(_POLL_SECONDS)
 
@@ -216,11 +181,17 @@ def _export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, t
 def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-    recorder = ray.remote(Recorder).options(**options).remote(home, job.name, lease, job.metrics.host, job.metrics.port)
+    recorder = (
+        ray.remote(Recorder)
+        .options(**options)
+        .remote(home, job.name, lease, job.metrics.host, job.metrics.port)
+    )
     try:
         _get(recorder.status.remote())
     except ray.exceptions.RayActorError as error:
-        raise ClusterError(f"the recorder cannot be started ({_first_line(error)}); see metrics.port") from None
+        raise ClusterError(
+            f"the recorder cannot be started ({_first_line(error)}); see metrics.port"
+        ) from None
     return recorder
 
 
@@ -281,8 +252,8 @@ def _explain(error: BaseException, brief: Brief) -> OrchestratorError:
     lines = lines or [_first_line(error)]
     return TrainingError(
         f"the worker group failed {brief.job.run.max_failures + 1} times and run.max_failures="
-        f"{brief.job.run.max_failures}; the last failure: {'; '.join(lines[:4])}; see the logs of Ray, then run the job again: "
-        "it goes on from the last checkpoint"
+        f"{brief.job.run.max_failures}; the last failure: {'; '.join(lines[:4])}; see the logs of Ray, then "
+        "run the job again: it goes on from the last checkpoint"
     )
 
 
@@ -300,5 +271,3 @@ def _get(reference: Any) -> Any:
         if isinstance(error.cause, OrchestratorError):
             raise error.cause from None
         raise
-
-

@@ -1,0 +1,99 @@
+"""The demonstration behind `make demo`: train, scrape, export, reload, summarise, and check each of them.
+
+Run as `python -m launch.demo`. It replaces what an earlier demonstration left in runs/demo.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib import resources
+from pathlib import Path
+
+_STORAGE = Path("runs/demo")
+_URL = "http://127.0.0.1:9400/metrics"
+_SERIES = re.compile(r"^(orchestrator_(?:tgs|tflops_model)\{.*rank=\"(\d+)\".*\}) (\S+)$", re.MULTILINE)
+
+
+def main() -> int:
+    """Run the demonstration; 0 when every part of it worked."""
+    shutil.rmtree(_STORAGE, ignore_errors=True)
+    job = Path(str(resources.files("launch"))) / "jobs" / "quickstart.yaml"
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "train",
+        str(job),
+        "--set",
+        f"checkpoint.storage={_STORAGE}",
+    ]
+    _say(f"$ orchestrator train {job.name} --set checkpoint.storage={_STORAGE}")
+    started = time.monotonic()
+    process = subprocess.Popen(command)
+    try:
+        seen = _scrape_while_running(process)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=60)
+    if process.returncode:
+        return process.returncode
+    if len(seen) < 4:
+        _say(f"{_URL} did not answer with TGS and TFLOPs of both ranks while the run went on")
+        return 1
+    _say(f"\n{_reload(_STORAGE / 'quickstart' / 'export')}")
+    _say(f"demo finished in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _scrape_while_running(process: subprocess.Popen[bytes]) -> dict[str, str]:
+    """Ask the endpoint until it has shown both ranks, print that once, and wait for the run to end."""
+    seen: dict[str, str] = {}
+    while process.poll() is None:
+        time.sleep(0.5)
+        if len(seen) >= 4:
+            continue
+        try:
+            with urllib.request.urlopen(_URL, timeout=2) as answer:
+                text = answer.read().decode()
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            continue
+        seen = {series: value for series, _, value in _SERIES.findall(text)}
+        if len(seen) >= 4:
+            _say(f"$ curl {_URL}")
+            for series, value in seen.items():
+                _say(f"{series} {value}")
+    return seen
+
+
+def _reload(folder: Path) -> str:
+    """Load the exported model as any user of transformers would, and let it continue a prompt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name three primary colors."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return f"reloaded {folder}: {parameters:,} parameters; after so few steps it writes: {text!r}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

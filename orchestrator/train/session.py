@@ -1,0 +1,67 @@
+"""Being a driver of a Ray cluster, or of a local Ray that is started and ended here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from cluster.topology import Node
+from orchestrator.errors import ClusterError
+
+
+def choose_auth_mode() -> None:
+    """Say whether Ray asks for a token: only where the environment brings one, or says so itself.
+
+    With nothing said, Ray 2.60 turns token authentication on for a plain local start and writes a token into
+    the home directory, which every later `ray start` on the machine then demands.
+    """
+    has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Be a driver of the cluster at an address, or of a local Ray that lives as long as this.
+
+    Args:
+        address: Address of a cluster, or auto; None takes RAY_ADDRESS from the environment, where it is set.
+
+    Raises:
+        ClusterError: The cluster cannot be reached, or a local Ray cannot be started.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    choose_auth_mode()
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"Ray at {address} cannot be reached" if address else "a local Ray cannot be started"
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(f"{where} ({reason}); check the address and that the head node is up") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def live_nodes() -> tuple[Node, ...]:
+    """Return the live nodes; where Ray still lists an earlier life of an address, the later one counts."""
+    found = {
+        record["NodeManagerAddress"]: Node(
+            node_id=record["NodeID"],
+            address=record["NodeManagerAddress"],
+            hostname=record["NodeManagerHostname"],
+            cpus=record["Resources"].get("CPU", 0.0),
+            gpus=record["Resources"].get("GPU", 0.0),
+            memory_bytes=int(record["Resources"].get("memory", 0)),
+        )
+        for record in ray.nodes()
+        if record["Alive"]
+    }
+    return tuple(found.values())

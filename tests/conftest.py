@@ -1,0 +1,163 @@
+"""What end-to-end tests share: the command line as users run it, and one undisturbed run to compare with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+# Real Alpaca rows, to be measured with and not shipped; where there are any they lie beside the checkout.
+REAL_ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en.json"
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start `orchestrator` with arguments, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=cwd,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> Finished:
+    """Wait for a command; one that hangs is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"the command did not end within {timeout} s\n{out[-3000:]}\n{err[-3000:]}")
+    return Finished(process.returncode, out, err)
+
+
+def orchestrator(*arguments: str, cwd: Path, timeout: float = 300, **environment: str) -> Finished:
+    """Run `orchestrator` with arguments to its end; no way of failing may show a traceback."""
+    done = finish(start(*arguments, cwd=cwd, **environment), timeout)
+    assert "Traceback (most recent call last)" not in done.out + done.err, done.err
+    return done
+
+
+def processes_of(marker: str) -> list[int]:
+    """Return the processes whose environment holds a text: all that a command started, and only that."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                environment = (folder / "environ").read_bytes()
+                state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            except (OSError, IndexError):
+                continue
+            if marker.encode() in environment and state != "Z":
+                found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Return the first true value of a condition; fail after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    pytest.fail(f"after {seconds} s still not: {what}")
+
+
+def step_rows(run: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a run's steps.jsonl."""
+    try:
+        text = (run / "steps.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Return the loss at every step; of a step that was done twice, the last."""
+    return {int(row["step"]): row["loss"] for row in step_rows(run)}
+
+
+def job_text(storage: Path, **changes: Any) -> str:
+    """Return the job that end-to-end tests train: two workers, ZeRO-3, twelve steps."""
+    data = str(REAL_ALPACA) if REAL_ALPACA.exists() else "builtin/alpaca_sample"
+    job: dict[str, Any] = {
+        "name": "run",
+        "model": {"path": "builtin/tiny-llama", "weights": "random"},
+        "data": {"train": [{"path": data}], "max_length": 512},
+        "parallel": {"workers": 2, "zero_stage": 3},
+        "optim": {"lr": 1e-3, "global_batch_size": 4, "max_steps": 12},
+        "checkpoint": {"storage": str(storage)},
+        "metrics": {"port": 0},
+    }
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        if key:
+            job.setdefault(section, {})[key] = value
+        else:
+            job[section] = value
+    return yaml.safe_dump(job)
+
+
+@dataclass
+class Observed:
+    """An undisturbed run, and what was seen of it from outside while it went on."""
+
+    folder: Path
+    report: dict[str, Any]
+    polls: list[tuple[float, int]] = field(default_factory=list)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    """Train the job once on one node, asking its endpoint for the step all the while."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    (home / "job.yaml").write_text(job_text(home / "runs"))
+    process = start("train", "job.yaml", "--json", "--set", "metrics.port=9471", cwd=home)
+    polls = list(_poll_steps(process, 9471))
+    done = finish(process)
+    assert done.code == 0, done.err
+    return Observed(home / "runs" / "run", json.loads(done.out), polls)
+
+
+def _poll_steps(process: subprocess.Popen[str], port: int) -> Iterator[tuple[float, int]]:
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+                text = answer.read().decode()
+        except OSError:
+            time.sleep(0.05)
+            continue
+        now = time.monotonic()
+        for line in text.splitlines():
+            if line.startswith("orchestrator_step{"):
+                yield now, int(float(line.rsplit(" ", 1)[1]))
+        time.sleep(0.01)
