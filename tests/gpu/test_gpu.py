@@ -1,0 +1,87 @@
+"""What only a GPU can show: bf16, NCCL, flash attention, and TGS and MFU of half a billion parameters.
+
+Run with `python -m pytest tests/gpu -s`; figures are printed, not asserted, and recorded in docs/gpu-runs.md.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.model.attention import Documents, document_attention
+from tests.conftest import job_text, orchestrator
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+LENGTHS = (1, 7, 128, 333, 64, 1024, 500, 3)
+# The shape of a well-known model of half a billion parameters; weights are random.
+HALF_BILLION = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+}
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_flash_equals_dense_in_output_and_gradient(kv_heads: int) -> None:
+    device, tokens = torch.device("cuda"), sum(LENGTHS)
+    generator = torch.Generator(device).manual_seed(0)
+    make = lambda heads: torch.randn(1, heads, tokens, 64, generator=generator, device=device)  # noqa: E731
+    base = [make(8), make(kv_heads), make(kv_heads)]
+    results = {}
+    for kernel, dtype in (("sdpa", torch.float32), ("flash", torch.bfloat16)):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in base]
+        documents = Documents.of(LENGTHS, kernel, device)  # type: ignore[arg-type]
+        output, _ = document_attention(torch.nn.Identity(), *inputs, None, documents=documents)
+        output.float().square().sum().backward()
+        results[kernel] = [output, *(tensor.grad for tensor in inputs)]
+    for dense, flash in zip(results["sdpa"], results["flash"], strict=True):
+        error = (dense.float() - flash.float()).norm() / dense.float().norm()
+        assert error < 2e-2
+
+
+def _train(tmp_path: Path, **changes: object) -> dict[str, object]:
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs", **changes))
+    done = orchestrator("train", "job.yaml", "--json", cwd=tmp_path, timeout=550)
+    assert done.code == 0, done.err
+    report: dict[str, object] = json.loads(done.out)
+    return report
+
+
+def test_bf16_over_nccl_trains(tmp_path: Path) -> None:
+    report = _train(tmp_path, parallel={"workers": 1, "zero_stage": 3, "device": "cuda"})
+    assert report["dtype"] == "bf16"
+    assert report["loss"] < report["first_loss"]  # type: ignore[operator]
+
+
+def test_throughput_of_half_a_billion_parameters(tmp_path: Path) -> None:
+    builtin = Path(__file__).resolve().parents[2] / "orchestrator" / "builtin" / "tiny-llama"
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in builtin.glob("*[jt]*"):
+        if file.name != "config.json":
+            (model / file.name).write_bytes(file.read_bytes())
+    (model / "config.json").write_text(json.dumps(HALF_BILLION))
+    report = _train(
+        tmp_path,
+        model={"path": str(model), "weights": "random"},
+        data={"train": [{"path": "builtin/alpaca_sample", "repeat": 50}], "max_length": 8192},
+        parallel={"workers": 1, "zero_stage": 2, "device": "cuda"},
+        optim={"lr": 1e-4, "global_batch_size": 2, "micro_batch_size": 2, "max_steps": 30},
+    )
+    print(f"\n{report['device']}: medians {json.dumps(report['medians'])}")  # noqa: T201 - figures for the record
+    assert report["memory_peak_bytes"]
