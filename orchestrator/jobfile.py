@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -29,10 +29,8 @@ _LONGEST_INTEGER = 400
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's core schema: 2e-5 is a number, 010 is ten; yes, on, 1:30 and dates are text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
-
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Return a node's value; a scalar that its tag cannot hold is an error with a line, like any other."""
+        """Return a node's value; a scalar that its tag cannot hold is an error with a line."""
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, str):
@@ -54,6 +52,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes text that YAML 1.1 or 1.2 would take for something else, so that every reader agrees."""
 
 
+_Loader.yaml_implicit_resolvers = {}
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 for _tag, _pattern, _first in (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -145,7 +144,7 @@ def _compose(text: str) -> tuple[_Loader, yaml.Node | None]:
     """Return the text's nodes, none of them built, and the loader that can build them.
 
     Raises:
-        yaml.YAMLError: No YAML, or more than a job can be: aliases may write out to any size, or hold themselves.
+        yaml.YAMLError: No YAML, or more than a job can be: aliases write out to any size, or hold themselves.
     """
     loader = _Loader(text)
     try:
@@ -186,9 +185,8 @@ def _walk(node: yaml.Node, location: Location, places: Places, problems: list[st
             place = (*location, name)
             if name in first:
                 _forget(places, place)
-                problems.append(
-                    f"{origin}:{line}: key {_dotted(place)} stands twice (first on line {first[name]}); keep one"
-                )
+                twice = f"key {_dotted(place)} stands twice (first on line {first[name]}); keep one"
+                problems.append(f"{origin}:{line}: {twice}")
             first.setdefault(name, line)
             places[place] = f"{origin}:{line}"
             _walk(child, place, places, problems, origin)
@@ -273,9 +271,11 @@ def _validate(data: dict[str, Any]) -> tuple[JobSpec | None, list[tuple[list[Loc
             if not consequence and _dotted(place) not in wrong:
                 problems.append(([place], _sentence(detail)))
         data = json.loads(json.dumps(data, default=str))
-        for detail in found:
-            wrong.add(_dotted(tuple(detail["loc"])))
-            _repair(data, detail)
+        for detail, place in zip(found, places, strict=True):
+            if _dotted(place) in wrong:  # the stand-in does not do here, so what it is part of goes
+                place = place[:-1]
+            wrong.add(_dotted(place))
+            _repair(data, place, unknown=detail["type"] == "extra_forbidden")
     return None, problems
 
 
@@ -292,9 +292,8 @@ _STAND_INS: Mapping[str, Any] = {
 }
 
 
-def _repair(data: Any, detail: ErrorDetails) -> None:
+def _repair(data: Any, location: Location, unknown: bool) -> None:
     """Take a wrong value out, or put a stand-in where the field is required."""
-    location = detail["loc"]
     target = data
     for part in location[:-1]:
         try:
@@ -303,12 +302,20 @@ def _repair(data: Any, detail: ErrorDetails) -> None:
             return
     last = location[-1] if location else ""
     stand_in = _STAND_INS.get(str(last))
-    if isinstance(target, dict) and stand_in is not None and detail["type"] != "extra_forbidden":
+    if isinstance(target, dict) and stand_in is not None and not unknown:
         target[str(last)] = stand_in
     elif isinstance(target, dict):
         target.pop(str(last), None)
     elif isinstance(target, list) and isinstance(last, int) and last < len(target):
         target[last] = {"path": "path"}
+
+
+_LIMITS: Mapping[str, str] = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
 
 
 def _sentence(detail: ErrorDetails) -> str:
@@ -324,9 +331,9 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"{field} is not a field of a job; {_did_you_mean(location)}"
     if kind == "literal_error":
         return f"{field}={shown} is not one of the values known; use {context['expected']}"
-    if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+    if kind in _LIMITS:
         limit = next(iter(context.values()))
-        return f"{field}={shown} is out of range; it must be {kind.replace('_', ' ')} {limit}"
+        return f"{field}={shown} is out of range; it must be {_LIMITS[kind]} {limit}"
     if kind == "too_short":
         return f"{field} has {context['actual_length']} elements; give at least {context['min_length']}"
     if kind == "too_long":
@@ -337,10 +344,12 @@ def _sentence(detail: ErrorDetails) -> str:
         return f"{field}={shown} has characters outside the rule; match {context['pattern']}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{field}={shown} is not a section; write its fields indented below the key"
+    if kind == "tuple_type":
+        return f"{field}={shown} has the wrong type; it must be a list"
     if kind == "bool_type":
         return f"{field}={shown} has the wrong type; it must be true or false, without quotes"
     if kind == "string_type":
-        return f"{field}={shown} has the wrong type; it must be text, in quotes where YAML reads it as something else"
+        return f"{field}={shown} has the wrong type; it must be text; put it in quotes"
     message = detail["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{field}={shown} has the wrong type; it must be {message}"
 
@@ -373,7 +382,11 @@ def _dotted(location: Iterable[str | int]) -> str:
 
 def _place_of(places: Places, locations: Sequence[Location], origin: str) -> str:
     """Return where the first of these that was written stands; what is missing belongs to its section."""
-    location = next((each for each in locations if each in places), locations[0])
+    for location in locations:
+        inside = (place for known, place in places.items() if known[: len(location)] == location)
+        if location and (place := places.get(location) or next(inside, None)):
+            return place
+    location = locations[0]
     while location and location not in places:
         location = location[:-1]
     return places.get(location, origin)

@@ -60,7 +60,7 @@ class SourceSpec(Section):
     """One data set."""
 
     path: Place
-    """JSON or JSONL file, or builtin/alpaca_sample and builtin/alpaca_sample_eval (ship with this package)."""
+    """JSON or JSONL file, or builtin/alpaca_sample and builtin/alpaca_sample_eval, which ship with it."""
     format: Literal["alpaca"] = "alpaca"
     """alpaca: rows with instruction, output and optional input."""
     weight: float = Field(default=1.0, gt=0.0)
@@ -87,7 +87,7 @@ class DataSpec(Section):
     loss_on: Literal["response", "all"] = "response"
     """Which tokens are trained on."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
-    """chat: the tokenizer's chat template; alpaca: Stanford Alpaca's prompt; auto: chat where there is one."""
+    """chat: the tokenizer's chat template; alpaca: Stanford Alpaca's prompt; auto: chat if there is one."""
 
 
 class ParallelSpec(Section):
@@ -250,10 +250,11 @@ def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
 
 
 def _broken_worker_rules(job: JobSpec) -> Iterator[Problem]:
-    if job.run.min_workers is not None and job.run.min_workers > job.parallel.workers:
+    fewest, workers = job.run.min_workers, job.parallel.workers
+    if fewest is not None and fewest > workers:
         yield (
             ("run.min_workers", "parallel.workers"),
-            f"run.min_workers={job.run.min_workers} is above parallel.workers={job.parallel.workers}; lower it",
+            f"run.min_workers={fewest} is above parallel.workers={workers}; lower it",
         )
 
 
@@ -263,13 +264,14 @@ def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
         yield (
             ("parallel.offload_param", "parallel.zero_stage"),
             f"parallel.offload_param={parallel.offload_param} needs partitioned parameters, and "
-            f"zero_stage={parallel.zero_stage} does not partition them; use zero_stage: 3 or offload_param: none",
+            f"zero_stage={parallel.zero_stage} does not partition them; use zero_stage: 3 or "
+            "offload_param: none",
         )
     elif parallel.offload_param != "none" and parallel.offload_optimizer == "none":
         yield (
             ("parallel.offload_param", "parallel.offload_optimizer"),
-            "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the device; "
-            "set offload_optimizer: cpu as well",
+            "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the "
+            "device; set offload_optimizer: cpu as well",
         )
 
 

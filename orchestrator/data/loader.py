@@ -68,7 +68,9 @@ class Geometry:
 class PackLoader:
     """Batches of one data set; holds no position, so every call is a seek."""
 
-    def __init__(self, store: TokenStore, packs: Packs, geometry: Geometry, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, store: TokenStore, packs: Packs, geometry: Geometry, seed: int, shuffle: bool = True
+    ) -> None:
         self._store, self._packs, self._geometry = store, packs, geometry
         self._seed, self._shuffle = seed, shuffle
         sums = np.concatenate([[0], np.cumsum(store.trained[packs.documents])])

@@ -1,8 +1,8 @@
 """Packing documents into packs of equal capacity: global best-fit-decreasing on a length histogram.
 
-After a document of length l is put into the fullest pack that still takes it, that pack is again the fullest one that
-may take the next of the same length. So a pack of room r takes floor(r / l) of them at once, and the work grows
-with the number of distinct lengths and not with the number of documents.
+After a document of length l is put into the fullest pack that still takes it, that pack is again the fullest
+one that may take the next of the same length. So a pack of room r takes floor(r / l) of them at once, and the
+work grows with the number of distinct lengths and not with the number of documents.
 """
 
 from __future__ import annotations
@@ -113,20 +113,18 @@ def _assign(distinct: Int64Array, counts: Int64Array, capacity: int) -> tuple[In
 def lower_bound(lengths: Int64Array, capacity: int) -> int:
     """Return a number of packs that no packing can go below.
 
-    The larger of ceil(sum / capacity) and Martello and Toth's L2 bound (Discrete Applied Mathematics 28, 1990).
+    The larger of ceil(sum / capacity) and the L2 bound of Martello and Toth (Discrete Applied Mathematics 28,
+    1990).
     """
     if len(lengths) == 0:
         return 0
     ordered = np.sort(lengths)
-    total = np.concatenate([[0], np.cumsum(ordered)])
-    best = int(-(-int(total[-1]) // capacity))
+    total = np.concatenate([[0], np.cumsum(ordered)]).astype(np.int64)
     half = int(np.searchsorted(ordered, capacity // 2, side="right"))
-    for threshold in np.unique(ordered[: half or 1]).tolist():
-        if threshold > capacity // 2:
-            break
-        alone = int(np.searchsorted(ordered, capacity - threshold, side="right"))
-        small = int(np.searchsorted(ordered, threshold, side="left"))
-        middle_room = (alone - half) * capacity - int(total[alone] - total[half])
-        rest = int(total[half] - total[small]) - middle_room
-        best = max(best, (len(ordered) - half) + max(0, -(-rest // capacity)))
-    return best
+    thresholds = np.concatenate([[0], np.unique(ordered[:half])]).astype(np.int64)
+    alone = np.searchsorted(ordered, capacity - thresholds, side="right")
+    small = np.searchsorted(ordered, thresholds, side="left")
+    middle_room = (alone - half) * capacity - (total[alone] - total[half])
+    rest = (total[half] - total[small]) - middle_room
+    more = int(np.maximum(0, -(-rest // capacity)).max())
+    return max(-(-int(total[-1]) // capacity), len(ordered) - half + more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -37,8 +38,10 @@ def resolve(path: str) -> Path:
     if path.startswith(_BUILTIN):
         folder = Path(str(resources.files("orchestrator"))) / "builtin"
         name = path.removeprefix(_BUILTIN)
-        return next((each for each in (folder / name, folder / f"{name}.jsonl") if each.exists()), folder / name)
-    return Path(path).expanduser()
+        return next(
+            (each for each in (folder / name, folder / f"{name}.jsonl") if each.exists()), folder / name
+        )
+    return Path(os.path.expanduser(path))  # an unknown ~user stays as it is and is reported as not found
 
 
 def read_alpaca(path: str) -> list[Row]:
@@ -51,18 +54,11 @@ def read_alpaca(path: str) -> list[Row]:
         The rows in file order.
 
     Raises:
-        SpecError: The file is missing, not JSON, empty, or has malformed rows; each names file and line or row.
+        SpecError: The file is missing, not JSON, empty, or has malformed rows; each names file and place.
     """
-    file = resolve(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SpecError(f"data file {path} cannot be read ({error.strerror}); check the path on every node") from None
-    except UnicodeDecodeError as error:
-        raise SpecError(f"data file {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
     rows: list[Row] = []
     problems: list[str] = []
-    for place, value in _values(text, path):
+    for place, value in _values(_text(path), path):
         row = _row(value)
         if isinstance(row, str):
             problems.append(f"data file {path}, {place}: {row}")
@@ -77,12 +73,27 @@ def read_alpaca(path: str) -> list[Row]:
     return rows
 
 
+def _text(path: str) -> str:
+    try:
+        return resolve(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SpecError(
+            f"data file {path} cannot be read ({error.strerror}); check the path on every node"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"data file {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
+        ) from None
+    except ValueError as error:
+        raise SpecError(f"data file {path!r} cannot be read ({error}); check the path") from None
+
+
 def _values(text: str, path: str) -> Iterator[tuple[str, Any]]:
     """Yield every row with its place: `row 3` in an array, `line 3` in JSON lines."""
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"data file {path} is not valid JSON ({error}); repair it there") from None
         yield from ((f"row {number}", value) for number, value in enumerate(values, start=1))
         return
@@ -91,25 +102,37 @@ def _values(text: str, path: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"line {number}", json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield f"line {number}", error
 
 
 def _row(value: Any) -> Row | str:
     """Return the row, or the sentence that says why it is none."""
-    if isinstance(value, ValueError):
+    if isinstance(value, Exception):
         return f"not valid JSON ({value}); write one JSON object a line"
     if not isinstance(value, dict):
         return f"a {type(value).__name__} where an object with instruction and output belongs"
     for field in ("instruction", "output"):
         if field not in value:
             return f"field {field} is missing (found: {', '.join(map(str, value)) or 'nothing'}); add it"
-    texts = {field: value.get(field) or "" for field in ("instruction", "input", "output", "system")}
+    found = {field: value.get(field) for field in ("instruction", "input", "output", "system")}
+    texts = {field: "" if text is None else text for field, text in found.items()}
     for field, text in texts.items():
         if not isinstance(text, str):
-            return f"field {field} is a {type(text).__name__}, and it must be text"
+            return f"field {field} is a {type(text).__name__}, and it must be text; write it in quotes"
+        if not _is_unicode(text):
+            return f"field {field} holds half of a surrogate pair, which is no character; repair the escape"
     if not texts["output"].strip():
         return "field output is empty, so there is nothing to learn; fill or remove the row"
     if not (texts["instruction"] + texts["input"]).strip():
         return "fields instruction and input are empty; fill or remove the row"
     return Row(**texts)
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether the text can be encoded: JSON can escape half a surrogate pair, tokenizers cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -61,7 +61,8 @@ def write_shard(folder: Path, number: int, documents: Sequence[Document], accoun
     np.save(folder / f"trained-{number:05d}.npy", trained)
     return ShardIndex(
         lengths=np.array([len(document.tokens) for document in documents], dtype=np.int64),
-        trained=np.array([int(document.trained.sum()) for document in documents], dtype=np.int64),
+        # Not the first token: the loader has nothing before it to predict it from.
+        trained=np.array([int(document.trained[1:].sum()) for document in documents], dtype=np.int64),
         account=account,
     )
 
@@ -78,7 +79,9 @@ def write_index(folder: Path, shards: Sequence[ShardIndex], about: dict[str, obj
         trained=np.concatenate([shard.trained for shard in shards]),
     )
     account = sum((shard.account for shard in shards), Account())
-    (folder / MANIFEST).write_text(json.dumps({"account": asdict(account), **about}, indent=2), encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps({"account": asdict(account), **about}, indent=2), encoding="utf-8"
+    )
 
 
 class TokenStore:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 
 from orchestrator.data.source import Row
 from orchestrator.errors import SpecError
@@ -50,7 +51,9 @@ def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Templat
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if wanted == "chat" and not has_chat:
-        raise SpecError("data.template=chat, and the model's tokenizer has no chat template; use template: alpaca")
+        raise SpecError(
+            "data.template=chat, and the model's tokenizer has no chat template; use template: alpaca"
+        )
     if wanted == "auto":
         return "chat" if has_chat else "alpaca"
     return wanted
@@ -60,7 +63,7 @@ def texts(row: Row, template: Template, tokenizer: Any) -> tuple[str, str]:
     """Return a row's prompt and response text, special tokens included.
 
     Raises:
-        SpecError: The chat template writes the prompt differently once the answer follows it.
+        SpecError: The chat template refuses the row, or writes the prompt differently before an answer.
     """
     if template == "alpaca":
         body = _ALPACA_WITH_INPUT if row.input else _ALPACA_WITHOUT_INPUT
@@ -70,20 +73,23 @@ def texts(row: Row, template: Template, tokenizer: Any) -> tuple[str, str]:
     question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
     messages = [{"role": "system", "content": row.system}] if row.system else []
     messages.append({"role": "user", "content": question})
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    messages.append({"role": "assistant", "content": row.output})
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    answer = {"role": "assistant", "content": row.output}
+    try:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+    except TemplateError as error:
+        raise SpecError(
+            f"the model's chat template refuses a row ({error}); use data.template: alpaca, or change the row"
+        ) from None
     if not whole.startswith(prompt):
         raise SpecError(
-            "the model's chat template writes the prompt differently before an answer, so the response cannot "
-            "be told apart; use data.template: alpaca"
+            "the model's chat template writes the prompt differently before an answer, so the response "
+            "cannot be told apart; use data.template: alpaca"
         )
     return prompt, whole[len(prompt) :]
 
 
-def tokenize(
-    rows: Sequence[Row], tokenizer: Any, template: Template, loss_on: LossOn
-) -> list[Document]:
+def tokenize(rows: Sequence[Row], tokenizer: Any, template: Template, loss_on: LossOn) -> list[Document]:
     """Tokenise rows; prompt and response apart, as they will stand when the model is used.
 
     Args:

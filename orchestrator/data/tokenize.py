@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.data.source import Row, read_alpaca, resolve
 from orchestrator.data.store import MANIFEST, Account, ShardIndex, TokenStore, write_index, write_shard
@@ -40,8 +40,8 @@ def load_tokenizer(job: JobSpec) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecError(
-            f"model.path={job.model.path} has no tokenizer that can be loaded ({reason}); name a folder or hub "
-            "model with tokenizer files"
+            f"model.path={job.model.path} has no tokenizer that can be loaded ({reason}); name a folder or "
+            "hub model with tokenizer files"
         ) from None
 
 
@@ -83,10 +83,13 @@ def tokenize_sources(job: JobSpec, sources: Sequence[SourceSpec], cache: Path) -
 
 
 def _write_shards(job: JobSpec, sources: Sequence[SourceSpec], folder: Path) -> list[ShardIndex]:
-    tasks = []
+    # Files are read where the driver looked for them; the rows travel to whichever node tokenises them.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    tasks: list[Any] = []
     for source in sources:
-        blocks = _read_blocks.options(num_returns="streaming").remote(source)
-        tasks += [_write_block.remote(job, block, str(folder), len(tasks) + n) for n, block in enumerate(blocks)]
+        blocks = _read_blocks.options(num_returns="streaming", scheduling_strategy=here).remote(source)
+        for block in blocks:
+            tasks.append(_write_block.remote(job, block, str(folder), len(tasks)))
     return list(_results(tasks))
 
 
@@ -109,7 +112,6 @@ def _read_blocks(source: SourceSpec) -> Iterator[list[Row]]:
 
 @ray.remote(num_cpus=1, max_retries=3)
 def _write_block(job: JobSpec, rows: list[Row], folder: str, number: int) -> ShardIndex:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = load_tokenizer(job)
     template = choose(job.data.template, tokenizer)
     documents, account = [], Account()

@@ -1,7 +1,7 @@
 """Every number that is published: its name, unit and meaning, once.
 
-`steps.jsonl`, `report.json`, the Prometheus endpoint and the dashboards take names from here; in Prometheus they carry
-the prefix `orchestrator_`.
+`steps.jsonl`, `report.json`, the Prometheus endpoint and the dashboards take names from here; in Prometheus
+they carry the prefix `orchestrator_`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,14 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("tgs", "Real (non-padding) tokens per GPU per second.", "rank"),
     Metric("tgs_trained", "Tokens that are targets of the loss, per GPU per second.", "rank"),
     Metric("tgs_slots", "Packed slots including padding, per GPU per second.", "rank"),
-    Metric("tflops_model", "TFLOP/s per GPU of the work asked for: causal, per document, no recompute.", "rank"),
+    Metric(
+        "tflops_model", "TFLOP/s per GPU of the work asked for: causal, per document, no recompute.", "rank"
+    ),
     Metric("tflops_hardware", "TFLOP/s per GPU of the work done, recomputation included.", "rank"),
     Metric("mfu", "tflops_model over the device's dense peak; absent where the peak is not known.", "rank"),
-    Metric("hfu", "tflops_hardware over the device's dense peak; absent where the peak is not known.", "rank"),
+    Metric(
+        "hfu", "tflops_hardware over the device's dense peak; absent where the peak is not known.", "rank"
+    ),
     Metric("step_seconds", "Wall seconds of the optimizer step, without evaluation and checkpoints.", "run"),
     Metric("data_seconds", "Seconds of the step spent on making batches.", "rank"),
     Metric("forward_seconds", "Seconds of the step spent in forward passes.", "rank"),
@@ -50,9 +54,13 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric("tokens", "Real tokens of the step.", "rank"),
     Metric("trained_tokens", "Tokens of the step that are targets of the loss.", "rank"),
     Metric("padding_fraction", "Share of the step's slots that hold padding.", "run"),
-    Metric("memory_bytes", "Memory in use at the end of the step: allocated on CUDA, resident on CPU.", "rank"),
+    Metric(
+        "memory_bytes", "Memory in use at the end of the step: allocated on CUDA, resident on CPU.", "rank"
+    ),
     Metric("memory_peak_bytes", "Largest memory in use so far: allocated on CUDA, resident on CPU.", "rank"),
-    Metric("memory_reserved_bytes", "Memory that the allocator holds: reserved on CUDA, resident on CPU.", "rank"),
+    Metric(
+        "memory_reserved_bytes", "Memory that the allocator holds: reserved on CUDA, resident on CPU.", "rank"
+    ),
 )
 
 RUN_METRICS: tuple[Metric, ...] = (
@@ -69,5 +77,7 @@ COUNTERS: tuple[Metric, ...] = (
     Metric("processed_flops", "FLOPs of the model's work since the worker started.", "rank"),
 )
 
-INFO = Metric("run_info", "Effective zero_stage, sequence_parallel_size, world_size, dtype and device; value 1.", "run")
+INFO = Metric(
+    "run_info", "Effective zero_stage, sequence_parallel_size, world_size, dtype and device; value 1.", "run"
+)
 INFO_LABELS = (*RUN_LABELS, "zero_stage", "sequence_parallel_size", "world_size", "dtype", "device")

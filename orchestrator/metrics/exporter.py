@@ -55,17 +55,18 @@ class Exporter:
             for metric in catalogue.COUNTERS
         }
         self._info = Gauge(
-            catalogue.PREFIX + catalogue.INFO.name, catalogue.INFO.help, catalogue.INFO_LABELS, registry=self._registry
+            catalogue.PREFIX + catalogue.INFO.name,
+            catalogue.INFO.help,
+            catalogue.INFO_LABELS,
+            registry=self._registry,
         )
         self._server: WSGIServer
         self._thread: Thread
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
-        except OSError as error:
-            raise ClusterError(
-                f"metrics.port={port} on {host} cannot be opened ({error.strerror}); free it, set another "
-                "metrics.port, or 0 for any free one"
-            ) from None
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no host name"
+            raise endpoint_error(host, port, reason) from None
 
     @property
     def port(self) -> int:
@@ -101,3 +102,11 @@ class Exporter:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
+
+
+def endpoint_error(host: str, port: int, reason: str | None) -> ClusterError:
+    """Return the error that says why the endpoint cannot be opened."""
+    return ClusterError(
+        f"metrics.port={port} on {host} cannot be opened ({reason}); free it, set another "
+        "metrics.port, or 0 for any free one"
+    )

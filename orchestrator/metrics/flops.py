@@ -1,8 +1,8 @@
 """Floating-point operations of the work that was asked for, and of the work that was done.
 
-A matrix product of [m, k] and [k, n] counts 2 m k n. Attention is causal and stays inside documents, so a document of
-length L costs 2 d heads L^2 a layer for scores and values together, half of the full square. The backward pass costs twice
-the forward pass (Megatron-LM, arXiv 2104.04473; PaLM's MFU, arXiv 2204.02311).
+A matrix product of [m, k] and [k, n] counts 2 m k n. Attention is causal and stays inside documents, so a
+document of length L costs 2 d heads L^2 a layer for scores and values together, half of the full square. The
+backward pass costs twice the forward pass (Megatron-LM, arXiv 2104.04473; PaLM's MFU, arXiv 2204.02311).
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ def model_flops(forward: ForwardFlops) -> float:
 
 
 def hardware_flops(forward: ForwardFlops, gradient_checkpointing: bool) -> float:
-    """Return the FLOPs that are done, with each layer recomputed under gradient checkpointing."""
+    """Return the FLOPs that are done, with each layer recomputed under gradient checkpointing.
+
+    A whole layer is recomputed under ZeRO-3, where DeepSpeed wraps each product. Under ZeRO-2 torch stops
+    before the layer's last product, which no gradient needs: there this is 2 h i a token and layer too much.
+    """
     recomputed = forward.linear + forward.attention if gradient_checkpointing else 0.0
     return model_flops(forward) + recomputed

@@ -1,7 +1,7 @@
 """From what one step did and how long it took to the numbers that are published. Pure arithmetic.
 
-Definitions: tokens are real tokens, never padding; seconds are wall seconds of the optimizer step, the same for all ranks,
-without evaluation and checkpoints.
+Definitions: tokens are real tokens, never padding; seconds are wall seconds of the optimizer step, the same
+for all ranks, without evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def rank_values(step: RankStep, seconds: float, peak_flops: float | None) -> Val
 def step_values(steps: Sequence[RankStep], seconds: float, peak_flops: Sequence[float | None]) -> Values:
     """Return the step's numbers over all ranks.
 
-    Rates are means over ranks, so that they stay per GPU; tokens are sums; phases and memory are those of the slowest
-    and of the fullest rank, which a mean would hide.
+    Rates are means over ranks, so that they stay per GPU; tokens are sums; phases and memory are those of the
+    slowest and of the fullest rank, which a mean would hide.
 
     Args:
         steps: What each rank did, by rank.
@@ -103,9 +103,11 @@ def step_values(steps: Sequence[RankStep], seconds: float, peak_flops: Sequence[
         "step_seconds": seconds,
         "padding_fraction": 1.0 - sum(step.tokens for step in steps) / sum(step.slots for step in steps),
     }
+    # A rank whose packs lie past the end of the data did no work: it counts as 0 and hides no other.
+    busy = [rank for rank in each if rank["tokens"]]
     for name in ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu"):
-        if all(name in rank for rank in each):
-            values[name] = sum(rank[name] for rank in each) / len(each)
+        if busy and all(name in rank for rank in busy):
+            values[name] = sum(rank.get(name, 0.0) for rank in each) / len(each)
     for name in ("tokens", "trained_tokens"):
         values[name] = sum(rank[name] for rank in each)
     for name in (*PHASES, *MEMORY):

@@ -13,7 +13,7 @@ from orchestrator.spec import JobSpec, ParallelSpec
 
 # DeepSpeed accepts unknown keys in silence; these are the ones that a policy may use.
 _ADAM = {"lr": 0, "betas": 0, "eps": 0, "weight_decay": 0, "torch_adam": 0, "fused": 0}
-_OFFLOAD = {"device": 0, "pin_memory": 0, "buffer_count": 0, "ratio": 0, "fast_init": 0}
+_OFFLOAD = {"device": 0, "pin_memory": 0, "buffer_count": 0}
 KNOWN_KEYS: Mapping[str, Any] = {
     "train_batch_size": 0,
     "train_micro_batch_size_per_gpu": 0,
@@ -22,21 +22,23 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "steps_per_print": 0,
     "wall_clock_breakdown": 0,
     "bf16": {"enabled": 0},
-    "fp16": dict.fromkeys(
-        ("enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"), 0
-    ),
+    "fp16": {
+        "enabled": 0, "loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 0, "hysteresis": 0,
+        "min_loss_scale": 0,
+    },
     "optimizer": {"type": 0, "params": _ADAM},
     "zero_optimization": {
         **dict.fromkeys(
             (
                 "stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size",
                 "allgather_partitions", "allgather_bucket_size", "round_robin_gradients", "sub_group_size",
-                "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
-                "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save",
+                "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+                "stage3_max_live_parameters", "stage3_max_reuse_distance",
+                "stage3_gather_16bit_weights_on_model_save",
             ),
             0,
         ),
-        "offload_optimizer": _OFFLOAD,
+        "offload_optimizer": {**_OFFLOAD, "ratio": 0, "fast_init": 0},
         "offload_param": {**_OFFLOAD, "buffer_size": 0, "max_in_cpu": 0},
     },
 }  # fmt: skip
@@ -58,7 +60,9 @@ def load_policy(name: str) -> dict[str, Any]:
     return policy
 
 
-def render(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], device: Literal["cuda", "cpu"]) -> dict[str, Any]:
+def render(
+    job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], device: Literal["cuda", "cpu"]
+) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a job, with every value filled in.
 
     Args:
@@ -74,7 +78,8 @@ def render(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], device: Literal
     values = {
         "train_batch_size": optim.global_batch_size,
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
-        "gradient_accumulation_steps": optim.global_batch_size // (optim.micro_batch_size * layout.data_parallel_size),
+        "gradient_accumulation_steps": optim.global_batch_size
+        // (optim.micro_batch_size * layout.data_parallel_size),
         "gradient_clipping": optim.clip_norm,
         "bf16.enabled": dtype == "bf16",
         "fp16.enabled": dtype == "fp16",
@@ -89,7 +94,8 @@ def render(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], device: Literal
     problems = [f"ds_configs/{name}.json: {problem}" for problem in unknown_keys(policy)]
     rendered = _fill(policy, values)
     problems += [
-        f"ds_configs/{name}.json: nothing fills {key}, which is auto; write a value" for key in _autos(rendered)
+        f"ds_configs/{name}.json: nothing fills {key}, which is auto; write a value"
+        for key in _autos(rendered)
     ]
     if problems:
         raise SpecError(*problems)
@@ -102,14 +108,19 @@ def unknown_keys(config: Any, known: Any = KNOWN_KEYS, prefix: str = "") -> Iter
     for key, value in config.items():
         dotted = f"{prefix}{key}"
         if key not in known:
-            yield f"{dotted} is not a key that is known here; remove it, or add it to KNOWN_KEYS with its meaning"
-        elif isinstance(value, dict) and isinstance(known[key], dict):
+            yield f"{dotted} is not a key that is known here; remove it, or add it to KNOWN_KEYS"
+        elif isinstance(value, dict) != isinstance(known[key], dict):
+            kind = "a section" if isinstance(known[key], dict) else "a single value"
+            yield f"{dotted} must be {kind}; see DeepSpeed's configuration page"
+        elif isinstance(value, dict):
             yield from unknown_keys(value, known[key], f"{dotted}.")
 
 
 def _fill(value: Any, values: Mapping[str, Any], dotted: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _fill(child, values, f"{dotted}.{key}" if dotted else key) for key, child in value.items()}
+        return {
+            key: _fill(child, values, f"{dotted}.{key}" if dotted else key) for key, child in value.items()
+        }
     return values.get(dotted, value) if value == "auto" else value
 
 
@@ -117,5 +128,5 @@ def _autos(value: Any, dotted: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for key, child in value.items():
             yield from _autos(child, f"{dotted}.{key}" if dotted else key)
-    elif value == "auto":
+    elif value == "auto" or (isinstance(value, list) and "auto" in value):
         yield dotted

@@ -70,5 +70,7 @@ def training_loader(job: JobSpec, store: TokenStore, packs: Packs) -> tuple[Pack
 def evaluation_loader(job: JobSpec, store: TokenStore, packs: Packs) -> tuple[PackLoader, int]:
     """Return the loader of the held-out data, one micro-batch a worker and step, and the number of packs."""
     micro, layout = job.optim.micro_batch_size, Layout.of(job)
-    geometry = Geometry(job.data.max_length, micro * layout.data_parallel_size, micro, layout.data_parallel_size)
+    geometry = Geometry(
+        job.data.max_length, micro * layout.data_parallel_size, micro, layout.data_parallel_size
+    )
     return PackLoader(store, packs, geometry, job.run.seed, shuffle=False), len(packs)

@@ -9,6 +9,7 @@ Everything that can be decided is decided here, once; workers are handed a `Brie
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -19,13 +20,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.placement import missing
-from cluster.topology import Node
 from orchestrator.data.packing import Packs
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import tokenize_sources
 from orchestrator.errors import ClusterError, OrchestratorError, TrainingError
+from orchestrator.metrics.exporter import endpoint_error
 from orchestrator.parallel.deepspeed import render
-from orchestrator.spec import JobSpec
+from orchestrator.spec import JobSpec, MetricsSpec
 from orchestrator.train import checkpoint, export, folder, session, summary
 from orchestrator.train.brief import Brief, pack
 from orchestrator.train.lease import Lease
@@ -51,19 +52,21 @@ def run(job: JobSpec, address: str | None, watch: Watch) -> dict[str, Any]:
         OrchestratorError: What went wrong, by whose side it was.
     """
     started = time.monotonic()
-    with session.connected(address):
-        nodes = session.live_nodes()
-        job, device = _settle(job, nodes)
-        _require_room(job, device, nodes)
-        home = folder.open_run(job)
-        finished = folder.finished(home)
-        if finished is not None:
-            return finished
-        lease = Lease.acquire(home)
-        try:
+    job = folder.with_absolute_paths(job)
+    folder.require_inputs(job)
+    home = folder.open_run(job)
+    finished = folder.finished(home)
+    if finished is not None:
+        return finished
+    lease = Lease.acquire(home)
+    try:
+        _require_port(job.metrics)
+        with session.connected(address):
+            device = _place(job)
+            folder.record_job(home, job)
             return _train(job, device, home, lease, watch, started)
-        finally:
-            lease.release(home)
+    finally:
+        lease.release(home)
 
 
 def _train(
@@ -102,8 +105,9 @@ def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
     Returns:
         What became of the rows and how full the packs are.
     """
+    job = folder.with_absolute_paths(job)
+    folder.require_inputs(job)
     with session.connected(address):
-        job = folder.with_absolute_paths(job)
         store, packs, _ = _prepare_data(job)
         return summary.packing_figures(job, store, packs)
 
@@ -125,17 +129,15 @@ def export_run(home: Path, to: Path) -> Path:
     return export.export(job, dtype, saved[-1], to)
 
 
-def _settle(job: JobSpec, nodes: tuple[Node, ...]) -> tuple[JobSpec, Literal["cuda", "cpu"]]:
-    """Return the job with absolute paths, and the kind of device it runs on."""
-    wanted = job.parallel.device
-    device: Literal["cuda", "cpu"]
-    device = ("cuda" if any(node.gpus for node in nodes) else "cpu") if wanted == "auto" else wanted
-    return folder.with_absolute_paths(job), device
+def _place(job: JobSpec) -> Literal["cuda", "cpu"]:
+    """Return the kind of device that the job runs on.
 
-
-def _require_room(job: JobSpec, device: str, nodes: tuple[Node, ...]) -> None:
-    """Refuse a job that the cluster cannot hold, and one that others leave no room for."""
-    parallel = job.parallel
+    Raises:
+        ClusterError: The cluster cannot hold the workers, or other jobs leave no room for them.
+    """
+    parallel, nodes = job.parallel, session.live_nodes()
+    found: Literal["cuda", "cpu"] = "cuda" if any(node.gpus for node in nodes) else "cpu"
+    device = found if parallel.device == "auto" else parallel.device
     gpus = 1 if device == "cuda" else 0
     problem = missing(nodes, parallel.workers, parallel.cpus_per_worker, gpus)
     if problem:
@@ -150,13 +152,25 @@ def _require_room(job: JobSpec, device: str, nodes: tuple[Node, ...]) -> None:
             if free.get(name, 0) < n
         ]
         if not short:
-            return
+            return device
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"the cluster is large enough, and other jobs hold it ({'; '.join(short)}); wait for "
                 "them, or stop one"
             )
         time.sleep(_POLL_SECONDS)
+
+
+def _require_port(metrics: MetricsSpec) -> None:
+    """Find out that the endpoint's port is taken before anything is paid for; the recorder opens it later."""
+    if metrics.port:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((metrics.host, metrics.port))
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or "no host name"
+                raise endpoint_error(metrics.host, metrics.port, reason) from None
 
 
 def _prepare_data(job: JobSpec) -> tuple[TokenStore, Packs, Path | None]:

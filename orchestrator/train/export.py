@@ -19,8 +19,8 @@ _MAX_SHARD = "5GB"
 def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path) -> Path:
     """Write the model of a checkpoint as Hugging Face safetensors, with configuration and tokenizer.
 
-    One tensor at a time is put together from the shards, so host memory holds one output file and not the model twice. Needs no
-    device and no process group.
+    One tensor at a time is put together from the shards, so host memory holds one output file and not the
+    model twice. Needs no device and no process group.
 
     Args:
         job: The run's job.
@@ -51,7 +51,8 @@ def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to
         draft.rename(to)
     except OSError as error:
         raise TrainingError(
-            f"the model cannot be exported to {to} ({error.strerror}); make room or name another folder with --to"
+            f"the model cannot be exported to {to} ({error.strerror}); make room or name another "
+            "folder with --to"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

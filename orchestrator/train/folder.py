@@ -11,11 +11,12 @@ from orchestrator import jobfile
 from orchestrator.data.source import resolve
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.spec import JobSpec, SourceSpec
+from orchestrator.train.recorder import ATTEMPTS
 from orchestrator.train.summary import REPORT
 
 JOB = "job.yaml"
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-# What may differ between the first start of a run and a later one: it decides nothing that a number depends on.
+# What may differ between the first start of a run and a later one: no trained number depends on it.
 _FREE = ("run.max_failures", "run.collective_timeout_seconds", "checkpoint", "metrics", "eval.every_steps")
 
 
@@ -34,7 +35,7 @@ def with_absolute_paths(job: JobSpec) -> JobSpec:
 
 
 def _absolute(path: str) -> str:
-    """Return a path that holds in any working directory; what this package ships and hub names stay as they are."""
+    """Return a path that holds in any working directory; hub names and what this package ships stay."""
     found = resolve(path)
     return path if path.startswith("builtin/") or not found.exists() else str(found.absolute())
 
@@ -59,17 +60,43 @@ def open_run(job: JobSpec) -> Path:
         probe = home / ".writable"
         probe.write_text("", encoding="utf-8")
         probe.unlink()
-        if (home / JOB).exists():
+        if (home / ATTEMPTS).exists():
             _require_same(job_of(home), job, home)
-        (home / JOB).write_text(jobfile.dump(job), encoding="utf-8")
-        # Ray's list of checkpoints may name some that are gone; ours are found by their manifests.
-        (home / _RAY_SNAPSHOT).unlink(missing_ok=True)
     except OSError as error:
         raise ClusterError(
-            f"checkpoint.storage={job.checkpoint.storage} cannot be written ({error.strerror}); name a folder that the "
-            "driver and every node can write"
+            f"checkpoint.storage={job.checkpoint.storage} cannot be written ({error.strerror}); name a "
+            "folder that the driver and every node can write"
         ) from None
     return home
+
+
+def record_job(home: Path, job: JobSpec) -> None:
+    """Write the job as resolved, and make the folder ready for a new driver."""
+    (home / JOB).write_text(jobfile.dump(job), encoding="utf-8")
+    # Ray's list of checkpoints may name some that are gone; ours are found by their manifests.
+    (home / _RAY_SNAPSHOT).unlink(missing_ok=True)
+
+
+def require_inputs(job: JobSpec) -> None:
+    """Look for the files that a job names, before anything is started.
+
+    Raises:
+        SpecError: With every data file that is not there, and a model folder that is none.
+    """
+    problems = [
+        f"data file {source.path} is not there; check the path, which counts from {Path.cwd()} if relative"
+        for source in (*job.data.train, *(job.eval.data if job.eval else ()))
+        if not resolve(source.path).is_file()
+    ]
+    model = resolve(job.model.path)
+    if model.is_dir() and not (model / "config.json").is_file():
+        problems.append(
+            f"model.path={job.model.path} has no config.json; name a folder in Hugging Face format"
+        )
+    elif not model.is_dir() and job.model.path.startswith(("/", ".", "~", "builtin/")):
+        problems.append(f"model.path={job.model.path} is not there; name an existing folder, or a hub model")
+    if problems:
+        raise SpecError(*problems)
 
 
 def job_of(home: Path) -> JobSpec:
@@ -108,7 +135,8 @@ def _require_same(old: JobSpec, new: JobSpec, home: Path) -> None:
     ]
     if differing:
         raise SpecError(
-            f"{home} holds a run of another job: {', '.join(differing)}; give this job another name, or remove the folder"
+            f"{home} holds a run of another job: {', '.join(differing)}; give this job another name, or "
+            "remove the folder"
         )
 
 

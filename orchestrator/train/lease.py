@@ -1,4 +1,4 @@
-"""One writer a run: a driver holds a lease on the run's folder, and a newer driver can tell whether it still lives."""
+"""One writer a run: a driver holds a lease on the folder, and a newer one can tell whether it still lives."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Lease:
         while (other := _read(folder)) and _is_alive(other, folder):
             if time.monotonic() > deadline or (other.host == mine.host and _is_running(other.pid)):
                 raise ClusterError(
-                    f"the run in {folder} is being written by process {other.pid} on {other.host}; wait for it, stop it, "
-                    "or give this job another name"
+                    f"the run in {folder} is being written by process {other.pid} on {other.host}; wait for "
+                    "it, stop it, or give this job another name"
                 )
             time.sleep(1.0)
         mine.refresh(folder)

@@ -1,7 +1,8 @@
-"""The memory of a run on the driver's side: steps.jsonl, workers.json, the Prometheus endpoint, and the fence.
+"""The memory of a run on the driver's side: steps.jsonl, workers.json, the metrics endpoint, and the fence.
 
-One recorder lives beside the driver. Rank 0 sends it one message a step, which already holds what every rank did. It knows which
-attempt is the current one and refuses messages of earlier ones, so an attempt that was believed dead cannot write.
+One recorder lives beside the driver. Rank 0 sends it one message a step, which already holds what every
+rank did. It knows which attempt is the current one and refuses messages of earlier ones, so an attempt that
+was believed dead cannot write.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class Recorder:
         self._past = read_lines(folder / ATTEMPTS)
         self._status.attempt = len(self._past)
 
-    def begin_attempt(self, workers: Sequence[WorkerInfo], info: Mapping[str, Any], start: int, steps: int) -> int:
+    def begin_attempt(
+        self, workers: Sequence[WorkerInfo], info: Mapping[str, Any], start: int, steps: int
+    ) -> int:
         """Begin an attempt and fence off those before it.
 
         Args:
@@ -93,9 +96,15 @@ class Recorder:
         attempt = len(self._past) + 1
         lost = max(0, self._last_written[1] - start) if self._past else 0
         entry = {
-            "attempt": attempt, "time": time.time(), "start_step": start, "steps_lost": lost, "steps_planned": steps,
-            "world_size": len(workers), "nodes": sorted({worker.node for worker in workers}), **info,
-        }  # fmt: skip
+            "attempt": attempt,
+            "time": time.time(),
+            "start_step": start,
+            "steps_lost": lost,
+            "steps_planned": steps,
+            "world_size": len(workers),
+            "nodes": sorted({worker.node for worker in workers}),
+            **info,
+        }
         self._workers = [WorkerInfo(**{**asdict(worker), "attempt": attempt}) for worker in workers]
         _write_json(self._folder / WORKERS, [asdict(worker) for worker in self._workers])
         self._past.append(entry)
@@ -164,7 +173,9 @@ class Recorder:
         """
         self._require_current(attempt)
         if not self._lease.is_held(self._folder):
-            raise TrainingError(f"another driver has taken over the run in {self._folder}; this one stops writing")
+            raise TrainingError(
+                f"another driver has taken over the run in {self._folder}; this one stops writing"
+            )
 
     def give_up(self, error: OrchestratorError, attempt: int | None) -> None:
         """Note an error that starting again cannot mend; of an attempt that was replaced it means nothing."""
@@ -199,7 +210,8 @@ class Recorder:
     def _require_current(self, attempt: int) -> None:
         if attempt != self._status.attempt:
             raise TrainingError(
-                f"attempt {attempt} has been replaced by attempt {self._status.attempt}; it may not write any more"
+                f"attempt {attempt} has been replaced by attempt {self._status.attempt}; it may not "
+                "write any more"
             )
 
 

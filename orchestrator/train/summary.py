@@ -17,7 +17,14 @@ from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS, r
 
 REPORT = "report.json"
 _RATES = ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu")
-_MEDIANS = (*_RATES, "step_seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+_MEDIANS = (
+    *_RATES,
+    "step_seconds",
+    "data_seconds",
+    "forward_seconds",
+    "backward_seconds",
+    "optimizer_seconds",
+)
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "peft", "datasets", "numpy")
 
 
@@ -46,7 +53,8 @@ def report(
 ) -> dict[str, Any]:
     """Return the summary of a finished run.
 
-    Rates over the run are totals over totals, so that a long step weighs as much as it took; medians stand beside them.
+    Rates over the run are totals over totals, so that a long step weighs as much as it took; medians stand
+    beside them.
 
     Args:
         job: The job as it ran.
@@ -67,7 +75,9 @@ def report(
         "evaluation_loss": evaluations[-1]["evaluation_loss"] if evaluations else None,
         **_totals(steps, len(workers)),
         "medians": {
-            name: statistics.median(row[name] for row in steps) for name in _MEDIANS if all(name in row for row in steps)
+            name: statistics.median(row[name] for row in steps)
+            for name in _MEDIANS
+            if all(name in row for row in steps)
         },
         "memory_peak_bytes": max(row["memory_peak_bytes"] for row in steps),
         "packing": dict(packing),

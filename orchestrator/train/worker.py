@@ -39,8 +39,8 @@ def run_worker(config: dict[str, Any]) -> None:
         raise
     except torch.OutOfMemoryError as error:
         fatal = TrainingError(
-            f"rank {dist.get_rank()} ran out of device memory ({str(error).splitlines()[0]}); lower data.max_length or "
-            "optim.micro_batch_size, or use zero_stage: 3 or offload_optimizer: cpu"
+            f"rank {dist.get_rank()} ran out of device memory ({str(error).splitlines()[0]}); lower "
+            "data.max_length or optim.micro_batch_size, or use zero_stage: 3 or offload_optimizer: cpu"
         )
         ray.get(recorder.give_up.remote(fatal, reporter.attempt))
         raise fatal from error
@@ -54,7 +54,9 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     from orchestrator.train.loop import Course, train
 
     job, rank = brief.job, dist.get_rank()
-    device = torch.device("cuda", torch.cuda.current_device()) if brief.device == "cuda" else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if brief.device == "cuda" else torch.device("cpu")
+    )
     join_process_group(job.run.collective_timeout_seconds)
     saved = _agree(checkpoint.published(brief.checkpoints)[-1:])
     dtype = torch_dtype(brief.dtype)
@@ -158,13 +160,13 @@ class _Reporter:
         """Publish a checkpoint, once every step before it is on disk."""
         started = time.perf_counter()
         self.flush()
-        path = checkpoint.save(engine, self._brief.checkpoints, step, self.attempt, self._permit)
+        path = checkpoint.save(engine, self._brief.checkpoints, step, self.attempt or 0, self._permit)
         self.adopt(path)
         if self._speaks:
             self._sent.append(self._recorder.saved.remote(self.attempt, step, time.perf_counter() - started))
 
     def adopt(self, path: Path) -> None:
-        """Make a published checkpoint known to Ray Train, which keeps the newest ones and deletes the others."""
+        """Make a published checkpoint known to Ray Train, which keeps the newest and deletes the others."""
         known = ray.train.get_checkpoint()
         if known is not None and Path(known.path) == path:
             return
@@ -181,5 +183,3 @@ class _Reporter:
 
     def _permit(self) -> None:
         ray.get(self._recorder.permit.remote(self.attempt))
-
-

@@ -1,0 +1,142 @@
+"""Our FLOPs agree with torch's counter on packed documents that run through our own attention.
+
+torch counts the full square of every dense call, ours half of it (the causal half). So attention is compared
+with exactly twice ours, on document lengths that the attention does not pad: a padded call would count as
+larger. The counter does not know the fused CPU kernel, and sees attention's products where the plain kernel
+runs them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+
+from orchestrator.data.loader import MicroBatch
+from orchestrator.metrics.flops import ForwardFlops, forward_flops, hardware_flops, model_flops
+from orchestrator.model import attention
+from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.plan.shape import ModelShape
+
+SHAPE = ModelShape(
+    hidden_size=64, layers=3, heads=4, kv_heads=2, head_dim=24, intermediate_size=96, vocab_size=160
+)
+LENGTHS = (64, 16, 48, 8, 120)
+SCORED = 90
+FORWARD = forward_flops(SHAPE, sum(LENGTHS), sum(length * length for length in LENGTHS), SCORED)
+
+
+@pytest.fixture
+def model() -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    attention.register()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=SHAPE.hidden_size,
+        num_hidden_layers=SHAPE.layers,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.kv_heads,
+        head_dim=SHAPE.head_dim,
+        intermediate_size=SHAPE.intermediate_size,
+        vocab_size=SHAPE.vocab_size,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention.IMPLEMENTATION)
+
+
+def inputs() -> Inputs:
+    ids = np.random.default_rng(0).integers(1, SHAPE.vocab_size, sum(LENGTHS))
+    positions = np.arange(10, 10 + SCORED)
+    batch = MicroBatch(
+        input_ids=ids,
+        position_ids=np.concatenate([np.arange(length) for length in LENGTHS]),
+        document_lengths=LENGTHS,
+        label_positions=positions,
+        labels=ids[positions + 1],
+        tokens=sum(LENGTHS),
+        square_tokens=sum(length * length for length in LENGTHS),
+    )
+    return Inputs.of(batch, "sdpa", torch.device("cpu"))
+
+
+def counted(work: Callable[[], object]) -> ForwardFlops:
+    """Return what torch counts, by part: plain matrix products are linear layers, batched ones attention."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    by_module = {
+        name: {str(op): n for op, n in ops.items()} for name, ops in counter.get_flop_counts().items()
+    }
+    whole = by_module["Global"]
+    assert set(whole) <= {"aten.mm", "aten.bmm"}
+    head = by_module["LlamaForCausalLM.lm_head"]["aten.mm"]
+    return ForwardFlops(linear=whole["aten.mm"] - head, attention=whole["aten.bmm"], head=head)
+
+
+def test_no_document_is_padded_here() -> None:
+    assert all(attention._rounded(length) == length for length in LENGTHS)
+
+
+def test_a_forward_pass(model: Any) -> None:
+    found = counted(lambda: loss_sum(model, inputs()))
+    assert FORWARD.linear == pytest.approx(found.linear, rel=0.01)
+    assert FORWARD.head == pytest.approx(found.head, rel=0.01)
+    assert 2 * FORWARD.attention == pytest.approx(found.attention, rel=0.01)
+
+
+def test_a_training_step_is_three_forward_passes(model: Any) -> None:
+    found = counted(lambda: loss_sum(model, inputs()).backward())
+    assert model_flops(FORWARD) == pytest.approx(3 * FORWARD.total)
+    assert 3 * FORWARD.linear == pytest.approx(found.linear, rel=0.01)
+    assert 3 * FORWARD.head == pytest.approx(found.head, rel=0.01)
+    assert 2 * 3 * FORWARD.attention == pytest.approx(found.attention, rel=0.01)
+    total = found.linear + found.head + found.attention / 2
+    assert model_flops(FORWARD) == pytest.approx(total, rel=0.01)
+    assert hardware_flops(FORWARD, gradient_checkpointing=False) == pytest.approx(total, rel=0.01)
+
+
+def checkpointed(model: Any, early_stop: bool) -> ForwardFlops:
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+    def step() -> None:
+        with set_checkpoint_early_stop(early_stop):
+            loss_sum(model, inputs()).backward()
+
+    return counted(step)
+
+
+def test_gradient_checkpointing_runs_the_layers_once_more_and_not_the_head(model: Any) -> None:
+    found = checkpointed(model, early_stop=False)
+    assert 4 * FORWARD.linear == pytest.approx(found.linear, rel=0.01)
+    assert 3 * FORWARD.head == pytest.approx(found.head, rel=0.01)
+    assert 2 * 4 * FORWARD.attention == pytest.approx(found.attention, rel=0.01)
+    total = found.linear + found.head + found.attention / 2
+    assert hardware_flops(FORWARD, gradient_checkpointing=True) == pytest.approx(total, rel=0.01)
+
+
+def test_how_far_early_stop_falls_short_of_hardware_flops(model: Any) -> None:
+    """A plain module's recomputation stops before the last product of a layer; under ZeRO-3 it does not."""
+    found = checkpointed(model, early_stop=True)
+    down_projections = 2 * SHAPE.layers * SHAPE.hidden_size * SHAPE.intermediate_size * sum(LENGTHS)
+    assert 4 * FORWARD.linear - found.linear == pytest.approx(down_projections, rel=0.01)
+    assert 2 * 4 * FORWARD.attention == pytest.approx(found.attention, rel=0.01)
+
+
+def test_parts_by_hand() -> None:
+    shape = ModelShape(2, 1, 1, 1, 2, 3, 5)  # 4 x (2 x 2) + 3 x (2 x 3) = 34 weights in a layer
+    forward = forward_flops(shape, tokens=7, square_tokens=25, scored_tokens=4)
+    assert forward == ForwardFlops(linear=2 * 34 * 7, attention=2 * 2 * 25, head=2 * 2 * 5 * 4)
+    assert forward.total == 476 + 100 + 80
+    assert model_flops(forward) == 3 * 656
+    assert hardware_flops(forward, gradient_checkpointing=True) == 3 * 656 + 576
+
+
+def test_packing_pays_for_documents_and_not_for_the_pack() -> None:
+    whole = forward_flops(SHAPE, 1024, 1024**2, 0)
+    halves = forward_flops(SHAPE, 1024, 2 * 512**2, 0)
+    assert halves.attention == whole.attention / 2
+    assert halves.linear == whole.linear

@@ -1,0 +1,165 @@
+"""The published numbers, calculated by hand."""
+
+from dataclasses import fields
+
+import pytest
+
+from orchestrator.metrics.meter import RankStep, eta_seconds, last_attempt, rank_values, step_values
+
+STEP = RankStep(
+    loss_sum=120.0,
+    tokens=900.0,
+    trained_tokens=60.0,
+    slots=1000.0,
+    flops_model=6e12,
+    flops_hardware=8e12,
+    data_seconds=0.1,
+    forward_seconds=0.5,
+    backward_seconds=1.0,
+    optimizer_seconds=0.3,
+    memory_bytes=10.0,
+    memory_peak_bytes=30.0,
+    memory_reserved_bytes=40.0,
+)
+SLOWER = RankStep(
+    loss_sum=40.0,
+    tokens=700.0,
+    trained_tokens=20.0,
+    slots=1000.0,
+    flops_model=4e12,
+    flops_hardware=5e12,
+    data_seconds=0.2,
+    forward_seconds=0.4,
+    backward_seconds=1.1,
+    optimizer_seconds=0.2,
+    memory_bytes=20.0,
+    memory_peak_bytes=25.0,
+    memory_reserved_bytes=50.0,
+)
+IDLE = RankStep(0, 0, 0, 1000, 0, 0, 0.1, 0.1, 0.1, 0.1, 5, 6, 7)
+
+
+def test_one_rank() -> None:
+    assert rank_values(STEP, seconds=2.0, peak_flops=1e13) == pytest.approx(
+        {
+            "tgs": 450.0,
+            "tgs_trained": 30.0,
+            "tgs_slots": 500.0,
+            "tokens": 900.0,
+            "trained_tokens": 60.0,
+            "data_seconds": 0.1,
+            "forward_seconds": 0.5,
+            "backward_seconds": 1.0,
+            "optimizer_seconds": 0.3,
+            "memory_bytes": 10.0,
+            "memory_peak_bytes": 30.0,
+            "memory_reserved_bytes": 40.0,
+            "tflops_model": 3.0,
+            "tflops_hardware": 4.0,
+            "mfu": 0.3,
+            "hfu": 0.4,
+        }
+    )
+
+
+def test_all_ranks() -> None:
+    assert step_values([STEP, SLOWER], seconds=2.0, peak_flops=[1e13, 1e13]) == pytest.approx(
+        {
+            "loss": 160.0 / 80.0,  # by token, and not the mean of the ranks' means
+            "step_seconds": 2.0,
+            "padding_fraction": 0.2,
+            "tgs": (450.0 + 350.0) / 2,
+            "tgs_trained": (30.0 + 10.0) / 2,
+            "tgs_slots": 500.0,
+            "tflops_model": (3.0 + 2.0) / 2,
+            "tflops_hardware": (4.0 + 2.5) / 2,
+            "mfu": (0.3 + 0.2) / 2,
+            "hfu": (0.4 + 0.25) / 2,
+            "tokens": 1600.0,
+            "trained_tokens": 80.0,
+            "data_seconds": 0.2,
+            "forward_seconds": 0.5,
+            "backward_seconds": 1.1,
+            "optimizer_seconds": 0.3,
+            "memory_bytes": 20.0,
+            "memory_peak_bytes": 30.0,
+            "memory_reserved_bytes": 50.0,
+        }
+    )
+
+
+def test_mfu_of_unlike_devices_is_the_mean_of_each_on_its_own_peak() -> None:
+    assert step_values([STEP, SLOWER], 2.0, [1e13, 2e13])["mfu"] == pytest.approx((0.3 + 0.1) / 2)
+
+
+def test_an_unknown_peak_leaves_mfu_out_and_is_not_guessed() -> None:
+    one = rank_values(STEP, 2.0, None)
+    assert "mfu" not in one
+    assert "hfu" not in one
+    assert one["tflops_model"] == 3.0
+    every = step_values([STEP, SLOWER], 2.0, [1e13, None])
+    assert "mfu" not in every
+    assert "hfu" not in every
+    assert every["tflops_model"] == 2.5
+
+
+def test_an_unknown_architecture_leaves_flops_out() -> None:
+    unknown = RankStep(**{**vars(STEP), "flops_model": 0.0, "flops_hardware": 0.0})
+    values = step_values([unknown, unknown], 2.0, [1e13, 1e13])
+    assert {"tflops_model", "tflops_hardware", "mfu", "hfu"}.isdisjoint(values)
+    assert values["tgs"] == 450.0
+
+
+def test_a_rank_without_work_in_the_last_step_counts_as_nought_and_hides_nothing() -> None:
+    values = step_values([STEP, IDLE], 2.0, [1e13, 1e13])
+    assert values["tflops_model"] == pytest.approx(1.5)
+    assert values["mfu"] == pytest.approx(0.15)
+    assert values["tgs"] == pytest.approx(225.0)
+    assert values["loss"] == pytest.approx(2.0)
+    assert values["padding_fraction"] == pytest.approx(0.55)
+
+
+def test_a_step_without_trained_tokens_has_a_loss_of_nought() -> None:
+    assert step_values([IDLE], 2.0, [None])["loss"] == 0.0
+
+
+def test_ranks_and_peaks_must_match() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        step_values([STEP, SLOWER], 2.0, [None])
+
+
+def test_a_step_travels_as_a_vector() -> None:
+    assert len(STEP.vector()) == len(fields(RankStep))
+    assert RankStep.of_vector(STEP.vector()) == STEP
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "recent", "expected"),
+    [
+        (0, 10, [], 0.0),
+        (4, 10, [2.0], 12.0),
+        (4, 10, [2.0, 100.0, 3.0], 18.0),  # one slow step does not move it
+        (10, 10, [2.0], 0.0),
+    ],
+)
+def test_the_time_that_is_left(step: int, steps: int, recent: list[float], expected: float) -> None:
+    assert eta_seconds(step, steps, recent) == expected
+
+
+def test_a_step_that_was_done_again_counts_as_its_last_attempt() -> None:
+    rows = [
+        {"step": 1, "attempt": 0, "loss": 5.0},
+        {"step": 2, "attempt": 0, "loss": 4.0},
+        {"step": 3, "attempt": 0, "loss": 3.0},
+        {"step": 2, "attempt": 1, "loss": 4.1},
+        {"step": 3, "attempt": 2, "loss": 3.2},
+        {"step": 3, "attempt": 1, "loss": 3.1},
+        {"step": 4, "attempt": 2, "loss": 2.0},
+    ]
+    assert [(row["step"], row["loss"]) for row in last_attempt(rows)] == [
+        (1, 5.0),
+        (2, 4.1),
+        (3, 3.2),
+        (4, 2.0),
+    ]
+    assert last_attempt([]) == []

@@ -1,0 +1,65 @@
+"""Shapes read from configurations agree with the models that transformers builds from them."""
+
+import json
+from typing import Any
+
+import pytest
+
+from orchestrator.data.source import resolve
+from orchestrator.plan import shape as module
+from orchestrator.plan.shape import ModelShape
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 24, "intermediate_size": 96, "vocab_size": 160,
+}  # fmt: skip
+
+
+def test_a_configuration_gives_its_shape() -> None:
+    assert ModelShape.from_config(LLAMA) == ModelShape(64, 3, 4, 2, 24, 96, 160)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_what_old_configurations_leave_out_or_empty(missing: bool) -> None:
+    config: dict[str, Any] = {**LLAMA, "num_key_value_heads": None, "head_dim": None}
+    if missing:
+        del config["num_key_value_heads"], config["head_dim"]
+    shape = ModelShape.from_config(config)
+    assert shape is not None
+    assert (shape.kv_heads, shape.head_dim) == (4, 16)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "bert", "", None])
+def test_a_family_that_is_not_known_has_no_shape(family: str | None) -> None:
+    assert ModelShape.from_config({**LLAMA, "model_type": family}) is None
+    assert ModelShape.from_config({}) is None
+
+
+def test_linear_parameters_by_hand() -> None:
+    shape = ModelShape(64, 3, 4, 2, 24, 96, 160)
+    q = o = 64 * 4 * 24
+    k = v = 64 * 2 * 24
+    assert shape.linear_parameters_per_layer == q + k + v + o + 3 * 64 * 96
+
+
+def test_the_builtin_model_has_a_shape() -> None:
+    config = json.loads((resolve("builtin/tiny-llama") / "config.json").read_text())
+    assert ModelShape.from_config(config) == ModelShape(256, 4, 8, 2, 32, 688, 2048)
+
+
+@pytest.mark.parametrize("family", sorted(module._GATED))
+def test_each_family_has_the_matrices_that_are_counted(family: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    if family == "phi3":  # has no field for it
+        sizes["head_dim"] = 16
+    config = AutoConfig.for_model(family, **sizes, pad_token_id=0)
+    shape = ModelShape.from_config(config.to_dict())
+    assert shape is not None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name}
+    assert sum(p.numel() for p in matrices.values()) == shape.layers * shape.linear_parameters_per_layer
+    assert tuple(model.get_output_embeddings().weight.shape) == (shape.vocab_size, shape.hidden_size)

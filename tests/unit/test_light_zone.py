@@ -1,0 +1,67 @@
+"""What a laptop runs to validate and plan loads no framework."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FRAMEWORKS = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets")
+LIGHT = [
+    "orchestrator",
+    "orchestrator.errors",
+    "orchestrator.spec",
+    "orchestrator.jobfile",
+    "orchestrator.parallel.layout",
+    "orchestrator.parallel.deepspeed",
+    "orchestrator.data.packing",
+    "orchestrator.metrics.catalogue",
+    "orchestrator.metrics.flops",
+    "orchestrator.metrics.meter",
+    "orchestrator.bench.report",
+    *(
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in (ROOT / "orchestrator/plan").glob("*.py")
+    ),
+    *(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in (ROOT / "cluster").glob("*.py")),
+]
+EXISTING = sorted(
+    name.removesuffix(".__init__")
+    for name in LIGHT
+    if (ROOT / name.replace(".", "/")).with_suffix(".py").exists() or (ROOT / name.replace(".", "/")).is_dir()
+)
+
+
+def loaded_by(statement: str) -> str:
+    """Run a statement in a fresh Python and return the frameworks that it loaded."""
+    code = f"import sys\n{statement}\nprint(*[name for name in {FRAMEWORKS} if name in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_the_list_is_not_empty() -> None:
+    assert {"cluster.placement", "orchestrator.plan.shape", "orchestrator.jobfile"} <= set(EXISTING)
+
+
+def test_light_modules_load_no_framework() -> None:
+    assert loaded_by("\n".join(f"import {name}" for name in EXISTING)) == ""
+
+
+@pytest.mark.parametrize("name", ["orchestrator.model.attention"])
+def test_a_module_outside_the_zone_would_be_seen(name: str) -> None:
+    assert "torch" in loaded_by(f"import {name}")
+
+
+def test_a_job_is_read_and_rendered_without_a_framework() -> None:
+    statement = (
+        "from pathlib import Path\n"
+        "from orchestrator.jobfile import dump, json_schema, load\n"
+        "from orchestrator.parallel.deepspeed import render\n"
+        "job = load(Path('launch/jobs/quickstart.yaml'))\n"
+        "assert dump(job) and json_schema() and render(job, 'bf16', 'cuda')"
+    )
+    assert loaded_by(statement) == ""

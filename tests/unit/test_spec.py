@@ -1,0 +1,256 @@
+"""Every rule of the job's fields, and every rule between them, can be broken and says what to do."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.spec import (
+    LARGEST,
+    JobSpec,
+    MetricsSpec,
+    ModelSpec,
+    OptimSpec,
+    ParallelSpec,
+    RunSpec,
+    broken_rules,
+)
+
+MINIMAL: dict[str, Any] = {"name": "a", "model": {"path": "m"}, "data": {"train": ({"path": "d"},)}}
+
+
+def merged(base: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """Return a copy of `base` with one dotted field set."""
+    first, _, rest = dotted.partition(".")
+    return {**base, first: merged(base.get(first, {}), rest, value) if rest else value}
+
+
+def job(**fields: Any) -> JobSpec:
+    """Build a job; `optim__lr=1.0` sets optim.lr."""
+    values = MINIMAL
+    for field, value in fields.items():
+        values = merged(values, field.replace("__", "."), value)
+    return JobSpec.model_validate(values)
+
+
+def broken(**fields: Any) -> list[str]:
+    return [sentence for _, sentence in broken_rules(job(**fields))]
+
+
+def test_defaults_make_a_job_that_breaks_no_rule() -> None:
+    assert list(broken_rules(job())) == []
+    assert job().data_parallel_size == 1
+    assert job().gradient_accumulation_steps == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", "-a"),
+        ("name", "a/b"),
+        ("name", "a\n"),
+        ("name", "a" * 64),
+        ("model.path", ""),
+        ("model.path", "a\0b"),
+        ("model.weights", "none"),
+        ("model.dtype", "bfloat16"),
+        ("model.attention", "eager"),
+        ("model.gradient_checkpointing", "yes"),
+        ("model.trust_remote_code", 1),
+        ("method.type", "qlora"),
+        ("data.train", ()),
+        ("data.train", ({"path": ""},)),
+        ("data.train", ({"path": "d", "format": "csv"},)),
+        ("data.train", ({"path": "d", "weight": 0.0},)),
+        ("data.train", ({"path": "d", "repeat": 0},)),
+        ("data.train", ({"path": "d", "sample": 0},)),
+        ("data.max_length", 15),
+        ("data.max_length", LARGEST + 1),
+        ("data.packing", "first_fit"),
+        ("data.truncation", "middle"),
+        ("data.loss_on", "prompt"),
+        ("data.template", "vicuna"),
+        ("parallel.workers", 0),
+        ("parallel.workers", 65_537),
+        ("parallel.device", "tpu"),
+        ("parallel.cpus_per_worker", 0),
+        ("parallel.sequence_parallel_size", 0),
+        ("parallel.zero_stage", 1),
+        ("parallel.offload_optimizer", "nvme"),
+        ("parallel.offload_param", True),
+        ("optim.lr", 0.0),
+        ("optim.lr", float("nan")),
+        ("optim.lr", float("inf")),
+        ("optim.micro_batch_size", 0),
+        ("optim.global_batch_size", 10**400),
+        ("optim.schedule", "step"),
+        ("optim.warmup_ratio", 1.1),
+        ("optim.warmup_ratio", -0.1),
+        ("optim.max_steps", 0),
+        ("optim.max_steps", 3.0),
+        ("optim.epochs", 0.0),
+        ("optim.epochs", 1e300),
+        ("optim.clip_norm", -1.0),
+        ("optim.optimizer", "sgd"),
+        ("optim.betas", (0.9,)),
+        ("optim.betas", (0.9, 1.0)),
+        ("optim.betas", (-0.1, 0.9)),
+        ("optim.eps", 0.0),
+        ("optim.weight_decay", -0.1),
+        ("eval", {"data": ()}),
+        ("eval", {"data": ({"path": "d"},), "every_steps": 0}),
+        ("checkpoint.storage", ""),
+        ("checkpoint.every_steps", 0),
+        ("checkpoint.keep", 0),
+        ("run.max_failures", -1),
+        ("run.min_workers", 0),
+        ("run.seed", -1),
+        ("run.seed", 2**32),
+        ("run.collective_timeout_seconds", 9),
+        ("run.collective_timeout_seconds", 10**12),
+        ("metrics.port", -1),
+        ("metrics.port", 65_536),
+        ("metrics.host", ""),
+    ],
+)
+def test_a_value_outside_its_rule_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate(merged(MINIMAL, field, value))
+    assert all(".".join(map(str, error["loc"])).startswith(field) for error in caught.value.errors())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "9.a_b-C" + "x" * 56),
+        ("data.max_length", 16),
+        ("parallel.workers", 65_536),
+        ("optim.lr", 1),
+        ("optim.warmup_ratio", 0.0),
+        ("optim.warmup_ratio", 1.0),
+        ("optim.clip_norm", 0.0),
+        ("optim.betas", (0.0, 0.999)),
+        ("run.max_failures", 0),
+        ("run.seed", 2**32 - 1),
+        ("metrics.port", None),
+        ("metrics.port", 0),
+    ],
+)
+def test_the_edge_of_a_rule_is_allowed(field: str, value: object) -> None:
+    JobSpec.model_validate(merged(MINIMAL, field, value))
+
+
+@pytest.mark.parametrize(
+    "section", ["model", "method", "data", "parallel", "optim", "checkpoint", "run", "metrics"]
+)
+def test_unknown_fields_are_refused_in_every_section(section: str) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        JobSpec.model_validate(merged(MINIMAL, f"{section}.unheard_of", 1))
+
+
+def test_a_job_cannot_be_changed_after_it_is_built() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        job().optim.lr = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("section", [ModelSpec, OptimSpec, ParallelSpec, RunSpec, MetricsSpec])
+def test_every_field_says_what_it_means(section: type) -> None:
+    assert all(field.description for field in section.model_fields.values())
+
+
+def test_the_batch_must_divide_and_the_nearest_that_does_is_named() -> None:
+    (sentence,) = broken(optim__global_batch_size=10, optim__micro_batch_size=2, parallel__workers=2)
+    assert "optim.global_batch_size=10" in sentence
+    assert "2 x 2 = 4" in sentence
+    assert "use 12" in sentence
+    (sentence,) = broken(optim__global_batch_size=1, parallel__workers=4)
+    assert "use 4" in sentence
+
+
+def test_a_batch_that_divides_gives_the_accumulation_steps() -> None:
+    good = job(optim__global_batch_size=12, optim__micro_batch_size=2, parallel__workers=3)
+    assert list(broken_rules(good)) == []
+    assert good.gradient_accumulation_steps == 2
+
+
+def test_sequence_parallel_size_must_divide_workers() -> None:
+    sentences = broken(parallel__workers=6, parallel__sequence_parallel_size=4, optim__global_batch_size=12)
+    assert "does not divide parallel.workers=6; use one of [1, 2, 3, 6]" in sentences[0]
+
+
+def test_min_workers_above_workers_is_named_beside_other_rules() -> None:
+    sentences = broken(
+        parallel__workers=2,
+        parallel__sequence_parallel_size=4,
+        run__min_workers=3,
+        optim__global_batch_size=2,
+    )
+    assert any("run.min_workers=3 is above parallel.workers=2" in each for each in sentences)
+    assert any("sequence_parallel_size=4 does not divide" in each for each in sentences)
+
+
+def test_parameter_offload_needs_stage_3_and_optimizer_offload() -> None:
+    (sentence,) = broken(parallel__offload_param="cpu", parallel__zero_stage=2)
+    assert "use zero_stage: 3 or offload_param: none" in sentence
+    (sentence,) = broken(parallel__offload_param="cpu")
+    assert "set offload_optimizer: cpu as well" in sentence
+    assert broken(parallel__offload_param="cpu", parallel__offload_optimizer="cpu") == []
+
+
+def test_flash_attention_needs_cuda_and_half_precision() -> None:
+    (sentence,) = broken(model__attention="flash", parallel__device="cpu")
+    assert "runs only on CUDA" in sentence
+    (sentence,) = broken(model__attention="flash", model__dtype="fp32")
+    assert "takes bf16 and fp16" in sentence
+    assert broken(model__attention="flash", model__dtype="bf16", parallel__device="cuda") == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "instead"),
+    [
+        ("method__type", "lora", "full"),
+        ("parallel__sequence_parallel_size", 2, "1"),
+        ("data__packing", "concat", "best_fit"),
+        ("data__truncation", "split", "right"),
+        ("data__cross_document_attention", True, "false"),
+        ("checkpoint__asynchronous", True, "false"),
+        ("run__min_workers", 1, "null"),
+        ("data__train", ({"path": "d", "weight": 2.0},), "1.0"),
+        ("data__train", ({"path": "d"}, {"path": "e", "sample": 5}), "null"),
+        ("eval", {"data": ({"path": "d", "weight": 2.0},)}, "1.0"),
+        ("eval", {"data": ({"path": "d", "sample": 5},)}, "null"),
+    ],
+)
+def test_what_this_version_cannot_do_is_refused_and_not_ignored(
+    field: str, value: object, instead: str
+) -> None:
+    (sentence,) = broken(parallel__workers=2, **{field: value})
+    assert sentence.endswith(f"is not available in this version; use {instead}")
+
+
+def test_a_storage_uri_is_refused() -> None:
+    (sentence,) = broken(checkpoint__storage="s3://bucket/runs")
+    assert "checkpoint.storage=s3://bucket/runs is a URI" in sentence
+
+
+def test_each_broken_rule_names_fields_that_exist() -> None:
+    bad = job(
+        model__attention="flash",
+        model__dtype="fp32",
+        parallel__device="cpu",
+        parallel__workers=2,
+        parallel__zero_stage=2,
+        parallel__offload_param="cpu",
+        optim__global_batch_size=7,
+        run__min_workers=3,
+        data__train=({"path": "d", "weight": 2.0},),
+        checkpoint__storage="s3://b",
+    )
+    found = list(broken_rules(bad))
+    assert len(found) == 8
+    for fields, _ in found:
+        for dotted in fields:
+            value: Any = bad.model_dump()
+            for part in dotted.split("."):
+                value = value[int(part)] if part.isdecimal() else value[part]
