@@ -80,7 +80,7 @@ def validate(
 @app.command(epilog="Example: orchestrator render --target deepspeed launch/jobs/quickstart.yaml")
 def render(
     job: JobFile,
-    target: Annotated[Literal["deepspeed", "schema"], typer.Option(help="What to print.")] = "deepspeed",
+    target: Annotated[Literal["deepspeed"], typer.Option(help="What to print.")] = "deepspeed",
     device: Annotated[
         Literal["cuda", "cpu"] | None, typer.Option(help="Device kind where the job says auto.")
     ] = None,
@@ -90,9 +90,6 @@ def render(
     from orchestrator.parallel.deepspeed import render as render_deepspeed
 
     with _exit_codes():
-        if target == "schema":
-            _say(json.dumps(jobfile.json_schema(), indent=2))
-            return
         spec = jobfile.load(job, overrides)
         kind = device or ("cuda" if spec.parallel.device == "auto" else spec.parallel.device)
         dtype = spec.model.dtype

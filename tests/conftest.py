@@ -114,6 +114,7 @@ def job_text(storage: Path, **changes: Any) -> str:
         "model": {"path": "builtin/tiny-llama", "weights": "random"},
         "data": {"train": [{"path": data}], "max_length": 512},
         "parallel": {"workers": 2, "zero_stage": 3},
+        "eval": {"data": [{"path": "builtin/alpaca_sample_eval"}]},
         "optim": {"lr": 1e-3, "global_batch_size": 4, "max_steps": 12},
         "checkpoint": {"storage": str(storage)},
         "metrics": {"port": 0},

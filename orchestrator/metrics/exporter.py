@@ -91,9 +91,13 @@ class Exporter:
         """Set each rank's series from its row and count its tokens and FLOPs."""
         for labels, row, done in zip(self._ranks, rows, flops, strict=True):
             who = (self._run, self._attempt, labels.node, labels.rank, labels.gpu)
-            for name, value in row.items():
-                if self._scope.get(name) == "rank":
-                    self._gauges[name].labels(*who).set(value)
+            for name, gauge in self._gauges.items():
+                if self._scope[name] != "rank":
+                    continue
+                if name in row:
+                    gauge.labels(*who).set(row[name])
+                else:  # what is not known of this step must not look as if it were
+                    gauge.remove_by_labels(dict(zip(catalogue.RANK_LABELS, who, strict=True)))
             self._counters["processed_tokens"].labels(*who).inc(row["tokens"])
             self._counters["processed_flops"].labels(*who).inc(done)
 

@@ -1,0 +1,92 @@
+"""The command line: what it loads, how soon it answers, and that what it ships is what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import jobfile
+from tests.conftest import ENVIRONMENT, ROOT, orchestrator
+
+QUICKSTART = ROOT / "launch" / "jobs" / "quickstart.yaml"
+SCHEMA = ROOT / "launch" / "jobs" / "job.schema.json"
+LIGHT_COMMANDS = [
+    ["--help"],
+    ["validate", str(QUICKSTART)],
+    ["render", "--target", "deepspeed", str(QUICKSTART)],
+]
+PROBE = """
+import sys
+from launch.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "ray", "deepspeed", "transformers", "peft", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", LIGHT_COMMANDS, ids=lambda arguments: arguments[0])
+def test_light_commands_load_no_framework_and_answer_in_a_second(arguments: list[str]) -> None:
+    seconds = []
+    for _ in range(5):  # the machine may be busy with something else
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", PROBE, *arguments],
+            cwd=ROOT,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("command", ["validate", "pack", "train", "submit", "export", "render", "report"])
+def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
+    done = orchestrator(command, "--help", cwd=tmp_path)
+    assert done.code == 0
+    assert f"orchestrator {command}" in done.out.split("Example:")[1]
+
+
+def test_validate_answers_in_json(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: a/b\nmodel: {path: m}\ndata: {train: [{path: d}]}\n")
+    good = orchestrator("validate", str(QUICKSTART), "--json", cwd=tmp_path)
+    assert (good.code, json.loads(good.out)) == (0, {"valid": True, "problems": []})
+    bad = orchestrator("validate", str(QUICKSTART), "bad.yaml", "--json", cwd=tmp_path)
+    assert bad.code == 2
+    assert [problem.split(":")[0] for problem in json.loads(bad.out)["problems"]] == ["bad.yaml"]
+
+
+def test_render_prints_what_a_run_would_use(tmp_path: Path) -> None:
+    on_gpu = orchestrator("render", str(QUICKSTART), "--set", "parallel.zero_stage=2", cwd=tmp_path)
+    assert on_gpu.code == 0
+    config = json.loads(on_gpu.out)
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["bf16"]["enabled"]
+    on_cpu = orchestrator("render", str(QUICKSTART), "--device", "cpu", cwd=tmp_path)
+    assert not json.loads(on_cpu.out)["bf16"]["enabled"]
+
+
+def test_reports_stand_side_by_side(tmp_path: Path) -> None:
+    common = {"evaluation_loss": None, "tgs": 1.0, "step_seconds": 2.0, "world_size": 2, "restarts": 0}
+    for name, loss in (("a", 1.5), ("b", 1.25)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({"name": name, "loss": loss, **common}))
+    done = orchestrator("report", "a", "b", cwd=tmp_path)
+    assert done.code == 0
+    assert [line.split() for line in done.out.splitlines()[:2]] == [["a", "b"], ["loss", "1.5", "1.25"]]
+
+
+def test_the_schema_for_editors_is_that_of_the_code() -> None:
+    text = json.dumps(jobfile.json_schema(), indent=2) + "\n"
+    if os.environ.get("GOLDEN_UPDATE"):
+        SCHEMA.write_text(text)
+    assert SCHEMA.read_text() == text, "run with GOLDEN_UPDATE=1 and commit launch/jobs/job.schema.json"
