@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import SpecError
+from orchestrator.paths import resolve
 
-_BUILTIN = "builtin/"
 _SHOWN_PROBLEMS = 10
 
 
@@ -24,24 +21,6 @@ class Row:
     input: str
     output: str
     system: str = ""
-
-
-def resolve(path: str) -> Path:
-    """Return where a data file or a model folder lies.
-
-    Args:
-        path: A path, relative to the working directory, or `builtin/NAME` for what this package ships.
-
-    Returns:
-        The path on disk; it may not exist.
-    """
-    if path.startswith(_BUILTIN):
-        folder = Path(str(resources.files("orchestrator"))) / "builtin"
-        name = path.removeprefix(_BUILTIN)
-        return next(
-            (each for each in (folder / name, folder / f"{name}.jsonl") if each.exists()), folder / name
-        )
-    return Path(os.path.expanduser(path))  # an unknown ~user stays as it is and is reported as not found
 
 
 def read_alpaca(path: str) -> list[Row]:

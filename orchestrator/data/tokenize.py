@@ -16,10 +16,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.data.source import Row, read_alpaca, resolve
+from orchestrator.data.source import Row, read_alpaca
 from orchestrator.data.store import MANIFEST, Account, ShardIndex, TokenStore, write_index, write_shard
 from orchestrator.data.template import choose, tokenize, truncate
 from orchestrator.errors import OrchestratorError, SpecError
+from orchestrator.paths import resolve
 from orchestrator.spec import DataSpec, JobSpec, SourceSpec
 
 _ROWS_PER_SHARD = 4096

@@ -14,11 +14,19 @@ from orchestrator.plan.shape import ModelShape
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """One forward pass by part."""
+    """One forward pass by part.
+
+    Attributes:
+        linear: Products with the layers' weights.
+        attention: Scores and values.
+        head: The LM head.
+        last_product: The part of `linear` that ends each layer, the MLP's way back to the hidden size.
+    """
 
     linear: float
     attention: float
     head: float
+    last_product: float = 0.0
 
     @property
     def total(self) -> float:
@@ -39,6 +47,7 @@ def forward_flops(shape: ModelShape, tokens: int, square_tokens: int, scored_tok
         linear=2.0 * shape.layers * shape.linear_parameters_per_layer * tokens,
         attention=2.0 * shape.layers * shape.heads * shape.head_dim * square_tokens,
         head=2.0 * shape.hidden_size * shape.vocab_size * scored_tokens,
+        last_product=2.0 * shape.layers * shape.hidden_size * shape.intermediate_size * tokens,
     )
 
 
@@ -47,11 +56,18 @@ def model_flops(forward: ForwardFlops) -> float:
     return 3.0 * forward.total
 
 
-def hardware_flops(forward: ForwardFlops, gradient_checkpointing: bool) -> float:
-    """Return the FLOPs that are done, with each layer recomputed under gradient checkpointing.
+def hardware_flops(forward: ForwardFlops, gradient_checkpointing: bool, zero_stage: int) -> float:
+    """Return the FLOPs that are done, with what gradient checkpointing recomputes.
 
-    A whole layer is recomputed under ZeRO-3, where DeepSpeed wraps each product. Under ZeRO-2 torch stops
-    before the layer's last product, which no gradient needs: there this is 2 h i a token and layer too much.
+    Torch stops recomputing a layer before its last product, whose output no gradient needs. ZeRO-3 wraps each
+    product in a function that saves its inputs, and so does that one as well.
+
+    Args:
+        forward: One forward pass.
+        gradient_checkpointing: Whether each layer is recomputed.
+        zero_stage: Stage of ZeRO, or 0 without DeepSpeed.
     """
-    recomputed = forward.linear + forward.attention if gradient_checkpointing else 0.0
-    return model_flops(forward) + recomputed
+    if not gradient_checkpointing:
+        return model_flops(forward)
+    recomputed = forward.linear + forward.attention
+    return model_flops(forward) + recomputed - (0.0 if zero_stage == 3 else forward.last_product)

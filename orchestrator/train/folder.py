@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import jobfile
-from orchestrator.data.source import resolve
 from orchestrator.errors import ClusterError, SpecError
+from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec, SourceSpec
 from orchestrator.train.recorder import ATTEMPTS
 from orchestrator.train.summary import REPORT

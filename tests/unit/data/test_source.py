@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.source import Row, read_alpaca, resolve
+from orchestrator.data.source import Row, read_alpaca
+from orchestrator.paths import resolve
 from orchestrator.errors import SpecError
 
 GOOD = {"instruction": "Say hi.", "input": "", "output": "Hi."}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.source import resolve
+from orchestrator.paths import resolve
 from orchestrator.plan import shape as module
 from orchestrator.plan.shape import ModelShape
 
