@@ -3,9 +3,9 @@
 The model is built with the attention implementation `documents`, registered here with transformers. The
 boundaries travel as a keyword argument of the model's forward call down to each layer; no mask is built.
 
-On CUDA one variable-length flash call serves the whole row. Elsewhere, documents of like length are batched into
-one dense causal call each. A document may be padded at its end for that: under a causal mask no real token
-ever sees what comes after it, so the result is exact.
+On CUDA one variable-length flash call serves the whole row. Elsewhere, documents of like length are batched
+into one dense causal call each. A document may be padded at its end for that: under a causal mask no real
+token ever sees what comes after it, so the result is exact.
 """
 
 from __future__ import annotations
@@ -63,7 +63,12 @@ class Documents:
         if kernel == "sdpa":
             groups, gather, scatter = _group(sizes, bounds)
         return cls(
-            kernel, bounds.to(device, torch.int32), max(lengths), groups, gather.to(device), scatter.to(device)
+            kernel,
+            bounds.to(device, torch.int32),
+            max(lengths),
+            groups,
+            gather.to(device),
+            scatter.to(device),
         )
 
 
@@ -111,7 +116,7 @@ def document_attention(
         module: The layer that calls; only named in errors.
         query: Shape [1, heads, T, head_dim].
         key: Shape [1, kv_heads, T, head_dim]; heads is a multiple of kv_heads.
-        value: As key.
+        value: As key; its head_dim may differ, and is that of the output.
         attention_mask: Must be None; boundaries come from `documents`.
         scaling: Factor of the scores; None means head_dim ** -0.5.
         dropout: Probability of dropping an attention weight.
@@ -130,39 +135,56 @@ def document_attention(
             f"{name} does not hand document boundaries down to its attention, so packed documents would see "
             "each other; this architecture is not supported"
         )
-    window = kwargs.get("sliding_window")
-    if window is not None and window < documents.longest:
-        raise ValueError(
-            f"{name} has a sliding window of {window} tokens, and a document has {documents.longest}; "
-            f"use data.max_length of at most {window}"
-        )
+    for kind, window in (("sliding window", kwargs.get("sliding_window")), ("chunk", _chunk(module))):
+        if window is not None and window < documents.longest:
+            raise ValueError(
+                f"{name} has a {kind} of {window} tokens, and a document has {documents.longest}; "
+                f"use data.max_length of at most {window}"
+            )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(f"{name} caps its scores or has attention sinks, which this attention does not compute")
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    if documents.kernel == "flash":
-        return _flash(*rows, documents, scaling, dropout).unsqueeze(0), None
-    return _dense(*rows, documents, scaling, dropout).unsqueeze(0), None
+        raise ValueError(
+            f"{name} caps its scores or has attention sinks, which this attention does not compute"
+        )
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    attend = _flash if documents.kernel == "flash" else _dense
+    return attend(q, k, v, documents, scaling, dropout).unsqueeze(0), None
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, dropout: float) -> Tensor:
+def _chunk(module: nn.Module) -> int | None:
+    """Return the size of the chunks that a layer attends within (Llama 4); only its configuration has it."""
+    size: int | None = getattr(getattr(module, "config", None), "attention_chunk_size", None)
+    return size
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, dropout: float
+) -> Tensor:
     q, k, v = (tensor.index_select(0, documents.gather) for tensor in (q, k, v))
     outputs = []
     at = 0
     for group in documents.groups:
         size = group.count * group.length
-        parts = [
+        queries, keys, values = (
             tensor[at : at + size].view(group.count, group.length, *tensor.shape[1:]).transpose(1, 2)
             for tensor in (q, k, v)
-        ]
-        attended = functional.scaled_dot_product_attention(
-            *parts, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
         )
-        outputs.append(attended.transpose(1, 2).reshape(size, *q.shape[1:]))
+        attended = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            is_causal=True,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
         at += size
     return torch.cat(outputs).index_select(0, documents.scatter)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, dropout: float) -> Tensor:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, dropout: float
+) -> Tensor:
     bounds, longest = documents.bounds, documents.longest
     if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
@@ -174,7 +196,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
-        raise ValueError(f"attention dropout {dropout} needs the package flash-attn; install the extra `cuda`")
+        raise ValueError(
+            f"attention dropout {dropout} needs the package flash-attn; install the extra `cuda`"
+        )
     grouped = q.shape[1] != k.shape[1]
     result = varlen_attn(
         q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest,

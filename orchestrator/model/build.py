@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from orchestrator.data.source import resolve
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
+from orchestrator.paths import resolve
 from orchestrator.spec import ModelSpec
 
+# In these kinds of layer all that passes between tokens is attention; others carry a state across documents.
+_SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -34,8 +36,8 @@ def load_config(model: ModelSpec) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecError(
-            f"model.path={model.path} is no model that can be loaded ({reason}); name a folder with a config.json, "
-            "or a hub model"
+            f"model.path={model.path} is no model that can be loaded ({reason}); name a folder with a "
+            "config.json, or a hub model"
         ) from None
 
 
@@ -48,8 +50,8 @@ def build_model(
 ) -> nn.Module:
     """Return the causal LM, ready for `deepspeed.initialize`.
 
-    Under ZeRO-3 transformers builds it inside `deepspeed.zero.Init`: each parameter is partitioned as it is made, and
-    only rank 0 reads weights. torch.distributed must be initialised then.
+    Under ZeRO-3 transformers builds it inside `deepspeed.zero.Init`: each parameter is partitioned as it is
+    made, and only rank 0 reads weights. torch.distributed must be initialised then.
 
     Args:
         model: What to build.
@@ -68,25 +70,59 @@ def build_model(
     attention.register()
     # transformers reads this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-    options = {"dtype": dtype, "trust_remote_code": model.trust_remote_code}
-    torch.manual_seed(seed)
+    options = {
+        "dtype": dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": attention.IMPLEMENTATION,
+    }
     try:
         if model.weights == "random" or not load_weights:
-            built = AutoModelForCausalLM.from_config(config, attn_implementation=attention.IMPLEMENTATION, **options)
+            built = _random(config, options, seed, partitioned is not None)
         else:
-            built = AutoModelForCausalLM.from_pretrained(
-                str(resolve(model.path)), config=config, attn_implementation=attention.IMPLEMENTATION, **options
-            )
+            path = str(resolve(model.path))
+            built = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SpecError(f"model.path={model.path} cannot be built as a causal LM ({reason})") from None
     del partitioned
-    if "logits_to_keep" not in inspect.signature(built.forward).parameters:
+    if obstacle := _obstacle(built):
         raise SpecError(
-            f"model.path={model.path}: {type(built).__name__} cannot compute logits at chosen positions; use an "
-            "architecture that is part of transformers"
+            f"model.path={model.path}: {type(built).__name__} {obstacle}; use a decoder-only transformer "
+            "that is part of transformers, such as Llama, Mistral, Qwen or Phi"
         )
     if model.gradient_checkpointing:
         built.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     built.train()
     return built  # type: ignore[no-any-return]
+
+
+def _random(config: Any, options: dict[str, Any], seed: int, partitioned: bool) -> Any:
+    """Return a model with random weights: the same on CPU for every ZeRO stage and number of workers.
+
+    Where transformers partitions a model it draws weights only after the whole model is built. Without ZeRO-3 it
+    also draws while it builds, so that the same seed would lead elsewhere.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    torch.manual_seed(seed)
+    if partitioned:
+        return AutoModelForCausalLM.from_config(config, **options)
+    with no_init_weights():
+        built = AutoModelForCausalLM.from_config(config, **options)
+    built.initialize_weights()
+    built.tie_weights()
+    return built
+
+
+def _obstacle(model: Any) -> str | None:
+    """Return why documents of one pack could not be kept apart in a model, or their loss not computed."""
+    if not model._supports_attention_backend:
+        return "does not let its attention be replaced, so packed documents would see each other"
+    mixing = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _SEPARABLE_LAYERS
+    if mixing:
+        kinds = ", ".join(sorted(mixing))
+        return f"has layers of kind {kinds}, which carry a state from one packed document into the next"
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return "cannot compute logits at chosen positions"
+    return None

@@ -4,14 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orchestrator.data.loader import MicroBatch
 from orchestrator.model.attention import Documents, Kernel
+
+Int64Array = npt.NDArray[np.int64]
+
+
+class PackedRow(Protocol):
+    """Packs laid end to end in one row of T slots, as `orchestrator.data` makes them."""
+
+    @property
+    def input_ids(self) -> Int64Array:
+        """Token ids, shape [T]."""
+
+    @property
+    def position_ids(self) -> Int64Array:
+        """Position of each token in its own document, shape [T]."""
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        """Tokens of each document and each piece of padding, sum T."""
+
+    @property
+    def label_positions(self) -> Int64Array:
+        """Positions whose output is scored, shape [trained tokens]."""
+
+    @property
+    def labels(self) -> Int64Array:
+        """The token that should follow each of them, shape [trained tokens]."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +52,7 @@ class Inputs:
     labels: Tensor
 
     @classmethod
-    def of(cls, batch: MicroBatch, kernel: Kernel, device: torch.device) -> Inputs:
+    def of(cls, batch: PackedRow, kernel: Kernel, device: torch.device) -> Inputs:
         """Move a micro-batch to a device; shapes [1, T] for tokens, [trained_tokens] for labels."""
 
         def move(array: Any) -> Tensor:
@@ -43,8 +70,8 @@ class Inputs:
 def loss_sum(model: Callable[..., Any], inputs: Inputs) -> Tensor:
     """Return the cross-entropy summed over the labelled positions, in float32.
 
-    The LM head runs at labelled positions only. A batch without any gives 0 and still takes part in the backward
-    pass, as ZeRO-3 needs of every rank.
+    The LM head runs at labelled positions only. A batch without any gives 0 and still takes part in the
+    backward pass, as ZeRO-3 needs of every rank.
 
     Args:
         model: A causal LM of transformers, or the engine around it.

@@ -1,10 +1,11 @@
-"""Checkpoints on storage that every node shares: written by all ranks, published by one rename, verified before use.
+"""Checkpoints on storage that every node shares: written by all ranks, published by one rename.
 
     checkpoints/step-00000020/manifest.json      step, world size, and the size and SHA-256 of every shard
     checkpoints/step-00000020/shards/            DeepSpeed's files, one set a rank
     checkpoints/step-00000040.attempt-2.partial  not published yet; never read
 
-All functions that take an engine are collective: every rank calls them.
+All functions that take an engine are collective: every rank calls them, and what fails on one rank fails on
+all, so that nobody is left waiting for a rank that is gone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +25,13 @@ from orchestrator.errors import TrainingError
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+_PUBLISHED = re.compile(r"step-\d{8,}")
 
 
 def published(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = folder.glob("step-*/" + MANIFEST) if folder.is_dir() else []
-    return sorted((manifest.parent for manifest in found if "." not in manifest.parent.name), key=step_of)
+    return sorted((path.parent for path in found if _PUBLISHED.fullmatch(path.parent.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -41,7 +44,9 @@ def clean(folder: Path, keep: int) -> None:
     for draft in folder.glob("*.partial"):
         shutil.rmtree(draft, ignore_errors=True)
     for old in published(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        # Removal takes time and may be interrupted; half a checkpoint must not look like one.
+        doomed = old.rename(old.with_name(f"{old.name}.old.partial"))
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def save(engine: Any, folder: Path, step: int, attempt: int, permit: Callable[[], None]) -> Path:
@@ -59,36 +64,20 @@ def save(engine: Any, folder: Path, step: int, attempt: int, permit: Callable[[]
 
     Raises:
         TrainingError: It cannot be written; what was published before is untouched.
+        Exception: On rank 0 what `permit` raised; RuntimeError on the others then.
     """
     final = folder / f"step-{step:08d}"
-    draft = folder / f"step-{step:08d}.attempt-{attempt}.partial"
-    try:
-        if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(str(draft), tag=SHARDS, client_state={"step": step}, save_latest=False)
-        dist.barrier()
-        entries = _describe_my_share(draft / SHARDS)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        shutil.rmtree(draft, ignore_errors=True)
-        raise TrainingError(
-            f"the checkpoint of step {step} cannot be written to {folder} ({reason}); make room or repair the "
-            "storage, and run the job again: it goes on from the last published checkpoint"
-        ) from error
-    gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, entries)
-    if dist.get_rank() == 0:
-        files = {name: entry for part in gathered for name, entry in part.items()}
-        _require_all_shards(files, step)
-        permit()
-        _write_manifest(draft, {"step": step, "world_size": dist.get_world_size(), **_stage(engine), "files": files})
-        if final.exists():  # the same step, published by an attempt that ended before it could say so
-            shutil.rmtree(final)
-        draft.rename(final)
-        _sync(folder)
-    dist.barrier()
+    draft = folder / f"{final.name}.attempt-{attempt}.partial"
+    speaks = dist.get_rank() == 0
+    _agree(_failure(lambda: _begin(draft)) if speaks else None, draft, step)
+    _agree(_write_shards(engine, draft, step), draft, step)
+    entries: dict[str, Any] = {}
+    _agree(_failure(lambda: entries.update(_describe_my_share(draft / SHARDS))), draft, step)
+    files = {name: entry for part in _gather(entries) for name, entry in part.items()}
+    _require_all_shards(files, step)
+    _permit_on_rank_0(permit, draft)
+    manifest = {"step": step, **_layout(engine), "files": files}
+    _agree(_failure(lambda: _publish(draft, final, manifest)) if speaks else None, draft, step)
     return final
 
 
@@ -101,21 +90,22 @@ def load(engine: Any, checkpoint: Path) -> int:
     Raises:
         TrainingError: A file is missing or not what was written, or the checkpoint belongs to another layout.
     """
-    manifest = read_manifest(checkpoint)
-    wanted = {"world_size": dist.get_world_size(), **_stage(engine)}
-    for key, value in wanted.items():
-        if manifest[key] != value:
-            raise TrainingError(
-                f"{checkpoint} was written with {key}={manifest[key]}, and this run has {key}={value}; run it with the "
-                "same layout, or export the checkpoint and train on from the exported model"
-            )
-    problems: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(problems, _verify_my_share(checkpoint, manifest["files"]))
-    found = [problem for part in problems for problem in part]
+    step, problems = 0, []
+    try:
+        manifest = read_manifest(checkpoint)
+        step = int(manifest["step"])
+        problems = _foreign_layout(checkpoint, manifest, engine) or _verify_my_share(
+            checkpoint, manifest["files"]
+        )
+    except TrainingError as error:
+        problems = list(error.problems)
+    found = list(dict.fromkeys(problem for part in _gather(problems) for problem in part))
     if found:
-        raise TrainingError(*found, f"remove {checkpoint} and run the job again: it goes on from the one before")
-    engine.load_checkpoint(str(checkpoint), tag=SHARDS)
-    return int(manifest["step"])
+        raise TrainingError(*found)
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=SHARDS)
+    if path is None:
+        raise TrainingError(f"DeepSpeed finds no checkpoint in {checkpoint / SHARDS}; {_remedy(checkpoint)}")
+    return step
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -126,10 +116,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        missing = {"step", "world_size", "zero_stage", "files"} - manifest.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise TrainingError(
-            f"{checkpoint / MANIFEST} cannot be read ({error}); remove {checkpoint} to go on from the one before"
+            f"{checkpoint / MANIFEST} cannot be read ({_reason(error)}); {_remedy(checkpoint)}"
         ) from None
+    if missing:
+        raise TrainingError(
+            f"{checkpoint / MANIFEST} lacks {', '.join(sorted(missing))}; {_remedy(checkpoint)}"
+        )
     return manifest
 
 
@@ -139,20 +134,142 @@ def verify(checkpoint: Path) -> list[str]:
     return [problem for name, entry in files.items() if (problem := _problem(checkpoint, name, entry))]
 
 
-def _stage(engine: Any) -> dict[str, int]:
-    return {"zero_stage": int(engine.zero_optimization_stage())}
+class _PatientWriter:
+    """DeepSpeed's writer of files, which notes the first error instead of raising it."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.failure: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Do something on storage, unless something has failed before."""
+        if self.failure is None:
+            self.failure = _failure(action)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file, whole or not at all."""
+        self.attempt(lambda: self._writer.save(state_dict, path))
+        if self.failure is not None:
+            Path(path).unlink(missing_ok=True)
+
+
+def _write_shards(engine: Any, draft: Path, step: int) -> str | None:
+    """Let DeepSpeed write the files of this rank; return what went wrong.
+
+    `save_checkpoint` has barriers between and after what it writes (deepspeed/runtime/engine.py, 0.19). A rank
+    that left it with an error would meet the others' barrier with another collective, and gloo aborts then.
+    """
+    writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
+    patient = _PatientWriter(writer)
+    engine.checkpoint_engine = patient
+    engine._copy_recovery_script = lambda folder: patient.attempt(lambda: copy_script(folder))
+    try:
+        engine.save_checkpoint(str(draft), tag=SHARDS, client_state={"step": step}, save_latest=False)
+    finally:
+        engine.checkpoint_engine, engine._copy_recovery_script = writer, copy_script
+    return patient.failure
+
+
+def _begin(draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    (draft / SHARDS).mkdir(parents=True)
+
+
+def _permit_on_rank_0(permit: Callable[[], None], draft: Path) -> None:
+    refusal: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            permit()
+        except Exception as error:  # whatever it is, the other ranks have to learn of it
+            refusal = error
+            shutil.rmtree(draft, ignore_errors=True)
+    told = _gather(_reason(refusal) if refusal is not None else None)[0]
+    if refusal is not None:
+        raise refusal
+    if told is not None:
+        raise RuntimeError(f"rank 0 was not permitted to publish {draft.name}: {told}")
+
+
+def _publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
+    _write_manifest(draft, manifest)
+    _sync(draft / SHARDS)
+    _sync(draft)
+    replaced = final.with_name(f"{final.name}.replaced.partial")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # the same step, published by an attempt that ended before it could say so
+        final.rename(replaced)
+    draft.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _failure(action: Callable[[], object]) -> str | None:
+    """Return why an action on storage failed, or None; torch reports a full disk as RuntimeError."""
+    try:
+        action()
+    except (OSError, RuntimeError) as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+def _agree(failure: str | None, draft: Path, step: int) -> None:
+    """Raise on every rank what failed on any."""
+    failures = {rank: reason for rank, reason in enumerate(_gather(failure)) if reason is not None}
+    if not failures:
+        return
+    if dist.get_rank() == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+    reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in failures.items())
+    raise TrainingError(
+        f"the checkpoint of step {step} cannot be written to {draft.parent} ({reasons}); make room or repair "
+        "the storage, and run the job again: it goes on from the last published checkpoint"
+    )
+
+
+def _gather(mine: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _layout(engine: Any) -> dict[str, int]:
+    return {"world_size": dist.get_world_size(), "zero_stage": int(engine.zero_optimization_stage())}
+
+
+def _foreign_layout(checkpoint: Path, manifest: dict[str, Any], engine: Any) -> list[str]:
+    return [
+        f"{checkpoint} was written with {key}={manifest[key]}, and this run has {key}={value}; run it with "
+        "the same layout, or export the checkpoint and train on from the exported model"
+        for key, value in _layout(engine).items()
+        if manifest[key] != value
+    ]
+
+
+def _remedy(checkpoint: Path) -> str:
+    return f"remove {checkpoint} and run the job again: it goes on from the one before"
 
 
 def _describe_my_share(shards: Path) -> dict[str, Any]:
-    """Read back, flush and hash this rank's share of the files, whoever wrote them."""
-    names = sorted(path.name for path in shards.iterdir())
-    return {name: _describe(shards / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+    """Flush, read back and hash this rank's share of the files, whoever wrote them."""
+    names = sorted(path.name for path in shards.iterdir())[dist.get_rank() :: dist.get_world_size()]
+    for name in names:
+        _sync(shards / name)
+    return {name: _describe(shards / name) for name in names}
 
 
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": os.fstat(file.fileno()).st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def _require_all_shards(files: dict[str, Any], step: int) -> None:
@@ -160,8 +277,8 @@ def _require_all_shards(files: dict[str, Any], step: int) -> None:
     if len(shards) != dist.get_world_size():
         raise TrainingError(
             f"the checkpoint of step {step} has the optimizer shards of {len(shards)} ranks, and there are "
-            f"{dist.get_world_size()}: the nodes do not write to one storage; set checkpoint.storage to a folder that all "
-            "nodes mount"
+            f"{dist.get_world_size()}: the nodes do not write to one storage; set checkpoint.storage to a "
+            "folder that all nodes mount"
         )
 
 
@@ -172,8 +289,8 @@ def _write_manifest(draft: Path, manifest: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -190,7 +307,10 @@ def _problem(checkpoint: Path, name: str, entry: dict[str, Any]) -> str | None:
     try:
         found = _describe(path)
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror}), and the checkpoint needs it"
+        return f"{path} cannot be read ({error.strerror}), and the checkpoint needs it; {_remedy(checkpoint)}"
     if found != entry:
-        return f"{path} is not what was written: {found['bytes']} bytes, and {entry['bytes']} with another hash were"
+        return (
+            f"{path} is not what was written: it has {found['bytes']} bytes, and {entry['bytes']} with "
+            f"another hash were; {_remedy(checkpoint)}"
+        )
     return None

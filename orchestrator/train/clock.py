@@ -18,8 +18,8 @@ Phase = Literal["data", "forward", "backward", "optimizer"]
 class StepClock:
     """Measures wall seconds of steps and seconds by phase.
 
-    On CUDA the phases are read from events that are recorded in the stream, so that nothing waits for the device until
-    the step is over. Making batches happens on the host and is timed there.
+    On CUDA the phases are read from events that are recorded in the stream, so that nothing waits for the
+    device until the step is over. Making batches happens on the host and is timed there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class StepClock:
     def phase(self, name: Phase) -> Iterator[None]:
         """Add what runs inside to a phase of the current step."""
         if self._cuda and name != "data":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             yield
             end.record()
@@ -64,7 +64,7 @@ class StepClock:
 
 
 def memory(device: torch.device) -> tuple[int, int, int]:
-    """Return bytes in use, the most so far, and bytes held by the allocator; on CPU resident memory for all."""
+    """Return bytes in use, the most so far, and bytes held by the allocator; on CPU resident memory."""
     if device.type == "cuda":
         return (
             torch.cuda.memory_allocated(device),

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from orchestrator.train.ops import use_own_ninja
+
+# DeepSpeed calls these on every reduction, and torch reports each call.
+_RENAMED_COLLECTIVES = r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)"
+_SEED_SPACE = 2**63  # what torch.manual_seed takes
 
 
 def join_process_group(collective_timeout_seconds: int) -> None:
@@ -16,10 +24,12 @@ def join_process_group(collective_timeout_seconds: int) -> None:
     Args:
         collective_timeout_seconds: How long a collective may wait.
     """
+    use_own_ninja()
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", _RENAMED_COLLECTIVES, FutureWarning)
     deepspeed.init_distributed(timeout=timedelta(seconds=collective_timeout_seconds), verbose=False)
 
 
@@ -57,9 +67,15 @@ def backward(engine: Any, loss: Tensor, factor: float) -> None:
 
 
 def gradient_norm(engine: Any) -> float:
-    """Return the L2 norm of the last step's gradient over all ranks, before clipping."""
+    """Return the L2 norm of the last step's gradient over all ranks, before clipping; it may be NaN."""
     norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else float("nan")
+    # A negative norm is how DeepSpeed's ZeRO optimizers write one that is no number.
+    return float(norm) if norm is not None and norm >= 0 else math.nan
+
+
+def scales_loss(engine: Any) -> bool:
+    """Tell whether the loss is scaled, as in fp16: a skipped step then means that the scale was too high."""
+    return bool(engine.fp16_enabled())
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -69,4 +85,4 @@ def parameter_count(model: nn.Module) -> int:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout from the place in the run, so that a resumed run draws what the undisturbed one draws."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % _SEED_SPACE)

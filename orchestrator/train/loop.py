@@ -1,7 +1,7 @@
 """The training loop of one worker.
 
-Read `train` first. It is handed everything that is already decided: the engine, which packs belong to which step, how many steps
-there are, and whom to tell.
+Read `train` first. It is handed everything that is already decided: the engine, which packs belong to which
+step, how many steps there are, and whom to tell.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.plan.shape import ModelShape
 from orchestrator.spec import JobSpec
 from orchestrator.train.clock import StepClock, memory
-from orchestrator.train.engine import backward, gradient_norm, seed_step, set_learning_rate
+from orchestrator.train.engine import backward, gradient_norm, scales_loss, seed_step, set_learning_rate
 from orchestrator.train.schedule import learning_rate
 
 
@@ -98,7 +98,7 @@ def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) 
         start_step: Steps that are already done.
 
     Raises:
-        TrainingError: The loss is no longer a number.
+        TrainingError: The loss or the gradient is no longer a number.
     """
     job = course.job
     clock = StepClock(course.device)
@@ -119,7 +119,7 @@ def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) 
             ranks=ranks,
         )
         listener.stepped(report)
-        require_finite(report)
+        require_finite(report, scales_loss(engine))
         if job.eval and is_due(job.eval.every_steps, done, course.steps):
             listener.evaluated(done, evaluate(engine, course))
         if is_due(job.checkpoint.every_steps, done, course.steps):
@@ -152,11 +152,11 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
     """Return what this rank did in the step that is about to end."""
     model_work = hardware_work = 0.0
     if course.shape is not None:
-        checkpointed = course.job.model.gradient_checkpointing
+        checkpointed, stage = course.job.model.gradient_checkpointing, course.job.parallel.zero_stage
         for batch in work:
             forward = forward_flops(course.shape, batch.tokens, batch.square_tokens, batch.trained_tokens)
             model_work += model_flops(forward)
-            hardware_work += hardware_flops(forward, checkpointed)
+            hardware_work += hardware_flops(forward, checkpointed, stage)
     phases = clock.phases()
     in_use, peak, reserved = memory(course.device)
     return RankStep(
@@ -195,23 +195,35 @@ def evaluate(engine: Any, course: Course) -> float:
         for step in range(loader.steps(1.0)):
             for batch in loader.micro_batches(step, course.rank, packs):
                 loss = loss_sum(engine, Inputs.of(batch, course.kernel, course.device))
-                totals += torch.tensor([loss.item(), batch.trained_tokens], dtype=torch.float64, device=course.device)
+                totals += torch.tensor(
+                    [loss.item(), batch.trained_tokens], dtype=torch.float64, device=course.device
+                )
     engine.train()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1].clamp(min=1))
 
 
-def require_finite(report: StepReport) -> None:
-    """Refuse to go on with a loss that is no number; fp16 steps that were skipped are part of loss scaling.
+def require_finite(report: StepReport, loss_is_scaled: bool) -> None:
+    """Refuse to go on with a loss or a gradient that is no number.
+
+    DeepSpeed skips such a step in most number formats and says nothing. Only where the loss is scaled is that
+    part of training: the scale was too high, and the skipped step has lowered it.
+
+    Args:
+        report: The step that is over.
+        loss_is_scaled: Whether a skipped step is to be expected now and then.
 
     Raises:
         TrainingError: Names the step and what to try.
     """
-    if not math.isfinite(report.loss) and not report.skipped:
+    if math.isfinite(report.loss) and math.isfinite(report.gradient_norm):
+        return
+    if not (report.skipped and loss_is_scaled):
         raise TrainingError(
-            f"loss={report.loss} at step {report.step}, with learning_rate={report.learning_rate:.3g} and "
-            f"gradient_norm={report.gradient_norm:.3g}, is not a number, so no later step can be right; lower optim.lr "
-            "or raise optim.warmup_ratio, look at the data of this step, and start again from the last checkpoint"
+            f"loss={report.loss} and gradient_norm={report.gradient_norm:.3g} at step {report.step}, with "
+            f"learning_rate={report.learning_rate:.3g}: not a number, so no later step can be right; "
+            "lower optim.lr or raise optim.warmup_ratio, look at the data of this step, and start again from "
+            "the last checkpoint"
         )
 
 

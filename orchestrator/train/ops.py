@@ -1,6 +1,6 @@
 """Compiling DeepSpeed's C++ operators once, visibly, instead of silently inside the first run.
 
-Run as `python -m orchestrator.train.ops`; later calls find them in PyTorch's extension cache and take seconds.
+Run as `python -m orchestrator.train.ops`; later calls find them in PyTorch's extension cache.
 """
 
 from __future__ import annotations
@@ -14,8 +14,20 @@ from pathlib import Path
 from orchestrator.errors import ClusterError
 
 
+def use_own_ninja() -> None:
+    """Put the ninja that stands beside the interpreter first on the path.
+
+    Two versions of ninja hash the same command differently, so that each would compile again, for a minute,
+    what the other has compiled.
+    """
+    beside = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
+
+
 def build() -> list[tuple[str, float]]:
-    """Compile or load the operators that the policies use: CPU Adam, and on CPU the shared-memory collectives.
+    """Compile or load the operators that policies use: CPU Adam, and on CPU shared-memory collectives.
 
     Returns:
         Name and seconds of each.
@@ -23,8 +35,7 @@ def build() -> list[tuple[str, float]]:
     Raises:
         ClusterError: There is no C++ compiler.
     """
-    # ninja stands beside the interpreter, which need not be on the path.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    use_own_ninja()
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         raise ClusterError(
             "no C++ compiler is found, and DeepSpeed compiles its operators at first use; install g++"

@@ -1,4 +1,4 @@
-"""The main job on two real Ray nodes: submitted from outside, one worker a node, the same losses as on one node."""
+"""The main job on two real Ray nodes: submitted from outside, one worker a node, losses as on one node."""
 
 from __future__ import annotations
 

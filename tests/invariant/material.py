@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from orchestrator.data.loader import Geometry, PackLoader
-from orchestrator.data.packing import Packs, best_fit, one_each
-from orchestrator.data.store import Account, TokenStore, write_index, write_shard
+from orchestrator.data.store import Account, write_index, write_shard
 from orchestrator.data.template import Document
-from orchestrator.spec import JobSpec
 
 MAX_LENGTH = 96
 VOCABULARY = 160
 SEED = 11
 
-Packing = Literal["none", "best_fit"]
-
+POLICIES: dict[str, dict[str, Any]] = {
+    "zero2": {"zero_stage": 2},
+    "zero2-optimizer-cpu": {"zero_stage": 2, "offload_optimizer": "cpu"},
+    "zero3": {"zero_stage": 3},
+    "zero3-optimizer-cpu": {"zero_stage": 3, "offload_optimizer": "cpu"},
+    "zero3-all-cpu": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
+}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -54,37 +55,38 @@ def write_documents(folder: Path, count: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     documents = []
     for number in range(count):
-        length = int(generator.integers(3, MAX_LENGTH + 1)) | 1
-        length = min(length, MAX_LENGTH)
+        length = int(generator.integers(3, MAX_LENGTH)) | 1
         tokens = generator.integers(3, VOCABULARY, length).astype(np.uint32)
         prompt = length if number % 9 == 4 else int(generator.integers(0, length - 1))
         documents.append(Document(tokens, np.arange(length) >= max(1, prompt)))
     folder.mkdir(parents=True)
     half = count // 2
-    shards = [write_shard(folder, 0, documents[:half], Account()), write_shard(folder, 1, documents[half:], Account())]
+    shards = [
+        write_shard(folder, 0, documents[:half], Account()),
+        write_shard(folder, 1, documents[half:], Account()),
+    ]
     write_index(folder, shards, {})
 
 
-def pack(store: TokenStore, packing: Packing) -> Packs:
-    """Return the packs of a store."""
-    return best_fit(store.lengths, MAX_LENGTH, SEED) if packing == "best_fit" else one_each(store.lengths)
+def job(folder: Path, workers: int, parallel: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a job file on the tiny model, with clipping that takes effect.
 
-
-def loader(folder: Path, packing: Packing, job: JobSpec, shuffle: bool = True) -> PackLoader:
-    """Return the loader of a store, laid out for a job."""
-    store = TokenStore(folder)
-    geometry = Geometry(MAX_LENGTH, job.optim.global_batch_size, job.optim.micro_batch_size, job.data_parallel_size)
-    return PackLoader(store, pack(store, packing), geometry, job.run.seed, shuffle)
-
-
-def job(model: Path, workers: int, parallel: dict[str, Any], **optim: Any) -> JobSpec:
-    """Return a job on the tiny model, with clipping that takes effect."""
+    Args:
+        folder: The model's folder.
+        workers: World size.
+        parallel: ZeRO stage and offloading.
+        **changes: Sections or single values of `optim`, which replace what stands here.
+    """
+    sections = {name: changes.pop(name, {}) for name in ("data", "model", "run", "eval", "checkpoint")}
     document = {
         "name": "invariant",
-        "model": {"path": str(model), "gradient_checkpointing": optim.pop("gradient_checkpointing", False)},
-        "data": {"train": [{"path": "unused"}], "max_length": MAX_LENGTH},
+        "model": {"path": str(folder), "gradient_checkpointing": False, **sections["model"]},
+        "data": {"train": [{"path": "unused"}], "max_length": MAX_LENGTH, **sections["data"]},
         "parallel": {"workers": workers, "device": "cpu", **parallel},
-        "optim": {"lr": 1e-3, "clip_norm": 0.5, "weight_decay": 0.01, "global_batch_size": 8, **optim},
-        "run": {"seed": SEED},
+        "optim": {"lr": 1e-3, "clip_norm": 0.5, "weight_decay": 0.01, "global_batch_size": 8, **changes},
+        "run": {"seed": SEED, **sections["run"]},
+        "checkpoint": sections["checkpoint"],
     }
-    return JobSpec.model_validate_json(json.dumps(document))
+    return document | (
+        {"eval": {"data": [{"path": "unused"}], **sections["eval"]}} if sections["eval"] else {}
+    )

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.data.source import Row, read_alpaca
-from orchestrator.paths import resolve
 from orchestrator.errors import SpecError
+from orchestrator.paths import resolve
 
 GOOD = {"instruction": "Say hi.", "input": "", "output": "Hi."}
 

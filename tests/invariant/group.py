@@ -1,0 +1,152 @@
+"""Groups of processes for tests: started together, ended together, and heard when they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).resolve().parents[2]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task left behind: its answer on every rank, and the arrays that rank 0 wrote."""
+
+    ranks: list[dict[str, Any]]
+    arrays: Arrays
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """The answer of rank 0."""
+        return self.ranks[0]
+
+    def kind(self, kind: str) -> Arrays:
+        """Return the arrays of one kind (gradient, parameter, initial), by the parameter's name."""
+        prefix = f"{kind} "
+        return {
+            name.removeprefix(prefix): array for name, array in self.arrays.items() if name.startswith(prefix)
+        }
+
+
+def assert_close(found: Arrays, expected: Arrays, relative: float) -> None:
+    """Compare each tensor by the norm of its difference, which is off where direction or length is."""
+    assert found.keys() == expected.keys()
+    off = {
+        name: float(np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name]))
+        for name in expected
+    }
+    worst = max(off, key=lambda name: off[name])
+    assert off[worst] <= relative, f"{worst} is off by {off[worst]:.2e}"
+
+
+def run_group(
+    folder: Path, workers: int, tasks: list[dict[str, Any]], timeout_seconds: float = 240.0
+) -> dict[str, Outcome]:
+    """Run tasks one after another in a group of new processes that talk over gloo.
+
+    Args:
+        folder: Where the group leaves what it finds out.
+        workers: Number of processes.
+        tasks: Arguments of `worker.py`'s functions; `name` is the key of the outcome, `action` the function.
+        timeout_seconds: When the group is killed.
+
+    Returns:
+        The outcomes by name.
+
+    Raises:
+        AssertionError: A process failed or the time ran out; the message ends with what they wrote to stderr.
+    """
+    folder.mkdir(parents=True)
+    (folder / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
+    port = _free_port()
+    logs = [folder / f"rank-{rank}.log" for rank in range(workers)]
+    processes = [_start(folder, rank, workers, port, log) for rank, log in enumerate(logs)]
+    try:
+        failure = _wait(processes, time.monotonic() + timeout_seconds)
+        if failure is not None:
+            _let_say_where_they_are(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if failure is not None:
+        said = "\n".join(f"--- rank {rank}\n{_tail(log)}" for rank, log in enumerate(logs))
+        raise AssertionError(f"{failure}\n{said}")
+    return {task["name"]: _outcome(folder, task["name"], workers) for task in tasks}
+
+
+def _start(folder: Path, rank: int, workers: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+    # The interpreter's folder has ninja, with which DeepSpeed compiles its operators.
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-m", "tests.invariant.worker", str(folder)],
+            cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> str | None:
+    """Wait until all have ended well, or one has not; the others might wait for that one for ever."""
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code:
+                return f"rank {rank} ended with code {code}"
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+    running = [rank for rank, process in enumerate(processes) if process.poll() is None]
+    return f"ranks {running} did not end in time"
+
+
+def _let_say_where_they_are(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGABRT)  # faulthandler writes the stack of every thread
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+def _outcome(folder: Path, name: str, workers: int) -> Outcome:
+    answers = [
+        json.loads((folder / f"{name}.{rank}.json").read_text(encoding="utf-8")) for rank in range(workers)
+    ]
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        return Outcome(answers, {})
+    with np.load(path) as arrays:
+        return Outcome(answers, dict(arrays))
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-60:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,55 @@
+"""Looking into a DeepSpeed engine: whole parameters and whole gradients, whichever way they are partitioned.
+
+Both functions are collective: every rank calls them, and every rank gets the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+def full_parameters(model: nn.Module) -> Arrays:
+    """Return a copy of every parameter of a model that an engine trains, in float32."""
+    import deepspeed
+
+    whole = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):  # does nothing where it is not partitioned
+            whole[name] = parameter.detach().float().cpu().numpy().copy()
+    return whole
+
+
+def full_gradients(model: nn.Module) -> Arrays:
+    """Return the reduced gradient of every parameter, between the last backward pass and the update."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return {
+        name: safe_get_full_grad(parameter).float().cpu().numpy()
+        for name, parameter in model.named_parameters()
+    }
+
+
+@contextmanager
+def first_gradients(engine: Any) -> Iterator[Arrays]:
+    """Catch the gradients of the first optimizer step that an engine makes inside the block."""
+    caught: Arrays = {}
+    step = engine.step
+
+    def watched() -> None:
+        if engine.is_gradient_accumulation_boundary() and not caught:
+            caught.update(full_gradients(engine.module))
+        step()
+
+    engine.step = watched
+    try:
+        yield caught
+    finally:
+        engine.step = step

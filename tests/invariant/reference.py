@@ -1,0 +1,96 @@
+"""What training is: one process, one document at a time, and nothing but PyTorch and transformers.
+
+No DeepSpeed, no packing, no padding, no attention of ours. Only which documents form a step is taken from the
+project, together with the schedule of the learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from orchestrator.data.store import TokenStore
+from orchestrator.data.template import Document
+from orchestrator.spec import JobSpec
+from orchestrator.train.brief import pack, training_loader
+from orchestrator.train.schedule import learning_rate
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Figures by step, the gradients of the first step before clipping, and the parameters at the end."""
+
+    losses: list[float]
+    gradient_norms: list[float]
+    learning_rates: list[float]
+    evaluation: float | None
+    gradients: Arrays
+    parameters: Arrays
+
+
+def train(document: dict[str, Any], data: Path, held_out: Path | None = None) -> Reference:
+    """Train as a job says, with `workers` and `parallel` left aside."""
+    job = JobSpec.model_validate_json(json.dumps(document))
+    model = LlamaForCausalLM.from_pretrained(
+        job.model.path, attn_implementation="eager", dtype=torch.float32
+    ).train()
+    optim = job.optim
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    store = TokenStore(data)
+    packs = pack(job, store)
+    loader, last, steps = training_loader(job, store, packs)
+    losses, norms, rates, gradients = [], [], [], {}
+    for step in range(steps):
+        numbers = [number for number in loader.pack_numbers(step, last) if number is not None]
+        documents = [store.document(member) for number in numbers for member in packs.members(number)]
+        optimizer.zero_grad()
+        losses.append(_backward(model, documents))
+        gradients = gradients or {
+            name: weight.grad.numpy().copy() for name, weight in model.named_parameters()
+        }
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm or float("inf")))
+        )
+        rates.append(learning_rate(optim, step, steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rates[-1]
+        optimizer.step()
+    parameters = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
+    evaluation = None if held_out is None else _evaluate(model, TokenStore(held_out))
+    return Reference(losses, norms, rates, evaluation, gradients, parameters)
+
+
+def _backward(model: LlamaForCausalLM, documents: list[Document]) -> float:
+    trained = sum(int(document.trained[1:].sum()) for document in documents)
+    total = 0.0
+    for document in documents:
+        loss = _loss_sum(model, document)
+        (loss / trained).backward()
+        total += loss.item()
+    return total / trained
+
+
+@torch.no_grad()
+def _evaluate(model: LlamaForCausalLM, store: TokenStore) -> float:
+    documents = [store.document(number) for number in range(len(store))]
+    total = sum(_loss_sum(model, document).item() for document in documents)
+    return total / sum(int(document.trained[1:].sum()) for document in documents)
+
+
+def _loss_sum(model: LlamaForCausalLM, document: Document) -> torch.Tensor:
+    tokens = torch.from_numpy(document.tokens.astype(np.int64))
+    logits = model(input_ids=tokens[None]).logits[0, :-1]
+    losses = functional.cross_entropy(logits, tokens[1:], reduction="none")
+    return losses[torch.from_numpy(document.trained[1:].copy())].sum()

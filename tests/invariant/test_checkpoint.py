@@ -1,0 +1,231 @@
+"""A run that was interrupted and resumed is the run that was not; a damaged checkpoint is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import TrainingError
+from orchestrator.train import checkpoint
+from tests.invariant import material
+from tests.invariant.group import Outcome, assert_close, run_group
+from tests.invariant.material import POLICIES, job
+
+pytestmark = pytest.mark.distributed
+
+NAMES = list(POLICIES)
+DAMAGES = {
+    "flipped": "is not what was written",
+    "truncated": "is not what was written",
+    "missing": "cannot be read",
+    "manifest-garbled": "manifest.json cannot be read",
+    "manifest-missing": "manifest.json cannot be read",
+    "manifest-empty": "manifest.json lacks files, step, world_size, zero_stage",
+    "zero3": "was written with zero_stage=3, and this run has zero_stage=2",
+}
+FAILURES = {
+    "folder-is-a-file": "Not a directory",
+    "full-on-rank-0": "rank 0: [Errno 28] No space left on device",
+    "full-on-rank-1": "rank 1: [Errno 28] No space left on device",
+    "no-room-for-script": "rank 0: [Errno 28] No space left on device",
+    "short-write": "; rank 1: ",  # what torch makes of it differs between its file formats
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the groups of this file did, and where."""
+
+    home: Path
+    outcomes: dict[str, Outcome]
+
+    def saved(self, policy: str) -> Path:
+        return self.home / policy / "step-00000003"
+
+
+def task_of(name: str, home: Path, policy: str, workers: int = 2, **more: Any) -> dict[str, Any]:
+    """Return six steps over 2.4 epochs of 20 packs, with dropout; step 4 begins inside the second epoch."""
+    document = job(
+        home / "model", workers, POLICIES[policy], epochs=2.4, micro_batch_size=2,
+        model={"gradient_checkpointing": policy == "zero3"}, checkpoint={"every_steps": 3},
+    )  # fmt: skip
+    data = str(home / "documents")
+    return {"name": name, "action": "train", "job": document, "data": data, "parameters": True, **more}
+
+
+def damaged(saved: Path, damage: str) -> Path:
+    """Return a copy of a checkpoint with a certain damage."""
+    copy = saved.with_name(damage)
+    shutil.copytree(saved, copy)
+    shard = sorted((copy / checkpoint.SHARDS).glob("*optim_states.pt"))[1]
+    manifest = copy / checkpoint.MANIFEST
+    if damage == "flipped":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "manifest-garbled":
+        manifest.write_text(manifest.read_text(encoding="utf-8")[:-10], encoding="utf-8")
+    elif damage == "manifest-missing":
+        manifest.unlink()
+    elif damage == "manifest-empty":
+        manifest.write_text("{}", encoding="utf-8")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    home = tmp_path_factory.mktemp("checkpoints")
+    material.write_model(home / "model", attention_dropout=0.1)
+    material.write_documents(home / "documents", 31, seed=3)
+    (home / "file").write_text("not a folder", encoding="utf-8")
+    cases = [
+        {"name": "good", "folder": str(home / "saves")},
+        {"name": "folder-is-a-file", "folder": str(home / "file" / "checkpoints")},
+        {"name": "full-on-rank-0", "folder": str(home / "saves"), "full_on_rank": 0},
+        {"name": "full-on-rank-1", "folder": str(home / "saves"), "full_on_rank": 1},
+        {"name": "no-room-for-script", "folder": str(home / "saves"), "no_room_for_script": True},
+        {"name": "short-write", "folder": str(home / "saves"), "file_limit_bytes": 100_000},
+        {"name": "forbidden", "folder": str(home / "saves"), "forbidden": True},
+        {"name": "again", "folder": str(home / "saves")},
+    ]
+    tasks = [task_of(f"whole {policy}", home, policy) for policy in NAMES]
+    tasks += [
+        task_of(f"begun {policy}", home, policy, save_to=str(home / policy), end_at=3) for policy in NAMES
+    ]
+    tasks += [
+        {**task_of(f"saves {policy}", home, policy), "action": "fail_to_save", "cases": cases}
+        for policy in ("zero3",)
+    ]
+    outcomes = run_group(home / "before", 2, tasks)
+
+    runs = Runs(home, outcomes)
+    zero2 = runs.saved("zero2")
+    refused = [damaged(zero2, damage) for damage in DAMAGES if damage != "zero3"]
+    foreign = shutil.copytree(runs.saved("zero3"), zero2.with_name("zero3"))
+    tasks = [task_of(f"resumed {policy}", home, policy, resume=str(runs.saved(policy))) for policy in NAMES]
+    refuse = {"action": "refuse_to_load", "checkpoints": [str(path) for path in (*refused, foreign)]}
+    tasks.append({**task_of("refused", home, "zero2"), **refuse})
+    outcomes |= run_group(home / "after", 2, tasks)
+
+    alone = {"action": "refuse_to_load", "checkpoints": [str(zero2)]}
+    outcomes |= run_group(home / "alone", 1, [{**task_of("alone", home, "zero2", workers=1), **alone}])
+    return runs
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_a_resumed_run_is_the_undisturbed_one(policy: str, runs: Runs) -> None:
+    whole, begun, resumed = (runs.outcomes[f"{part} {policy}"] for part in ("whole", "begun", "resumed"))
+    assert [step["step"] for step in begun.answer["steps"]] == [1, 2, 3]
+    assert resumed.answer["start"] == 3
+    together = begun.answer["steps"] + resumed.answer["steps"]
+    assert len(whole.answer["steps"]) == 6
+    for step, other in zip(together, whole.answer["steps"], strict=True):
+        for figure in ("step", "epoch", "tokens", "trained_tokens", "skipped"):
+            assert step[figure] == other[figure]
+        for figure in ("loss", "gradient_norm", "learning_rate"):
+            assert step[figure] == pytest.approx(other[figure], rel=1e-6)
+    assert_close(resumed.kind("parameter"), whole.kind("parameter"), 1e-6)
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_close(begun.kind("parameter"), whole.kind("parameter"), 1e-6)
+
+
+def test_the_interruption_lies_in_the_middle_of_an_epoch(runs: Runs) -> None:
+    epochs = [step["epoch"] for step in runs.outcomes["whole zero2"].answer["steps"]]
+    assert epochs == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.4])
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_shards_hold_the_parameters_of_the_engine(policy: str, runs: Runs) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(runs.saved(policy)), tag=checkpoint.SHARDS)
+    found = {name: weight.detach().numpy() for name, weight in weights.items()}
+    assert_close(found, runs.outcomes[f"begun {policy}"].kind("parameter"), 0.0)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_checkpoint_is_refused_on_every_rank(damage: str, runs: Runs) -> None:
+    for answer in runs.outcomes["refused"].ranks:
+        (problem,) = answer["problems"][damage]
+        assert DAMAGES[damage] in problem
+        assert str(runs.saved("zero2").with_name(damage)) in problem
+        assert "; remove " in problem or "; run it with the same layout" in problem
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_verify_names_the_file(damage: str, runs: Runs) -> None:
+    assert checkpoint.verify(runs.saved("zero2")) == []
+    (problem,) = checkpoint.verify(runs.saved("zero2").with_name(damage))
+    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in problem
+
+
+def test_another_world_size_is_refused(runs: Runs) -> None:
+    (problem,) = runs.outcomes["alone"].answer["problems"]["step-00000003"]
+    assert "was written with world_size=2, and this run has world_size=1" in problem
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_save_fails_on_every_rank(failure: str, runs: Runs) -> None:
+    for answer in runs.outcomes["saves zero3"].ranks:
+        said = answer["errors"][failure]
+        assert said.startswith("TrainingError: training error: the checkpoint of step ")
+        assert "cannot be written to" in said
+        assert FAILURES[failure] in said
+
+
+def test_a_save_that_is_not_permitted_publishes_nothing(runs: Runs) -> None:
+    first, second = (answer["errors"]["forbidden"] for answer in runs.outcomes["saves zero3"].ranks)
+    assert first == "PermissionError: a newer attempt has taken over"
+    assert second.startswith(
+        "RuntimeError: rank 0 was not permitted to publish step-00000007.attempt-1.partial"
+    )
+
+
+def test_failed_saves_leave_the_others_intact(runs: Runs) -> None:
+    for answer in runs.outcomes["saves zero3"].ranks:
+        assert [name for name, error in answer["errors"].items() if error is None] == ["good", "again"]
+    folder = runs.home / "saves"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000008"]
+    assert [checkpoint.verify(saved) for saved in checkpoint.published(folder)] == [[], []]
+
+
+def publish(folder: Path, name: str) -> Path:
+    (folder / name / checkpoint.SHARDS).mkdir(parents=True)
+    manifest = {"step": 1, "world_size": 1, "zero_stage": 2, "files": {}}
+    (folder / name / checkpoint.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return folder / name
+
+
+def test_only_complete_checkpoints_are_found_oldest_first(tmp_path: Path) -> None:
+    newest, oldest, middle = (publish(tmp_path, f"step-{step:08d}") for step in (100, 2, 30))
+    for name in ("step-00000200.attempt-2.partial", "step-00000300.old.partial", "step-best", "other"):
+        publish(tmp_path, name)
+    (tmp_path / "step-00000400" / checkpoint.SHARDS).mkdir(parents=True)  # no manifest
+    assert checkpoint.published(tmp_path) == [oldest, middle, newest]
+    assert [checkpoint.step_of(path) for path in checkpoint.published(tmp_path)] == [2, 30, 100]
+    assert checkpoint.published(tmp_path / "nothing") == []
+
+
+def test_clean_keeps_the_newest_and_removes_drafts(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        publish(tmp_path, f"step-{step:08d}")
+    publish(tmp_path, "step-00000004.attempt-1.partial")
+    checkpoint.clean(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"step": 1}'])
+def test_an_unreadable_manifest_names_the_remedy(content: str, tmp_path: Path) -> None:
+    saved = publish(tmp_path, "step-00000001")
+    (saved / checkpoint.MANIFEST).write_text(content, encoding="utf-8")
+    with pytest.raises(TrainingError, match=r"manifest\.json .*; remove .* and run the job again"):
+        checkpoint.verify(saved)

@@ -1,0 +1,187 @@
+"""Every way to lay out a run gives the losses and gradients of the plainest one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.data.packing import best_fit
+from orchestrator.data.store import TokenStore
+from tests.invariant import material, reference
+from tests.invariant.conftest import Material
+from tests.invariant.group import Outcome, assert_close, run_group
+from tests.invariant.material import MAX_LENGTH, POLICIES, SEED, job
+
+pytestmark = pytest.mark.distributed
+
+
+# One worker: 1 x 8 accumulation steps, 2 x 4 and 8 x 1; two workers: 1 x 4 and 4 x 1.
+SHAPES = {"1x8": (1, 1), "8x1": (1, 8), "2x4": (1, 2), "2w-1x4": (2, 1), "2w-4x1": (2, 4)}
+
+EVERY_POLICY_AND_SHAPE = [
+    *((policy, "2w-1x4") for policy in POLICIES),
+    *((policy, "1x8") for policy in POLICIES),
+    ("zero2", "8x1"), ("zero3", "8x1"), ("zero3", "2x4"), ("zero2", "2w-4x1"), ("zero3-all-cpu", "2w-4x1"),
+]  # fmt: skip
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "checkpointed-zero2": ("zero2", "2w-1x4", {"model": {"gradient_checkpointing": True}}),
+    "checkpointed-zero3": ("zero3", "2w-1x4", {"model": {"gradient_checkpointing": True}}),
+    "checkpointed-zero3-all-cpu": ("zero3-all-cpu", "8x1", {"model": {"gradient_checkpointing": True}}),
+}
+"""Name, policy, shape and changes that must not change anything."""
+
+
+def task_of(name: str, tiny: Material, policy: str, shape: str, **changes: Any) -> tuple[int, dict[str, Any]]:
+    workers, micro_batch_size = SHAPES[shape]
+    document = job(tiny.model, workers, POLICIES[policy], micro_batch_size=micro_batch_size, **changes)
+    return workers, {
+        "name": name,
+        "action": "train",
+        "job": document,
+        "data": str(tiny.training),
+        "held_out": str(tiny.held_out),
+        "initial": True,
+        "parameters": True,
+    }
+
+
+def run_all(folder: Any, tasks: list[tuple[int, dict[str, Any]]]) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {}
+    for workers in sorted({workers for workers, _ in tasks}):
+        found |= run_group(
+            folder / f"{workers}-workers", workers, [task for at, task in tasks if at == workers]
+        )
+    return found
+
+
+def assert_same_training(outcome: Outcome, expected: reference.Reference) -> None:
+    steps = outcome.answer["steps"]
+    assert [step["loss"] for step in steps] == pytest.approx(expected.losses, rel=1e-5)
+    assert [step["gradient_norm"] for step in steps] == pytest.approx(expected.gradient_norms, rel=1e-4)
+    assert [step["learning_rate"] for step in steps] == pytest.approx(expected.learning_rates, rel=1e-12)
+    assert not any(step["skipped"] for step in steps)
+    assert_close(outcome.kind("gradient"), expected.gradients, 1e-4)
+    assert_close(outcome.kind("parameter"), expected.parameters, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Material) -> reference.Reference:
+    _, task = task_of("", tiny, "zero2", "1x8", eval={"every_steps": 2})
+    return reference.train(task["job"], tiny.training, tiny.held_out)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    tasks = [
+        task_of(f"{policy} {shape}", tiny, policy, shape, eval={"every_steps": 2})
+        for policy, shape in EVERY_POLICY_AND_SHAPE
+    ]
+    tasks += [
+        task_of(name, tiny, policy, shape, eval={"every_steps": 2}, **changes)
+        for name, (policy, shape, changes) in VARIANTS.items()
+    ]
+    for shape in ("1x8", "2w-1x4"):
+        tasks += [
+            task_of(f"random {policy} {shape}", tiny, policy, shape, model={"weights": "random"}, max_steps=1)
+            for policy in ("zero2", "zero3")
+        ]
+        tasks += [
+            task_of(f"tied {policy} {shape}", tiny, policy, shape, model={"path": str(tiny.tied)})
+            for policy in ("zero2", "zero3", "zero3-all-cpu")
+        ]
+        tasks += [
+            task_of(f"unclipped {policy} {shape}", tiny, policy, shape, clip_norm=0.0)
+            for policy in ("zero2", "zero3")
+        ]
+    return run_all(tmp_path_factory.mktemp("equivalence"), tasks)
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{policy} {shape}" for policy, shape in EVERY_POLICY_AND_SHAPE), *VARIANTS]
+)
+def test_layout_does_not_change_training(
+    name: str, outcomes: dict[str, Outcome], expected: reference.Reference
+) -> None:
+    assert_same_training(outcomes[name], expected)
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{policy} {shape}" for policy, shape in EVERY_POLICY_AND_SHAPE), *VARIANTS]
+)
+def test_evaluation_loss_is_that_of_single_documents(
+    name: str, outcomes: dict[str, Outcome], expected: reference.Reference
+) -> None:
+    for answer in outcomes[name].ranks:
+        (*before, (_, loss)) = answer["evaluations"]
+        assert [step for step, _ in answer["evaluations"]] == [2, 4, 5]
+        assert loss == pytest.approx(expected.evaluation, rel=1e-5)
+        assert all(other != pytest.approx(loss, rel=1e-5) for _, other in before)
+
+
+def test_the_comparison_covers_what_it_claims(
+    outcomes: dict[str, Outcome], expected: reference.Reference
+) -> None:
+    assert all(norm > 0.5 for norm in expected.gradient_norms), "clipping takes effect in every step"
+    assert len(set(expected.losses)) == len(expected.losses) >= 4
+    steps = outcomes["zero2 2w-4x1"].answer["steps"]
+    assert all(step["trained_tokens"][0] != step["trained_tokens"][1] for step in steps)
+    first, second = steps[-1]["trained_tokens"]
+    assert first > 0 == second, "the last step leaves rank 1 without anything to train on"
+
+
+@pytest.mark.parametrize("name", ["zero2 2w-1x4", "zero3-all-cpu 2w-1x4"])
+def test_every_rank_reports_the_same(name: str, outcomes: dict[str, Outcome]) -> None:
+    first, second = outcomes[name].ranks
+    assert first == second
+
+
+@pytest.mark.parametrize("shape", ["1x8", "2w-1x4"])
+@pytest.mark.parametrize("policy", ["zero2", "zero3"])
+def test_without_clipping_the_norm_is_still_reported(
+    policy: str, shape: str, outcomes: dict[str, Outcome], tiny: Material
+) -> None:
+    _, task = task_of("", tiny, policy, shape, clip_norm=0.0)
+    assert_same_training(outcomes[f"unclipped {policy} {shape}"], reference.train(task["job"], tiny.training))
+
+
+@pytest.mark.parametrize("shape", ["1x8", "2w-1x4"])
+@pytest.mark.parametrize("policy", ["zero2", "zero3", "zero3-all-cpu"])
+def test_an_output_layer_tied_to_the_embedding(
+    policy: str, shape: str, outcomes: dict[str, Outcome], tiny: Material
+) -> None:
+    _, task = task_of("", tiny, policy, shape, model={"path": str(tiny.tied)})
+    expected = reference.train(task["job"], tiny.training)
+    assert "lm_head.weight" not in expected.parameters
+    assert_same_training(outcomes[f"tied {policy} {shape}"], expected)
+
+
+def test_random_weights_depend_on_the_seed_only(outcomes: dict[str, Outcome]) -> None:
+    initial = [outcome.kind("initial") for name, outcome in outcomes.items() if name.startswith("random ")]
+    assert len(initial) == 4
+    assert initial[0]["model.layers.0.self_attn.q_proj.weight"].std() > 0.01
+    for other in initial[1:]:
+        assert_close(other, initial[0], 1e-7)
+
+
+def test_packing_does_not_change_a_step_of_the_same_documents(
+    tiny: Material, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """All documents form each step: alone in packs of their own, packed together, and one after another."""
+    home = tmp_path_factory.mktemp("packing")
+    material.write_documents(home / "documents", 60, seed=1)
+    store = TokenStore(home / "documents")
+    packs = len(best_fit(store.lengths, MAX_LENGTH, SEED))
+    assert packs < len(store)
+    layouts: dict[str, dict[str, Any]] = {
+        "alone": {"data": {"packing": "none"}, "global_batch_size": len(store), "epochs": 4.0},
+        "together": {"data": {"packing": "best_fit"}, "global_batch_size": packs, "epochs": 4.0},
+    }
+    tasks = [task_of(name, tiny, "zero3", "2w-1x4", **layout) for name, layout in layouts.items()]
+    for _, task in tasks:
+        task["data"] = str(store.folder)
+    expected = reference.train(tasks[0][1]["job"], store.folder)
+    assert len(expected.losses) == 4
+    for outcome in run_all(home, tasks).values():
+        assert_same_training(outcome, expected)
+        assert sum(outcome.answer["steps"][0]["tokens"]) == store.lengths.sum()

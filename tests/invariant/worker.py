@@ -1,0 +1,251 @@
+"""What one process of a group does: the tasks of tasks.json, one after another, each in an engine of its own.
+
+Started by `group.run_group` as `python -m tests.invariant.worker FOLDER`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from orchestrator.data.store import TokenStore
+from orchestrator.errors import TrainingError
+from orchestrator.model.build import build_model, torch_dtype
+from orchestrator.parallel.deepspeed import render
+from orchestrator.parallel.layout import Layout
+from orchestrator.spec import JobSpec
+from orchestrator.train import checkpoint
+from orchestrator.train.brief import evaluation_loader, pack, training_loader
+from orchestrator.train.engine import join_process_group, start_engine
+from orchestrator.train.loop import Course, StepReport, train
+from tests.invariant import probe
+
+Task = dict[str, Any]
+Answer = tuple[dict[str, Any], dict[str, Any]]
+
+
+class _End(Exception):
+    """Ends training in the middle of a run, as a lost machine would."""
+
+
+class _Recorder:
+    """Takes note of what the loop says, and saves where the task asks for it."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.steps: list[dict[str, Any]] = []
+        self.evaluations: list[list[float]] = []
+
+    def stepped(self, report: StepReport) -> None:
+        self.steps.append(
+            {
+                "step": report.step,
+                "epoch": report.epoch,
+                "loss": report.loss,
+                "gradient_norm": report.gradient_norm,
+                "learning_rate": report.learning_rate,
+                "skipped": report.skipped,
+                "tokens": [rank.tokens for rank in report.ranks],
+                "trained_tokens": [rank.trained_tokens for rank in report.ranks],
+            }
+        )
+
+    def evaluated(self, step: int, loss: float) -> None:
+        self.evaluations.append([step, loss])
+
+    def save(self, engine: Any, step: int) -> None:
+        if "save_to" in self._task:
+            checkpoint.save(engine, Path(self._task["save_to"]), step, 1, lambda: None)
+        if step == self._task.get("end_at"):
+            raise _End
+
+
+def job_of(task: Task) -> JobSpec:
+    return JobSpec.model_validate_json(json.dumps(task["job"]))
+
+
+def engine_of(task: Task, load_weights: bool = True) -> Any:
+    job, dtype = job_of(task), task.get("dtype", "fp32")
+    if dtype == "fp16":
+        _allow_fp16()
+    ds_config = render(job, dtype, "cpu")
+    ds_config["fp16"].update(task.get("fp16", {}))
+    return start_engine(
+        build_model(job.model, torch_dtype(dtype), job.run.seed, ds_config, load_weights), ds_config
+    )
+
+
+def _allow_fp16() -> None:
+    """Let DeepSpeed take fp16 on any CPU: it offers that only where oneDNN is fast, torch everywhere."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    accelerator.supported_dtypes = lambda: [torch.float, torch.half, torch.bfloat16]
+
+
+def course_of(task: Task) -> Course:
+    job, store = job_of(task), TokenStore(Path(task["data"]))
+    layout = Layout.of(job)
+    loader, packs, steps = training_loader(job, store, pack(job, store))
+    evaluation = None
+    if job.eval is not None:
+        held_out = TokenStore(Path(task["held_out"]))
+        evaluation = evaluation_loader(job, held_out, pack(job, held_out))
+    return Course(
+        job=job,
+        loader=loader,
+        packs=packs,
+        steps=steps,
+        evaluation=evaluation,
+        rank=layout.data_parallel_rank(dist.get_rank()),
+        gradient_divisor=layout.gradient_divisor,
+        device=torch.device("cpu"),
+        kernel="sdpa",
+        shape=None,
+    )
+
+
+def run_training(task: Task) -> Answer:
+    """Train from the start or from a checkpoint; arrays are first gradients and last parameters."""
+    resumed = "resume" in task
+    engine, course, recorder = engine_of(task, load_weights=not resumed), course_of(task), _Recorder(task)
+    initial = probe.full_parameters(engine.module) if task.get("initial") else {}
+    answer: dict[str, Any] = {}
+    with probe.first_gradients(engine) as gradients:
+        start = checkpoint.load(engine, Path(task["resume"])) if resumed else 0
+        try:
+            train(engine, course, recorder, start)
+        except _End:
+            pass
+        except TrainingError as error:
+            answer["problems"] = error.problems
+    parameters = probe.full_parameters(engine.module) if task.get("parameters") else {}
+    engine.destroy()
+    arrays = {f"gradient {name}": value for name, value in gradients.items()}
+    arrays |= {f"parameter {name}": value for name, value in parameters.items()}
+    arrays |= {f"initial {name}": value for name, value in initial.items()}
+    return {**answer, "start": start, "steps": recorder.steps, "evaluations": recorder.evaluations}, arrays
+
+
+def refuse_to_load(task: Task) -> Answer:
+    """Try to load each of several checkpoints that must be refused."""
+    engine = engine_of(task)
+    found = {}
+    for path in task["checkpoints"]:
+        try:
+            checkpoint.load(engine, Path(path))
+            found[Path(path).name] = None
+        except TrainingError as error:
+            found[Path(path).name] = list(error.problems)
+    return {"problems": found}, {}
+
+
+def fail_to_save(task: Task) -> Answer:
+    """Save to each of several folders, with something going wrong on the way."""
+    engine = engine_of(task)
+    writer, copy_script = engine.checkpoint_engine.save, engine._copy_recovery_script
+    found = {}
+    for step, case in enumerate(task["cases"], start=1):
+        engine.checkpoint_engine.save = _sabotaged(writer, case)
+        if case.get("no_room_for_script"):
+            engine._copy_recovery_script = _full
+        try:
+            with _file_limit(case.get("file_limit_bytes")):
+                checkpoint.save(engine, Path(case["folder"]), step, 1, lambda case=case: _permit(case))
+            found[case["name"]] = None
+        except Exception as error:
+            found[case["name"]] = f"{type(error).__name__}: {error}"
+        engine.checkpoint_engine.save, engine._copy_recovery_script = writer, copy_script
+    return {"errors": found}, {}
+
+
+def _sabotaged(writer: Callable[[Any, str], None], case: Task) -> Callable[[Any, str], None]:
+    def save(state_dict: Any, path: str) -> None:
+        if case.get("full_on_rank") == dist.get_rank():
+            Path(path).write_bytes(b"half a file")
+            _full(path)
+        writer(state_dict, path)
+
+    return save
+
+
+@contextmanager
+def _file_limit(size_bytes: int | None) -> Iterator[None]:
+    """Let the kernel refuse to write beyond a size, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes or before[0], before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _full(path: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def _permit(case: Task) -> None:
+    if case.get("forbidden"):
+        raise PermissionError("a newer attempt has taken over")
+
+
+def build_partitioned(task: Task) -> Answer:
+    """Build a model under ZeRO-3 and tell what this rank holds of it, and from where its weights were read."""
+    from transformers import modeling_utils
+
+    read, places = modeling_utils.load_state_dict, []
+
+    def watched(file: Any, map_location: Any = "cpu", **options: Any) -> Any:
+        places.append(str(map_location))
+        return read(file, map_location=map_location, **options)
+
+    modeling_utils.load_state_dict = watched
+    job = job_of(task)
+    try:
+        model = build_model(job.model, torch.float32, job.run.seed, render(job, "fp32", "cpu"))
+    finally:
+        modeling_utils.load_state_dict = read
+    parameters = list(model.parameters())
+    return {
+        "whole": sum(parameter.ds_numel for parameter in parameters),
+        "held": sum(parameter.ds_tensor.numel() for parameter in parameters),
+        "visible": sum(parameter.numel() for parameter in parameters),
+        "read_to": places,
+    }, {}
+
+
+ACTIONS: dict[str, Callable[[Task], Answer]] = {
+    "train": run_training,
+    "build_partitioned": build_partitioned,
+    "refuse_to_load": refuse_to_load,
+    "fail_to_save": fail_to_save,
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    join_process_group(120)
+    for task in json.loads((folder / "tasks.json").read_text(encoding="utf-8")):
+        answer, arrays = ACTIONS[task["action"]](task)
+        rank = dist.get_rank()
+        (folder / f"{task['name']}.{rank}.json").write_text(json.dumps(answer), encoding="utf-8")
+        if rank == 0 and arrays:
+            np.savez(folder / f"{task['name']}.npz", **arrays)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
