@@ -99,8 +99,8 @@ def build_model(
 def _random(config: Any, options: dict[str, Any], seed: int, partitioned: bool) -> Any:
     """Return a model with random weights: the same on CPU for every ZeRO stage and number of workers.
 
-    Where transformers partitions a model it draws weights only after the whole model is built. Without ZeRO-3 it
-    also draws while it builds, so that the same seed would lead elsewhere.
+    Where transformers partitions a model it draws weights only after the whole model is built. Without ZeRO-3
+    it also draws while it builds, so that the same seed would lead elsewhere.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

@@ -159,8 +159,8 @@ class _PatientWriter:
 def _write_shards(engine: Any, draft: Path, step: int) -> str | None:
     """Let DeepSpeed write the files of this rank; return what went wrong.
 
-    `save_checkpoint` has barriers between and after what it writes (deepspeed/runtime/engine.py, 0.19). A rank
-    that left it with an error would meet the others' barrier with another collective, and gloo aborts then.
+    `save_checkpoint` has barriers between and after what it writes (deepspeed/runtime/engine.py, 0.19). A
+    rank that left it with an error would meet the others' barrier with another collective: gloo aborts then.
     """
     writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
     patient = _PatientWriter(writer)

@@ -63,6 +63,7 @@ def run(job: JobSpec, address: str | None, watch: Watch) -> dict[str, Any]:
         _require_port(job.metrics)
         with session.connected(address):
             device = _place(job)
+            folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
             return _train(job, device, home, lease, watch, started)
     finally:

@@ -41,7 +41,13 @@ def _absolute(path: str) -> str:
 
 
 def number_format(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16", "fp16", "fp32"]:
-    """Return the number format that a job runs in: bf16 on CUDA and fp32 on CPU unless it says otherwise."""
+    """Return the number format that a job runs in: bf16 on CUDA and fp32 on CPU unless it says otherwise.
+
+    Raises:
+        SpecError: fp16 is asked for on CPU, where DeepSpeed does not offer it.
+    """
+    if job.model.dtype == "fp16" and device == "cpu":
+        raise SpecError("model.dtype=fp16 needs CUDA, and this job runs on CPU; use fp32, or bf16 for a try")
     if job.model.dtype == "auto":
         return "bf16" if device == "cuda" else "fp32"
     return job.model.dtype

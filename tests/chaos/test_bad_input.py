@@ -230,6 +230,14 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, watched: Callable[...
 
 
 @pytest.mark.ray
+def test_number_format_that_the_device_does_not_have(
+    tmp_path: Path, watched: Callable[..., Finished]
+) -> None:
+    _write(tmp_path, job_text(tmp_path / "runs", model__dtype="fp16", parallel__device="cpu"))
+    _assert_clear(watched("train", "job.yaml"), 2, "model.dtype=fp16", "fp32")
+
+
+@pytest.mark.ray
 def test_tokenizer_without_chat_template(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     builtin = Path(__file__).resolve().parents[2] / "orchestrator" / "builtin" / "tiny-llama"
     shutil.copytree(builtin, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""ZeRO-3 builds a model in parts from its first tensor, also when it loads weights: no rank ever has it whole."""
+"""ZeRO-3 builds a model in parts from its first tensor, also when it loads weights: no rank has it whole."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def _permit(case: Task) -> None:
 
 
 def build_partitioned(task: Task) -> Answer:
-    """Build a model under ZeRO-3 and tell what this rank holds of it, and from where its weights were read."""
+    """Build a model under ZeRO-3 and tell what this rank holds of it, and where its weights were read to."""
     from transformers import modeling_utils
 
     read, places = modeling_utils.load_state_dict, []
