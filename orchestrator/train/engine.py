@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.train.ops import use_own_ninja
+from orchestrator.train.ops import keep_to_own_environment
 
 # DeepSpeed calls these on every reduction, and torch reports each call.
 _RENAMED_COLLECTIVES = r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)"
@@ -24,7 +24,7 @@ def join_process_group(collective_timeout_seconds: int) -> None:
     Args:
         collective_timeout_seconds: How long a collective may wait.
     """
-    use_own_ninja()
+    keep_to_own_environment()
     import deepspeed
     from deepspeed.utils import logger
 

@@ -14,16 +14,19 @@ from pathlib import Path
 from orchestrator.errors import ClusterError
 
 
-def use_own_ninja() -> None:
-    """Put the ninja that stands beside the interpreter first on the path.
+def keep_to_own_environment() -> None:
+    """Compile with the ninja of this environment, into a cache of this environment.
 
-    Two versions of ninja hash the same command differently, so that each would compile again, for a minute,
-    what the other has compiled.
+    Operators are compiled again, for a minute, whenever their command differs from the last one: in the
+    path of an environment's headers, or in how another version of ninja hashes it. Environments that share
+    a cache would do that to each other at every start.
     """
     beside = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     if path.split(os.pathsep)[0] != beside:
         os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def build() -> list[tuple[str, float]]:
@@ -35,7 +38,7 @@ def build() -> list[tuple[str, float]]:
     Raises:
         ClusterError: There is no C++ compiler.
     """
-    use_own_ninja()
+    keep_to_own_environment()
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         raise ClusterError(
             "no C++ compiler is found, and DeepSpeed compiles its operators at first use; install g++"

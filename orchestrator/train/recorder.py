@@ -73,6 +73,12 @@ class Recorder:
         self._last_written = (int(rows[-1]["attempt"]), int(rows[-1]["step"])) if rows else (0, 0)
         self._past = read_lines(folder / ATTEMPTS)
         self._status.attempt = len(self._past)
+        if self._past:  # a later start of the run, or this recorder was started anew in the middle of it
+            self._status.step, self._status.steps = self._last_written[1], self._past[-1]["steps_planned"]
+            self._workers = [
+                WorkerInfo(**entry) for entry in json.loads((folder / WORKERS).read_text("utf-8"))
+            ]
+            self._announce()
 
     def begin_attempt(
         self, workers: Sequence[WorkerInfo], info: Mapping[str, Any], start: int, steps: int
@@ -111,10 +117,7 @@ class Recorder:
         _append(self._folder / ATTEMPTS, entry)
         self._status.attempt, self._status.step, self._status.steps = attempt, start, steps
         self._recent.clear()
-        if self._exporter:
-            labels = [RankLabels(worker.node, str(worker.rank), worker.gpu) for worker in self._workers]
-            self._exporter.begin_attempt(attempt, labels, {**info, "world_size": len(workers)})
-            self._exporter.set_run({"step": start, "steps_planned": steps, **self._totals()})
+        self._announce()
         return attempt
 
     def stepped(self, attempt: int, values: Mapping[str, float], vectors: Sequence[Sequence[float]]) -> None:
@@ -130,7 +133,7 @@ class Recorder:
         if (attempt, step) <= self._last_written:
             return  # the same message again, after the recorder was started anew
         ranks = [RankStep.of_vector(vector) for vector in vectors]
-        peaks = [worker.peak_flops for worker in self._workers] or [None] * len(ranks)
+        peaks = [worker.peak_flops for worker in self._workers]
         seconds = values["seconds"]
         row = {
             **{name: values[name] for name in ("step", "epoch", "learning_rate", "gradient_norm", "skipped")},
@@ -145,8 +148,7 @@ class Recorder:
         self._status.eta_seconds = eta_seconds(step, self._status.steps, self._recent)
         if self._exporter:
             each = [rank_values(rank, seconds, peak) for rank, peak in zip(ranks, peaks, strict=True)]
-            if self._workers:
-                self._exporter.set_ranks(each, [rank.flops_model for rank in ranks])
+            self._exporter.set_ranks(each, [rank.flops_model for rank in ranks])
             self._exporter.set_run({**row, "last_step_timestamp_seconds": row["time"]})
 
     def evaluated(self, attempt: int, step: int, loss: float) -> None:
@@ -201,11 +203,19 @@ class Recorder:
     def _note(self, text: str) -> None:
         self._status.notes += (text,)
 
-    def _totals(self) -> dict[str, float]:
-        return {
-            "restarts": max(0, len(self._past) - 1),
+    def _announce(self) -> None:
+        """Show the current attempt, and withdraw what the one before has shown."""
+        if self._exporter is None:
+            return
+        labels = [RankLabels(worker.node, str(worker.rank), worker.gpu) for worker in self._workers]
+        self._exporter.begin_attempt(self._status.attempt, labels, self._past[-1])
+        totals = {
+            "step": self._status.step,
+            "steps_planned": self._status.steps,
+            "restarts": len(self._past) - 1,
             "steps_lost": sum(entry["steps_lost"] for entry in self._past),
         }
+        self._exporter.set_run(totals)
 
     def _require_current(self, attempt: int) -> None:
         if attempt != self._status.attempt:

@@ -36,9 +36,16 @@ def _assert_same_curve(run: Path, undisturbed: Observed) -> None:
     assert losses(run) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_killed_worker_comes_back_with_the_same_losses(undisturbed_run: Observed, tmp_path: Path) -> None:
-    run = _job(tmp_path)
-    process = start("train", "job.yaml", "--json", cwd=tmp_path)
+def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_path: Path) -> None:
+    run, marker = _job(tmp_path), uuid.uuid4().hex
+    process = start("train", "job.yaml", "--json", cwd=tmp_path, TEST_MARKER=marker)
+    wait_until(lambda: len(step_rows(run)) >= 2, 200, "two steps done")
+    (recorder,) = [
+        pid
+        for pid in processes_of(f"TEST_MARKER={marker}")
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Recorder")
+    ]
+    os.kill(recorder, signal.SIGKILL)
     wait_until(lambda: len(step_rows(run)) >= 6, 200, "six steps done")
     victim = json.loads((run / "workers.json").read_text())[1]
     os.kill(victim["pid"], signal.SIGKILL)
@@ -53,7 +60,10 @@ def test_a_killed_worker_comes_back_with_the_same_losses(undisturbed_run: Observ
     assert report["steps_lost"] == before[-1] - after[0] + 1
     assert {row["attempt"] for row in step_rows(run)} == {1, 2}
     assert json.loads((run / "workers.json").read_text())[0]["attempt"] == 2
+    assert len(step_rows(run)) == 12 + report["steps_lost"], "no step was written twice"
     _assert_same_curve(run, undisturbed_run)
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["step-00000008", "step-00000012"], "the newest two"
 
 
 def test_ctrl_c_and_a_killed_driver_lose_nothing(undisturbed_run: Observed, tmp_path: Path) -> None:
