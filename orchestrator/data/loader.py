@@ -76,13 +76,18 @@ class PackLoader:
         sums = np.concatenate([[0], np.cumsum(store.trained[packs.documents])])
         self._trained = sums[packs.bounds[1:]] - sums[packs.bounds[:-1]]
 
+    def packs(self, epochs: float) -> int:
+        """Return the packs in so many epochs; a part of a pack counts as one."""
+        return max(1, math.ceil(round(epochs * len(self._packs), 6)))
+
     def steps(self, epochs: float) -> int:
         """Return the optimizer steps in so many epochs; the last one may hold fewer packs."""
-        return max(1, math.ceil(round(epochs * len(self._packs), 6) / self._geometry.global_batch_size))
+        return math.ceil(self.packs(epochs) / self._geometry.global_batch_size)
 
-    def epoch(self, step: int) -> float:
-        """Return the epochs that lie before a step, as a fraction."""
-        return step * self._geometry.global_batch_size / len(self._packs)
+    def epoch(self, step: int, last: int | None = None) -> float:
+        """Return the epochs that lie before a step, as a fraction; at `last` packs in all."""
+        before = step * self._geometry.global_batch_size
+        return (before if last is None else min(before, last)) / len(self._packs)
 
     def pack_numbers(self, step: int, last: int | None = None) -> list[int | None]:
         """Return the packs of a step; None for a place past the end of the data, at `last` packs in all."""

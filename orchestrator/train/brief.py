@@ -64,7 +64,7 @@ def training_loader(job: JobSpec, store: TokenStore, packs: Packs) -> tuple[Pack
     loader = PackLoader(store, packs, geometry, job.run.seed)
     if optim.max_steps is not None:
         return loader, optim.max_steps * optim.global_batch_size, optim.max_steps
-    return loader, max(1, round(optim.epochs * len(packs))), loader.steps(optim.epochs)
+    return loader, loader.packs(optim.epochs), loader.steps(optim.epochs)
 
 
 def evaluation_loader(job: JobSpec, store: TokenStore, packs: Packs) -> tuple[PackLoader, int]:

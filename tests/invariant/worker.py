@@ -249,3 +249,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # Everything is written. On a busy machine the end of the interpreter can meet a native thread that still
+    # runs, and abort the process.
+    sys.stdout.flush()
+    os._exit(0)

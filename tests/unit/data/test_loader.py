@@ -256,9 +256,11 @@ def test_steps_and_epochs(store: TokenStore, packs: Packs) -> None:
     assert which.steps(3.0) == -(-3 * count // 8)
     assert which.steps(8.0) == count  # exactly, in spite of floating point
     assert which.steps(1e-9) == 1
+    assert which.packs(0.5) == -(-count // 2)
     assert which.steps(8 / count) == 1
     assert which.epoch(0) == 0.0
     assert which.epoch(count) == pytest.approx(8.0)
+    assert which.epoch(count, last=2 * count) == 2.0
 
 
 def test_a_first_token_is_never_a_label_whatever_the_mask_says(tmp_path: Path) -> None:
