@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -142,8 +143,10 @@ def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
     """Train the job once on one node, asking its endpoint for the step all the while."""
     home = tmp_path_factory.mktemp("undisturbed")
     (home / "job.yaml").write_text(job_text(home / "runs"))
-    process = start("train", "job.yaml", "--json", "--set", "metrics.port=9471", cwd=home)
-    polls = list(_poll_steps(process, 9471))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start("train", "job.yaml", "--json", "--set", f"metrics.port={port}", cwd=home)
+    polls = list(_poll_steps(process, port))
     done = finish(process)
     assert done.code == 0, done.err
     return Observed(home / "runs" / "run", json.loads(done.out), polls)
