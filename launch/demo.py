@@ -66,7 +66,7 @@ def _scrape_while_running(process: subprocess.Popen[bytes]) -> dict[str, str]:
             continue
         seen = {series: value for series, _, value in _SERIES.findall(text)}
         if len(seen) >= 4:
-            _say(f"$ curl {_URL}")
+            _say(f"{_URL} answers, among other series:")
             for series, value in seen.items():
                 _say(f"{series} {value}")
     return seen
