@@ -30,6 +30,22 @@ def _job(folder: Path) -> Path:
     return folder / "runs" / "run"
 
 
+def _of_ours(marker: str) -> list[int]:
+    """Return what a command started, less two processes of Ray's own that hold nothing of a run.
+
+    When a raylet dies unannounced, its agents try for 60 s to tell the GCS, which died with it.
+    """
+    agents = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
+    return [pid for pid in processes_of(marker) if not _command(pid).startswith(agents)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def _assert_same_curve(run: Path, undisturbed: Observed) -> None:
     expected = losses(undisturbed.folder)
     assert sorted(losses(run)) == list(range(1, 13))
@@ -43,7 +59,7 @@ def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_p
     (recorder,) = [
         pid
         for pid in processes_of(f"TEST_MARKER={marker}")
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Recorder")
+        if _command(pid).startswith(b"ray::Recorder")
     ]
     os.kill(recorder, signal.SIGKILL)
     wait_until(lambda: len(step_rows(run)) >= 6, 200, "six steps done")
@@ -84,13 +100,13 @@ def test_ctrl_c_and_a_killed_driver_lose_nothing(undisturbed_run: Observed, tmp_
     wait_until(lambda: len(losses(run)) >= max(9, stopped_at + 1), 200, "some more steps done")
     process.kill()
     finish(process, timeout=60)
-    wait_until(lambda: not processes_of(marker), 60, "all processes of the killed run gone")
+    wait_until(lambda: not _of_ours(marker), 30, "all processes of the killed run gone")
 
     done = orchestrator("train", "job.yaml", "--json", cwd=tmp_path, **{name: value})
     assert done.code == 0, done.err
     assert json.loads(done.out)["restarts"] == 2
     _assert_same_curve(run, undisturbed_run)
-    wait_until(lambda: not processes_of(marker), 30, "no process left behind")
+    wait_until(lambda: not processes_of(marker), 90, "no process left behind")
 
     again = orchestrator("train", "job.yaml", "--json", cwd=tmp_path)
     assert again.code == 0
