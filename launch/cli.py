@@ -40,6 +40,11 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
 def _fail(text: str, code: int) -> NoReturn:
     sys.stderr.write(text + "\n")
     raise typer.Exit(code)
@@ -110,8 +115,11 @@ def pack(
         from orchestrator.train.driver import prepare
 
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
-            figures = prepare(spec, address)
+            figures = prepare(spec, address, _tell)
+        sources = figures.pop("sources") if not as_json else []
         _say(json.dumps(figures) if as_json else _table(figures))
+        for source in sources if len(sources) > 1 else []:
+            _say(f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}")
 
 
 @app.command(epilog="Example: orchestrator train launch/jobs/quickstart.yaml")
@@ -129,7 +137,7 @@ def train(
 
         progress = Progress(sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
-            report = run(spec, address, progress)
+            report = run(spec, address, progress, progress.note)
         _say(json.dumps(report) if as_json else _summary(report))
 
 

@@ -39,6 +39,10 @@ class Progress:
         for note in status.notes:
             self._line(note)
 
+    def note(self, text: str) -> None:
+        """Show a sentence."""
+        self._line(text)
+
     def _line(self, text: str) -> None:
         self._out.write(text + "\n")
         self._out.flush()

@@ -15,12 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
 Offload = Literal["none", "cpu"]
+Format = Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
 
 LARGEST = 2**31 - 1  # what a 32-bit index reaches; a larger count is a slip
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
 Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # no file system can store a NUL
 
 
@@ -60,13 +62,22 @@ class SourceSpec(Section):
     """One data set."""
 
     path: Place
-    """JSON or JSONL file, or builtin/alpaca_sample and builtin/alpaca_sample_eval, which ship with it."""
-    format: Literal["alpaca"] = "alpaca"
-    """alpaca: rows with instruction, output and optional input."""
-    weight: float = Field(default=1.0, gt=0.0)
-    """Share of this data set in a mixture."""
+    """JSON, JSONL (also .gz, .zst), Parquet or Arrow file; a folder of them; a saved data set; a URI
+    (s3://...); a data set of the hub; or builtin/alpaca_sample and builtin/alpaca_sample_eval, which ship
+    with this package."""
+    format: Format = "auto"
+    """What a row holds; auto tells it from the names of its fields."""
+    split: Name | None = None
+    """Split of a data set of several; train for one of the hub."""
+    subset: Name | None = None
+    """Configuration of a data set of the hub."""
+    revision: Name | None = None
+    """Commit or tag of a data set of the hub."""
+    weight: float = Field(default=1.0, gt=0.0, le=1.0e6)
+    """Passes over the rows in an epoch: 0.5 reads a half of them, drawn by run.seed, 2.5 all twice and a
+    half."""
     repeat: Count = 1
-    """How often every row is read in one epoch."""
+    """How often every row is read in an epoch; multiplies weight."""
     sample: Count | None = None
     """Use only this many rows, drawn by run.seed."""
 
@@ -79,15 +90,21 @@ class DataSpec(Section):
     max_length: Annotated[int, Field(ge=16, le=LARGEST)] = 2048
     """Tokens in a pack."""
     packing: Literal["none", "best_fit", "concat"] = "best_fit"
-    """best_fit puts whole documents together; none pads each document to max_length."""
+    """best_fit puts whole documents together; concat joins all and cuts at every max_length; none pads
+    each."""
     cross_document_attention: bool = False
     """true lets tokens attend to other documents of their pack, as XTuner's published profile does."""
     truncation: Literal["right", "left", "drop", "split"] = "right"
-    """What happens to a row longer than max_length: keep its start, keep its end, or leave it out."""
-    loss_on: Literal["response", "all"] = "response"
-    """Which tokens are trained on."""
+    """What happens to a row longer than max_length: keep its start, keep its end, leave it out, or go on with
+    it in another pack, where nothing attends to the part before."""
+    loss_on: Literal["response", "all", "last_turn"] = "response"
+    """Which tokens are trained on: all answers, every token, or the last answer of a conversation."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """chat: the tokenizer's chat template; alpaca: Stanford Alpaca's prompt; auto: chat if there is one."""
+    malformed_rows_allowed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    """Rows that are none are left out and listed; more than this many end the run."""
+    balance_window_steps: Count = 32
+    """Packs of like attention cost share a step inside a window of so many steps; 1 leaves that to chance."""
 
 
 class ParallelSpec(Section):
@@ -225,6 +242,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_worker_rules(job)
     yield from _broken_memory_rules(job)
     yield from _broken_attention_rules(job)
+    yield from _broken_packing_rules(job)
     yield from _not_in_this_version(job)
 
 
@@ -290,24 +308,23 @@ def _broken_attention_rules(job: JobSpec) -> Iterator[Problem]:
         )
 
 
+def _broken_packing_rules(job: JobSpec) -> Iterator[Problem]:
+    if job.data.cross_document_attention and job.data.packing == "none":
+        yield (
+            ("data.cross_document_attention", "data.packing"),
+            "data.cross_document_attention=true has no effect with data.packing=none, which puts one "
+            "document into a pack; use packing: concat (as XTuner does) or best_fit",
+        )
+
+
 def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
     """Refuse what the file format has room for and this version cannot do."""
     wanted: list[tuple[str, object, list[object]]] = [
         ("method.type", job.method.type, ["full"]),
         ("parallel.sequence_parallel_size", job.parallel.sequence_parallel_size, [1]),
-        ("data.packing", job.data.packing, ["best_fit", "none"]),
-        ("data.truncation", job.data.truncation, ["right", "left", "drop"]),
-        ("data.cross_document_attention", job.data.cross_document_attention, [False]),
         ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
         ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
     ]
-    held_out = job.eval.data if job.eval else ()
-    for section, sources in (("data.train", job.data.train), ("eval.data", held_out)):
-        for index, source in enumerate(sources):
-            wanted += [
-                (f"{section}.{index}.weight", source.weight, [1.0]),
-                (f"{section}.{index}.sample", source.sample, [None]),
-            ]
     for field, value, available in wanted:
         if value not in available:
             written, instead = (json.dumps(each).strip('"') for each in (value, available[0]))

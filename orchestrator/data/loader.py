@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.data.balance import Geometry, deal, epoch_order, wait_factor
+from orchestrator.data.corpus import Documents
 from orchestrator.data.packing import Packs
-from orchestrator.data.store import TokenStore
 
 Int64Array = npt.NDArray[np.int64]
+_ORDERS_KEPT = 4  # a step spans two epochs at most, unless an epoch is smaller than a step
 _PADDING_DOCUMENT_TOKENS = 128  # padding is cut into short documents, so that it costs next to no attention
 
 
@@ -51,30 +53,41 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Sizes that lay out a step: packs in it, workers that share it, packs in one forward pass."""
+class Order:
+    """How the stream of packs is ordered.
 
-    max_length: int
-    global_batch_size: int
-    micro_batch_size: int
-    data_parallel_size: int
+    Attributes:
+        seed: Decides the order of every epoch.
+        shuffle: Whether there is any but that of the packs.
+        window_steps: Steps among which packs of like cost come together; 1 leaves that to chance.
+        slot_cost: Cost of one slot of a pack in any unit.
+        square_cost: Cost of one squared token of a document, in the same unit.
+        joined: Whether tokens attend to all earlier ones of their pack, as if it were one document.
+    """
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of one worker in one step."""
-        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+    seed: int
+    shuffle: bool = True
+    window_steps: int = 1
+    slot_cost: float = 1.0
+    square_cost: float = 0.0
+    joined: bool = False
 
 
 class PackLoader:
     """Batches of one data set; holds no position, so every call is a seek."""
 
-    def __init__(
-        self, store: TokenStore, packs: Packs, geometry: Geometry, seed: int, shuffle: bool = True
-    ) -> None:
-        self._store, self._packs, self._geometry = store, packs, geometry
-        self._seed, self._shuffle = seed, shuffle
-        sums = np.concatenate([[0], np.cumsum(store.trained[packs.documents])])
-        self._trained = sums[packs.bounds[1:]] - sums[packs.bounds[:-1]]
+    def __init__(self, documents: Documents, packs: Packs, geometry: Geometry, order: Order) -> None:
+        self._documents, self._packs, self._geometry, self._how = documents, packs, geometry, order
+        self._orders: dict[int, Int64Array] = {}
+        self._trained = packs.sums(documents.trained)
+
+    @cached_property
+    def costs(self) -> npt.NDArray[np.float64]:
+        """Cost of each pack, shape [packs]."""
+        lengths = self._documents.lengths
+        squares = self._packs.sums(lengths) ** 2 if self._how.joined else self._packs.sums(lengths**2)
+        fixed = self._how.slot_cost * self._geometry.max_length
+        return (fixed + self._how.square_cost * squares).astype(np.float64)
 
     def packs(self, epochs: float) -> int:
         """Return the packs in so many epochs; a part of a pack counts as one."""
@@ -107,39 +120,35 @@ class PackLoader:
             rank: Data-parallel rank.
             last: Packs in all; places beyond it are empty.
         """
-        numbers, geometry = self.pack_numbers(step, last), self._geometry
-        for micro in range(geometry.micro_batches):
-            start = (micro * geometry.data_parallel_size + rank) * geometry.micro_batch_size
-            yield self.assemble(numbers[start : start + geometry.micro_batch_size])
+        numbers = self.pack_numbers(step, last)
+        costs = np.array([0.0 if number is None else self.costs[number] for number in numbers])
+        for places in deal(costs[None], self._geometry)[0, rank]:
+            yield self.assemble([numbers[place] for place in places])
 
     def assemble(self, numbers: list[int | None]) -> MicroBatch:
         """Lay packs end to end, each padded to max_length."""
-        slots = self._geometry.max_length * len(numbers)
-        input_ids, position_ids = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
-        trained = np.zeros(slots, np.bool_)
+        capacity = self._geometry.max_length
+        input_ids = np.zeros(capacity * len(numbers), np.int64)
+        trained = np.zeros(len(input_ids), np.bool_)
         lengths: list[int] = []
         real: list[int] = []
-        at = 0
-        for place, number in enumerate(numbers, start=1):
+        for place, number in enumerate(numbers):
+            at, sizes = place * capacity, []
             for member in [] if number is None else self._packs.members(number).tolist():
-                document = self._store.document(member)
+                document = self._documents.document(member)
                 size = len(document.tokens)
                 input_ids[at : at + size] = document.tokens
-                position_ids[at : at + size] = np.arange(size)
                 trained[at : at + size] = document.trained
                 trained[at] = False  # the first token has nothing before it to be predicted from
-                real.append(size)
-                lengths.append(size)
+                sizes.append(size)
                 at += size
-            while at < place * self._geometry.max_length:
-                size = min(_PADDING_DOCUMENT_TOKENS, place * self._geometry.max_length - at)
-                position_ids[at : at + size] = np.arange(size)
-                lengths.append(size)
-                at += size
+            sizes = [sum(sizes)] if self._how.joined and sizes else sizes
+            real += sizes
+            lengths += sizes + _padding((place + 1) * capacity - at)
         targets = np.flatnonzero(trained)
         return MicroBatch(
             input_ids=input_ids,
-            position_ids=position_ids,
+            position_ids=np.concatenate([np.arange(size) for size in lengths]),
             document_lengths=tuple(lengths),
             label_positions=targets - 1,
             labels=input_ids[targets],
@@ -147,11 +156,26 @@ class PackLoader:
             square_tokens=sum(size * size for size in real),
         )
 
+    def wait_factors(self) -> tuple[float, float]:
+        """Return how much longer an epoch takes than without waiting: by chance, and as ordered here."""
+        chance = epoch_order(self.costs, self._how.seed, 0, self._geometry.global_batch_size, 1)
+        before = wait_factor(self.costs, chance, self._geometry, dealt=False)
+        return before, wait_factor(self.costs, self._order(0), self._geometry, dealt=True)
+
     def _pack_at(self, place: int) -> int:
         epoch, index = divmod(place, len(self._packs))
-        return int(_order(len(self._packs), self._seed, epoch)[index]) if self._shuffle else index
+        return int(self._order(epoch)[index]) if self._how.shuffle else index
+
+    def _order(self, epoch: int) -> Int64Array:
+        if epoch not in self._orders:
+            if len(self._orders) >= _ORDERS_KEPT:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch] = epoch_order(
+                self.costs, self._how.seed, epoch, self._geometry.global_batch_size, self._how.window_steps
+            )
+        return self._orders[epoch]
 
 
-@lru_cache(maxsize=4)
-def _order(packs: int, seed: int, epoch: int) -> Int64Array:
-    return np.random.default_rng([seed, epoch]).permutation(packs)
+def _padding(slots: int) -> list[int]:
+    whole, rest = divmod(slots, _PADDING_DOCUMENT_TOKENS)
+    return [_PADDING_DOCUMENT_TOKENS] * whole + [rest] * (rest > 0)

@@ -1,118 +1,218 @@
-"""Tokenised documents on disk: flat shards that every worker maps into memory.
+"""Tokenised rows on disk: Arrow shards that every worker maps into memory.
 
-A store is a folder that is written once and then only read:
+A store holds one source, tokenised whole by one tokenizer and template. It knows nothing of max_length,
+packing or which turns are trained, so that every run over the same data shares it. It is written once and
+then only read:
 
-    tokens-00000.npy    token ids of the shard's documents, one after another, uint32
-    trained-00000.npy   whether each of them is a target of the loss, bool
-    index.npz           documents in order: shard, offset, length, trained
-    manifest.json       what was read, kept, truncated and dropped
+    shard-00000.arrow   Arrow file with the columns input_ids (uint32) and turn (uint8), a list for each row
+    index.npy           for each row: offset in its shard, length, and how many of its tokens are answers
+    malformed.jsonl     rows that were left out, with their place and the reason
+    manifest.json       counts, and rows and checksum of each shard
 """
 
 from __future__ import annotations
 
 import json
+import zlib
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import ipc
 
-from orchestrator.data.template import Document
+from orchestrator.data.template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded
+from orchestrator.errors import ClusterError
 
 MANIFEST = "manifest.json"
+MALFORMED = "malformed.jsonl"
+_INDEX = "index.npy"
+_INDEX_ROW = np.dtype([("offset", "<i8"), ("length", "<u4"), ("response", "<u4"), ("last", "<u4")])
+_OPEN_SHARDS = 256
+
+Int64Array = npt.NDArray[np.int64]
+LossOn = Literal["response", "all", "last_turn"]
+_LEAST_TURN = {"all": CONTEXT, "response": RESPONSE, "last_turn": LAST_RESPONSE}
 
 
 @dataclass(frozen=True)
-class Account:
-    """What became of the rows that were read; counts of rows and of tokens."""
+class Shard:
+    """What the index and the manifest need of one shard.
 
-    rows: int = 0
-    documents: int = 0
-    tokens_read: int = 0
-    tokens_kept: int = 0
-    tokens_truncated: int = 0
-    tokens_dropped: int = 0
-    rows_truncated: int = 0
-    rows_dropped: int = 0
-    trained_tokens: int = 0
+    Attributes:
+        index: One entry a row.
+        checksum: CRC-32 of the file.
+        malformed: Place and reason of each row that was left out.
+    """
 
-    def __add__(self, other: Account) -> Account:
-        mine, theirs = asdict(self), asdict(other)
-        return Account(**{key: mine[key] + theirs[key] for key in mine})
+    index: npt.NDArray[np.void]
+    checksum: int
+    malformed: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """Lengths and trained tokens of one shard's documents, in order."""
-
-    lengths: npt.NDArray[np.int64]
-    trained: npt.NDArray[np.int64]
-    account: Account
-
-
-def write_shard(folder: Path, number: int, documents: Sequence[Document], account: Account) -> ShardIndex:
+def write_shard(
+    folder: Path, number: int, rows: Sequence[Encoded], malformed: Sequence[tuple[str, str]] = ()
+) -> Shard:
     """Write one shard and return what the index needs of it."""
-    empty = Document(np.zeros(0, np.uint32), np.zeros(0, np.bool_))
-    tokens = np.concatenate([document.tokens for document in (*documents, empty)])
-    trained = np.concatenate([document.trained for document in (*documents, empty)])
-    np.save(folder / f"tokens-{number:05d}.npy", tokens)
-    np.save(folder / f"trained-{number:05d}.npy", trained)
-    return ShardIndex(
-        lengths=np.array([len(document.tokens) for document in documents], dtype=np.int64),
-        # Not the first token: the loader has nothing before it to predict it from.
-        trained=np.array([int(document.trained[1:].sum()) for document in documents], dtype=np.int64),
-        account=account,
-    )
+    nothing = Encoded(np.zeros(0, np.uint32), np.zeros(0, np.uint8))
+    tokens = np.concatenate([row.tokens for row in (*rows, nothing)])
+    turn = np.concatenate([row.turn for row in (*rows, nothing)])
+    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
+    ends = np.append(0, np.cumsum(lengths))
+    columns = [pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values)) for values in (tokens, turn)]
+    batch = pa.RecordBatch.from_arrays(columns, names=["input_ids", "turn"])
+    path = folder / _shard_name(number)
+    with pa.OSFile(str(path), "wb") as file, ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    index = np.zeros(len(rows), _INDEX_ROW)
+    index["offset"], index["length"] = ends[:-1], lengths
+    # Not the first token: it has nothing before it to be predicted from.
+    index["response"] = [np.count_nonzero(row.turn[1:] >= RESPONSE) for row in rows]
+    index["last"] = [np.count_nonzero(row.turn[1:] >= LAST_RESPONSE) for row in rows]
+    return Shard(index, zlib.crc32(path.read_bytes()), tuple(malformed))
 
 
-def write_index(folder: Path, shards: Sequence[ShardIndex], about: dict[str, object]) -> None:
+def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object]) -> None:
     """Write the index of all shards and, last, the manifest that makes the store complete."""
-    lengths = np.concatenate([shard.lengths for shard in shards])
-    starts = [np.concatenate([[0], np.cumsum(shard.lengths)[:-1]]) for shard in shards if len(shard.lengths)]
-    np.savez(
-        folder / "index.npz",
-        shard=np.repeat(np.arange(len(shards)), [len(shard.lengths) for shard in shards]),
-        offset=np.concatenate(starts).astype(np.int64) if starts else np.zeros(0, np.int64),
-        length=lengths,
-        trained=np.concatenate([shard.trained for shard in shards]),
-    )
-    account = sum((shard.account for shard in shards), Account())
-    (folder / MANIFEST).write_text(
-        json.dumps({"account": asdict(account), **about}, indent=2), encoding="utf-8"
-    )
+    index = np.concatenate([shard.index for shard in shards]) if shards else np.zeros(0, _INDEX_ROW)
+    np.save(folder / _INDEX, index)
+    malformed = [entry for shard in shards for entry in shard.malformed]
+    lines = [json.dumps({"place": place, "reason": reason}) + "\n" for place, reason in malformed]
+    (folder / MALFORMED).write_text("".join(lines), encoding="utf-8")
+    manifest = {
+        **about,
+        "rows": len(index),
+        "rows_malformed": len(malformed),
+        "tokens": int(index["length"].sum(dtype=np.int64)),
+        "index_checksum": zlib.crc32((folder / _INDEX).read_bytes()),
+        "shards": [[len(shard.index), shard.checksum] for shard in shards],
+    }
+    draft = folder / f".{MANIFEST}"
+    draft.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    draft.replace(folder / MANIFEST)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.arrow"
 
 
 class TokenStore:
-    """A complete store, opened for reading; shards are mapped when first touched."""
+    """A complete store, opened for reading; a shard is mapped and its checksum tested when first touched.
+
+    Raises:
+        ClusterError: From any method, where a file is missing or not what was written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        self.account = Account(**manifest["account"])
-        with np.load(folder / "index.npz") as index:
-            self._shard, self._offset = index["shard"], index["offset"]
-            self.lengths: npt.NDArray[np.int64] = index["length"]
-            self.trained: npt.NDArray[np.int64] = index["trained"]
+        name = MANIFEST
+        try:
+            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            checksum, shards = self.manifest["index_checksum"], self.manifest["shards"]
+            name = _INDEX
+            data = (folder / _INDEX).read_bytes()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(name, str(error)) from None
+        if zlib.crc32(data) != checksum:
+            raise self._damaged(_INDEX, "its checksum is another")
+        self._index = np.load(folder / _INDEX, mmap_mode="r")
+        self._checksums = [checksum for _, checksum in shards]
+        self._first_rows = np.append(0, np.cumsum([rows for rows, _ in shards]))
+        self._open: OrderedDict[int, tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]] = OrderedDict()
+        self._tested: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.lengths)
-
-    def document(self, number: int) -> Document:
-        """Return one document; its arrays are views of the mapped file."""
-        tokens, trained = self._shards[int(self._shard[number])]
-        start = int(self._offset[number])
-        stop = start + int(self.lengths[number])
-        return Document(tokens[start:stop], trained[start:stop])
+        return len(self._index)
 
     @cached_property
-    def _shards(self) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
-        count = int(self._shard.max()) + 1 if len(self._shard) else 0
-        return [
-            (
-                np.load(self.folder / f"tokens-{number:05d}.npy", mmap_mode="r"),
-                np.load(self.folder / f"trained-{number:05d}.npy", mmap_mode="r"),
-            )
-            for number in range(count)
-        ]
+    def lengths(self) -> Int64Array:
+        """Tokens of each row, shape [rows]."""
+        lengths: Int64Array = self._index["length"].astype(np.int64)
+        return lengths
+
+    @property
+    def malformed(self) -> list[tuple[str, str]]:
+        """Place and reason of each row that was left out."""
+        try:
+            lines = (self.folder / MALFORMED).read_text("utf-8").splitlines()
+            return [(entry["place"], entry["reason"]) for entry in map(json.loads, lines)]
+        except (OSError, ValueError) as error:
+            raise self._damaged(MALFORMED, str(error)) from None
+
+    def row(self, number: int) -> Encoded:
+        """Return one row; its arrays are views of the mapped file."""
+        shard = int(np.searchsorted(self._first_rows, number, side="right")) - 1
+        tokens, turn = self._shard(shard)
+        start = int(self._index["offset"][number])
+        stop = start + int(self._index["length"][number])
+        return Encoded(tokens[start:stop], turn[start:stop])
+
+    def trained(
+        self, rows: Int64Array, starts: Int64Array, lengths: Int64Array, loss_on: LossOn
+    ) -> Int64Array:
+        """Return how many tokens of each part of a row are trained; the first of a part never is.
+
+        Args:
+            rows: Row of each part, shape [parts].
+            starts: First token of each part in its row, shape [parts].
+            lengths: Tokens of each part, shape [parts].
+            loss_on: Which turns are trained.
+
+        Returns:
+            Counts, shape [parts].
+        """
+        if loss_on == "all":
+            return np.maximum(lengths - 1, 0)
+        known = self._index["response" if loss_on == "response" else "last"]
+        counts: Int64Array = known[rows].astype(np.int64)
+        cut = np.flatnonzero(lengths < self.lengths[rows])
+        shards = np.searchsorted(self._first_rows, rows[cut], side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        cut, shards = cut[order], shards[order]
+        for shard in np.unique(shards).tolist():
+            these = cut[np.searchsorted(shards, shard) : np.searchsorted(shards, shard, side="right")]
+            is_trained = self._shard(shard)[1] >= _LEAST_TURN[loss_on]
+            before = np.append(0, np.cumsum(is_trained))
+            first = self._index["offset"][rows[these]] + starts[these]
+            end = first + lengths[these]
+            counts[these] = before[end] - before[np.minimum(first + 1, end)]
+        return counts
+
+    def _shard(self, number: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        name = _shard_name(number)
+        try:
+            file = pa.memory_map(str(self.folder / name))
+            if number not in self._tested:
+                if zlib.crc32(file.read_buffer()) != self._checksums[number]:
+                    raise self._damaged(name, "its checksum is another")
+                self._tested.add(number)
+                file.seek(0)
+            batch = ipc.open_file(file).get_batch(0)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(name, str(error)) from None
+        columns = tuple(column.values.to_numpy(zero_copy_only=True) for column in batch.columns)
+        self._open[number] = columns
+        if len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return columns
+
+    def _damaged(self, name: str, reason: str) -> ClusterError:
+        return ClusterError(
+            f"{self.folder / name} is damaged or not readable ({reason}); remove the folder {self.folder}, "
+            "and the data will be tokenised again"
+        )
+
+
+def is_trained(turn: npt.NDArray[np.uint8], loss_on: LossOn) -> npt.NDArray[np.bool_]:
+    """Return which tokens of a part of a row are targets of the loss: never the first."""
+    trained: npt.NDArray[np.bool_] = turn >= _LEAST_TURN[loss_on]
+    trained[:1] = False
+    return trained

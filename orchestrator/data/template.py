@@ -1,16 +1,18 @@
-"""Turning a row into prompt and response text, and those into tokens with a mask of what is trained."""
+"""Turning rows into text, and text into tokens that know which turn of the conversation they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from orchestrator.data.source import Row
+from orchestrator.data.formats import Conversation, Instruction, Malformed, Row, Text, Tokens
 from orchestrator.errors import SpecError
 
 # Stanford Alpaca's two prompts, word for word: models and published tables depend on them.
@@ -25,22 +27,37 @@ _ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
 Template = Literal["chat", "alpaca"]
-LossOn = Literal["response", "all"]
-Truncation = Literal["right", "left", "drop"]
+CONTEXT, RESPONSE, LAST_RESPONSE = 0, 1, 2
+"""What a token is: no answer, an answer with another one after it, or the last answer of its row."""
 
 
 @dataclass(frozen=True)
-class Document:
-    """One tokenised row.
+class Encoded:
+    """A tokenised row, whole.
 
     Attributes:
         tokens: Token ids, uint32, shape [length].
-        trained: Whether the token is a target of the loss, bool, shape [length]. The first token never is.
+        turn: CONTEXT, RESPONSE or LAST_RESPONSE for each token, uint8, shape [length].
     """
 
     tokens: npt.NDArray[np.uint32]
-    trained: npt.NDArray[np.bool_]
+    turn: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    Attributes:
+        text: All of it, special tokens included.
+        answers: Start and end of each part that is to be learnt, in characters, ascending.
+    """
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
 
 
 def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Template:
@@ -59,75 +76,223 @@ def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Templat
     return wanted
 
 
-def texts(row: Row, template: Template, tokenizer: Any) -> tuple[str, str]:
-    """Return a row's prompt and response text, special tokens included.
+def render(row: Conversation | Instruction | Text, template: Template, tokenizer: Any) -> Rendered:
+    """Return a row's text and which parts of it are answers.
+
+    Args:
+        row: A row that is not tokenised yet.
+        template: Alpaca's prompt or the tokenizer's chat template, for instructions; conversations always
+            take
+            the chat template, and plain text takes none.
+        tokenizer: Gives the chat template and the special tokens.
 
     Raises:
-        SpecError: The chat template refuses the row, or writes the prompt differently before an answer.
+        Malformed: The chat template refuses the row, or hides which part of it is the answer.
     """
-    if template == "alpaca":
-        body = _ALPACA_WITH_INPUT if row.input else _ALPACA_WITHOUT_INPUT
-        prompt = body.format(instruction=row.instruction, input=row.input)
-        prompt = f"{row.system}\n\n{prompt}" if row.system else prompt
-        return (tokenizer.bos_token or "") + prompt, row.output + (tokenizer.eos_token or "")
-    question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
-    messages = [{"role": "system", "content": row.system}] if row.system else []
-    messages.append({"role": "user", "content": question})
-    answer = {"role": "assistant", "content": row.output}
-    try:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
-    except TemplateError as error:
-        raise SpecError(
-            f"the model's chat template refuses a row ({error}); use data.template: alpaca, or change the row"
-        ) from None
-    if not whole.startswith(prompt):
-        raise SpecError(
-            "the model's chat template writes the prompt differently before an answer, so the response "
-            "cannot be told apart; use data.template: alpaca"
+    begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    if isinstance(row, Text):
+        return _joined(begin + row.prompt, row.completion + end)
+    if isinstance(row, Conversation):
+        return _chat(row, tokenizer)
+    if template == "chat":
+        return _chat(_as_conversation(row), tokenizer)
+    if row.history:
+        raise Malformed(
+            "field history needs several turns, which template: alpaca has not; use template: chat"
         )
-    return prompt, whole[len(prompt) :]
+    body = _ALPACA_WITH_INPUT if row.input else _ALPACA_WITHOUT_INPUT
+    prompt = body.format(instruction=row.instruction, input=row.input)
+    prompt = f"{row.system}\n\n{prompt}" if row.system else prompt
+    return _joined(begin + prompt, row.output + end)
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, template: Template, loss_on: LossOn) -> list[Document]:
-    """Tokenise rows; prompt and response apart, as they will stand when the model is used.
+def encode(rows: Sequence[Row], tokenizer: Any, template: Template) -> list[Encoded | Malformed]:
+    """Tokenise rows whole, exactly as the tokenizer writes a whole conversation.
 
     Args:
         rows: Any number of rows.
         tokenizer: A fast Hugging Face tokenizer.
         template: As `choose` returned it.
-        loss_on: Whether the prompt is trained as well.
 
     Returns:
-        One document a row, in order, not truncated.
+        For each row its tokens, or why it has none.
     """
-    parts = [texts(row, template, tokenizer) for row in rows]
-    flat = [text for pair in parts for text in pair]
-    encoded = tokenizer(flat, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    documents = []
-    for prompt, response in zip(encoded[::2], encoded[1::2], strict=True):
-        tokens = np.array(prompt + response, dtype=np.uint32)
-        trained = np.ones(len(tokens), dtype=np.bool_)
-        if loss_on == "response":
-            trained[: len(prompt)] = False
-        trained[:1] = False
-        documents.append(Document(tokens, trained))
-    return documents
+    results: list[Encoded | Malformed | Rendered] = []
+    for row in rows:
+        try:
+            if isinstance(row, Tokens):
+                results.append(_given(row, tokenizer))
+            else:
+                results.append(render(row, template, tokenizer))
+        except Malformed as problem:
+            results.append(problem)
+    texts = [result.text for result in results if isinstance(result, Rendered)]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
+    return [_mark(r, next(encodings)) if isinstance(r, Rendered) else r for r in results]
 
 
-def truncate(document: Document, max_length: int, how: Truncation) -> Document | None:
-    """Cut a document to max_length tokens.
+def _mark(rendered: Rendered, encoding: Any) -> Encoded:
+    """Return the tokens of a text; an answer begins with the token that holds its first character."""
+    tokens = np.array(encoding.ids, dtype=np.uint32)
+    turn = np.zeros(len(tokens), np.uint8)
+    for number, (start, end) in enumerate(rendered.answers, start=1):
+        is_last = number == len(rendered.answers)
+        first = _token_at(encoding, start, rendered.text, len(tokens))
+        stop = _token_at(encoding, end, rendered.text, len(tokens))
+        turn[first:stop] = LAST_RESPONSE if is_last else RESPONSE
+    return Encoded(tokens, turn)
 
-    Returns:
-        The document, its start (`right` cuts the end off), its end (`left`), or None where it is left out:
-        under `drop`, or because no trained token would remain.
-    """
-    length = len(document.tokens)
-    if length > max_length:
-        if how == "drop":
+
+def _token_at(encoding: Any, character: int, text: str, end: int) -> int:
+    """Return the token that holds a character, or the next one that is in any token."""
+    for at in range(character, len(text)):
+        token = encoding.char_to_token(at)
+        if token is not None:
+            return int(token)
+    return end
+
+
+def _given(row: Tokens, tokenizer: Any) -> Encoded:
+    largest = max(row.ids)
+    if largest >= len(tokenizer):
+        raise Malformed(
+            f"token {largest} is not in the tokenizer, whose tokens end at {len(tokenizer) - 1}; tokenise "
+            "the data with this model's tokenizer"
+        )
+    turn = np.where(np.array(row.trained), np.uint8(LAST_RESPONSE), np.uint8(CONTEXT))
+    return Encoded(np.array(row.ids, dtype=np.uint32), turn)
+
+
+def _joined(prompt: str, answer: str) -> Rendered:
+    return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),))
+
+
+def _as_conversation(row: Instruction) -> Conversation:
+    messages = [{"role": "system", "content": row.system}] if row.system else []
+    for question, answer in row.history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": row.output}]
+    return Conversation(tuple(messages))
+
+
+def _chat(row: Conversation, tokenizer: Any) -> Rendered:
+    tools = list(row.tools) or None
+    try:
+        source = tokenizer.get_chat_template(None, tools)
+    except ValueError:
+        raise Malformed(
+            "a conversation needs a chat template, and the model's tokenizer has none; give the tokenizer one"
+        ) from None
+    writer = _Writer(source, tools, tokenizer.special_tokens_map)
+    try:
+        rendered = writer.marked(row) if _GENERATION.search(source) else None
+        rendered = rendered or writer.compared(row)
+        _require_tools_written(row, rendered.text)
+    except Malformed:
+        raise
+    except Exception as error:  # a template is a program of others and can fail in any way
+        raise Malformed(
+            f"the model's chat template refuses the row ({error}); change the row, or the template (rows of "
+            "one instruction can also use data.template: alpaca)"
+        ) from None
+    return rendered
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A chat template with what every row of a tokenizer needs."""
+
+    source: str
+    tools: list[Mapping[str, Any]] | None
+    special: Mapping[str, Any]
+
+    def write(self, messages: Sequence[Mapping[str, Any]], marks: bool = False, **options: Any) -> Any:
+        texts, spans = render_jinja_template(
+            conversations=[[dict(each) for each in messages]],
+            tools=self.tools,
+            chat_template=self.source,
+            return_assistant_tokens_mask=marks,
+            **self.special,
+            **options,
+        )
+        return (texts[0], spans[0]) if marks else texts[0]
+
+    def marked(self, row: Conversation) -> Rendered | None:
+        """Return the answers that the template marks itself; None where it marks none."""
+        text, spans = self.write(row.messages, marks=True)
+        if not spans:
             return None
-        kept = slice(0, max_length) if how == "right" else slice(length - max_length, length)
-        trained = document.trained[kept].copy()
-        trained[:1] = False
-        document = Document(document.tokens[kept], trained)
-    return document if document.trained.any() else None
+        learnt = [each.get("weight", 1) for each in row.messages if each["role"] == "assistant"]
+        if not all(learnt):
+            if len(learnt) != len(spans):
+                raise Malformed(
+                    f"the chat template marks {len(spans)} answers for {len(learnt)} messages of the "
+                    "assistant, so those of weight 0 cannot be told; remove the weights, or change the "
+                    "template"
+                )
+            spans = [span for span, is_learnt in zip(spans, learnt, strict=True) if is_learnt]
+        return Rendered(text, tuple((start, end) for start, end in spans if end > start))
+
+    def compared(self, row: Conversation) -> Rendered:
+        """Return the answers as what the template adds to a conversation when it is answered."""
+        whole = self.write(row.messages)
+        answers: list[tuple[int, int]] = []
+        for at, message in enumerate(row.messages):
+            if message["role"] != "assistant" or not message.get("weight", 1):
+                continue
+            answered = whole if at + 1 == len(row.messages) else self.write(row.messages[: at + 1])
+            prompt = self._until_answer(row.messages, at, answered)
+            if not (answered.startswith(prompt) and whole.startswith(prompt)):
+                raise _hidden(len(answers) + 1)
+            end = len(answered) if whole.startswith(answered) else None
+            end = end or _end_when_rewritten(whole, prompt, answered, message["content"].strip())
+            if end is None:
+                raise _hidden(len(answers) + 1)
+            answers.append((len(prompt), end))
+        return Rendered(whole, tuple(answers))
+
+    def _until_answer(self, messages: Sequence[Mapping[str, Any]], at: int, answered: str) -> str:
+        if at == 0:  # nothing to ask the template for: what two different answers have in common is no answer
+            other = "a" if messages[0]["content"].startswith("b") else "b"
+            pairs = zip(answered, self.write([{"role": "assistant", "content": other}]), strict=False)
+            return answered[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
+        text: str = self.write(messages[:at], add_generation_prompt=True)
+        if messages[at - 1]["role"] == "assistant" and not answered.startswith(text):
+            text = self.write(messages[:at])  # an answer that goes on with the one before it
+        return text
+
+
+def _end_when_rewritten(whole: str, prompt: str, answered: str, content: str) -> int | None:
+    """Return where an answer ends that the template shortens once more follows, as Qwen3 does with thinking.
+
+    What is left of it must be the end of its content, and be followed by what follows it when it is the last.
+    """
+    _, found, tail = answered[len(prompt) :].rpartition(content)
+    end = whole.find(tail, len(prompt)) if content and found and tail else -1
+    left = whole[len(prompt) : end].strip() if end >= 0 else ""
+    return end + len(tail) if left and content.endswith(left) else None
+
+
+def _hidden(number: int) -> Malformed:
+    return Malformed(
+        f"the model's chat template writes the conversation otherwise once more follows answer {number}, so "
+        "the answer cannot be told apart; use a template with {% generation %} marks, or leave the row out"
+    )
+
+
+def _require_tools_written(row: Conversation, text: str) -> None:
+    """Refuse a template that leaves tools or their calls out, as one that knows no tools does silently."""
+    offered = [tool["function"]["name"] for tool in row.tools if "name" in tool.get("function", {})]
+    called = [
+        call["function"]["name"] for message in row.messages for call in message.get("tool_calls") or ()
+    ]
+    for name in (*called, *offered):
+        if name not in text:
+            raise Malformed(
+                f"the model's chat template does not write the tool {name}, so it would be trained without "
+                "it; use a model or a chat template that knows tools, or remove the row"
+            )

@@ -1,140 +1,286 @@
-"""Tokenising data sets as Ray tasks on CPUs, into a store that is shared by runs.
+"""Tokenising data sets as Ray tasks on CPUs, into stores that are shared by runs.
 
 This happens before any worker is started, so no device waits for it and no collective can time out on it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import socket
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.data.source import Row, read_alpaca
-from orchestrator.data.store import MANIFEST, Account, ShardIndex, TokenStore, write_index, write_shard
-from orchestrator.data.template import choose, tokenize, truncate
-from orchestrator.errors import OrchestratorError, SpecError
+from orchestrator.data.files import Block, DataFile, changed, locate
+from orchestrator.data.formats import Malformed, parse
+from orchestrator.data.store import MANIFEST, Shard, TokenStore, write_index, write_shard
+from orchestrator.data.template import Encoded, Template, choose, encode
+from orchestrator.errors import ClusterError, OrchestratorError, SpecError
 from orchestrator.paths import resolve
-from orchestrator.spec import DataSpec, JobSpec, SourceSpec
+from orchestrator.spec import ModelSpec, SourceSpec
 
-_ROWS_PER_SHARD = 4096
-_FORMAT = 1  # of the store; a change makes every cached store unknown
+Note = Callable[[str], None]
+_VERSION = 2  # of the store; a change makes every cached store unknown
+_SHOWN_PROBLEMS = 10
+_SECONDS_BETWEEN_NOTES = 5.0
+_STALE_SECONDS = 24 * 3600.0
 
 
-def load_tokenizer(job: JobSpec) -> Any:
+def load_tokenizer(model: ModelSpec) -> Any:
     """Return the model's tokenizer.
 
     Raises:
-        SpecError: The path has none.
+        SpecError: The path has none, or none that is fast.
     """
+    return _load_tokenizer(str(resolve(model.path)), model.path, model.trust_remote_code)
+
+
+@lru_cache(maxsize=2)
+def _load_tokenizer(path: str, name: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    path = str(resolve(job.model.path))
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=job.model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecError(
-            f"model.path={job.model.path} has no tokenizer that can be loaded ({reason}); name a folder or "
+            f"model.path={name} has no tokenizer that can be loaded ({reason}); name a folder or "
             "hub model with tokenizer files"
         ) from None
+    if not tokenizer.is_fast:
+        raise SpecError(
+            f"model.path={name} has only a tokenizer written in Python, which knows no positions; convert it "
+            "to a fast one (tokenizer.json)"
+        )
+    return tokenizer
 
 
-def tokenize_sources(job: JobSpec, sources: Sequence[SourceSpec], cache: Path) -> TokenStore:
-    """Tokenise and truncate data sets, or open the store that an earlier run left for the same input.
+def tokenize_sources(
+    model: ModelSpec,
+    wanted: str,
+    sources: Sequence[SourceSpec],
+    cache: Path,
+    malformed_allowed: int = 0,
+    note: Note = lambda _: None,
+) -> list[TokenStore]:
+    """Tokenise data sets, or open the stores that earlier runs left for the same input.
 
     Args:
-        job: Gives the tokenizer, template, truncation and max_length.
+        model: Gives the tokenizer.
+        wanted: The template that the job asks for.
         sources: The data sets, in order.
         cache: Folder on storage that every node sees; stores lie in it by key.
+        malformed_allowed: How many malformed rows all sources together may have.
+        note: Told how far it is.
 
     Returns:
-        The store of all documents that have a trained token.
+        One store for each source.
 
     Raises:
-        SpecError: Unreadable or malformed data, or no document left.
+        SpecError: Unreadable data, or more malformed rows than allowed, each named by file and place.
+        ClusterError: The cache cannot be written.
     """
-    tokenizer = load_tokenizer(job)
-    template = choose(job.data.template, tokenizer)
-    key = _key(job.data, sources, tokenizer, template)
-    folder = cache / key
-    if not (folder / MANIFEST).exists():
-        draft = cache / f"{key}.{uuid.uuid4().hex[:8]}.partial"
+    tokenizer = load_tokenizer(model)
+    template = choose(wanted, tokenizer)  # type: ignore[arg-type]
+    _sweep(cache)
+    stores: list[TokenStore] = []
+    problems: list[tuple[str, str]] = []
+    for source in sources:
+        files = locate(source)
+        prints = [file.fingerprint() for file in files]
+        folder = cache / _key(source, prints, tokenizer, template)
+        if not (folder / MANIFEST).exists():
+            room = malformed_allowed - len(problems)
+            try:
+                _tokenize(model, template, source, files, prints, folder, room, note)
+            except _TooManyMalformedError as error:
+                problems += error.found
+                continue
+        store = TokenStore(folder)
+        problems += store.malformed
+        stores.append(store)
+    if len(problems) > malformed_allowed:
+        raise _malformed(problems, malformed_allowed)
+    empty = [source.path for source, store in zip(sources, stores, strict=True) if len(store) == 0]
+    if empty:
+        raise SpecError(*(f"data file {path} has no rows; give at least one" for path in empty))
+    return stores
+
+
+class _TooManyMalformedError(Exception):
+    """A source has more malformed rows than may be; carries what was found."""
+
+    def __init__(self, found: list[tuple[str, str]]) -> None:
+        super().__init__(f"{len(found)} malformed rows")
+        self.found = found
+
+
+def _malformed(found: list[tuple[str, str]], allowed: int) -> SpecError:
+    shown = [f"{place}: {reason}" for place, reason in found[:_SHOWN_PROBLEMS]]
+    more = len(found) - len(shown)
+    limit = f" (data.malformed_rows_allowed={allowed})" if allowed else ""
+    rest = [f"{more} more malformed rows{limit}"] if more > 0 else []
+    return SpecError(*shown, *rest)
+
+
+def _tokenize(
+    model: ModelSpec,
+    template: Template,
+    source: SourceSpec,
+    files: Sequence[DataFile],
+    prints: Sequence[str],
+    folder: Path,
+    malformed_allowed: int,
+    note: Note,
+) -> None:
+    """Write the store of one source and put it in its place."""
+    owner = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    draft = folder.parent / f"{folder.name}.{owner}.partial"
+    with _cache_errors(folder.parent):
         draft.mkdir(parents=True)
-        try:
-            shards = _write_shards(job, sources, draft)
-            write_index(draft, shards, {"template": template, "sources": [each.path for each in sources]})
+    try:
+        stamps = [file.stamp() for file in files]
+        shards: list[Shard] = []
+        progress = _Progress(source.path, note)
+        malformed = 0
+        for shard in _write_shards(model, template, source, files, draft):
+            shards.append(shard)
+            malformed += len(shard.malformed)
+            progress.add(len(shard.index))
+        for file, stamp, was in zip(files, stamps, prints, strict=True):
+            if file.stamp() != stamp or file.fingerprint() != was:
+                raise changed(file.name)
+        if malformed > malformed_allowed:
+            raise _TooManyMalformedError([entry for shard in shards for entry in shard.malformed])
+        with _cache_errors(folder.parent):
+            write_index(draft, shards, {"template": template, "source": source.path})
             _publish(draft, folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    store = TokenStore(folder)
-    if len(store) == 0:
-        raise SpecError(
-            f"no row of {', '.join(each.path for each in sources)} keeps a token to train on: "
-            f"{store.account.rows_dropped} of {store.account.rows} were dropped with "
-            f"max_length={job.data.max_length} and truncation={job.data.truncation}; raise data.max_length"
-        )
-    return store
+        progress.end()
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write_shards(job: JobSpec, sources: Sequence[SourceSpec], folder: Path) -> list[ShardIndex]:
+class _Progress:
+    """Says how many rows were tokenised, and how fast."""
+
+    def __init__(self, name: str, note: Note) -> None:
+        self._name, self._note = name, note
+        self._started = self._told = time.monotonic()
+        self._rows = 0
+
+    def add(self, rows: int) -> None:
+        self._rows += rows
+        if time.monotonic() - self._told >= _SECONDS_BETWEEN_NOTES:
+            self._told = time.monotonic()
+            self._tell("tokenising")
+
+    def end(self) -> None:
+        self._tell("tokenised")
+
+    def _tell(self, verb: str) -> None:
+        seconds = max(1e-6, time.monotonic() - self._started)
+        self._note(f"{verb} {self._name}: {self._rows:,} rows, {self._rows / seconds:,.0f} rows/s")
+
+
+def _write_shards(
+    model: ModelSpec, template: Template, source: SourceSpec, files: Sequence[DataFile], folder: Path
+) -> Iterator[Shard]:
+    """Yield the shards of a source in order; no more blocks are under way than the cluster has use for."""
     # Files are read where the driver looked for them; the rows travel to whichever node tokenises them.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    tasks: list[Any] = []
-    for source in sources:
-        blocks = _read_blocks.options(num_returns="streaming", scheduling_strategy=here).remote(source)
-        for block in blocks:
-            tasks.append(_write_block.remote(job, block, str(folder), len(tasks)))
-    return list(_results(tasks))
+    at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    tokenizer = [ray.put(None if model.trust_remote_code else load_tokenizer(model))]
+    options = {"scheduling_strategy": here, "_generator_backpressure_num_objects": at_once}
+    blocks = _read_blocks.options(num_returns="streaming", **options).remote(list(files))
+    under_way: list[Any] = []
+    with _ours():
+        for number, block in enumerate(blocks):
+            under_way.append(
+                _write_block.remote(model, tokenizer, template, source.format, block, folder, number)
+            )
+            if len(under_way) >= at_once:
+                yield ray.get(under_way.pop(0))
+        for task in under_way:
+            yield ray.get(task)
 
 
-def _results(tasks: list[Any]) -> Iterator[ShardIndex]:
-    """Yield task results in order; raise what is ours as itself."""
+@ray.remote(num_cpus=0, max_retries=3)
+def _read_blocks(files: list[DataFile]) -> Iterator[Block]:
+    for file in files:
+        yield from file.blocks()
+
+
+@ray.remote(num_cpus=1, max_retries=3)
+def _write_block(
+    model: ModelSpec,
+    tokenizer: list[Any],
+    template: Template,
+    wanted: Any,
+    block: Block,
+    folder: Path,
+    number: int,
+) -> Shard:
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # a task has one core; the others have tasks of their own
+    rows, places, malformed = [], [], []
+    for at, value in enumerate(block.values):
+        try:
+            rows.append(parse(value, wanted))
+            places.append(at)
+        except Malformed as problem:
+            malformed.append((at, str(problem)))
+    encoded = []
+    for at, result in zip(
+        places, encode(rows, _held(tokenizer[0]) or load_tokenizer(model), template), strict=True
+    ):
+        if isinstance(result, Encoded):
+            encoded.append(result)
+        else:
+            malformed.append((at, str(result)))
+    problems = [(block.place(at), reason) for at, reason in sorted(malformed)]
+    with _cache_errors(folder.parent):
+        return write_shard(folder, number, encoded, problems)
+
+
+@lru_cache(maxsize=1)
+def _held(reference: Any) -> Any:
+    """Return the driver's tokenizer, fetched once a process: loading one takes seconds and PyTorch."""
+    return ray.get(reference)
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    """Raise what is ours as itself, not wrapped by Ray."""
     try:
-        yield from (ray.get(task) for task in tasks)
+        yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, OrchestratorError):
             raise error.cause from None
         raise
 
 
-@ray.remote(num_cpus=1, max_retries=3)
-def _read_blocks(source: SourceSpec) -> Iterator[list[Row]]:
-    rows = read_alpaca(source.path) * source.repeat
-    for start in range(0, len(rows), _ROWS_PER_SHARD):
-        yield rows[start : start + _ROWS_PER_SHARD]
-
-
-@ray.remote(num_cpus=1, max_retries=3)
-def _write_block(job: JobSpec, rows: list[Row], folder: str, number: int) -> ShardIndex:
-    tokenizer = load_tokenizer(job)
-    template = choose(job.data.template, tokenizer)
-    documents, account = [], Account()
-    for document in tokenize(rows, tokenizer, template, job.data.loss_on):
-        how = job.data.truncation
-        kept = truncate(document, job.data.max_length, "right" if how == "split" else how)
-        read = len(document.tokens)
-        left = 0 if kept is None else len(kept.tokens)
-        account += Account(
-            rows=1,
-            documents=int(kept is not None),
-            tokens_read=read,
-            tokens_kept=left,
-            tokens_truncated=0 if kept is None else read - left,
-            tokens_dropped=read if kept is None else 0,
-            rows_truncated=int(0 < left < read),
-            rows_dropped=int(kept is None),
-            trained_tokens=0 if kept is None else int(kept.trained.sum()),
-        )
-        if kept is not None:
-            documents.append(kept)
-    return write_shard(Path(folder), number, documents, account)
+@contextmanager
+def _cache_errors(cache: Path) -> Iterator[None]:
+    """Say which folder could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space there, or name another" if is_full else "make it writable on every node"
+        raise ClusterError(
+            f"tokenised data cannot be written to {cache} ({error.strerror or error}); {remedy} "
+            "(checkpoint.storage), then start again"
+        ) from None
 
 
 def _publish(draft: Path, folder: Path) -> None:
@@ -146,18 +292,26 @@ def _publish(draft: Path, folder: Path) -> None:
             raise
 
 
-def _key(data: DataSpec, sources: Sequence[SourceSpec], tokenizer: Any, template: str) -> str:
+def _sweep(cache: Path) -> None:
+    """Remove the drafts of drivers that are dead: of this machine, or untouched for a day."""
+    for draft in cache.glob("*.partial"):
+        try:
+            name, pid, _, _ = draft.name.rsplit(".", 3)
+            here = name.partition(".")[2] == socket.gethostname()
+            dead = here and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists()
+            if dead or time.time() - draft.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(draft, ignore_errors=True)
+        except (OSError, ValueError):  # it went away meanwhile, or is not ours
+            continue
+
+
+def _key(source: SourceSpec, prints: Sequence[str], tokenizer: Any, template: str) -> str:
     """Return the name of the store: a hash of all that decides its content."""
     digest = hashlib.sha256()
-    settings = [_FORMAT, template, data.max_length, data.truncation, data.loss_on]
-    digest.update(json.dumps([settings, [each.model_dump() for each in sources]]).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(str([tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]).encode())
-    for source in sources:
-        try:
-            with resolve(source.path).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError:
-            read_alpaca(source.path)  # says what is wrong with the file
-            raise
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting in ("truncation", "padding"):  # set by whoever used the tokenizer last, and off here
+        backend.pop(setting, None)
+    settings = [_VERSION, template, source.format, list(prints), backend]
+    special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)]
+    digest.update(json.dumps([settings, special]).encode())
     return digest.hexdigest()[:24]

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.data.loader import Geometry, PackLoader
-from orchestrator.data.packing import Packs, best_fit, one_each
-from orchestrator.data.store import TokenStore
+from orchestrator.data.balance import Geometry
+from orchestrator.data.corpus import Documents
+from orchestrator.data.loader import Order, PackLoader
+from orchestrator.data.packing import Packs
+from orchestrator.metrics.flops import forward_flops
+from orchestrator.model.build import load_config
 from orchestrator.parallel.layout import Layout
+from orchestrator.plan.shape import ModelShape
 from orchestrator.spec import JobSpec
 
 CHECKPOINTS = "checkpoints"
@@ -22,8 +26,8 @@ class Brief:
     Attributes:
         job: The job, with absolute paths.
         folder: The run's folder, on storage that every node sees.
-        training: Folder of the tokenised training data.
-        evaluation: Folder of the tokenised held-out data.
+        training: Folder of the training data's plan.
+        evaluation: Folder of the held-out data's plan.
         dtype: Number format of the model.
         device: Kind of device.
         ds_config: The rendered DeepSpeed configuration.
@@ -48,29 +52,53 @@ class Brief:
         return self.folder / CHECKPOINTS
 
 
-def pack(job: JobSpec, store: TokenStore) -> Packs:
-    """Return the packs of a data set: the same on every machine, from the lengths and the seed."""
-    if job.data.packing == "none":
-        return one_each(store.lengths)
-    return best_fit(store.lengths, job.data.max_length, job.run.seed)
+def cost_of_a_slot(job: JobSpec) -> tuple[float, float]:
+    """Return the FLOPs of one slot of a pack without attention, and of one squared token of a document.
+
+    For an architecture whose shape is not known, those of a plain transformer of its hidden size: 24 h^2 and
+    2 h a layer.
+    """
+    config = load_config(job.model).to_dict()
+    shape = ModelShape.from_config(config)
+    if shape is None:
+        hidden = float(config.get("hidden_size") or 0)
+        return (24.0 * hidden**2, 2.0 * hidden) if hidden else (1.0, 0.0)
+    return forward_flops(shape, 1, 0, 0).linear, forward_flops(shape, 0, 1, 0).attention
 
 
-def training_loader(job: JobSpec, store: TokenStore, packs: Packs) -> tuple[PackLoader, int, int]:
+def loader(
+    job: JobSpec, documents: Documents, packs: Packs, global_batch_size: int, shuffle: bool
+) -> PackLoader:
+    """Return the batches of a data set, with so many packs in a step."""
+    geometry = Geometry(
+        job.data.max_length,
+        global_batch_size,
+        job.optim.micro_batch_size,
+        Layout.of(job).data_parallel_size,
+        waits_each_micro_step=job.parallel.zero_stage == 3,
+    )
+    slot_cost, square_cost = cost_of_a_slot(job)
+    order = Order(
+        job.run.seed,
+        shuffle,
+        job.data.balance_window_steps,
+        slot_cost,
+        square_cost,
+        job.data.cross_document_attention,
+    )
+    return PackLoader(documents, packs, geometry, order)
+
+
+def training_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int, int]:
     """Return the loader of the training data, the packs of all steps together, and the steps."""
-    optim, layout = job.optim, Layout.of(job)
-    geometry = Geometry(
-        job.data.max_length, optim.global_batch_size, optim.micro_batch_size, layout.data_parallel_size
-    )
-    loader = PackLoader(store, packs, geometry, job.run.seed)
+    optim = job.optim
+    batches = loader(job, documents, packs, optim.global_batch_size, shuffle=True)
     if optim.max_steps is not None:
-        return loader, optim.max_steps * optim.global_batch_size, optim.max_steps
-    return loader, loader.packs(optim.epochs), loader.steps(optim.epochs)
+        return batches, optim.max_steps * optim.global_batch_size, optim.max_steps
+    return batches, batches.packs(optim.epochs), batches.steps(optim.epochs)
 
 
-def evaluation_loader(job: JobSpec, store: TokenStore, packs: Packs) -> tuple[PackLoader, int]:
+def evaluation_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int]:
     """Return the loader of the held-out data, one micro-batch a worker and step, and the number of packs."""
-    micro, layout = job.optim.micro_batch_size, Layout.of(job)
-    geometry = Geometry(
-        job.data.max_length, micro * layout.data_parallel_size, micro, layout.data_parallel_size
-    )
-    return PackLoader(store, packs, geometry, job.run.seed, shuffle=False), len(packs)
+    at_once = job.optim.micro_batch_size * Layout.of(job).data_parallel_size
+    return loader(job, documents, packs, at_once, shuffle=False), len(packs)

@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,15 +20,15 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.placement import missing
-from orchestrator.data.packing import Packs
+from orchestrator.data import plan
 from orchestrator.data.store import TokenStore
-from orchestrator.data.tokenize import tokenize_sources
+from orchestrator.data.tokenize import Note, tokenize_sources
 from orchestrator.errors import ClusterError, OrchestratorError, TrainingError
 from orchestrator.metrics.exporter import endpoint_error
 from orchestrator.parallel.deepspeed import render
-from orchestrator.spec import JobSpec, MetricsSpec
+from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
 from orchestrator.train import checkpoint, export, folder, session, summary
-from orchestrator.train.brief import Brief, pack
+from orchestrator.train.brief import Brief
 from orchestrator.train.lease import Lease
 from orchestrator.train.recorder import Recorder, Status
 
@@ -37,13 +37,14 @@ _POLL_SECONDS = 0.5
 _BUSY_WAIT_SECONDS = 30.0
 
 
-def run(job: JobSpec, address: str | None, watch: Watch) -> dict[str, Any]:
+def run(job: JobSpec, address: str | None, watch: Watch, note: Note) -> dict[str, Any]:
     """Train a job from wherever its run stands to the end.
 
     Args:
         job: The job.
         address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
         watch: Called about twice a second while workers run.
+        note: Told in a sentence what happens before that.
 
     Returns:
         The run's report, also written to report.json.
@@ -65,20 +66,25 @@ def run(job: JobSpec, address: str | None, watch: Watch) -> dict[str, Any]:
             device = _place(job)
             folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
-            return _train(job, device, home, lease, watch, started)
+            return _train(job, device, home, lease, (watch, note), started)
     finally:
         lease.release(home)
 
 
 def _train(
-    job: JobSpec, device: Literal["cuda", "cpu"], home: Path, lease: Lease, watch: Watch, started: float
+    job: JobSpec,
+    device: Literal["cuda", "cpu"],
+    home: Path,
+    lease: Lease,
+    tell: tuple[Watch, Note],
+    started: float,
 ) -> dict[str, Any]:
+    watch, note = tell
     begun = time.monotonic()
-    store, packs, held_out = _prepare_data(job)
-    packing = summary.packing_figures(job, store, packs)
+    training, held_out, packing = _prepare_data(job, note)
     prepared = time.monotonic()
     dtype = folder.number_format(job, device)
-    brief = Brief(job, home, store.folder, held_out, dtype, device, render(job, dtype, device))
+    brief = Brief(job, home, training, held_out, dtype, device, render(job, dtype, device))
     folder.write_json(home / "deepspeed.json", brief.ds_config)
     checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
     recorder = _start_recorder(job, home, lease)
@@ -100,8 +106,13 @@ def _train(
     return report
 
 
-def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
+def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
     """Tokenise and pack only.
+
+    Args:
+        job: The job.
+        address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
+        note: Told in a sentence how far it is.
 
     Returns:
         What became of the rows and how full the packs are.
@@ -109,8 +120,7 @@ def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
     job = folder.with_absolute_paths(job)
     folder.require_inputs(job)
     with session.connected(address):
-        store, packs, _ = _prepare_data(job)
-        return summary.packing_figures(job, store, packs)
+        return _prepare_data(job, note)[2]
 
 
 def export_run(home: Path, to: Path) -> Path:
@@ -174,18 +184,40 @@ def _require_port(metrics: MetricsSpec) -> None:
                 raise endpoint_error(metrics.host, metrics.port, reason) from None
 
 
-def _prepare_data(job: JobSpec) -> tuple[TokenStore, Packs, Path | None]:
-    """Tokenise and pack, before any device is held."""
+def _prepare_data(job: JobSpec, note: Note) -> tuple[Path, Path | None, dict[str, Any]]:
+    """Tokenise and pack, before any device is held.
+
+    Returns:
+        The plan of the training data, that of the held-out data, and what became of the rows.
+    """
     cache = Path(job.checkpoint.storage) / ".cache"
-    store = tokenize_sources(job, job.data.train, cache)
-    packs = _get(_pack.remote(job, store.folder))
-    held_out = tokenize_sources(job, job.eval.data, cache).folder if job.eval else None
-    return store, packs, held_out
+    training, figures = _plan(job, job.data.train, cache, note)
+    held_out = _plan(job, job.eval.data, cache, note)[0] if job.eval else None
+    return training, held_out, figures
+
+
+def _plan(
+    job: JobSpec, sources: Sequence[SourceSpec], cache: Path, note: Note
+) -> tuple[Path, dict[str, Any]]:
+    stores = tokenize_sources(
+        job.model, job.data.template, sources, cache, job.data.malformed_rows_allowed, note
+    )
+    for place, reason in [entry for store in stores for entry in store.malformed][:10]:
+        note(f"left out: {place}: {reason}")
+    result: tuple[Path, dict[str, Any]] = _get(
+        _make_plan.remote(job, sources, cache, [store.folder for store in stores])
+    )
+    return result
 
 
 @ray.remote(num_cpus=1)
-def _pack(job: JobSpec, store: Path) -> Packs:
-    return pack(job, TokenStore(store))
+def _make_plan(
+    job: JobSpec, sources: Sequence[SourceSpec], cache: Path, stores: Sequence[Path]
+) -> tuple[Path, dict[str, Any]]:
+    opened = [TokenStore(folder) for folder in stores]
+    folder = plan.plan_in(cache, opened, sources, job.data, job.run.seed)
+    is_training = tuple(sources) == job.data.train
+    return folder, summary.packing_figures(job, *plan.load(folder)) if is_training else {}
 
 
 @ray.remote(num_cpus=1)

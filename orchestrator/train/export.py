@@ -46,7 +46,7 @@ def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to
         config.dtype = torch_dtype(dtype)
         config.architectures = config.architectures or [_architecture(config)]
         config.save_pretrained(draft)
-        load_tokenizer(job).save_pretrained(draft)
+        load_tokenizer(job.model).save_pretrained(draft)
         shutil.rmtree(to, ignore_errors=True)
         draft.rename(to)
     except OSError as error:

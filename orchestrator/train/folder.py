@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import jobfile
+from orchestrator.data.files import missing
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec, SourceSpec
@@ -90,9 +91,9 @@ def require_inputs(job: JobSpec) -> None:
         SpecError: With every data file that is not there, and a model folder that is none.
     """
     problems = [
-        f"data file {source.path} is not there; check the path, which counts from {Path.cwd()} if relative"
+        problem
         for source in (*job.data.train, *(job.eval.data if job.eval else ()))
-        if not resolve(source.path).is_file()
+        if (problem := missing(source))
     ]
     model = resolve(job.model.path)
     if model.is_dir() and not (model / "config.json").is_file():

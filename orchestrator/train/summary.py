@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data.corpus import Corpus
 from orchestrator.data.packing import Packs, lower_bound
-from orchestrator.data.store import TokenStore
 from orchestrator.metrics.meter import last_attempt
 from orchestrator.spec import JobSpec
+from orchestrator.train.brief import training_loader
 from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS, read_lines
 
 REPORT = "report.json"
@@ -28,24 +29,32 @@ _MEDIANS = (
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "peft", "datasets", "numpy")
 
 
-def packing_figures(job: JobSpec, store: TokenStore, packs: Packs) -> dict[str, Any]:
-    """Return what became of the rows and how full the packs are."""
-    slots = len(packs) * job.data.max_length
-    account = store.account
+def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any]:
+    """Return what became of the rows, how full the packs are, and how long workers will wait for one another.
+
+    Args:
+        job: The job.
+        corpus: The documents of an epoch.
+        packs: Their packs.
+    """
+    account = corpus.account
+    batches, _, _ = training_loader(job, corpus, packs)
+    by_chance, ordered = batches.wait_factors()
+    squares = packs.sums(corpus.lengths**2).astype(float)
     return {
         **vars(account),
         "packs": len(packs),
         "max_length": job.data.max_length,
-        "non_padding_fraction": account.tokens_kept / slots,
-        "lower_bound": lower_bound(store.lengths, job.data.max_length),
-        "attention_cost_cv": _spread(store, packs),
+        "non_padding_fraction": account.tokens_kept / (len(packs) * job.data.max_length),
+        "lower_bound": lower_bound(corpus.lengths, job.data.max_length),
+        "attention_cost_cv": float(squares.std() / squares.mean()),
+        "wait_factor_by_chance": by_chance,
+        "wait_factor": ordered,
+        "sources": [
+            {"path": source.path, **vars(part), "share_of_tokens": part.tokens_kept / account.tokens_kept}
+            for source, part in zip(job.data.train, corpus.accounts, strict=True)
+        ],
     }
-
-
-def _spread(store: TokenStore, packs: Packs) -> float:
-    """Return the coefficient of variation of the packs' attention cost (sum of squared document lengths)."""
-    squares = [float((store.lengths[packs.members(pack)] ** 2).sum()) for pack in range(len(packs))]
-    return statistics.pstdev(squares) / statistics.fmean(squares)
 
 
 def report(

@@ -13,11 +13,11 @@ import torch
 from torch import distributed as dist
 
 from cluster import hardware
-from orchestrator.data.store import TokenStore
+from orchestrator.data import plan
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.plan.shape import ModelShape
 from orchestrator.train import checkpoint
-from orchestrator.train.brief import Brief, evaluation_loader, pack, training_loader
+from orchestrator.train.brief import Brief, evaluation_loader, training_loader
 from orchestrator.train.recorder import WorkerInfo
 
 
@@ -63,12 +63,8 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     model = build_model(job.model, dtype, job.run.seed, brief.ds_config, load_weights=not saved)
     engine = start_engine(model, brief.ds_config)
     start = checkpoint.load(engine, saved[0]) if saved else 0
-    store = TokenStore(brief.training)
-    loader, packs, steps = training_loader(job, store, pack(job, store))
-    evaluation = None
-    if brief.evaluation is not None:
-        held_out = TokenStore(brief.evaluation)
-        evaluation = evaluation_loader(job, held_out, pack(job, held_out))
+    loader, packs, steps = training_loader(job, *plan.load(brief.training))
+    evaluation = evaluation_loader(job, *plan.load(brief.evaluation)) if brief.evaluation else None
     course = Course(
         job=job,
         loader=loader,

@@ -57,9 +57,7 @@ def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_p
     process = start("train", "job.yaml", "--json", cwd=tmp_path, TEST_MARKER=marker)
     wait_until(lambda: len(step_rows(run)) >= 2, 200, "two steps done")
     (recorder,) = [
-        pid
-        for pid in processes_of(f"TEST_MARKER={marker}")
-        if _command(pid).startswith(b"ray::Recorder")
+        pid for pid in processes_of(f"TEST_MARKER={marker}") if _command(pid).startswith(b"ray::Recorder")
     ]
     os.kill(recorder, signal.SIGKILL)
     wait_until(lambda: len(step_rows(run)) >= 6, 200, "six steps done")

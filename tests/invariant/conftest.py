@@ -24,6 +24,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Material:
     found = Material(home / "model", home / "tied", home / "training", home / "held-out")
     material.write_model(found.model)
     material.write_model(found.tied, tie_word_embeddings=True)
-    material.write_documents(found.training, 64, seed=1)
+    material.write_documents(found.training, 68, seed=1)
     material.write_documents(found.held_out, 13, seed=2)
     return found

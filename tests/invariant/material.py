@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.data.store import Account, write_index, write_shard
-from orchestrator.data.template import Document
+from orchestrator.data import plan
+from orchestrator.data.corpus import Corpus
+from orchestrator.data.packing import Packs
+from orchestrator.data.store import TokenStore, write_index, write_shard
+from orchestrator.data.template import CONTEXT, LAST_RESPONSE, Encoded
+from orchestrator.spec import JobSpec, SourceSpec
 
 MAX_LENGTH = 96
 VOCABULARY = 160
@@ -58,14 +62,17 @@ def write_documents(folder: Path, count: int, seed: int) -> None:
         length = int(generator.integers(3, MAX_LENGTH)) | 1
         tokens = generator.integers(3, VOCABULARY, length).astype(np.uint32)
         prompt = length if number % 9 == 4 else int(generator.integers(0, length - 1))
-        documents.append(Document(tokens, np.arange(length) >= max(1, prompt)))
+        turn = np.where(np.arange(length) >= max(1, prompt), np.uint8(LAST_RESPONSE), np.uint8(CONTEXT))
+        documents.append(Encoded(tokens, turn))
     folder.mkdir(parents=True)
     half = count // 2
-    shards = [
-        write_shard(folder, 0, documents[:half], Account()),
-        write_shard(folder, 1, documents[half:], Account()),
-    ]
+    shards = [write_shard(folder, 0, documents[:half]), write_shard(folder, 1, documents[half:])]
     write_index(folder, shards, {})
+
+
+def planned(job: JobSpec, folder: Path) -> tuple[Corpus, Packs]:
+    """Return the documents of a store and their packs, as a job says."""
+    return plan.make([TokenStore(folder)], [SourceSpec(path="unused")], job.data, job.run.seed)
 
 
 def job(folder: Path, workers: int, parallel: dict[str, Any], **changes: Any) -> dict[str, Any]:

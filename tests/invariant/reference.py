@@ -17,11 +17,11 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from orchestrator.data.store import TokenStore
-from orchestrator.data.template import Document
+from orchestrator.data.corpus import Corpus, Document
 from orchestrator.spec import JobSpec
-from orchestrator.train.brief import pack, training_loader
+from orchestrator.train.brief import training_loader
 from orchestrator.train.schedule import learning_rate
+from tests.invariant import material
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 
@@ -48,13 +48,12 @@ def train(document: dict[str, Any], data: Path, held_out: Path | None = None) ->
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    store = TokenStore(data)
-    packs = pack(job, store)
-    loader, last, steps = training_loader(job, store, packs)
+    corpus, packs = material.planned(job, data)
+    loader, last, steps = training_loader(job, corpus, packs)
     losses, norms, rates, gradients = [], [], [], {}
     for step in range(steps):
         numbers = [number for number in loader.pack_numbers(step, last) if number is not None]
-        documents = [store.document(member) for number in numbers for member in packs.members(number)]
+        documents = [corpus.document(member) for number in numbers for member in packs.members(number)]
         optimizer.zero_grad()
         losses.append(_backward(model, documents))
         gradients = gradients or {
@@ -68,7 +67,7 @@ def train(document: dict[str, Any], data: Path, held_out: Path | None = None) ->
             group["lr"] = rates[-1]
         optimizer.step()
     parameters = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
-    evaluation = None if held_out is None else _evaluate(model, TokenStore(held_out))
+    evaluation = None if held_out is None else _evaluate(model, material.planned(job, held_out)[0])
     return Reference(losses, norms, rates, evaluation, gradients, parameters)
 
 
@@ -83,8 +82,8 @@ def _backward(model: LlamaForCausalLM, documents: list[Document]) -> float:
 
 
 @torch.no_grad()
-def _evaluate(model: LlamaForCausalLM, store: TokenStore) -> float:
-    documents = [store.document(number) for number in range(len(store))]
+def _evaluate(model: LlamaForCausalLM, corpus: Corpus) -> float:
+    documents = [corpus.document(number) for number in range(len(corpus))]
     total = sum(_loss_sum(model, document).item() for document in documents)
     return total / sum(int(document.trained[1:].sum()) for document in documents)
 

@@ -85,7 +85,7 @@ def damaged(saved: Path, damage: str) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     home = tmp_path_factory.mktemp("checkpoints")
     material.write_model(home / "model", attention_dropout=0.1)
-    material.write_documents(home / "documents", 31, seed=3)
+    material.write_documents(home / "documents", 35, seed=3)
     (home / "file").write_text("not a folder", encoding="utf-8")
     cases = [
         {"name": "good", "folder": str(home / "saves")},

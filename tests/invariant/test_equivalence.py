@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from orchestrator.data.packing import best_fit
-from orchestrator.data.store import TokenStore
+from orchestrator.spec import JobSpec
 from tests.invariant import material, reference
 from tests.invariant.conftest import Material
 from tests.invariant.group import Outcome, assert_close, run_group
-from tests.invariant.material import MAX_LENGTH, POLICIES, SEED, job
+from tests.invariant.material import POLICIES, job, planned
 
 pytestmark = pytest.mark.distributed
 
@@ -169,19 +169,21 @@ def test_packing_does_not_change_a_step_of_the_same_documents(
 ) -> None:
     """All documents form each step: alone in packs of their own, packed together, and one after another."""
     home = tmp_path_factory.mktemp("packing")
-    material.write_documents(home / "documents", 60, seed=1)
-    store = TokenStore(home / "documents")
-    packs = len(best_fit(store.lengths, MAX_LENGTH, SEED))
-    assert packs < len(store)
+    material.write_documents(home / "documents", 63, seed=1)
+    corpus, packed = planned(
+        JobSpec.model_validate_json(json.dumps(job(tiny.model, 1, {}))), home / "documents"
+    )
+    packs = len(packed)
+    assert packs < len(corpus)
     layouts: dict[str, dict[str, Any]] = {
-        "alone": {"data": {"packing": "none"}, "global_batch_size": len(store), "epochs": 4.0},
+        "alone": {"data": {"packing": "none"}, "global_batch_size": len(corpus), "epochs": 4.0},
         "together": {"data": {"packing": "best_fit"}, "global_batch_size": packs, "epochs": 4.0},
     }
     tasks = [task_of(name, tiny, "zero3", "2w-1x4", **layout) for name, layout in layouts.items()]
     for _, task in tasks:
-        task["data"] = str(store.folder)
-    expected = reference.train(tasks[0][1]["job"], store.folder)
+        task["data"] = str(home / "documents")
+    expected = reference.train(tasks[0][1]["job"], home / "documents")
     assert len(expected.losses) == 4
     for outcome in run_all(home, tasks).values():
         assert_same_training(outcome, expected)
-        assert sum(outcome.answer["steps"][0]["tokens"]) == store.lengths.sum()
+        assert sum(outcome.answer["steps"][0]["tokens"]) == corpus.lengths.sum()

@@ -9,8 +9,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.data.source import read_alpaca
-from orchestrator.data.template import tokenize
+from orchestrator.data.files import locate
+from orchestrator.data.formats import parse
+from orchestrator.data.store import is_trained
+from orchestrator.data.template import encode
+from orchestrator.spec import SourceSpec
 from tests.conftest import Observed
 
 pytestmark = pytest.mark.ray
@@ -22,9 +25,11 @@ def test_the_exported_model_has_the_evaluation_loss_of_the_run(undisturbed_run: 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     total, trained = 0.0, 0
-    for document in tokenize(read_alpaca("builtin/alpaca_sample_eval"), tokenizer, "chat", "response"):
-        ids = torch.from_numpy(document.tokens.astype("int64"))[None]
-        targets = torch.from_numpy(document.trained.copy())[1:]
+    (file,) = locate(SourceSpec(path="builtin/alpaca_sample_eval"))
+    rows = [parse(value, "alpaca") for block in file.blocks() for value in block.values]
+    for row in encode(rows, tokenizer, "chat"):
+        ids = torch.from_numpy(row.tokens.astype("int64"))[None]
+        targets = torch.from_numpy(is_trained(row.turn, "response"))[1:]
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1][targets]
         total += functional.cross_entropy(logits, ids[0, 1:][targets], reduction="sum").item()

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from orchestrator.data.store import TokenStore
 from orchestrator.errors import TrainingError
 from orchestrator.model.build import build_model, torch_dtype
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import Layout
 from orchestrator.spec import JobSpec
 from orchestrator.train import checkpoint
-from orchestrator.train.brief import evaluation_loader, pack, training_loader
+from orchestrator.train.brief import evaluation_loader, training_loader
 from orchestrator.train.engine import join_process_group, start_engine
 from orchestrator.train.loop import Course, StepReport, train
 from tests.invariant import probe
+from tests.invariant.material import planned
 
 Task = dict[str, Any]
 Answer = tuple[dict[str, Any], dict[str, Any]]
@@ -96,13 +96,10 @@ def _allow_fp16() -> None:
 
 
 def course_of(task: Task) -> Course:
-    job, store = job_of(task), TokenStore(Path(task["data"]))
+    job = job_of(task)
     layout = Layout.of(job)
-    loader, packs, steps = training_loader(job, store, pack(job, store))
-    evaluation = None
-    if job.eval is not None:
-        held_out = TokenStore(Path(task["held_out"]))
-        evaluation = evaluation_loader(job, held_out, pack(job, held_out))
+    loader, packs, steps = training_loader(job, *planned(job, Path(task["data"])))
+    evaluation = evaluation_loader(job, *planned(job, Path(task["held_out"]))) if job.eval else None
     return Course(
         job=job,
         loader=loader,

@@ -16,6 +16,7 @@ LIGHT = [
     "orchestrator.parallel.layout",
     "orchestrator.parallel.deepspeed",
     "orchestrator.data.packing",
+    "orchestrator.data.balance",
     "orchestrator.metrics.catalogue",
     "orchestrator.metrics.flops",
     "orchestrator.metrics.meter",

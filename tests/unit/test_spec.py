@@ -211,15 +211,8 @@ def test_flash_attention_needs_cuda_and_half_precision() -> None:
     [
         ("method__type", "lora", "full"),
         ("parallel__sequence_parallel_size", 2, "1"),
-        ("data__packing", "concat", "best_fit"),
-        ("data__truncation", "split", "right"),
-        ("data__cross_document_attention", True, "false"),
         ("checkpoint__asynchronous", True, "false"),
         ("run__min_workers", 1, "null"),
-        ("data__train", ({"path": "d", "weight": 2.0},), "1.0"),
-        ("data__train", ({"path": "d"}, {"path": "e", "sample": 5}), "null"),
-        ("eval", {"data": ({"path": "d", "weight": 2.0},)}, "1.0"),
-        ("eval", {"data": ({"path": "d", "sample": 5},)}, "null"),
     ],
 )
 def test_what_this_version_cannot_do_is_refused_and_not_ignored(
@@ -227,6 +220,12 @@ def test_what_this_version_cannot_do_is_refused_and_not_ignored(
 ) -> None:
     (sentence,) = broken(parallel__workers=2, **{field: value})
     assert sentence.endswith(f"is not available in this version; use {instead}")
+
+
+def test_attention_across_documents_needs_several_in_a_pack() -> None:
+    (sentence,) = broken(data__cross_document_attention=True, data__packing="none")
+    assert "has no effect with data.packing=none" in sentence
+    assert broken(data__cross_document_attention=True, data__packing="concat") == []
 
 
 def test_a_storage_uri_is_refused() -> None:
@@ -244,7 +243,8 @@ def test_each_broken_rule_names_fields_that_exist() -> None:
         parallel__offload_param="cpu",
         optim__global_batch_size=7,
         run__min_workers=3,
-        data__train=({"path": "d", "weight": 2.0},),
+        data__cross_document_attention=True,
+        data__packing="none",
         checkpoint__storage="s3://b",
     )
     found = list(broken_rules(bad))

@@ -4,17 +4,17 @@ Documents encode who they are: token k of document n is 1000 n + k + 1, so that 
 its tokens comes from.
 """
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.loader import Geometry, MicroBatch, PackLoader
+from orchestrator.data.balance import Geometry
+from orchestrator.data.corpus import Document
+from orchestrator.data.loader import MicroBatch, Order, PackLoader
 from orchestrator.data.packing import Packs, best_fit, one_each
-from orchestrator.data.store import Account, TokenStore, write_index, write_shard
-from orchestrator.data.template import Document
 
 MAX_LENGTH = 300
 SEED = 11
@@ -26,38 +26,54 @@ def document(number: int, length: int) -> Document:
     return Document(tokens, trained)
 
 
-def make_store(folder: Path, lengths: list[int]) -> TokenStore:
-    documents = [document(number, length) for number, length in enumerate(lengths)]
-    half = len(documents) // 2
-    shards = [
-        write_shard(folder, n, part, Account()) for n, part in enumerate((documents[:half], documents[half:]))
-    ]
-    write_index(folder, shards, {})
-    return TokenStore(folder)
+class Listed:
+    """Documents that are held in a list."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+        self.lengths = np.array([len(each.tokens) for each in documents], dtype=np.int64)
+        self.trained = np.array([each.trained[1:].sum() for each in documents], dtype=np.int64)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def document(self, number: int) -> Document:
+        self.read.append(number)
+        return self.documents[number]
+
+
+def make(lengths: list[int]) -> Listed:
+    return Listed([document(number, length) for number, length in enumerate(lengths)])
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+def store() -> Listed:
     lengths = np.random.default_rng(5).integers(2, MAX_LENGTH + 1, 90).tolist()
-    return make_store(tmp_path_factory.mktemp("store"), [*lengths, MAX_LENGTH, 1, 2])
+    return make([*lengths, MAX_LENGTH, 1, 2])
 
 
 @pytest.fixture(scope="module")
-def packs(store: TokenStore) -> Packs:
+def packs(store: Listed) -> Packs:
     return best_fit(store.lengths, MAX_LENGTH, SEED)
 
 
 def loader(
-    store: TokenStore,
+    store: Listed,
     packs: Packs,
     data_parallel_size: int = 1,
     micro_batch_size: int = 1,
     global_batch_size: int = 8,
     seed: int = SEED,
     shuffle: bool = True,
+    waits_each_micro_step: bool = True,
+    **order: Any,
 ) -> PackLoader:
-    geometry = Geometry(MAX_LENGTH, global_batch_size, micro_batch_size, data_parallel_size)
-    return PackLoader(store, packs, geometry, seed, shuffle)
+    geometry = Geometry(
+        MAX_LENGTH, global_batch_size, micro_batch_size, data_parallel_size, waits_each_micro_step
+    )
+    how = {"window_steps": 4, "slot_cost": 1.0, "square_cost": 0.01, **order}
+    return PackLoader(store, packs, geometry, Order(seed, shuffle, **how))
 
 
 def step_batches(which: PackLoader, step: int, ranks: int, last: int | None = None) -> list[MicroBatch]:
@@ -74,7 +90,7 @@ def documents_of(batch: MicroBatch) -> list[int]:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_each_document_is_read_once_in_each_epoch(
-    store: TokenStore, packs: Packs, ranks: int, micro_batch_size: int
+    store: Listed, packs: Packs, ranks: int, micro_batch_size: int
 ) -> None:
     which = loader(store, packs, ranks, micro_batch_size)
     for epochs in (1, 2, 3):
@@ -88,7 +104,7 @@ def test_each_document_is_read_once_in_each_epoch(
         assert sorted(seen) == sorted(list(range(len(store))) * epochs)
 
 
-def test_the_packs_of_a_step_depend_only_on_seed_and_global_batch(store: TokenStore, packs: Packs) -> None:
+def test_the_packs_of_a_step_depend_only_on_seed_and_global_batch(store: Listed, packs: Packs) -> None:
     steps = range(2 * len(packs) // 8)
     plain = loader(store, packs)
     for ranks, micro in [(1, 2), (2, 1), (2, 4), (4, 1), (8, 1)]:
@@ -102,17 +118,62 @@ def test_the_packs_of_a_step_depend_only_on_seed_and_global_batch(store: TokenSt
     ]
 
 
-def test_another_global_batch_takes_the_same_stream_in_other_portions(
-    store: TokenStore, packs: Packs
+def test_the_stage_of_zero_decides_places_and_not_packs(store: Listed, packs: Packs) -> None:
+    each, once = (loader(store, packs, 4, 1, waits_each_micro_step=waits) for waits in (True, False))
+    for step in range(10):
+        assert each.pack_numbers(step) == once.pack_numbers(step)
+
+
+def test_joined_packs_are_one_document(store: Listed, packs: Packs) -> None:
+    apart, joined = (loader(store, packs, joined=joined).assemble([0, 3]) for joined in (False, True))
+    assert (apart.input_ids == joined.input_ids).all()
+    assert (apart.labels == joined.labels).all()
+    assert (apart.label_positions == joined.label_positions).all()
+    sizes = [int(store.lengths[packs.members(number)].sum()) for number in (0, 3)]
+    assert [size for size in joined.document_lengths if size > 128] == [size for size in sizes if size > 128]
+    assert joined.square_tokens == sum(size**2 for size in sizes)
+    assert joined.position_ids[: sizes[0]].tolist() == list(range(sizes[0]))
+    assert joined.tokens == apart.tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 60),
+    before=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (8, 1)]),
+    after=st.sampled_from([(1, 1), (1, 4), (2, 1), (4, 2), (8, 1)]),
+    stop=st.integers(0, 16),
+    window=st.sampled_from([1, 2, 32]),
+    stages=st.tuples(st.booleans(), st.booleans()),
+)
+def test_a_run_that_stops_anywhere_goes_on_with_exactly_the_remaining_packs(
+    count: int,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    stop: int,
+    window: int,
+    stages: tuple[bool, bool],
 ) -> None:
-    by_8 = [pack for step in range(6) for pack in loader(store, packs).pack_numbers(step)]
-    by_12 = [
-        pack for step in range(4) for pack in loader(store, packs, global_batch_size=12).pack_numbers(step)
-    ]
-    assert by_8 == by_12
+    """Two epochs, stopped after any step and gone on with another number of workers: each document twice."""
+    documents = make([MAX_LENGTH - 3 * (number % 50) for number in range(count)])
+    packs = one_each(documents.lengths)
+    first, second = (
+        loader(documents, packs, *shape, window_steps=window, waits_each_micro_step=waits)
+        for shape, waits in zip((before, after), stages, strict=True)
+    )
+    last = first.packs(2.0)
+    assert second.packs(2.0) == last
+    steps = first.steps(2.0)
+    seen: list[int] = []
+    for step in range(steps):
+        batches = step_batches(*((first, step, before[0]) if step < stop else (second, step, after[0])), last)
+        seen += [number for batch in batches for number in documents_of(batch)]
+    assert sorted(seen) == sorted(list(range(count)) * 2)
+    alone = loader(documents, packs, window_steps=window)
+    for step in range(steps):
+        assert alone.pack_numbers(step, last) == second.pack_numbers(step, last)
 
 
-def test_epochs_are_whole_permutations_and_differ(store: TokenStore, packs: Packs) -> None:
+def test_epochs_are_whole_permutations_and_differ(store: Listed, packs: Packs) -> None:
     which = loader(store, packs, global_batch_size=7)  # steps that span the boundary between epochs
     count = len(packs)
     stream = [pack for step in range(-(-3 * count // 7)) for pack in which.pack_numbers(step)]
@@ -121,7 +182,7 @@ def test_epochs_are_whole_permutations_and_differ(store: TokenStore, packs: Pack
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_without_shuffling_packs_keep_their_order(store: TokenStore, packs: Packs) -> None:
+def test_without_shuffling_packs_keep_their_order(store: Listed, packs: Packs) -> None:
     which = loader(store, packs, shuffle=False)
     assert which.pack_numbers(0) + which.pack_numbers(1) == [n % len(packs) for n in range(16)]
 
@@ -133,7 +194,7 @@ def equal(first: MicroBatch, second: MicroBatch) -> bool:
     )
 
 
-def test_seeking_gives_the_batches_that_iterating_gives(store: TokenStore, packs: Packs) -> None:
+def test_seeking_gives_the_batches_that_iterating_gives(store: Listed, packs: Packs) -> None:
     steps = 12
     iterating = loader(store, packs, data_parallel_size=2, micro_batch_size=2)
     in_order = [step_batches(iterating, step, 2) for step in range(steps)]
@@ -143,20 +204,16 @@ def test_seeking_gives_the_batches_that_iterating_gives(store: TokenStore, packs
             assert equal(expected, found)
 
 
-def test_seeking_far_reads_nothing_on_the_way(
-    store: TokenStore, packs: Packs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seeking_far_reads_nothing_on_the_way(store: Listed, packs: Packs) -> None:
     which = loader(store, packs)
-    read: list[int] = []
-    original = store.document
-    monkeypatch.setattr(store, "document", lambda number: read.append(number) or original(number))
+    store.read.clear()
     batches = step_batches(which, 10**6, 1)
-    assert sorted(read) == sorted(number for batch in batches for number in documents_of(batch))
+    assert sorted(store.read) == sorted(number for batch in batches for number in documents_of(batch))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_trained_tokens_of_the_plan_are_the_labels_of_all_ranks(
-    store: TokenStore, packs: Packs, ranks: int
+    store: Listed, packs: Packs, ranks: int
 ) -> None:
     which = loader(store, packs, ranks, 2)
     last = 2 * len(packs)
@@ -171,7 +228,7 @@ def test_trained_tokens_of_the_plan_are_the_labels_of_all_ranks(
 @settings(max_examples=40, deadline=None)
 @given(step=st.integers(0, 50), ranks=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2]))
 def test_batches_are_laid_out_document_by_document(
-    store: TokenStore, packs: Packs, step: int, ranks: int, micro: int
+    store: Listed, packs: Packs, step: int, ranks: int, micro: int
 ) -> None:
     for batch in step_batches(loader(store, packs, ranks, micro), step, ranks):
         assert (
@@ -200,7 +257,7 @@ def test_batches_are_laid_out_document_by_document(
         assert (batch.tokens, batch.square_tokens) == (tokens, squares)
 
 
-def test_a_label_is_the_next_token_of_the_same_document(store: TokenStore, packs: Packs) -> None:
+def test_a_label_is_the_next_token_of_the_same_document(store: Listed, packs: Packs) -> None:
     which = loader(store, packs, micro_batch_size=4)
     checked = 0
     for step in range(which.steps(1.0)):
@@ -215,9 +272,7 @@ def test_a_label_is_the_next_token_of_the_same_document(store: TokenStore, packs
     assert checked >= store.trained.sum()
 
 
-def test_each_pack_of_a_micro_batch_starts_at_a_multiple_of_max_length(
-    store: TokenStore, packs: Packs
-) -> None:
+def test_each_pack_of_a_micro_batch_starts_at_a_multiple_of_max_length(store: Listed, packs: Packs) -> None:
     which = loader(store, packs, micro_batch_size=2)
     batch = which.assemble([3, 5])
     starts = np.concatenate([[0], np.cumsum(batch.document_lengths)])
@@ -225,7 +280,7 @@ def test_each_pack_of_a_micro_batch_starts_at_a_multiple_of_max_length(
     assert documents_of(batch) == [*packs.members(3).tolist(), *packs.members(5).tolist()]
 
 
-def test_an_empty_place_is_padding_and_trains_nothing(store: TokenStore, packs: Packs) -> None:
+def test_an_empty_place_is_padding_and_trains_nothing(store: Listed, packs: Packs) -> None:
     batch = loader(store, packs, micro_batch_size=2).assemble([None, None])
     assert not batch.input_ids.any()
     assert batch.document_lengths == (128, 128, 44) * 2
@@ -235,7 +290,7 @@ def test_an_empty_place_is_padding_and_trains_nothing(store: TokenStore, packs: 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_last_partial_step_has_empty_places_and_every_rank_its_batches(
-    store: TokenStore, packs: Packs, ranks: int
+    store: Listed, packs: Packs, ranks: int
 ) -> None:
     which = loader(store, packs, ranks)
     last = 19  # two steps of 8, and 3 packs more
@@ -249,7 +304,7 @@ def test_the_last_partial_step_has_empty_places_and_every_rank_its_batches(
     assert which.trained_tokens(3, last) == 0
 
 
-def test_steps_and_epochs(store: TokenStore, packs: Packs) -> None:
+def test_steps_and_epochs(store: Listed, packs: Packs) -> None:
     which = loader(store, packs)
     count = len(packs)
     assert which.steps(1.0) == -(-count // 8)
@@ -263,27 +318,25 @@ def test_steps_and_epochs(store: TokenStore, packs: Packs) -> None:
     assert which.epoch(count, last=2 * count) == 2.0
 
 
-def test_a_first_token_is_never_a_label_whatever_the_mask_says(tmp_path: Path) -> None:
-    documents = [
-        Document(np.arange(5, dtype=np.uint32) + 1000 * n + 1, np.ones(5, np.bool_)) for n in range(3)
-    ]
-    write_index(tmp_path, [write_shard(tmp_path, 0, documents, Account())], {})
-    marked = TokenStore(tmp_path)
+def test_a_first_token_is_never_a_label_whatever_the_mask_says() -> None:
+    marked = Listed(
+        [Document(np.arange(5, dtype=np.uint32) + 1000 * n + 1, np.ones(5, np.bool_)) for n in range(3)]
+    )
     which = loader(marked, best_fit(marked.lengths, MAX_LENGTH, 0), global_batch_size=1)
     (batch,) = which.micro_batches(0, 0)
     assert (batch.input_ids[batch.label_positions] + 1 == batch.labels).all()
     assert which.trained_tokens(0) == batch.trained_tokens == 3 * 4
 
 
-def test_packing_none_gives_each_document_its_own_pack(store: TokenStore) -> None:
+def test_packing_none_gives_each_document_its_own_pack(store: Listed) -> None:
     which = loader(store, one_each(store.lengths))
     batch = which.assemble([4])
     assert documents_of(batch) == [4]
     assert batch.tokens == store.lengths[4]
 
 
-def test_a_single_pack_repeats_in_every_place(tmp_path: Path) -> None:
-    small = make_store(tmp_path, [5, 6])
+def test_a_single_pack_repeats_in_every_place() -> None:
+    small = make([5, 6])
     which = loader(small, best_fit(small.lengths, MAX_LENGTH, 0), data_parallel_size=2)
     assert which.pack_numbers(3) == [0] * 8
     assert which.trained_tokens(3) == 8 * int(small.trained.sum())

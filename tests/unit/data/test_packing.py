@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.packing import Packs, best_fit, lower_bound, one_each
+from orchestrator.data.packing import (
+    Packs,
+    best_fit,
+    best_fit_decreasing,
+    concat,
+    lower_bound,
+    one_each,
+)
 
 Lengths = npt.NDArray[np.int64]
 
@@ -85,7 +92,7 @@ def test_each_document_goes_where_it_leaves_the_least_room(problem: tuple[Length
         if fitting:
             rooms.remove(room)
         rooms.append(room - length)
-    packs = best_fit(lengths, capacity, 1)
+    packs = best_fit_decreasing(lengths, capacity, 1)
     assert sorted(capacity - load for load in loads(packs, lengths)) == sorted(rooms)
 
 
@@ -122,8 +129,49 @@ def test_long_tailed_data_is_packed_within_a_quarter_of_a_percent(capacity: int)
 def test_the_seed_decides_who_stands_together_and_not_how_many_packs() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, 2000)
     first, second = best_fit(lengths, 512, 1), best_fit(lengths, 512, 2)
-    assert len(first) == len(second)
+    assert len(first) == len(second) == lower_bound(lengths, 512)
     assert (first.documents != second.documents).any()
+
+
+def spread(packs: Packs, lengths: Lengths) -> float:
+    """Return the coefficient of variation of the packs' attention cost."""
+    squares = packs.sums(lengths**2)
+    return float(squares.std() / squares.mean())
+
+
+@pytest.mark.parametrize("capacity", [8192, 32768, 262144])
+def test_packs_are_random_samples_of_the_corpus(capacity: int) -> None:
+    """As many packs as best-fit-decreasing makes, whose first packs hold all the long documents."""
+    drawn = np.random.default_rng(7).lognormal(5.0, 0.65, 100_000)
+    lengths = np.clip(drawn, 10, 2000).astype(np.int64)
+    packs, decreasing = best_fit(lengths, capacity, 3), best_fit_decreasing(lengths, capacity, 3)
+    assert len(packs) <= 1.002 * len(decreasing)
+    assert spread(packs, lengths) < 0.25 < 0.6 < spread(decreasing, lengths)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_concat_cuts_one_stream_at_every_capacity(problem: tuple[Lengths, int], seed: int) -> None:
+    lengths, capacity = problem
+    lengths = lengths * 3  # documents longer than a pack among them
+    pieces, packs = concat(lengths, capacity, seed)
+    assert loads(packs, pieces.length)[:-1] == [capacity] * max(0, len(packs) - 1)
+    assert len(packs) == -(-int(lengths.sum()) // capacity)
+    assert packs.documents.tolist() == list(range(len(pieces.length)))
+    assert (pieces.length > 0).all()
+    for document in range(len(lengths)):
+        mine = pieces.document == document
+        assert np.diff(np.flatnonzero(mine)).tolist() == [1] * (int(mine.sum()) - 1)  # one after another
+        ends = pieces.start[mine] + pieces.length[mine]
+        assert pieces.start[mine].tolist() == [0, *ends[:-1].tolist()]
+        assert ends[-1] == lengths[document]
+
+
+def test_concat_joins_in_an_order_that_the_seed_decides() -> None:
+    lengths = np.arange(1, 200, dtype=np.int64)
+    orders = [concat(lengths, 64, seed)[0].document.tolist() for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] != sorted(orders[0])
 
 
 def test_a_document_of_full_length_fills_a_pack() -> None:

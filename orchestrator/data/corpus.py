@@ -1,0 +1,256 @@
+"""The documents of an epoch: which rows of which source, how often, and which part of each.
+
+Everything here is arithmetic on the stores' indices; no token is read but to count answers in rows that are
+cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.data.packing import Pieces
+from orchestrator.data.store import LossOn, TokenStore, is_trained
+from orchestrator.errors import SpecError
+from orchestrator.spec import DataSpec, SourceSpec
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a pack.
+
+    Attributes:
+        tokens: Token ids, uint32, shape [length].
+        trained: Whether the token is a target of the loss, bool, shape [length]. The first token never is.
+    """
+
+    tokens: npt.NDArray[np.uint32]
+    trained: npt.NDArray[np.bool_]
+
+
+class Documents(Protocol):
+    """What batches are made of: documents by number, and the sizes of all of them."""
+
+    @property
+    def lengths(self) -> Int64Array:
+        """Tokens of each document, shape [documents]."""
+
+    @property
+    def trained(self) -> Int64Array:
+        """Trained tokens of each document, shape [documents]."""
+
+    def document(self, number: int) -> Document:
+        """Return one document."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of the rows that an epoch reads; counts of rows and of tokens.
+
+    Every token is in one of three: tokens_read = tokens_kept + tokens_truncated + tokens_dropped. A row that
+    is read twice counts twice.
+
+    Attributes:
+        rows: Rows read.
+        documents: Documents in packs; a row that is split or cut is several.
+        tokens_read: Tokens of the rows read.
+        tokens_kept: Tokens in packs.
+        tokens_truncated: Tokens cut off from rows of which a part is kept.
+        tokens_dropped: Tokens of rows and parts that are left out whole.
+        rows_truncated: Rows that lost their start or end.
+        rows_dropped: Rows left out whole: too long for truncation: drop, or without a trained token.
+        rows_split: Rows that are several documents.
+        rows_malformed: Rows that are none, in all files of the sources; they are in no other count.
+        trained_tokens: Tokens that are targets of the loss.
+    """
+
+    rows: int = 0
+    documents: int = 0
+    tokens_read: int = 0
+    tokens_kept: int = 0
+    tokens_truncated: int = 0
+    tokens_dropped: int = 0
+    rows_truncated: int = 0
+    rows_dropped: int = 0
+    rows_split: int = 0
+    rows_malformed: int = 0
+    trained_tokens: int = 0
+
+    def __add__(self, other: Account) -> Account:
+        mine, theirs = asdict(self), asdict(other)
+        return Account(**{key: mine[key] + theirs[key] for key in mine})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of an epoch.
+
+    Attributes:
+        stores: The sources' tokens.
+        loss_on: Which turns are trained.
+        store: Which store each document is from, uint16, shape [documents].
+        row: Its row there, int64, shape [documents].
+        start: Its first token in that row, int64, shape [documents].
+        lengths: Its tokens, int64, shape [documents].
+        trained: Its trained tokens, int64, shape [documents].
+        accounts: What became of each source's rows.
+    """
+
+    stores: tuple[TokenStore, ...]
+    loss_on: LossOn
+    store: npt.NDArray[np.uint16]
+    row: Int64Array
+    start: Int64Array
+    lengths: Int64Array
+    trained: Int64Array
+    accounts: tuple[Account, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def account(self) -> Account:
+        """What became of all rows."""
+        return sum(self.accounts, Account())
+
+    def document(self, number: int) -> Document:
+        """Return one document; its tokens are a view of the mapped file."""
+        row = self.stores[int(self.store[number])].row(int(self.row[number]))
+        part = slice(int(self.start[number]), int(self.start[number] + self.lengths[number]))
+        return Document(row.tokens[part], is_trained(row.turn[part], self.loss_on))
+
+    def cut(self, pieces: Pieces) -> Corpus:
+        """Return the corpus with pieces of its documents as documents."""
+        store, row = self.store[pieces.document], self.row[pieces.document]
+        start = self.start[pieces.document] + pieces.start
+        # Documents of one reading of a row follow one another in it; a repeated row begins anew.
+        goes_on = (np.diff(self.store) == 0) & (np.diff(self.row) == 0) & (np.diff(self.start) > 0)
+        reading = np.append(0, np.cumsum(~goes_on))[pieces.document]
+        trained = np.zeros(len(row), np.int64)
+        accounts = []
+        for number, account in enumerate(self.accounts):
+            mine = store == number
+            trained[mine] = self.stores[number].trained(
+                row[mine], start[mine], pieces.length[mine], self.loss_on
+            )
+            parts = np.bincount(reading[mine], minlength=1)
+            accounts.append(
+                replace(
+                    account,
+                    documents=int(mine.sum()),
+                    trained_tokens=int(trained[mine].sum()),
+                    rows_split=int((parts > 1).sum()),
+                )
+            )
+        return Corpus(self.stores, self.loss_on, store, row, start, pieces.length, trained, tuple(accounts))
+
+
+def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int) -> Corpus:
+    """Choose the rows of an epoch and cut them to max_length.
+
+    Args:
+        stores: The tokens of each source.
+        sources: How often each is read.
+        data: Truncation, max_length and what is trained.
+        seed: Draws samples.
+
+    Raises:
+        SpecError: A sample is larger than its source, or no document is left.
+    """
+    parts: list[dict[str, Any]] = []
+    accounts: list[Account] = []
+    problems: list[str] = []
+    for number, (store, source) in enumerate(zip(stores, sources, strict=True)):
+        if source.sample is not None and source.sample > len(store):
+            problems.append(
+                f"data source {source.path}: sample={source.sample} is above its {len(store)} rows; lower "
+                "it, or use repeat or weight to read rows more than once"
+            )
+            continue
+        rows = choose_rows(len(store), source, [seed, number])
+        part, account = _documents(store, rows, data)
+        parts.append({**part, "store": np.full(len(part["row"]), number, np.uint16)})
+        accounts.append(account)
+    if problems:
+        raise SpecError(*problems)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    corpus = Corpus(tuple(stores), data.loss_on, **joined, accounts=tuple(accounts))
+    if len(corpus) == 0:
+        account = corpus.account
+        raise SpecError(
+            f"no row of {', '.join(source.path for source in sources)} keeps a token to train on: "
+            f"{account.rows_dropped} of {account.rows} were dropped with max_length={data.max_length}, "
+            f"truncation={data.truncation} and loss_on={data.loss_on}; raise data.max_length, or change these"
+        )
+    return corpus
+
+
+def choose_rows(count: int, source: SourceSpec, seed: Sequence[int]) -> Int64Array:
+    """Return the rows of a source that an epoch reads: a sample, each as often as repeat x weight says.
+
+    Args:
+        count: Rows of the source.
+        source: Gives sample, repeat and weight.
+        seed: Draws the sample, and which rows are read once more where repeat x weight is no whole number.
+
+    Returns:
+        Row numbers, those of one pass ascending.
+    """
+    generator = np.random.default_rng(seed)
+    rows = np.arange(count, dtype=np.int64)
+    if source.sample is not None:
+        rows = np.sort(generator.choice(rows, source.sample, replace=False))
+    times = source.repeat * source.weight
+    more = round((times - int(times)) * len(rows))
+    once_more = np.sort(generator.choice(rows, more, replace=False))
+    return np.concatenate([*[rows] * int(times), once_more])
+
+
+def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dict[str, Any], Account]:
+    whole = store.lengths[rows]
+    at, start, length = _parts(whole, data)
+    trained = store.trained(rows[at], start, length, data.loss_on)
+    used = trained > 0
+    dropped_parts = np.bincount(at[~used], weights=length[~used], minlength=len(rows)).astype(np.int64)
+    at, start, length, trained = at[used], start[used], length[used], trained[used]
+    kept = np.bincount(at, weights=length, minlength=len(rows)).astype(np.int64)
+    is_kept = kept > 0
+    dropped = np.where(is_kept, dropped_parts if data.truncation == "split" else 0, whole)
+    truncated = whole - kept - dropped
+    account = Account(
+        rows=len(rows),
+        documents=len(at),
+        tokens_read=int(whole.sum()),
+        tokens_kept=int(kept.sum()),
+        tokens_truncated=int(truncated.sum()),
+        tokens_dropped=int(dropped.sum()),
+        rows_truncated=int((truncated > 0).sum()),
+        rows_dropped=int((~is_kept).sum()),
+        rows_split=int((np.bincount(at, minlength=1) > 1).sum()),
+        rows_malformed=store.manifest["rows_malformed"],
+        trained_tokens=int(trained.sum()),
+    )
+    return {"row": rows[at], "start": start, "lengths": length, "trained": trained}, account
+
+
+def _parts(whole: Int64Array, data: DataSpec) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Return the parts of rows that max_length leaves: which row, first token, tokens; none is empty."""
+    limit = data.max_length
+    at = np.flatnonzero(whole > 0)
+    if data.truncation == "split":
+        counts = -(-whole[at] // limit)
+        number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        at = np.repeat(at, counts)
+        start = number * limit
+        return at, start, np.minimum(limit, whole[at] - start)
+    if data.truncation == "drop":
+        at = at[whole[at] <= limit]
+    length = np.minimum(whole[at], limit)
+    start = whole[at] - length if data.truncation == "left" else np.zeros(len(at), np.int64)
+    return at, start, length

@@ -1,0 +1,353 @@
+"""Where rows come from: files of JSON, JSON lines, Parquet and Arrow, here or behind a URI, read in blocks.
+
+A source names a file, a folder of files, a data set that was saved to disk, a URI (s3://, gs://, hdfs://) or
+a data set of the Hugging Face hub. All of them become a list of files. Reading holds one block of rows at a
+time, whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pyarrow import fs, ipc, parquet
+
+from orchestrator.data import jsontext
+from orchestrator.errors import SpecError
+from orchestrator.paths import resolve
+from orchestrator.spec import SourceSpec
+
+Kind = Literal["json", "parquet", "arrow"]
+_KINDS: dict[str, Kind] = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_ROWS_PER_BLOCK = 4096
+_BYTES_PER_BLOCK = 4 * 2**20
+_SPLIT_NAMES = re.compile(r"(?:^|[-_./])(train|test|valid|validation|val|dev|eval)(?=[-_./]|$)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that stand together in a file.
+
+    Attributes:
+        file: The file, as the job names it.
+        unit: What a place in it is called.
+        numbers: Place of each row, from 1.
+        values: Each row: JSON text that is yet to be parsed, or what the file held there.
+    """
+
+    file: str
+    unit: Literal["row", "line"]
+    numbers: tuple[int, ...]
+    values: tuple[Any, ...]
+
+    def place(self, index: int) -> str:
+        """Return where a row of this block stands."""
+        return f"data file {self.file}, {self.unit} {self.numbers[index]}"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file with rows.
+
+    Attributes:
+        name: As messages call it.
+        path: In its file system.
+        kind: How rows are written.
+        compression: Codec of a compressed text file.
+        uri: Where it lies, if not on a file system that is mounted here.
+    """
+
+    name: str
+    path: str
+    kind: Kind
+    compression: str | None = None
+    uri: str | None = None
+
+    def fingerprint(self) -> str:
+        """Return a hash of the file's bytes, with its size and time of change as they were meanwhile."""
+        try:
+            before, digest = self._stamp(), hashlib.sha256()
+            with self._system().open_input_stream(self.path, compression=None) as stream:
+                while chunk := stream.read(2**22):
+                    digest.update(chunk)
+            if self._stamp() != before:
+                raise changed(self.name)
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable(self.name, error) from None
+        return digest.hexdigest()
+
+    def stamp(self) -> tuple[int, int]:
+        """Return size and time of change."""
+        try:
+            return self._stamp()
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable(self.name, error) from None
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the rows in order, in blocks of some thousand rows or some MiB.
+
+        Raises:
+            SpecError: The file cannot be read, or is not what its name says.
+        """
+        try:
+            if self.kind == "json":
+                yield from self._json_blocks()
+            else:
+                yield from self._table_blocks()
+        except jsontext.JsonTextError as error:
+            raise SpecError(f"data file {self.name} {error}") from None
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # also of single values
+            raise unreadable(self.name, error) from None
+
+    def _json_blocks(self) -> Iterator[Block]:
+        with self._system().open_input_stream(self.path, compression=self.compression) as stream:
+            found = jsontext.rows(lambda: stream.read(2**20))
+            unit, entries = found
+            numbers: list[int] = []
+            values: list[Any] = []
+            size = 0
+            for number, value, length in entries:
+                numbers.append(number)
+                values.append(value)
+                size += length
+                if len(values) >= _ROWS_PER_BLOCK or size >= _BYTES_PER_BLOCK:
+                    yield Block(self.name, unit, tuple(numbers), tuple(values))
+                    numbers, values, size = [], [], 0
+            if values:
+                yield Block(self.name, unit, tuple(numbers), tuple(values))
+
+    def _table_blocks(self) -> Iterator[Block]:
+        first = 1
+        with self._system().open_input_file(self.path) as file:
+            for batch in _batches(file, self.kind):
+                rows = max(1, min(_ROWS_PER_BLOCK, batch.num_rows * _BYTES_PER_BLOCK // max(1, batch.nbytes)))
+                for start in range(0, batch.num_rows, rows):
+                    values = tuple(batch.slice(start, rows).to_pylist())
+                    yield Block(self.name, "row", tuple(range(first, first + len(values))), values)
+                    first += len(values)
+
+    def _system(self) -> Any:
+        return fs.FileSystem.from_uri(self.uri)[0] if self.uri else fs.LocalFileSystem()
+
+    def _stamp(self) -> tuple[int, int]:
+        (info,) = self._system().get_file_info([self.path])
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(2, "No such file")
+        return int(info.size), int(info.mtime_ns or 0)
+
+
+def _batches(file: Any, kind: Kind) -> Iterator[pa.RecordBatch]:
+    if kind == "parquet":
+        yield from parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_PER_BLOCK)
+        return
+    try:
+        reader = ipc.open_file(file)
+    except pa.ArrowInvalid:
+        file.seek(0)
+        yield from ipc.open_stream(file)
+        return
+    for number in range(reader.num_record_batches):
+        yield reader.get_batch(number)
+
+
+def locate(source: SourceSpec) -> list[DataFile]:
+    """Return the files of a source, in the order in which they are read.
+
+    Raises:
+        SpecError: Nothing is there, or what is there cannot be told.
+    """
+    path = source.path
+    if "://" in path:
+        return _at_uri(source)
+    here = resolve(path)
+    try:
+        if here.is_file():
+            if source.split is not None:
+                raise SpecError(
+                    f"data file {path} is one file and has no splits; remove split={source.split}"
+                )
+            return [_file(path, str(here))]
+        if here.is_dir():
+            return _in_folder(source, here)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if looks_like_hub_name(path):
+        return _on_the_hub(source)
+    raise SpecError(absent(path))
+
+
+def missing(source: SourceSpec) -> str | None:
+    """Return the sentence that says why a source cannot be found, without asking any network."""
+    path = source.path
+    if "://" in path or looks_like_hub_name(path) or _exists(path):
+        return None
+    return absent(path)
+
+
+def absent(path: str) -> str:
+    """Return the sentence for a path where nothing is."""
+    return f"data file {path} is not there; check the path, which counts from {Path.cwd()} if relative"
+
+
+def looks_like_hub_name(path: str) -> bool:
+    """Tell whether a path that is not on this disk can be the name of a data set on the hub."""
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
+    known_ending = Path(path).suffix in (_KINDS.keys() | _COMPRESSED.keys())
+    return (
+        plain and "/" in path and not known_ending and not path.startswith("builtin/") and not _exists(path)
+    )
+
+
+def changed(name: str) -> SpecError:
+    """Return the error for a file that did not stay what it was."""
+    return SpecError(
+        f"data file {name} changed while it was read, so what was read of it is in doubt and nothing was "
+        "kept; let whatever writes it finish, then start again"
+    )
+
+
+def unreadable(name: str, error: Exception) -> SpecError:
+    """Return the error for a file that cannot be read."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return SpecError(
+        f"data file {name} cannot be read ({reason}); check that it is there, whole and readable"
+    )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return resolve(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _file(name: str, path: str, uri: str | None = None) -> DataFile:
+    suffixes = Path(path).suffixes
+    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
+    ending = (suffixes[:-1] if compression else suffixes)[-1:]
+    kind = _KINDS.get(ending[0] if ending else "", "json")
+    if compression and kind != "json":
+        raise SpecError(
+            f"data file {name} is a compressed {kind} file; unpack it (only JSON is unpacked here)"
+        )
+    return DataFile(name, path, kind, compression, uri)
+
+
+def _has_rows(path: str) -> bool:
+    name = Path(path).name
+    stem = name.removesuffix(".gz").removesuffix(".zst")
+    is_hidden = any(part.startswith((".", "_")) for part in Path(path).parts)
+    return Path(stem).suffix in _KINDS and not is_hidden and name not in _NOT_ROWS
+
+
+_NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+
+
+def _in_folder(source: SourceSpec, folder: Path) -> list[DataFile]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved_data_set(source, folder)
+    found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    names = _of_split(source, [name for name in found if _has_rows(name)])
+    return [_file(f"{source.path.rstrip('/')}/{name}", str(folder / name)) for name in names]
+
+
+def _of_split(source: SourceSpec, names: list[str]) -> list[str]:
+    """Return the files of the split that is asked for; refuse to read several splits as one."""
+    if source.split is not None:
+        word = re.compile(rf"(^|[-_./]){re.escape(source.split)}([-_./]|$)")
+        chosen = [name for name in names if word.search(name)]
+        if not chosen:
+            raise SpecError(
+                f"data folder {source.path} has no file of split={source.split} among {names[:8]}; name "
+                "another"
+            )
+        return chosen
+    splits = {match.group(1) for name in names if (match := _SPLIT_NAMES.search(name))}
+    if len(splits) > 1:
+        raise SpecError(
+            f"data folder {source.path} holds several splits ({', '.join(sorted(splits))}); say which is "
+            "meant with split: NAME"
+        )
+    if not names:
+        raise SpecError(
+            f"data folder {source.path} has no file with rows; its files must end in {', '.join(_KINDS)}, "
+            "JSON also with .gz or .zst"
+        )
+    return names
+
+
+def _at_uri(source: SourceSpec) -> list[DataFile]:
+    try:
+        system, path = fs.FileSystem.from_uri(source.path)
+        (info,) = system.get_file_info([path])
+        if info.type == fs.FileType.File:
+            return [_file(source.path, path, source.path)]
+        if info.type == fs.FileType.NotFound:
+            raise SpecError(f"data file {source.path} is not there; check the URI and its credentials")
+        entries = system.get_file_info(fs.FileSelector(path, recursive=True))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(source.path, error) from None
+    folder = path.rstrip("/") + "/"
+    found = sorted(
+        entry.path.removeprefix(folder)
+        for entry in entries
+        if entry.type == fs.FileType.File and _has_rows(entry.path.removeprefix(folder))
+    )
+    return [_file(f"{source.path}: {name}", folder + name, source.path) for name in _of_split(source, found)]
+
+
+def _saved_data_set(source: SourceSpec, folder: Path) -> list[DataFile]:
+    """Return the Arrow files of a data set that `Dataset.save_to_disk` wrote, from its state.json."""
+    place = source.path.rstrip("/")
+    if (folder / "dataset_dict.json").is_file():
+        try:
+            splits = list(json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise unreadable(f"{place}/dataset_dict.json", error) from None
+        if source.split is None or source.split not in splits:
+            raise SpecError(
+                f"data set {source.path} has the splits {', '.join(splits)}, and split={source.split} is "
+                "none of them; say which is meant with split: NAME"
+            )
+        folder, place = folder / source.split, f"{place}/{source.split}"
+    try:
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(f"{place}/state.json", error) from None
+    return [_file(f"{place}/{name}", str(folder / name)) for name in names]
+
+
+def _on_the_hub(source: SourceSpec) -> list[DataFile]:
+    """Return the Arrow files that `datasets` makes of a data set of the hub, in its cache."""
+    import datasets
+
+    split = source.split or "train"
+    try:
+        found = datasets.load_dataset(source.path, source.subset, split=split, revision=source.revision)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SpecError(
+            f"data set {source.path} (subset {source.subset or 'default'}, split {split}) cannot be loaded "
+            f"from the hub, and no such file is here ({reason}); check the name, split and network"
+        ) from None
+    files = [entry["filename"] for entry in found.cache_files]
+    if not files:
+        raise SpecError(
+            f"data set {source.path} was loaded into memory and not into the cache of `datasets`, so it has "
+            "no files; unset HF_DATASETS_IN_MEMORY_MAX_SIZE, or save it to a folder and name that"
+        )
+    return [_file(f"{source.path}/{Path(name).name}", name) for name in files]
