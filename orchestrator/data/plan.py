@@ -6,7 +6,7 @@ the plan that it had, whatever versions of numpy it meets:
     documents.npy   store, row, start, length and trained tokens of each document
     packs.npy       document numbers, pack after pack
     bounds.npy      where each pack begins in packs.npy
-    plan.json       the stores, what became of every source's rows, checksums
+    plan.json       the stores, what became of every source's rows, checksums of the arrays and of itself
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import uuid
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,11 +23,11 @@ import numpy as np
 
 from orchestrator.data.corpus import Account, Corpus, build
 from orchestrator.data.packing import Packs, best_fit, concat, one_each
-from orchestrator.data.store import TokenStore
+from orchestrator.data.store import TokenStore, draft_of, seal, unseal
 from orchestrator.errors import ClusterError
 from orchestrator.spec import DataSpec, SourceSpec
 
-_VERSION = 1
+_VERSION = 2
 _MANIFEST = "plan.json"
 _FIELDS = ("store", "row", "start", "lengths", "trained")
 _TYPES = np.dtype(
@@ -77,7 +76,7 @@ def plan_in(
 
 def save(folder: Path, corpus: Corpus, packs: Packs) -> None:
     """Write a plan whole or not at all; one that another driver wrote first is as good."""
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    draft = draft_of(folder)
     try:
         draft.mkdir(parents=True)
         documents = np.empty(len(corpus), _TYPES)
@@ -92,7 +91,7 @@ def save(folder: Path, corpus: Corpus, packs: Packs) -> None:
             "accounts": [asdict(account) for account in corpus.accounts],
             "checksums": {name: _checksum(draft, name) for name in arrays},
         }
-        (draft / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        (draft / _MANIFEST).write_text(seal(manifest), encoding="utf-8")
         try:
             draft.rename(folder)
         except OSError:
@@ -114,7 +113,7 @@ def load(folder: Path) -> tuple[Corpus, Packs]:
         ClusterError: The plan or a store is damaged.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = unseal((folder / _MANIFEST).read_text(encoding="utf-8"))
         for name, checksum in manifest["checksums"].items():
             if _checksum(folder, name) != checksum:
                 raise ValueError(f"the checksum of {name}.npy is another")

@@ -7,12 +7,16 @@ then only read:
     shard-00000.arrow   Arrow file with the columns input_ids (uint32) and turn (uint8), a list for each row
     index.npy           for each row: offset in its shard, length, and how many of its tokens are answers
     malformed.jsonl     rows that were left out, with their place and the reason
-    manifest.json       counts, and rows and checksum of each shard
+    manifest.json       counts, rows and checksum of each shard, and a checksum of all that
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import socket
+import uuid
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -71,16 +75,19 @@ def write_shard(
         writer.write_batch(batch)
     index = np.zeros(len(rows), _INDEX_ROW)
     index["offset"], index["length"] = ends[:-1], lengths
-    # Not the first token: it has nothing before it to be predicted from.
-    index["response"] = [np.count_nonzero(row.turn[1:] >= RESPONSE) for row in rows]
-    index["last"] = [np.count_nonzero(row.turn[1:] >= LAST_RESPONSE) for row in rows]
+    for field, least in (("response", RESPONSE), ("last", LAST_RESPONSE)):
+        before = np.append(0, np.cumsum(turn >= least))
+        # Not the first token: it has nothing before it to be predicted from.
+        index[field] = before[ends[1:]] - before[np.minimum(ends[:-1] + 1, ends[1:])]
     return Shard(index, zlib.crc32(path.read_bytes()), tuple(malformed))
 
 
 def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object]) -> None:
     """Write the index of all shards and, last, the manifest that makes the store complete."""
     index = np.concatenate([shard.index for shard in shards]) if shards else np.zeros(0, _INDEX_ROW)
-    np.save(folder / _INDEX, index)
+    data = io.BytesIO()  # numpy itself does not say why it cannot write a file
+    np.save(data, index)
+    (folder / _INDEX).write_bytes(data.getbuffer())
     malformed = [entry for shard in shards for entry in shard.malformed]
     lines = [json.dumps({"place": place, "reason": reason}) + "\n" for place, reason in malformed]
     (folder / MALFORMED).write_text("".join(lines), encoding="utf-8")
@@ -89,12 +96,38 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
         "rows": len(index),
         "rows_malformed": len(malformed),
         "tokens": int(index["length"].sum(dtype=np.int64)),
-        "index_checksum": zlib.crc32((folder / _INDEX).read_bytes()),
+        "index_checksum": zlib.crc32(data.getbuffer()),
         "shards": [[len(shard.index), shard.checksum] for shard in shards],
     }
     draft = folder / f".{MANIFEST}"
-    draft.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    draft.write_text(seal(manifest), encoding="utf-8")
     draft.replace(folder / MANIFEST)
+
+
+def seal(values: dict[str, Any]) -> str:
+    """Return values as JSON that holds a checksum of itself."""
+    return json.dumps({**values, "checksum": zlib.crc32(json.dumps(values).encode())}, indent=2)
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """Return what was sealed.
+
+    Raises:
+        ValueError, KeyError, TypeError: It is something else.
+    """
+    values: dict[str, Any] = json.loads(text)
+    checksum = values["checksum"]
+    del values["checksum"]
+    if zlib.crc32(json.dumps(values).encode()) != checksum:
+        raise ValueError("its checksum is another")
+    return values
+
+
+def draft_of(folder: Path) -> Path:
+    """Return where a folder is made before it gets its name; it says who makes it, in case that one dies."""
+    return folder.with_name(
+        f"{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
+    )
 
 
 def _shard_name(number: int) -> str:
@@ -112,7 +145,7 @@ class TokenStore:
         self.folder = folder
         name = MANIFEST
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            self.manifest = unseal((folder / MANIFEST).read_text(encoding="utf-8"))
             checksum, shards = self.manifest["index_checksum"], self.manifest["shards"]
             name = _INDEX
             data = (folder / _INDEX).read_bytes()
@@ -141,7 +174,7 @@ class TokenStore:
         try:
             lines = (self.folder / MALFORMED).read_text("utf-8").splitlines()
             return [(entry["place"], entry["reason"]) for entry in map(json.loads, lines)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(MALFORMED, str(error)) from None
 
     def row(self, number: int) -> Encoded:

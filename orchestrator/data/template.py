@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from orchestrator.data.encoder import Encoder
 from orchestrator.data.formats import Conversation, Instruction, Malformed, Row, Text, Tokens
 from orchestrator.errors import SpecError
 
@@ -106,13 +107,16 @@ def render(row: Conversation | Instruction | Text, template: Template, tokenizer
     return _joined(begin + prompt, row.output + end)
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, template: Template) -> list[Encoded | Malformed]:
+def encode(
+    rows: Sequence[Row], tokenizer: Any, template: Template, encoder: Encoder | None = None
+) -> list[Encoded | Malformed]:
     """Tokenise rows whole, exactly as the tokenizer writes a whole conversation.
 
     Args:
         rows: Any number of rows.
         tokenizer: A fast Hugging Face tokenizer.
         template: As `choose` returned it.
+        encoder: The tokenizer with the words that it remembers of earlier rows.
 
     Returns:
         For each row its tokens, or why it has none.
@@ -126,33 +130,18 @@ def encode(rows: Sequence[Row], tokenizer: Any, template: Template) -> list[Enco
                 results.append(render(row, template, tokenizer))
         except Malformed as problem:
             results.append(problem)
-    texts = [result.text for result in results if isinstance(result, Rendered)]
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
-    return [_mark(r, next(encodings)) if isinstance(r, Rendered) else r for r in results]
+    texts = [result for result in results if isinstance(result, Rendered)]
+    borders = [[place for answer in each.answers for place in answer] for each in texts]
+    encoded = iter((encoder or Encoder(tokenizer)).encode([each.text for each in texts], borders))
+    return [_mark(each, *next(encoded)) if isinstance(each, Rendered) else each for each in results]
 
 
-def _mark(rendered: Rendered, encoding: Any) -> Encoded:
-    """Return the tokens of a text; an answer begins with the token that holds its first character."""
-    tokens = np.array(encoding.ids, dtype=np.uint32)
+def _mark(rendered: Rendered, tokens: npt.NDArray[np.uint32], borders: Sequence[int]) -> Encoded:
+    """Return tokens with their turns; an answer begins with the token that holds its first character."""
     turn = np.zeros(len(tokens), np.uint8)
-    for number, (start, end) in enumerate(rendered.answers, start=1):
-        is_last = number == len(rendered.answers)
-        first = _token_at(encoding, start, rendered.text, len(tokens))
-        stop = _token_at(encoding, end, rendered.text, len(tokens))
-        turn[first:stop] = LAST_RESPONSE if is_last else RESPONSE
+    for number, (first, stop) in enumerate(zip(borders[::2], borders[1::2], strict=True), start=1):
+        turn[first:stop] = LAST_RESPONSE if number == len(rendered.answers) else RESPONSE
     return Encoded(tokens, turn)
-
-
-def _token_at(encoding: Any, character: int, text: str, end: int) -> int:
-    """Return the token that holds a character, or the next one that is in any token."""
-    for at in range(character, len(text)):
-        token = encoding.char_to_token(at)
-        if token is not None:
-            return int(token)
-    return end
 
 
 def _given(row: Tokens, tokenizer: Any) -> Encoded:

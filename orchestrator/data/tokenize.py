@@ -12,7 +12,6 @@ import os
 import shutil
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,16 +21,17 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.data.encoder import Encoder
 from orchestrator.data.files import Block, DataFile, changed, locate
 from orchestrator.data.formats import Malformed, parse
-from orchestrator.data.store import MANIFEST, Shard, TokenStore, write_index, write_shard
+from orchestrator.data.store import MANIFEST, Shard, TokenStore, draft_of, write_index, write_shard
 from orchestrator.data.template import Encoded, Template, choose, encode
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError
 from orchestrator.paths import resolve
 from orchestrator.spec import ModelSpec, SourceSpec
 
 Note = Callable[[str], None]
-_VERSION = 2  # of the store; a change makes every cached store unknown
+_VERSION = 3  # of the store; a change makes every cached store unknown
 _SHOWN_PROBLEMS = 10
 _SECONDS_BETWEEN_NOTES = 5.0
 _STALE_SECONDS = 24 * 3600.0
@@ -145,8 +145,7 @@ def _tokenize(
     note: Note,
 ) -> None:
     """Write the store of one source and put it in its place."""
-    owner = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    draft = folder.parent / f"{folder.name}.{owner}.partial"
+    draft = draft_of(folder)
     with _cache_errors(folder.parent):
         draft.mkdir(parents=True)
     try:
@@ -232,6 +231,7 @@ def _write_block(
     number: int,
 ) -> Shard:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # a task has one core; the others have tasks of their own
+    loaded = _held(tokenizer[0]) or load_tokenizer(model)
     rows, places, malformed = [], [], []
     for at, value in enumerate(block.values):
         try:
@@ -240,9 +240,7 @@ def _write_block(
         except Malformed as problem:
             malformed.append((at, str(problem)))
     encoded = []
-    for at, result in zip(
-        places, encode(rows, _held(tokenizer[0]) or load_tokenizer(model), template), strict=True
-    ):
+    for at, result in zip(places, encode(rows, loaded, template, _encoder(loaded)), strict=True):
         if isinstance(result, Encoded):
             encoded.append(result)
         else:
@@ -256,6 +254,11 @@ def _write_block(
 def _held(reference: Any) -> Any:
     """Return the driver's tokenizer, fetched once a process: loading one takes seconds and PyTorch."""
     return ray.get(reference)
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: Any) -> Encoder:
+    return Encoder(tokenizer)
 
 
 @contextmanager
@@ -293,7 +296,7 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 def _sweep(cache: Path) -> None:
-    """Remove the drafts of drivers that are dead: of this machine, or untouched for a day."""
+    """Remove the drafts of processes that are dead: of this machine, or untouched for a day."""
     for draft in cache.glob("*.partial"):
         try:
             name, pid, _, _ = draft.name.rsplit(".", 3)

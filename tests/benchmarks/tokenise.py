@@ -1,6 +1,6 @@
 """Rows tokenised per second beside TRL and `datasets.map` on the same rows, and memory when the corpus grows.
 
-    python -m tests.benchmarks.tokenise [--rows 60000] [--json]
+    python -m tests.benchmarks.tokenise [--rows 200000] [--json]
 
 Rows are made of the words of the embedded sample, with Alpaca's lengths. Everything is timed from the rows on
 disk (peers: in memory) to the last token written, with the start of the processes; Ray itself is up before.
@@ -138,7 +138,7 @@ def measure(rows: int, with_peers: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--no-peers", action="store_true", help="measure only this project")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -81,7 +81,7 @@ def main():
         seconds, tokens = run()
         results[name] = {"rows_per_second": len(rows) / seconds, "seconds": seconds, "tokens": tokens}
     versions = {name: version(name) for name in ("trl", "datasets", "transformers", "tokenizers")}
-    print(json.dumps({"results": results, "versions": versions}))  # noqa: T201
+    sys.stdout.write(json.dumps({"results": results, "versions": versions}) + "\n")
 
 
 if __name__ == "__main__":

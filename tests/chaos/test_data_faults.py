@@ -1,0 +1,453 @@
+"""Faults while data is tokenised and read: never a wrong token, always a clear message, nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.data.plan import load, plan_in
+from orchestrator.data.store import TokenStore, write_index, write_shard
+from orchestrator.data.template import Encoded
+from orchestrator.errors import ClusterError, SpecError
+from orchestrator.spec import DataSpec, ModelSpec, SourceSpec
+from tests.benchmarks.tokenise import write_rows
+from tests.conftest import (
+    ENVIRONMENT,
+    ROOT,
+    Finished,
+    finish,
+    job_text,
+    orchestrator,
+    processes_of,
+    start,
+    step_rows,
+    wait_until,
+)
+
+pytestmark = pytest.mark.ray
+
+ROWS = 12_000  # three shards, some seconds of work
+MARKER = uuid.uuid4().hex
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Packed:
+    """A data set that was tokenised and packed without any fault."""
+
+    file: Path
+    cache: Path
+    figures: dict[str, Any]
+
+    @property
+    def store(self) -> Path:
+        """Folder of the only store."""
+        (store,) = _stores(self.cache)
+        return store
+
+    @property
+    def plan(self) -> Path:
+        """Folder of the only plan."""
+        (plan,) = self.cache.glob("plan-*")
+        return plan
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
+    """Tokenise and pack generated rows once, with nothing in the way."""
+    home = tmp_path_factory.mktemp("undisturbed-data")
+    write_rows(home / "rows.jsonl", ROWS)
+    _write_job(home, home / "rows.jsonl", home / "runs")
+    done = _run("pack", "job.yaml", "--json", cwd=home)
+    assert done.code == 0, done.err
+    packed = Packed(home / "rows.jsonl", home / "runs" / ".cache", json.loads(done.out))
+    assert len(list(packed.store.glob("shard-*"))) == 3
+    yield packed
+    wait_until(lambda: not processes_of(f"TEST_MARKER={MARKER}"), 90, "all processes gone")
+
+
+@pytest.fixture(scope="module")
+def tokenising() -> Iterator[ModuleType]:
+    """Start a local Ray in this process, so that what the driver does can be got at."""
+    import ray
+
+    from orchestrator.data import tokenize
+    from orchestrator.train.session import choose_auth_mode
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "")):
+            patch.setenv(name, value)
+        patch.delenv("RAY_AUTH_MODE")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        choose_auth_mode()
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=2)
+        try:
+            yield tokenize
+        finally:
+            ray.shutdown()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a file system of so many bytes, or give the one that is mounted another size."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def resize(size: int) -> Path:
+        how = f"remount,size={size}" if os.path.ismount(folder) else f"size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(folder)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    try:
+        yield resize
+    finally:
+        if os.path.ismount(folder):
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _write_job(home: Path, data: Path, storage: Path, **changes: Any) -> None:
+    changes = {"data__train": [{"path": str(data)}], "eval": None, "optim__max_steps": 2, **changes}
+    (home / "job.yaml").write_text(job_text(storage, **changes))
+
+
+def _run(*arguments: str, cwd: Path) -> Finished:
+    return orchestrator(*arguments, cwd=cwd, TEST_MARKER=MARKER)
+
+
+def _assert_clear(done: Finished, *words: str) -> None:
+    """The machines' fault: exit code 3 and one block on stderr that names place and remedy."""
+    assert done.code == 3, f"{done.out[-2000:]}\n{done.err[-2000:]}"
+    assert "cluster error:" in done.err
+    for word in words:
+        assert word in done.err
+
+
+def _stores(cache: Path) -> list[Path]:
+    return [path.parent for path in cache.glob("[0-9a-f]*/manifest.json")]
+
+
+def _drafts(cache: Path) -> list[str]:
+    """Return what lies in a cache and is neither a store nor a plan in its place."""
+    places = {path.parent.name for name in ("manifest.json", "plan.json") for path in cache.glob(f"*/{name}")}
+    return [
+        path.name
+        for path in cache.iterdir()
+        if path.name not in places or path.name.startswith(".") or path.suffix == ".partial"
+    ]
+
+
+def _assert_same_tokens(cache: Path, expected: Packed) -> None:
+    """One store, with the tokens and turns of every row as they were without any fault."""
+    (folder,) = _stores(cache)
+    assert folder.name == expected.store.name
+    found, wanted = TokenStore(folder), TokenStore(expected.store)
+    assert len(found) == len(wanted) == ROWS
+    for number in range(ROWS):
+        row, reference = found.row(number), wanted.row(number)
+        assert np.array_equal(row.tokens, reference.tokens), number
+        assert np.array_equal(row.turn, reference.turn), number
+    checked = ("rows", "rows_malformed", "tokens", "index_checksum", "shards")
+    assert {key: found.manifest[key] for key in checked} == {key: wanted.manifest[key] for key in checked}
+
+
+def _flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x04
+    file.write_bytes(content)
+
+
+def test_tokenising_that_is_killed_is_done_again_whole(undisturbed: Packed, tmp_path: Path) -> None:
+    cache = tmp_path / "runs" / ".cache"
+    _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
+    process = start("pack", "job.yaml", "--json", cwd=tmp_path, TEST_MARKER=MARKER)
+    wait_until(lambda: list(cache.glob("*.partial/shard-*.arrow")), 120, "a shard begun")
+    process.send_signal(signal.SIGKILL)
+    assert finish(process, timeout=60).code == -signal.SIGKILL
+    assert _stores(cache) == [], "it was killed too late to say anything"
+    assert len(_drafts(cache)) == 1
+
+    done = _run("pack", "job.yaml", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == undisturbed.figures
+    assert _drafts(cache) == []
+    _assert_same_tokens(cache, undisturbed)
+
+
+def test_two_drivers_share_one_cache(undisturbed: Packed, tmp_path: Path) -> None:
+    cache = tmp_path / "runs" / ".cache"
+    _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
+    both = [start("pack", "job.yaml", "--json", cwd=tmp_path, TEST_MARKER=MARKER) for _ in range(2)]
+    done = [finish(process) for process in both]
+    for each in done:
+        assert each.code == 0, each.err
+        assert json.loads(each.out) == undisturbed.figures
+    assert sorted(path.name for path in cache.iterdir()) == sorted(
+        [undisturbed.store.name, undisturbed.plan.name]
+    )
+    _assert_same_tokens(cache, undisturbed)
+
+
+def test_a_full_disk_is_named_and_left_clean(
+    undisturbed: Packed, tmp_path: Path, small_disk: Callable[[int], Path]
+) -> None:
+    needed = sum(path.stat().st_size for path in undisturbed.store.iterdir())
+    storage = small_disk(needed // 2)
+    cache = storage / ".cache"
+    _write_job(tmp_path, undisturbed.file, storage)
+
+    full = _run("pack", "job.yaml", cwd=tmp_path)
+    _assert_clear(full, f"cannot be written to {cache}", "free some space there", "checkpoint.storage")
+    assert list(cache.iterdir()) == []
+
+    small_disk(3 * needed)
+    done = _run("pack", "job.yaml", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == undisturbed.figures
+    _assert_same_tokens(cache, undisturbed)
+
+
+def test_a_damaged_shard_is_named_and_made_again(undisturbed: Packed, tmp_path: Path) -> None:
+    cache = tmp_path / "runs" / ".cache"
+    shutil.copytree(undisturbed.cache, cache)
+    _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
+    damaged = cache / undisturbed.store.name / "shard-00001.arrow"
+    _flip_a_byte(damaged)
+
+    # Another max_length cuts other rows, and which of their tokens are trained stands in the shards only.
+    again = ("pack", "job.yaml", "--json", "--set", "data.max_length=256")
+    _assert_clear(_run(*again, cwd=tmp_path), str(damaged), "checksum", f"remove the folder {damaged.parent}")
+    assert len(list(cache.glob("plan-*"))) == 1, "no plan was made of it"
+
+    shutil.rmtree(damaged.parent)
+    done = _run(*again, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["tokens_read"] == undisturbed.figures["tokens_read"]
+    assert _drafts(cache) == []
+    _assert_same_tokens(cache, undisturbed)
+
+
+def test_no_step_is_trained_on_a_damaged_shard(undisturbed: Packed, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    shutil.copytree(undisturbed.cache, storage / ".cache")
+    _write_job(tmp_path, undisturbed.file, storage)
+    store = storage / ".cache" / undisturbed.store.name
+    for shard in store.glob("shard-*"):  # whichever the first step reads
+        _flip_a_byte(shard)
+
+    done = _run("train", "job.yaml", cwd=tmp_path)
+    _assert_clear(done, str(store / "shard-0000"), "checksum", f"remove the folder {store}")
+    assert step_rows(storage / "run") == []
+    assert not list((storage / "run").glob("checkpoints/step-*"))
+    assert not (storage / "run" / "export").exists()
+
+
+_DIE_IN_A_PLAN = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from orchestrator.data import plan
+from orchestrator.data.store import TokenStore
+from orchestrator.spec import DataSpec, SourceSpec
+
+save = np.save
+def save_and_die(file, array):
+    save(file, array)
+    os.kill(os.getpid(), signal.SIGKILL)
+np.save = save_and_die
+store = Path(sys.argv[1])
+source = SourceSpec(path="rows.jsonl")
+plan.plan_in(store.parent, [TokenStore(store)], [source], DataSpec(train=(source,), max_length=512), 123)
+"""
+
+
+def test_a_damaged_plan_is_named_and_what_is_left_of_a_killed_one_goes(
+    undisturbed: Packed, tmp_path: Path
+) -> None:
+    cache = tmp_path / "runs" / ".cache"
+    shutil.copytree(undisturbed.cache, cache)
+    _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
+    plan = cache / undisturbed.plan.name
+    _flip_a_byte(plan / "documents.npy")
+    _assert_clear(
+        _run("pack", "job.yaml", cwd=tmp_path), f"the data plan {plan} is damaged", "remove that folder"
+    )
+
+    shutil.rmtree(plan)
+    died = subprocess.run(
+        [sys.executable, "-c", _DIE_IN_A_PLAN, str(cache / undisturbed.store.name)],
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert len(_drafts(cache)) == 1
+    done = _run("pack", "job.yaml", "--json", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(done.out) == undisturbed.figures
+    assert _drafts(cache) == []
+    for name in ("documents", "packs", "bounds"):
+        made, wanted = (np.load(folder / f"{name}.npy") for folder in (plan, undisturbed.plan))
+        assert np.array_equal(made, wanted)
+
+
+def test_no_changed_byte_of_a_cache_changes_a_token(tmp_path: Path) -> None:
+    """Each byte of each file of a small store and its plan, one after the other."""
+    store, sizes = tmp_path / "store", ((3, 5), (4,), (2, 2, 6))
+    store.mkdir()
+    shards = []
+    for number, shard in enumerate(sizes):
+        rows = [
+            Encoded(np.arange(size, dtype=np.uint32) + 7 * size, np.arange(size).astype(np.uint8) % 3)
+            for size in shard
+        ]
+        shards.append(write_shard(store, number, rows, [(f"row {number}", "not valid JSON")]))
+    write_index(store, shards, {"template": "alpaca", "source": "rows.jsonl"})
+    source = SourceSpec(path="rows.jsonl")
+    plan = plan_in(tmp_path, [TokenStore(store)], [source], DataSpec(train=(source,), max_length=16), 1)
+
+    def read() -> tuple[list[tuple[bytes, bytes]], object]:
+        opened = TokenStore(store)
+        corpus, packs = load(plan)
+        rows = [opened.row(number) for number in range(len(opened))]
+        documents = [corpus.document(number) for number in packs.documents.tolist()]
+        tokens = [(row.tokens.tobytes(), row.turn.tobytes()) for row in rows]
+        tokens += [(each.tokens.tobytes(), each.trained.tobytes()) for each in documents]
+        return tokens, (corpus.account, packs.bounds.tolist(), opened.manifest, len(opened.malformed))
+
+    expected = read()
+    for file in sorted((*store.iterdir(), *plan.iterdir())):
+        remedy = f"remove the folder {store}" if file.parent == store else f"{plan} is damaged"
+        content = file.read_bytes()
+        for place in range(len(content)):
+            changed = bytearray(content)
+            changed[place] ^= (0x01, 0x04, 0x20)[place % 3]
+            file.write_bytes(changed)
+            message = None
+            try:
+                found = read()
+            except ClusterError as error:
+                message = str(error)
+            assert remedy in message if message else found == expected, (file, place, message)
+        file.write_bytes(content)
+
+
+def _write_short_rows(path: Path, count: int = 5000) -> None:
+    """Write rows of a few words: two shards and next to no work."""
+    rows = ({"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _tokenise(tokenising: ModuleType, path: Path, cache: Path) -> TokenStore:
+    (store,) = tokenising.tokenize_sources(
+        ModelSpec(path="builtin/tiny-llama"), "alpaca", [SourceSpec(path=str(path))], cache
+    )
+    assert isinstance(store, TokenStore)
+    return store
+
+
+def _append_a_row(file: Path) -> None:
+    with file.open("a", encoding="utf-8") as writer:
+        writer.write('{"instruction": "One more.", "output": "Yes."}\n')
+
+
+def _change_a_word_and_hide_it(file: Path) -> None:
+    """Same size, same time of change, other content."""
+    before = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"It is 4999", b"It is 4998"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _change_a_word_and_change_it_back(file: Path) -> None:
+    """Same size, same content, another time of change: what was read in between is not known."""
+    content, before = file.read_bytes(), file.stat()
+    file.write_bytes(content.replace(b"It is 4999", b"It is 4998"))
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def _put_another_file_in_its_place(file: Path) -> None:
+    other = file.with_suffix(".new")
+    other.write_bytes(file.read_bytes().replace(b"Say 1.", b"Say 2."))
+    other.replace(file)
+
+
+def _cut_it_short(file: Path) -> None:
+    os.truncate(file, file.read_bytes().index(b'{"instruction": "Say 2500.'))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_append_a_row, "changed while it was read"),
+        (_change_a_word_and_hide_it, "changed while it was read"),
+        (_change_a_word_and_change_it_back, "changed while it was read"),
+        (_put_another_file_in_its_place, "changed while it was read"),
+        (_cut_it_short, "changed while it was read"),
+        (Path.unlink, "cannot be read"),
+    ],
+)
+def test_a_file_that_changes_during_the_read_is_refused(
+    change: Callable[[Path], None],
+    words: str,
+    tokenising: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
+    _write_short_rows(file)
+    write_shards, seen = tokenising._write_shards, []
+
+    def change_after_the_first(*arguments: Any) -> Iterator[Any]:
+        for number, shard in enumerate(write_shards(*arguments)):
+            if number == 0:
+                change(file)
+            seen.append(shard)
+            yield shard
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenising, "_write_shards", change_after_the_first)
+        with pytest.raises(SpecError) as refused:
+            _tokenise(tokenising, file, cache)
+    assert len(seen) == 2
+    (problem,) = refused.value.problems
+    assert f"data file {file} {words}" in problem
+    assert list(cache.iterdir()) == [], "nothing is kept of it"
+
+    if file.exists():
+        store = _tokenise(tokenising, file, cache)
+        fresh = _tokenise(tokenising, file, tmp_path / "fresh")
+        assert store.manifest["shards"] == fresh.manifest["shards"]
+        assert len(store) == len(file.read_text().splitlines())
+
+
+def test_a_disk_that_is_full_at_the_index_is_named_as_well(
+    tokenising: ModuleType, tmp_path: Path, small_disk: Callable[[int], Path]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    _write_short_rows(file)
+    whole = _tokenise(tokenising, file, tmp_path / "cache")
+    pages = sum(-(-shard.stat().st_size // _PAGE) for shard in whole.folder.glob("shard-*"))
+    cache = small_disk((pages + 4) * _PAGE)
+
+    with pytest.raises(ClusterError, match="free some space there") as full:
+        _tokenise(tokenising, file, cache)
+    assert str(cache) in str(full.value)
+    assert list(cache.iterdir()) == []
+
+    small_disk(4 * pages * _PAGE)
+    assert _tokenise(tokenising, file, cache).manifest["shards"] == whole.manifest["shards"]
