@@ -239,6 +239,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
         The fields concerned and one sentence with value, rule and remedy.
     """
     yield from _broken_batch_rules(job)
+    yield from _broken_sequence_rules(job)
     yield from _broken_worker_rules(job)
     yield from _broken_memory_rules(job)
     yield from _broken_attention_rules(job)
@@ -264,6 +265,18 @@ def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
             f"optim.global_batch_size={optim.global_batch_size} is not a multiple of micro_batch_size x "
             f"data-parallel workers = {optim.micro_batch_size} x {job.data_parallel_size} = {at_once}; "
             f"use {nearest}, or change micro_batch_size or workers",
+        )
+
+
+def _broken_sequence_rules(job: JobSpec) -> Iterator[Problem]:
+    size, length = job.parallel.sequence_parallel_size, job.data.max_length
+    slots = length * job.optim.micro_batch_size
+    if slots % size:
+        yield (
+            ("data.max_length", "parallel.sequence_parallel_size"),
+            f"data.max_length={length} (x micro_batch_size {job.optim.micro_batch_size}) is not a multiple "
+            f"of parallel.sequence_parallel_size={size}, so a row cannot be shared evenly; use max_length: "
+            f"{max(1, round(length / size)) * size}",
         )
 
 
@@ -321,7 +334,6 @@ def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
     """Refuse what the file format has room for and this version cannot do."""
     wanted: list[tuple[str, object, list[object]]] = [
         ("method.type", job.method.type, ["full"]),
-        ("parallel.sequence_parallel_size", job.parallel.sequence_parallel_size, [1]),
         ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
         ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
     ]

@@ -30,6 +30,7 @@ class Geometry:
         data_parallel_size: Workers with packs of their own.
         waits_each_micro_step: Whether workers wait for one another in every micro-step (ZeRO-3) or once a
             step.
+        sequence_parallel_size: Workers that share one row of packs.
     """
 
     max_length: int
@@ -37,6 +38,7 @@ class Geometry:
     micro_batch_size: int
     data_parallel_size: int
     waits_each_micro_step: bool = True
+    sequence_parallel_size: int = 1
 
     @property
     def micro_batches(self) -> int:

@@ -26,16 +26,20 @@ _PADDING_DOCUMENT_TOKENS = 128  # padding is cut into short documents, so that i
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packs of one forward pass, laid end to end in a single row of T = packs x max_length slots.
+    """Packs of one forward pass, laid end to end in a row of packs x max_length slots, or a part of it.
+
+    A part is what one of several workers that share a row holds: T slots side by side, and the labels that
+    belong to them. Documents are always those of the whole row, since attention is over all of it.
 
     Attributes:
         input_ids: Token ids, padding included, int64, shape [T].
         position_ids: Position of each token in its own document, int64, shape [T].
-        document_lengths: Tokens of each document and each piece of padding, in order, sum T.
+        document_lengths: Tokens of each document and each piece of padding of the whole row, in order.
         label_positions: Positions whose output is scored, ascending, int64, shape [trained_tokens].
         labels: The token that should follow each of them, int64, shape [trained_tokens].
         tokens: Real tokens, without padding.
-        square_tokens: Sum of squared lengths of the real documents: what attention is paid for.
+        square_tokens: Sum of squared lengths of the real documents, which attention is paid for; of a part,
+            its share.
     """
 
     input_ids: Int64Array
@@ -44,7 +48,7 @@ class MicroBatch:
     label_positions: Int64Array
     labels: Int64Array
     tokens: int
-    square_tokens: int
+    square_tokens: float
 
     @property
     def trained_tokens(self) -> int:
@@ -112,24 +116,27 @@ class PackLoader:
         """Return the trained tokens of a step over all workers, from the plan and without communication."""
         return int(sum(self._trained[pack] for pack in self.pack_numbers(step, last) if pack is not None))
 
-    def micro_batches(self, step: int, rank: int, last: int | None = None) -> Iterator[MicroBatch]:
+    def micro_batches(
+        self, step: int, rank: int, last: int | None = None, part: int = 0
+    ) -> Iterator[MicroBatch]:
         """Yield one worker's micro-batches of a step.
 
         Args:
             step: Number of the optimizer step, from 0.
             rank: Data-parallel rank.
             last: Packs in all; places beyond it are empty.
+            part: Which part of each row the worker holds, where several share it.
         """
         numbers = self.pack_numbers(step, last)
         costs = np.array([0.0 if number is None else self.costs[number] for number in numbers])
         for places in deal(costs[None], self._geometry)[0, rank]:
-            yield self.assemble([numbers[place] for place in places])
+            yield self.assemble([numbers[place] for place in places], part)
 
-    def assemble(self, numbers: list[int | None]) -> MicroBatch:
-        """Lay packs end to end, each padded to max_length."""
+    def assemble(self, numbers: list[int | None], part: int = 0) -> MicroBatch:
+        """Lay packs end to end, each padded to max_length, and return one worker's part of the row."""
         capacity = self._geometry.max_length
         input_ids = np.zeros(capacity * len(numbers), np.int64)
-        trained = np.zeros(len(input_ids), np.bool_)
+        trained, is_real = np.zeros(len(input_ids), np.bool_), np.zeros(len(input_ids), np.bool_)
         lengths: list[int] = []
         real: list[int] = []
         for place, number in enumerate(numbers):
@@ -143,17 +150,24 @@ class PackLoader:
                 sizes.append(size)
                 at += size
             sizes = [sum(sizes)] if self._how.joined and sizes else sizes
+            is_real[place * capacity : at] = True
             real += sizes
             lengths += sizes + _padding((place + 1) * capacity - at)
         targets = np.flatnonzero(trained)
+        parts = self._geometry.sequence_parallel_size
+        size = len(input_ids) // parts
+        mine = slice(part * size, (part + 1) * size)
+        # A label belongs to the slot before it, whose output is to foretell it, and so to whoever holds that
+        # one.
+        targets = targets[slice(*np.searchsorted(targets - 1, [mine.start, mine.stop]))]
         return MicroBatch(
-            input_ids=input_ids,
-            position_ids=np.concatenate([np.arange(size) for size in lengths]),
+            input_ids=input_ids[mine],
+            position_ids=np.concatenate([np.arange(size) for size in lengths])[mine],
             document_lengths=tuple(lengths),
-            label_positions=targets - 1,
+            label_positions=targets - 1 - mine.start,
             labels=input_ids[targets],
-            tokens=sum(real),
-            square_tokens=sum(size * size for size in real),
+            tokens=int(np.count_nonzero(is_real[mine])),
+            square_tokens=sum(size * size for size in real) / parts,
         )
 
     def wait_factors(self) -> tuple[float, float]:

@@ -34,7 +34,7 @@ class ForwardFlops:
         return self.linear + self.attention + self.head
 
 
-def forward_flops(shape: ModelShape, tokens: int, square_tokens: int, scored_tokens: int) -> ForwardFlops:
+def forward_flops(shape: ModelShape, tokens: int, square_tokens: float, scored_tokens: int) -> ForwardFlops:
     """Return the FLOPs of one forward pass.
 
     Args:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from orchestrator.parallel.ulysses import SequenceGroup
+
 IMPLEMENTATION = "documents"
 Kernel = Literal["flash", "sdpa"]
 
@@ -43,6 +45,7 @@ class Documents:
         groups: Documents batched by like length (sdpa).
         gather: Row positions in the order of the groups, padding included, int64 (sdpa).
         scatter: For each of the T positions its place in `gather`, int64, shape [T] (sdpa).
+        sequence: The workers that share the row; None where this one holds it alone.
     """
 
     kernel: Kernel
@@ -51,10 +54,17 @@ class Documents:
     groups: tuple[Group, ...]
     gather: Tensor
     scatter: Tensor
+    sequence: SequenceGroup | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], kernel: Kernel, device: torch.device) -> Documents:
-        """Prepare a row whose documents have these lengths, in order; their sum is T."""
+    def of(
+        cls,
+        lengths: Sequence[int],
+        kernel: Kernel,
+        device: torch.device,
+        sequence: SequenceGroup | None = None,
+    ) -> Documents:
+        """Prepare a row whose documents have these lengths, in order; they sum to the slots of the row."""
         sizes = torch.tensor(lengths, dtype=torch.int64)
         bounds = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(sizes, 0, out=bounds[1:])
@@ -69,6 +79,7 @@ class Documents:
             groups,
             gather.to(device),
             scatter.to(device),
+            sequence,
         )
 
 
@@ -114,7 +125,7 @@ def document_attention(
 
     Args:
         module: The layer that calls; only named in errors.
-        query: Shape [1, heads, T, head_dim].
+        query: Shape [1, heads, T, head_dim]; T is this worker's part of the row, if several share it.
         key: Shape [1, kv_heads, T, head_dim]; heads is a multiple of kv_heads.
         value: As key; its head_dim may differ, and is that of the output.
         attention_mask: Must be None; boundaries come from `documents`.
@@ -145,9 +156,13 @@ def document_attention(
         raise ValueError(
             f"{name} caps its scores or has attention sinks, which this attention does not compute"
         )
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     attend = _flash if documents.kernel == "flash" else _dense
-    return attend(q, k, v, documents, scaling, dropout).unsqueeze(0), None
+    sequence = documents.sequence
+    if sequence is None:
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return attend(q, k, v, documents, scaling, dropout).unsqueeze(0), None
+    q, k, v = (sequence.to_heads(tensor) for tensor in (query, key, value))
+    return sequence.to_sequence(attend(q, k, v, documents, scaling, dropout)).unsqueeze(0), None
 
 
 def _chunk(module: nn.Module) -> int | None:

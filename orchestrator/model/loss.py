@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchestrator.model.attention import Documents, Kernel
+from orchestrator.parallel.ulysses import SequenceGroup
 
 Int64Array = npt.NDArray[np.int64]
 
 
 class PackedRow(Protocol):
-    """Packs laid end to end in one row of T slots, as `orchestrator.data` makes them."""
+    """Packs laid end to end, or a worker's part of them, of T slots, as `orchestrator.data` makes them."""
 
     @property
     def input_ids(self) -> Int64Array:
@@ -30,7 +31,7 @@ class PackedRow(Protocol):
 
     @property
     def document_lengths(self) -> tuple[int, ...]:
-        """Tokens of each document and each piece of padding, sum T."""
+        """Tokens of each document and each piece of padding in the whole row."""
 
     @property
     def label_positions(self) -> Int64Array:
@@ -52,7 +53,13 @@ class Inputs:
     labels: Tensor
 
     @classmethod
-    def of(cls, batch: PackedRow, kernel: Kernel, device: torch.device) -> Inputs:
+    def of(
+        cls,
+        batch: PackedRow,
+        kernel: Kernel,
+        device: torch.device,
+        sequence: SequenceGroup | None = None,
+    ) -> Inputs:
         """Move a micro-batch to a device; shapes [1, T] for tokens, [trained_tokens] for labels."""
 
         def move(array: Any) -> Tensor:
@@ -61,7 +68,7 @@ class Inputs:
         return cls(
             input_ids=move(batch.input_ids).unsqueeze(0),
             position_ids=move(batch.position_ids).unsqueeze(0),
-            documents=Documents.of(batch.document_lengths, kernel, device),
+            documents=Documents.of(batch.document_lengths, kernel, device, sequence),
             label_positions=move(batch.label_positions),
             labels=move(batch.labels),
         )

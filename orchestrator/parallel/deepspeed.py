@@ -76,7 +76,8 @@ def render(
     name = policy_name(job.parallel)
     optim, layout = job.optim, Layout.of(job)
     values = {
-        "train_batch_size": optim.global_batch_size,
+        # DeepSpeed counts every worker as one with a micro-batch of its own (see parallel.ulysses).
+        "train_batch_size": optim.global_batch_size * layout.sequence_parallel_size,
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": optim.global_batch_size
         // (optim.micro_batch_size * layout.data_parallel_size),

@@ -23,9 +23,11 @@ from cluster.placement import missing
 from orchestrator.data import plan
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import Note, tokenize_sources
-from orchestrator.errors import ClusterError, OrchestratorError, TrainingError
+from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
 from orchestrator.metrics.exporter import endpoint_error
+from orchestrator.model.build import load_config
 from orchestrator.parallel.deepspeed import render
+from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
 from orchestrator.train import checkpoint, export, folder, session, summary
 from orchestrator.train.brief import Brief
@@ -80,6 +82,7 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     watch, note = tell
+    _require_shareable(job, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
     prepared = time.monotonic()
@@ -170,6 +173,26 @@ def _place(job: JobSpec) -> Literal["cuda", "cpu"]:
                 "them, or stop one"
             )
         time.sleep(_POLL_SECONDS)
+
+
+def _require_shareable(job: JobSpec, note: Note) -> None:
+    """Refuse sequence parallelism that the model's heads do not allow; say where it will cross nodes."""
+    size = job.parallel.sequence_parallel_size
+    if size == 1:
+        return
+    config = load_config(job.model).get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    problem = sequence_parallel_problem(size, heads, kv_heads)
+    if problem:
+        raise SpecError(problem)
+    slots = "GPU" if any(node.gpus for node in session.live_nodes()) else "CPU"
+    largest = max(int(node.gpus if slots == "GPU" else node.cpus) for node in session.live_nodes())
+    if largest < size or largest % size:
+        note(
+            f"sequence_parallel_size={size} does not fit into nodes of {largest} {slots}s: workers that "
+            "share a sequence will exchange it between nodes, which is slower than inside one"
+        )
 
 
 def _require_port(metrics: MetricsSpec) -> None:

@@ -7,7 +7,7 @@ step, how many steps there are, and whom to tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from orchestrator.metrics.flops import forward_flops, hardware_flops, model_flop
 from orchestrator.metrics.meter import RankStep
 from orchestrator.model.attention import Kernel
 from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.parallel.layout import Layout
+from orchestrator.parallel.ulysses import SequenceGroup
 from orchestrator.plan.shape import ModelShape
 from orchestrator.spec import JobSpec
 from orchestrator.train.clock import StepClock, memory
@@ -37,8 +39,9 @@ class Course:
         packs: Training packs of all steps together; places beyond it are empty.
         steps: Optimizer steps.
         evaluation: Held-out packs by step, and how many there are.
-        rank: Data-parallel rank of this worker.
-        gradient_divisor: What DeepSpeed divides summed gradients by.
+        rank: Rank of this worker.
+        layout: Degrees of parallelism; say which packs, and which part of them, this worker reads.
+        sequence: The workers that share a row with this one; None where it holds its rows alone.
         device: Where the model is.
         kernel: How attention is computed.
         shape: For FLOPs; None leaves them out.
@@ -50,10 +53,18 @@ class Course:
     steps: int
     evaluation: tuple[PackLoader, int] | None
     rank: int
-    gradient_divisor: int
+    layout: Layout
+    sequence: SequenceGroup | None
     device: torch.device
     kernel: Kernel
     shape: ModelShape | None
+
+    def batches(self, loader: PackLoader, step: int, packs: int) -> Iterator[MicroBatch]:
+        """Yield this worker's part of its micro-batches of a step."""
+        layout = self.layout
+        return loader.micro_batches(
+            step, layout.data_parallel_rank(self.rank), packs, layout.sequence_rank(self.rank)
+        )
 
 
 @dataclass(frozen=True)
@@ -129,18 +140,18 @@ def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) 
 
 def run_step(engine: Any, course: Course, step: int, clock: StepClock) -> RankStep:
     """Run this worker's micro-batches of one optimizer step, and the update."""
-    batches = course.loader.micro_batches(step, course.rank, course.packs)
+    batches = course.batches(course.loader, step, course.packs)
     window_tokens = max(1, course.loader.trained_tokens(step, course.packs))
     total = torch.zeros((), dtype=torch.float64, device=course.device)
     work = []
     for _ in range(course.job.gradient_accumulation_steps):
         with clock.phase("data"):
             batch = next(batches)
-            inputs = Inputs.of(batch, course.kernel, course.device)
+            inputs = Inputs.of(batch, course.kernel, course.device, course.sequence)
         with clock.phase("forward"):
             loss = loss_sum(engine, inputs)
         with clock.phase("backward"):
-            backward(engine, loss / window_tokens, course.gradient_divisor)
+            backward(engine, loss / window_tokens, course.layout.gradient_divisor)
         with clock.phase("optimizer"):
             engine.step()
         total += loss.detach()
@@ -193,8 +204,8 @@ def evaluate(engine: Any, course: Course) -> float:
     engine.eval()
     with torch.no_grad():
         for step in range(loader.steps(1.0)):
-            for batch in loader.micro_batches(step, course.rank, packs):
-                loss = loss_sum(engine, Inputs.of(batch, course.kernel, course.device))
+            for batch in course.batches(loader, step, packs):
+                loss = loss_sum(engine, Inputs.of(batch, course.kernel, course.device, course.sequence))
                 totals += torch.tensor(
                     [loss.item(), batch.trained_tokens], dtype=torch.float64, device=course.device
                 )

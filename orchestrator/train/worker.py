@@ -50,6 +50,7 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     os.environ["DS_ACCELERATOR"] = brief.device
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
+    from orchestrator.parallel import ulysses
     from orchestrator.train.engine import join_process_group, start_engine
     from orchestrator.train.loop import Course, train
 
@@ -71,8 +72,9 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
         packs=packs,
         steps=steps,
         evaluation=evaluation,
-        rank=brief.layout.data_parallel_rank(rank),
-        gradient_divisor=brief.layout.gradient_divisor,
+        rank=rank,
+        layout=brief.layout,
+        sequence=ulysses.join(brief.layout, job.run.collective_timeout_seconds),
         device=device,
         kernel=kernel_for(job.model.attention, device, dtype),
         shape=ModelShape.from_config(load_config(job.model).to_dict()),

@@ -21,6 +21,7 @@ from torch import distributed as dist
 
 from orchestrator.errors import TrainingError
 from orchestrator.model.build import build_model, torch_dtype
+from orchestrator.parallel import ulysses
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import Layout
 from orchestrator.spec import JobSpec
@@ -106,8 +107,9 @@ def course_of(task: Task) -> Course:
         packs=packs,
         steps=steps,
         evaluation=evaluation,
-        rank=layout.data_parallel_rank(dist.get_rank()),
-        gradient_divisor=layout.gradient_divisor,
+        rank=dist.get_rank(),
+        layout=layout,
+        sequence=ulysses.join(layout, 60),
         device=torch.device("cpu"),
         kernel="sdpa",
         shape=None,

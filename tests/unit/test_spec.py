@@ -210,7 +210,6 @@ def test_flash_attention_needs_cuda_and_half_precision() -> None:
     ("field", "value", "instead"),
     [
         ("method__type", "lora", "full"),
-        ("parallel__sequence_parallel_size", 2, "1"),
         ("checkpoint__asynchronous", True, "false"),
         ("run__min_workers", 1, "null"),
     ],
@@ -220,6 +219,13 @@ def test_what_this_version_cannot_do_is_refused_and_not_ignored(
 ) -> None:
     (sentence,) = broken(parallel__workers=2, **{field: value})
     assert sentence.endswith(f"is not available in this version; use {instead}")
+
+
+def test_a_row_must_be_shared_evenly() -> None:
+    (sentence,) = broken(parallel__workers=3, parallel__sequence_parallel_size=3, data__max_length=2048)
+    assert "data.max_length=2048" in sentence
+    assert sentence.endswith("use max_length: 2049")
+    assert broken(parallel__workers=3, parallel__sequence_parallel_size=3, data__max_length=2049) == []
 
 
 def test_attention_across_documents_needs_several_in_a_pack() -> None:

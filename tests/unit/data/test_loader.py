@@ -136,6 +136,29 @@ def test_joined_packs_are_one_document(store: Listed, packs: Packs) -> None:
     assert joined.tokens == apart.tokens
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_parts_of_a_row_are_the_row(store: Listed, packs: Packs, parts: int, micro: int) -> None:
+    whole = loader(store, packs, micro_batch_size=micro, global_batch_size=2)
+    geometry = Geometry(MAX_LENGTH, 2, micro, 1, sequence_parallel_size=parts)
+    shared = PackLoader(store, packs, geometry, whole._how)
+    for step in range(6):
+        rows = [list(shared.micro_batches(step, 0, 11, part)) for part in range(parts)]
+        for number, row in enumerate(whole.micro_batches(step, 0, 11)):
+            held = [batches[number] for batches in rows]
+            size = len(row.input_ids) // parts
+            for name in ("input_ids", "position_ids", "labels"):
+                assert np.concatenate([getattr(each, name) for each in held]).tolist() == (
+                    getattr(row, name).tolist()
+                )
+            positions = [each.label_positions + part * size for part, each in enumerate(held)]
+            assert np.concatenate(positions).tolist() == row.label_positions.tolist()
+            assert all(((each.label_positions >= 0) & (each.label_positions < size)).all() for each in held)
+            assert {each.document_lengths for each in held} == {row.document_lengths}
+            assert sum(each.tokens for each in held) == row.tokens
+            assert sum(each.square_tokens for each in held) == pytest.approx(row.square_tokens)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(1, 60),
