@@ -25,7 +25,7 @@ from tests.benchmarks.environment import describe, run_peer, say
 
 CAPACITIES = (2048, 8192, 32768, 262144)
 CORPORA = {"alpaca-like": (5.0, 0.65, 2_000), "long-tailed": (6.3, 1.3, 262_144)}
-_TIMES = 3
+_TIMES = 5
 
 
 def lengths_of(corpus: str, rows: int) -> np.ndarray:

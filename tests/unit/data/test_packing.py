@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data.packing import (
     Packs,
+    _shuffle,
     best_fit,
     best_fit_decreasing,
     concat,
@@ -193,3 +194,17 @@ def test_a_length_that_no_pack_can_hold_is_refused(wrong: int) -> None:
 def test_one_each() -> None:
     packs = one_each(np.array([5, 3, 9], dtype=np.int64))
     assert [packs.members(number).tolist() for number in range(len(packs))] == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("count", [70_000, 131_072, 1_000_003])
+def test_a_large_shuffle_is_a_random_order(count: int) -> None:
+    order = _shuffle(count, 5)
+    assert (np.sort(order) == np.arange(count)).all()
+    assert (order != _shuffle(count, 6)).mean() > 0.99
+    assert np.abs(np.diff(order)).mean() / count == pytest.approx(1 / 3, rel=0.01)
+    assert (np.diff(order) > 0).mean() == pytest.approx(0.5, abs=0.01)
+    for period in (2, 3, 7, 64, 1000):  # neighbours in a pack are no more alike than drawn ones
+        groups = (order % period)[: count // 11 * 11].reshape(-1, 11)
+        assert groups.mean(axis=1).var() == pytest.approx(groups.var() / 11, rel=0.1)
+    for lag in (1, 2, 64):
+        assert abs(np.corrcoef(order[:-lag], order[lag:])[0, 1]) < 0.02
