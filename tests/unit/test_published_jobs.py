@@ -1,0 +1,53 @@
+"""The jobs of published tables are valid, ask for what the tables state, and render."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator import jobfile
+from orchestrator.parallel.deepspeed import render
+from orchestrator.parallel.layout import Layout, sequence_parallel_problem
+
+FOLDER = Path(__file__).parents[2] / "launch" / "jobs" / "published" / "xtuner"
+K = 1024
+# GPUs, max_length, sequence_parallel_size of every row of the table.
+ROWS = {
+    "llama2-7b-8k": (8, 8 * K, 1),
+    "llama2-7b-32k": (8, 32 * K, 1),
+    "llama2-7b-128k": (8, 128 * K, 8),
+    "llama2-7b-256k": (8, 256 * K, 8),
+    "llama2-7b-1m": (32, K * K, 16),
+    "yi-34b-200k-8k": (32, 8 * K, 1),
+    "yi-34b-200k-32k": (32, 32 * K, 2),
+    "yi-34b-200k-128k": (32, 128 * K, 8),
+    "yi-34b-200k-256k": (32, 256 * K, 8),
+    "llama2-70b-8k": (32, 8 * K, 1),
+    "llama2-70b-32k": (32, 32 * K, 4),
+    "llama2-70b-128k": (32, 128 * K, 8),
+    "llama2-70b-256k": (32, 256 * K, 16),
+    "llama2-70b-1m": (64, K * K, 64),
+}
+HEADS = {"llama2-7b": (32, 32), "yi-34b-200k": (56, 8), "llama2-70b": (64, 8)}
+
+
+def test_there_is_a_job_for_every_row_and_no_other() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("profile", ["true", "false"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_published_job(name: str, profile: str) -> None:
+    job = jobfile.load(FOLDER / f"{name}.yaml", [f"data.cross_document_attention={profile}"])
+    workers, max_length, size = ROWS[name]
+    assert job.name == f"xtuner-{name}"
+    assert (job.parallel.workers, job.data.max_length) == (workers, max_length)
+    assert job.parallel.sequence_parallel_size == size
+    assert job.gradient_accumulation_steps == size, "XTuner accumulates as often as workers share a sequence"
+    assert [source.repeat for source in job.data.train] == [6 if max_length >= 128 * K else 1] * 2
+    config = render(job, "bf16", "cuda")
+    assert config["train_micro_batch_size_per_gpu"] == 1
+    layout = Layout.of(job)
+    at_once = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+    assert config["train_batch_size"] == at_once * layout.world_size
+    heads = HEADS[name.rsplit("-", 1)[0]]
+    assert sequence_parallel_problem(size, *heads) is None
