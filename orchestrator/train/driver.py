@@ -85,6 +85,7 @@ def _train(
     _require_shareable(job, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
+    folder.require_same_data(home, training, held_out)
     prepared = time.monotonic()
     dtype = folder.number_format(job, device)
     brief = Brief(job, home, training, held_out, dtype, device, render(job, dtype, device))

@@ -16,6 +16,7 @@ from orchestrator.train.recorder import ATTEMPTS
 from orchestrator.train.summary import REPORT
 
 JOB = "job.yaml"
+DATA = "data.json"  # which plans the run trains and evaluates on
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 # What may differ between the first start of a run and a later one: no trained number depends on it.
 _FREE = ("run.max_failures", "run.collective_timeout_seconds", "checkpoint", "metrics", "eval.every_steps")
@@ -82,6 +83,32 @@ def record_job(home: Path, job: JobSpec) -> None:
     (home / JOB).write_text(jobfile.dump(job), encoding="utf-8")
     # Ray's list of checkpoints may name some that are gone; ours are found by their manifests.
     (home / _RAY_SNAPSHOT).unlink(missing_ok=True)
+
+
+def require_same_data(home: Path, training: Path, evaluation: Path | None) -> None:
+    """Record which data a run trains on at its first start, and hold every later start to it.
+
+    Args:
+        home: The run's folder.
+        training: The plan of the training data; its name is a hash of all that decides it.
+        evaluation: The plan of the held-out data.
+
+    Raises:
+        SpecError: The run has trained on other data.
+    """
+    found = {"train": training.name, "eval": evaluation.name if evaluation else None}
+    record = home / DATA
+    if not (home / ATTEMPTS).exists() or not record.exists():
+        write_json(record, found)
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = [f"data.{kind}" for kind in found if found[kind] != before.get(kind)]
+    if changed:
+        raise SpecError(
+            f"{' and '.join(changed)} of the run in {home} changed since it began (a data file, the "
+            "tokenizer or its template is another), so it would not go on where it stood; bring the old ones "
+            "back, give this job another name, or remove the folder"
+        )
 
 
 def require_inputs(job: JobSpec) -> None:
