@@ -47,6 +47,9 @@ class ModelSpec(Section):
     """Kernel of the per-document attention; auto is flash on CUDA and sdpa on CPU."""
     gradient_checkpointing: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    loss_tile_tokens: Count | None = None
+    """Score labels so many at a time and compute each tile's logits again in the backward pass, so that
+    memory never holds the logits of all; null scores all at once."""
     trust_remote_code: bool = False
     """Allow Python code from the model's own repository to run."""
 

@@ -56,7 +56,9 @@ def model_flops(forward: ForwardFlops) -> float:
     return 3.0 * forward.total
 
 
-def hardware_flops(forward: ForwardFlops, gradient_checkpointing: bool, zero_stage: int) -> float:
+def hardware_flops(
+    forward: ForwardFlops, gradient_checkpointing: bool, zero_stage: int, tiled_head: bool = False
+) -> float:
     """Return the FLOPs that are done, with what gradient checkpointing recomputes.
 
     Torch stops recomputing a layer before its last product, whose output no gradient needs. ZeRO-3 wraps each
@@ -66,8 +68,10 @@ def hardware_flops(forward: ForwardFlops, gradient_checkpointing: bool, zero_sta
         forward: One forward pass.
         gradient_checkpointing: Whether each layer is recomputed.
         zero_stage: Stage of ZeRO, or 0 without DeepSpeed.
+        tiled_head: Whether the LM head computes its logits again.
     """
+    done = model_flops(forward) + (forward.head if tiled_head else 0.0)
     if not gradient_checkpointing:
-        return model_flops(forward)
+        return done
     recomputed = forward.linear + forward.attention
-    return model_flops(forward) + recomputed - (0.0 if zero_stage == 3 else forward.last_product)
+    return done + recomputed - (0.0 if zero_stage == 3 else forward.last_product)

@@ -19,7 +19,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.metrics.flops import forward_flops, hardware_flops, model_flops
 from orchestrator.metrics.meter import RankStep
 from orchestrator.model.attention import Kernel
-from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.model.loss import Inputs, TiledHead, loss_sum
 from orchestrator.parallel.layout import Layout
 from orchestrator.parallel.ulysses import SequenceGroup
 from orchestrator.plan.shape import ModelShape
@@ -45,6 +45,7 @@ class Course:
         device: Where the model is.
         kernel: How attention is computed.
         shape: For FLOPs; None leaves them out.
+        head: The LM head, where it scores labels by tiles.
     """
 
     job: JobSpec
@@ -58,6 +59,7 @@ class Course:
     device: torch.device
     kernel: Kernel
     shape: ModelShape | None
+    head: TiledHead | None = None
 
     def batches(self, loader: PackLoader, step: int, packs: int) -> Iterator[MicroBatch]:
         """Yield this worker's part of its micro-batches of a step."""
@@ -65,6 +67,10 @@ class Course:
         return loader.micro_batches(
             step, layout.data_parallel_rank(self.rank), packs, layout.sequence_rank(self.rank)
         )
+
+    def inputs(self, batch: MicroBatch) -> Inputs:
+        """Return a micro-batch as the model takes it."""
+        return Inputs.of(batch, self.kernel, self.device, self.sequence)
 
 
 @dataclass(frozen=True)
@@ -147,9 +153,9 @@ def run_step(engine: Any, course: Course, step: int, clock: StepClock) -> RankSt
     for _ in range(course.job.gradient_accumulation_steps):
         with clock.phase("data"):
             batch = next(batches)
-            inputs = Inputs.of(batch, course.kernel, course.device, course.sequence)
+            inputs = course.inputs(batch)
         with clock.phase("forward"):
-            loss = loss_sum(engine, inputs)
+            loss = loss_sum(engine, inputs, course.head)
         with clock.phase("backward"):
             backward(engine, loss / window_tokens, course.layout.gradient_divisor)
         with clock.phase("optimizer"):
@@ -164,10 +170,11 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
     model_work = hardware_work = 0.0
     if course.shape is not None:
         checkpointed, stage = course.job.model.gradient_checkpointing, course.job.parallel.zero_stage
+        tiled = course.head is not None
         for batch in work:
             forward = forward_flops(course.shape, batch.tokens, batch.square_tokens, batch.trained_tokens)
             model_work += model_flops(forward)
-            hardware_work += hardware_flops(forward, checkpointed, stage)
+            hardware_work += hardware_flops(forward, checkpointed, stage, tiled)
     phases = clock.phases()
     in_use, peak, reserved = memory(course.device)
     return RankStep(
@@ -205,7 +212,7 @@ def evaluate(engine: Any, course: Course) -> float:
     with torch.no_grad():
         for step in range(loader.steps(1.0)):
             for batch in course.batches(loader, step, packs):
-                loss = loss_sum(engine, Inputs.of(batch, course.kernel, course.device, course.sequence))
+                loss = loss_sum(engine, course.inputs(batch), course.head)
                 totals += torch.tensor(
                     [loss.item(), batch.trained_tokens], dtype=torch.float64, device=course.device
                 )

@@ -50,6 +50,7 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     os.environ["DS_ACCELERATOR"] = brief.device
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
+    from orchestrator.model.loss import TiledHead
     from orchestrator.parallel import ulysses
     from orchestrator.train.engine import join_process_group, start_engine
     from orchestrator.train.loop import Course, train
@@ -78,6 +79,7 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
         device=device,
         kernel=kernel_for(job.model.attention, device, dtype),
         shape=ModelShape.from_config(load_config(job.model).to_dict()),
+        head=TiledHead(model, job.model.loss_tile_tokens) if job.model.loss_tile_tokens else None,
     )
     reporter.begin(device, start, steps)
     if saved:

@@ -28,6 +28,13 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "checkpointed-zero2": ("zero2", "2w-1x4", {"model": {"gradient_checkpointing": True}}),
     "checkpointed-zero3": ("zero3", "2w-1x4", {"model": {"gradient_checkpointing": True}}),
     "checkpointed-zero3-all-cpu": ("zero3-all-cpu", "8x1", {"model": {"gradient_checkpointing": True}}),
+    "tiled-zero2": ("zero2", "2w-1x4", {"model": {"loss_tile_tokens": 7}}),
+    "tiled-zero3": (
+        "zero3",
+        "2w-1x4",
+        {"model": {"loss_tile_tokens": 7, "gradient_checkpointing": True}},
+    ),
+    "tiled-zero3-all-cpu": ("zero3-all-cpu", "8x1", {"model": {"loss_tile_tokens": 16}}),
 }
 """Name, policy, shape and changes that must not change anything."""
 

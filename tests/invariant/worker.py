@@ -21,6 +21,7 @@ from torch import distributed as dist
 
 from orchestrator.errors import TrainingError
 from orchestrator.model.build import build_model, torch_dtype
+from orchestrator.model.loss import TiledHead
 from orchestrator.parallel import ulysses
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import Layout
@@ -96,7 +97,7 @@ def _allow_fp16() -> None:
     accelerator.supported_dtypes = lambda: [torch.float, torch.half, torch.bfloat16]
 
 
-def course_of(task: Task) -> Course:
+def course_of(task: Task, model: Any) -> Course:
     job = job_of(task)
     layout = Layout.of(job)
     loader, packs, steps = training_loader(job, *planned(job, Path(task["data"])))
@@ -113,13 +114,15 @@ def course_of(task: Task) -> Course:
         device=torch.device("cpu"),
         kernel="sdpa",
         shape=None,
+        head=TiledHead(model, job.model.loss_tile_tokens) if job.model.loss_tile_tokens else None,
     )
 
 
 def run_training(task: Task) -> Answer:
     """Train from the start or from a checkpoint; arrays are first gradients and last parameters."""
     resumed = "resume" in task
-    engine, course, recorder = engine_of(task, load_weights=not resumed), course_of(task), _Recorder(task)
+    engine = engine_of(task, load_weights=not resumed)
+    course, recorder = course_of(task, engine.module), _Recorder(task)
     initial = probe.full_parameters(engine.module) if task.get("initial") else {}
     answer: dict[str, Any] = {}
     with probe.first_gradients(engine) as gradients:

@@ -140,6 +140,7 @@ def test_parts_by_hand() -> None:
     assert forward.total == 476 + 100 + 80
     assert model_flops(forward) == 3 * 656
     assert hardware_flops(forward, gradient_checkpointing=True, zero_stage=3) == 3 * 656 + 576
+    assert hardware_flops(forward, False, 3, tiled_head=True) == 3 * 656 + forward.head
     assert hardware_flops(forward, gradient_checkpointing=True, zero_stage=2) == 3 * 656 + 576 - 2 * 6 * 7
 
 

@@ -1,5 +1,6 @@
 """The loss is the plain sum over labelled positions, and a batch without labels still takes part."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from orchestrator.data.loader import MicroBatch
+from orchestrator.errors import SpecError
 from orchestrator.model import attention
-from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.model.loss import Inputs, TiledHead, loss_sum
 
 LENGTHS = (9, 4, 11)
 
@@ -97,3 +99,39 @@ def test_it_is_summed_in_float32(model: Any) -> None:
         assert loss_sum(low, inputs([3, 12])).dtype == torch.float32
     finally:
         model.to(torch.float32)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 100])
+@pytest.mark.parametrize("trained", [[3, 4, 8, 10, 12, 20, 23], [5], []])
+def test_a_tiled_head_gives_the_same_loss_and_gradients(model: Any, trained: list[int], tile: int) -> None:
+    expected = loss_sum(model, inputs(trained))
+    gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    tiled = copy.deepcopy(model)
+    head = TiledHead(tiled, tile)
+    found = loss_sum(tiled, inputs(trained), head)
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, list(tiled.parameters()), allow_unused=True), gradients, strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert list(tiled.state_dict()) == list(model.state_dict())
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    documents = attention.Documents.of([4], "sdpa", torch.device("cpu"))
+    assert tiled(input_ids=ids, documents=documents, use_cache=False).logits.shape == (1, 4, 64)
+
+
+def test_a_tiled_head_never_holds_more_logits_than_a_tile(model: Any) -> None:
+    tiled = copy.deepcopy(model)
+    seen: list[int] = []
+    plain = tiled.lm_head.forward
+    tiled.lm_head.forward = lambda hidden: (seen.append(len(hidden)), plain(hidden))[1]
+    head = TiledHead(tiled, 2)
+    loss_sum(tiled, inputs([3, 4, 8, 10, 12]), head).backward()
+    assert seen == [2, 2, 1, 1, 2, 2], "once forward, and again backward, the last tile first"
+
+
+def test_a_model_that_changes_its_logits_afterwards_is_refused(model: Any) -> None:
+    scaled = copy.deepcopy(model)
+    scaled.config.final_logit_softcapping = 30.0
+    with pytest.raises(SpecError, match=r"final_logit_softcapping=30\.0.*use loss_tile_tokens: null"):
+        TiledHead(scaled, 8)
