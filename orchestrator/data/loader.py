@@ -133,20 +133,27 @@ class PackLoader:
             yield self.assemble([numbers[place] for place in places], part)
 
     def assemble(self, numbers: list[int | None], part: int = 0) -> MicroBatch:
-        """Lay packs end to end, each padded to max_length, and return one worker's part of the row."""
-        capacity = self._geometry.max_length
+        """Lay packs end to end, each padded to max_length, and return one worker's part of the row.
+
+        Documents that do not reach into the part are not read; a first token is never a label of what is
+        before.
+        """
+        capacity, parts = self._geometry.max_length, self._geometry.sequence_parallel_size
         input_ids = np.zeros(capacity * len(numbers), np.int64)
+        share = len(input_ids) // parts
+        mine = slice(part * share, (part + 1) * share)
         trained, is_real = np.zeros(len(input_ids), np.bool_), np.zeros(len(input_ids), np.bool_)
         lengths: list[int] = []
         real: list[int] = []
         for place, number in enumerate(numbers):
             at, sizes = place * capacity, []
             for member in [] if number is None else self._packs.members(number).tolist():
-                document = self._documents.document(member)
-                size = len(document.tokens)
-                input_ids[at : at + size] = document.tokens
-                trained[at : at + size] = document.trained
-                trained[at] = False  # the first token has nothing before it to be predicted from
+                size = int(self._documents.lengths[member])
+                if at < mine.stop and at + size > mine.start:
+                    document = self._documents.document(member)
+                    input_ids[at : at + size] = document.tokens
+                    trained[at : at + size] = document.trained
+                    trained[at] = False  # the first token has nothing before it to be predicted from
                 sizes.append(size)
                 at += size
             sizes = [sum(sizes)] if self._how.joined and sizes else sizes
@@ -154,11 +161,7 @@ class PackLoader:
             real += sizes
             lengths += sizes + _padding((place + 1) * capacity - at)
         targets = np.flatnonzero(trained)
-        parts = self._geometry.sequence_parallel_size
-        size = len(input_ids) // parts
-        mine = slice(part * size, (part + 1) * size)
-        # A label belongs to the slot before it, whose output is to foretell it, and so to whoever holds that
-        # one.
+        # A label belongs to the slot before it, whose output is to foretell it, and so to whoever holds that.
         targets = targets[slice(*np.searchsorted(targets - 1, [mine.start, mine.stop]))]
         return MicroBatch(
             input_ids=input_ids[mine],

@@ -82,7 +82,7 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     watch, note = tell
-    _require_shareable(job, note)
+    _require_shareable(job, device, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
     folder.require_same_data(home, training, held_out)
@@ -176,7 +176,7 @@ def _place(job: JobSpec) -> Literal["cuda", "cpu"]:
         time.sleep(_POLL_SECONDS)
 
 
-def _require_shareable(job: JobSpec, note: Note) -> None:
+def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note) -> None:
     """Refuse sequence parallelism that the model's heads do not allow; say where it will cross nodes."""
     size = job.parallel.sequence_parallel_size
     if size == 1:
@@ -187,12 +187,13 @@ def _require_shareable(job: JobSpec, note: Note) -> None:
     problem = sequence_parallel_problem(size, heads, kv_heads)
     if problem:
         raise SpecError(problem)
-    slots = "GPU" if any(node.gpus for node in session.live_nodes()) else "CPU"
-    largest = max(int(node.gpus if slots == "GPU" else node.cpus) for node in session.live_nodes())
-    if largest < size or largest % size:
+    cpus = job.parallel.cpus_per_worker
+    places = [int(node.gpus if device == "cuda" else node.cpus // cpus) for node in session.live_nodes()]
+    crossing = [count for count in places if count % size]
+    if len(places) > 1 and crossing:
         note(
-            f"sequence_parallel_size={size} does not fit into nodes of {largest} {slots}s: workers that "
-            "share a sequence will exchange it between nodes, which is slower than inside one"
+            f"sequence_parallel_size={size} does not divide the {max(crossing)} workers that a node takes: "
+            "workers that share a sequence may exchange it between nodes, which is slower than inside one"
         )
 
 

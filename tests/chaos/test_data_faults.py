@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,8 @@ import pytest
 from orchestrator.data.plan import load, plan_in
 from orchestrator.data.store import TokenStore, write_index, write_shard
 from orchestrator.data.template import Encoded
-from orchestrator.errors import ClusterError, SpecError
-from orchestrator.spec import DataSpec, ModelSpec, SourceSpec
+from orchestrator.errors import ClusterError
+from orchestrator.spec import DataSpec, SourceSpec
 from tests.benchmarks.tokenise import write_rows
 from tests.conftest import (
     ENVIRONMENT,
@@ -41,7 +39,6 @@ pytestmark = pytest.mark.ray
 
 ROWS = 12_000  # three shards, some seconds of work
 MARKER = uuid.uuid4().hex
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
@@ -77,48 +74,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
     assert len(list(packed.store.glob("shard-*"))) == 3
     yield packed
     wait_until(lambda: not processes_of(f"TEST_MARKER={MARKER}"), 90, "all processes gone")
-
-
-@pytest.fixture(scope="module")
-def tokenising() -> Iterator[ModuleType]:
-    """Start a local Ray in this process, so that what the driver does can be got at."""
-    import ray
-
-    from orchestrator.data import tokenize
-    from orchestrator.train.session import choose_auth_mode
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "")):
-            patch.setenv(name, value)
-        patch.delenv("RAY_AUTH_MODE")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        choose_auth_mode()
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=2)
-        try:
-            yield tokenize
-        finally:
-            ray.shutdown()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mount a file system of so many bytes, or give the one that is mounted another size."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-
-    def resize(size: int) -> Path:
-        how = f"remount,size={size}" if os.path.ismount(folder) else f"size={size}"
-        command = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(folder)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-        return folder
-
-    try:
-        yield resize
-    finally:
-        if os.path.ismount(folder):
-            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def _write_job(home: Path, data: Path, storage: Path, **changes: Any) -> None:
@@ -344,110 +299,3 @@ def test_no_changed_byte_of_a_cache_changes_a_token(tmp_path: Path) -> None:
                 message = str(error)
             assert remedy in message if message else found == expected, (file, place, message)
         file.write_bytes(content)
-
-
-def _write_short_rows(path: Path, count: int = 5000) -> None:
-    """Write rows of a few words: two shards and next to no work."""
-    rows = ({"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(count))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _tokenise(tokenising: ModuleType, path: Path, cache: Path) -> TokenStore:
-    (store,) = tokenising.tokenize_sources(
-        ModelSpec(path="builtin/tiny-llama"), "alpaca", [SourceSpec(path=str(path))], cache
-    )
-    assert isinstance(store, TokenStore)
-    return store
-
-
-def _append_a_row(file: Path) -> None:
-    with file.open("a", encoding="utf-8") as writer:
-        writer.write('{"instruction": "One more.", "output": "Yes."}\n')
-
-
-def _change_a_word_and_hide_it(file: Path) -> None:
-    """Same size, same time of change, other content."""
-    before = file.stat()
-    file.write_bytes(file.read_bytes().replace(b"It is 4999", b"It is 4998"))
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def _change_a_word_and_change_it_back(file: Path) -> None:
-    """Same size, same content, another time of change: what was read in between is not known."""
-    content, before = file.read_bytes(), file.stat()
-    file.write_bytes(content.replace(b"It is 4999", b"It is 4998"))
-    file.write_bytes(content)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-
-
-def _put_another_file_in_its_place(file: Path) -> None:
-    other = file.with_suffix(".new")
-    other.write_bytes(file.read_bytes().replace(b"Say 1.", b"Say 2."))
-    other.replace(file)
-
-
-def _cut_it_short(file: Path) -> None:
-    os.truncate(file, file.read_bytes().index(b'{"instruction": "Say 2500.'))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (_append_a_row, "changed while it was read"),
-        (_change_a_word_and_hide_it, "changed while it was read"),
-        (_change_a_word_and_change_it_back, "changed while it was read"),
-        (_put_another_file_in_its_place, "changed while it was read"),
-        (_cut_it_short, "changed while it was read"),
-        (Path.unlink, "cannot be read"),
-    ],
-)
-def test_a_file_that_changes_during_the_read_is_refused(
-    change: Callable[[Path], None],
-    words: str,
-    tokenising: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    file, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
-    _write_short_rows(file)
-    write_shards, seen = tokenising._write_shards, []
-
-    def change_after_the_first(*arguments: Any) -> Iterator[Any]:
-        for number, shard in enumerate(write_shards(*arguments)):
-            if number == 0:
-                change(file)
-            seen.append(shard)
-            yield shard
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenising, "_write_shards", change_after_the_first)
-        with pytest.raises(SpecError) as refused:
-            _tokenise(tokenising, file, cache)
-    assert len(seen) == 2
-    (problem,) = refused.value.problems
-    assert f"data file {file} {words}" in problem
-    assert list(cache.iterdir()) == [], "nothing is kept of it"
-
-    if file.exists():
-        store = _tokenise(tokenising, file, cache)
-        fresh = _tokenise(tokenising, file, tmp_path / "fresh")
-        assert store.manifest["shards"] == fresh.manifest["shards"]
-        assert len(store) == len(file.read_text().splitlines())
-
-
-def test_a_disk_that_is_full_at_the_index_is_named_as_well(
-    tokenising: ModuleType, tmp_path: Path, small_disk: Callable[[int], Path]
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    _write_short_rows(file)
-    whole = _tokenise(tokenising, file, tmp_path / "cache")
-    pages = sum(-(-shard.stat().st_size // _PAGE) for shard in whole.folder.glob("shard-*"))
-    cache = small_disk((pages + 4) * _PAGE)
-
-    with pytest.raises(ClusterError, match="free some space there") as full:
-        _tokenise(tokenising, file, cache)
-    assert str(cache) in str(full.value)
-    assert list(cache.iterdir()) == []
-
-    small_disk(4 * pages * _PAGE)
-    assert _tokenise(tokenising, file, cache).manifest["shards"] == whole.manifest["shards"]

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.corpus import Account, Corpus, build, choose_rows
-from orchestrator.data.packing import Pieces
 from orchestrator.data.store import LossOn, TokenStore, write_index, write_shard
 from orchestrator.data.template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded
 from orchestrator.errors import SpecError
@@ -178,10 +177,19 @@ def test_what_fits_is_not_touched(tmp_path: Path, truncation: Truncation, length
     )
 
 
-def test_right_keeps_the_start(tmp_path: Path) -> None:
-    corpus = corpus_of(tmp_path, [answer(4, 16)], truncation="right")
-    assert corpus.document(0).tokens.tolist() == list(range(16))
-    assert corpus.document(0).trained.tolist() == [False] * 4 + [True] * 12
+@pytest.mark.parametrize(
+    ("truncation", "context", "first", "trained"),
+    [
+        ("right", 4, 0, [False] * 4 + [True] * 12),
+        ("left", 2, 4, [False] + [True] * 15),  # the first that is kept has nothing before it
+    ],
+)
+def test_right_keeps_the_start_and_left_the_end(
+    tmp_path: Path, truncation: Truncation, context: int, first: int, trained: list[bool]
+) -> None:
+    corpus = corpus_of(tmp_path, [answer(context, 20 - context)], truncation=truncation)
+    assert corpus.document(0).tokens.tolist() == list(range(first, first + 16))
+    assert corpus.document(0).trained.tolist() == trained
     assert corpus.account == Account(
         rows=1,
         documents=1,
@@ -189,22 +197,7 @@ def test_right_keeps_the_start(tmp_path: Path) -> None:
         tokens_kept=16,
         tokens_truncated=4,
         rows_truncated=1,
-        trained_tokens=12,
-    )
-
-
-def test_left_keeps_the_end_and_does_not_train_what_has_nothing_before_it(tmp_path: Path) -> None:
-    corpus = corpus_of(tmp_path, [answer(2, 18)], truncation="left")
-    assert corpus.document(0).tokens.tolist() == list(range(4, 20))
-    assert corpus.document(0).trained.tolist() == [False] + [True] * 15
-    assert corpus.account == Account(
-        rows=1,
-        documents=1,
-        tokens_read=20,
-        tokens_kept=16,
-        tokens_truncated=4,
-        rows_truncated=1,
-        trained_tokens=15,
+        trained_tokens=sum(trained),
     )
 
 
@@ -370,46 +363,3 @@ def test_accounts_add_up() -> None:
     first = Account(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
     assert first + first == Account(2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22)
     assert first + Account() == first
-
-
-# Pieces of documents
-
-
-def pieces(*parts: tuple[int, int, int]) -> Pieces:
-    return Pieces(*(np.array(column, dtype=np.int64) for column in zip(*parts, strict=True)))
-
-
-def test_pieces_of_documents_are_documents(tmp_path: Path) -> None:
-    stores = [store_of(tmp_path / "a", [answer(2, 6)]), store_of(tmp_path / "b", [answer(4, 26)])]
-    sources = [source("a"), source("b")]
-    corpus = build(stores, sources, data_of(*sources, truncation="left"), 0)
-    assert spans(corpus) == [(0, 0, 8), (0, 14, 16)]
-    cut = corpus.cut(pieces((1, 0, 5), (1, 5, 1), (0, 0, 8), (1, 6, 10)))
-    assert cut.store.tolist() == [1, 1, 0, 1]
-    assert spans(cut) == [(0, 14, 5), (0, 19, 1), (0, 0, 8), (0, 20, 10)]
-    assert cut.trained.tolist() == [4, 0, 6, 9]
-    for number, (row, start, length) in enumerate(spans(cut)):
-        document = cut.document(number)
-        assert document.tokens.tolist() == list(range(1000 * row + start, 1000 * row + start + length))
-        assert not document.trained[0]
-        assert document.trained.sum() == cut.trained[number]
-    assert cut.accounts == (
-        Account(1, 1, 8, 8, trained_tokens=6),
-        Account(1, 3, 30, 16, 14, rows_truncated=1, rows_split=1, trained_tokens=13),
-    )
-    assert corpus.account.documents == 2  # the corpus itself is as it was
-
-
-def test_a_row_that_is_split_and_cut_again_counts_as_split_once(tmp_path: Path) -> None:
-    rows = [answer(4, 36), answer(2, 6)]
-    double = source(repeat=2)
-    corpus = build([store_of(tmp_path, rows)], [double], data_of(double, truncation="split"), 0)
-    assert corpus.account.rows_split == 2
-    whole = [(number, 0, int(length)) for number, length in enumerate(corpus.lengths)]
-    assert corpus.cut(pieces(*whole)).account.rows_split == 2
-    halves = [
-        (number, at * 4, 4) for number, length in enumerate(corpus.lengths) for at in range(length // 4)
-    ]
-    cut = corpus.cut(pieces(*halves))
-    assert cut.account.documents == 24
-    assert cut.account.rows_split == cut.account.rows == 4

@@ -159,6 +159,15 @@ def test_the_parts_of_a_row_are_the_row(store: Listed, packs: Packs, parts: int,
             assert sum(each.square_tokens for each in held) == pytest.approx(row.square_tokens)
 
 
+def test_of_a_row_that_is_shared_only_the_documents_of_a_part_are_read(store: Listed, packs: Packs) -> None:
+    geometry = Geometry(MAX_LENGTH, 4, 4, 1, sequence_parallel_size=4)  # a part is a pack
+    shared = PackLoader(store, packs, geometry, Order(SEED))
+    for part in range(4):
+        store.read.clear()
+        shared.assemble([0, 1, 2, 3], part)
+        assert sorted(store.read) == sorted(packs.members(part).tolist())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(1, 60),

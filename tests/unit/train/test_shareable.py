@@ -1,0 +1,48 @@
+"""Sequence parallelism that the heads do not allow is refused before anything is paid for."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from cluster.topology import Node
+from orchestrator.errors import SpecError
+from orchestrator.spec import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
+from orchestrator.train import driver
+
+
+def notes_of(monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]) -> list[str]:
+    """Return what is said of a model with 32 heads and 8 KV heads on nodes with so many GPUs."""
+    config = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8)
+    monkeypatch.setattr(driver, "load_config", lambda _: SimpleNamespace(get_text_config=lambda: config))
+    nodes = [Node(str(n), f"10.0.0.{n}", f"n{n}", 64.0, float(count), 0) for n, count in enumerate(gpus)]
+    monkeypatch.setattr(driver.session, "live_nodes", lambda: tuple(nodes))
+    job = JobSpec(
+        name="j",
+        model=ModelSpec(path="m"),
+        data=DataSpec(train=(SourceSpec(path="d"),), max_length=2048),
+        parallel=ParallelSpec(workers=size, sequence_parallel_size=size),
+        optim=OptimSpec(global_batch_size=1),
+    )
+    said: list[str] = []
+    driver._require_shareable(job, "cuda", said.append)
+    return said
+
+
+@pytest.mark.parametrize(("size", "gpus"), [(1, [3, 5]), (8, [8, 8]), (4, [8, 8]), (2, [2]), (16, [16])])
+def test_sequences_that_stay_inside_nodes_need_no_word(
+    monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]
+) -> None:
+    assert notes_of(monkeypatch, size, gpus) == []
+
+
+@pytest.mark.parametrize(("size", "gpus"), [(16, [8, 8]), (8, [12, 12]), (4, [8, 6])])
+def test_sequences_that_cross_nodes_are_said_to(
+    monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]
+) -> None:
+    (sentence,) = notes_of(monkeypatch, size, gpus)
+    assert f"sequence_parallel_size={size} does not divide" in sentence
+
+
+def test_a_degree_that_the_heads_do_not_allow_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpecError, match="sequence_parallel_size=3 does not fit num_attention_heads=32"):
+        notes_of(monkeypatch, 3, [3])
