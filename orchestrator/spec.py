@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
@@ -24,6 +24,13 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
 Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # no file system can store a NUL
+Checkpointing = Annotated[
+    Literal["full", "selective", "none"],
+    BeforeValidator(
+        lambda value: {True: "full", False: "none"}[value] if isinstance(value, bool) else value,
+        json_schema_input_type=bool | Literal["full", "selective", "none"],
+    ),
+]
 
 
 class Section(BaseModel):
@@ -45,11 +52,15 @@ class ModelSpec(Section):
     """Number format of weights and activations; auto is bf16 on CUDA and fp32 on CPU."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """Kernel of the per-document attention; auto is flash on CUDA and sdpa on CPU."""
-    gradient_checkpointing: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    gradient_checkpointing: Checkpointing = "full"
+    """full (or true) keeps only each layer's input and recomputes the layer in the backward pass; selective
+    keeps what matrix products and attention gave and recomputes the rest; none (or false) keeps all."""
     loss_tile_tokens: Count | None = None
     """Score labels so many at a time and compute each tile's logits again in the backward pass, so that
     memory never holds the logits of all; null scores all at once."""
+    mlp_tile_tokens: Count | None = None
+    """Run each MLP on so many tokens at a time and compute each tile again in the backward pass, so that
+    memory never holds the MLP's inner activations of all; null runs it on all at once."""
     trust_remote_code: bool = False
     """Allow Python code from the model's own repository to run."""
 
@@ -127,6 +138,10 @@ class ParallelSpec(Section):
     """cpu keeps optimizer state, and the step that uses it, in host memory."""
     offload_param: Offload = "none"
     """cpu keeps the parameters in host memory (zero_stage 3 with offload_optimizer: cpu)."""
+    offload_activations: Offload = "none"
+    """cpu keeps each layer's input, all that gradient_checkpointing: full keeps, in host memory."""
+    expandable_segments: bool = True
+    """Let CUDA's allocator grow its segments, which wastes less memory where sizes vary; no effect on CPU."""
 
 
 class OptimSpec(Section):
@@ -306,6 +321,21 @@ def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
             ("parallel.offload_param", "parallel.offload_optimizer"),
             "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the "
             "device; set offload_optimizer: cpu as well",
+        )
+    kept = job.model.gradient_checkpointing
+    if parallel.offload_activations != "none" and kept != "full":
+        yield (
+            ("parallel.offload_activations", "model.gradient_checkpointing"),
+            f"parallel.offload_activations={parallel.offload_activations} moves the layers' inputs that "
+            f"gradient_checkpointing: full keeps, and gradient_checkpointing={kept} keeps more than "
+            "those; use gradient_checkpointing: full or offload_activations: none",
+        )
+    if job.model.mlp_tile_tokens is not None and kept == "selective":
+        yield (
+            ("model.mlp_tile_tokens", "model.gradient_checkpointing"),
+            f"model.mlp_tile_tokens={job.model.mlp_tile_tokens} has no effect with gradient_checkpointing="
+            "selective, which keeps what the MLP's matrix products gave; use gradient_checkpointing: full, "
+            "or leave out mlp_tile_tokens",
         )
 
 

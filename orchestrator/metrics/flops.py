@@ -8,6 +8,7 @@ backward pass costs twice the forward pass (Megatron-LM, arXiv 2104.04473; PaLM'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from orchestrator.plan.shape import ModelShape
 
@@ -33,6 +34,11 @@ class ForwardFlops:
         """All parts together."""
         return self.linear + self.attention + self.head
 
+    @property
+    def mlp(self) -> float:
+        """The part of `linear` in the MLPs, each of three matrices of the same size."""
+        return 3.0 * self.last_product
+
 
 def forward_flops(shape: ModelShape, tokens: int, square_tokens: float, scored_tokens: int) -> ForwardFlops:
     """Return the FLOPs of one forward pass.
@@ -56,22 +62,39 @@ def model_flops(forward: ForwardFlops) -> float:
     return 3.0 * forward.total
 
 
-def hardware_flops(
-    forward: ForwardFlops, gradient_checkpointing: bool, zero_stage: int, tiled_head: bool = False
-) -> float:
-    """Return the FLOPs that are done, with what gradient checkpointing recomputes.
+@dataclass(frozen=True)
+class Recomputation:
+    """What a training step computes again instead of keeping it.
 
-    Torch stops recomputing a layer before its last product, whose output no gradient needs. ZeRO-3 wraps each
-    product in a function that saves its inputs, and so does that one as well.
+    Attributes:
+        checkpointing: `full` recomputes each layer; `selective` no matrix product and no attention.
+        zero_stage: Stage of ZeRO, or 0 without DeepSpeed.
+        tiled_head: Whether the LM head computes its logits again.
+        mlp_tiles: Tiles of a micro-batch that each MLP runs on; 0 where it runs on all at once.
+    """
+
+    checkpointing: Literal["full", "selective", "none"] = "none"
+    zero_stage: int = 0
+    tiled_head: bool = False
+    mlp_tiles: int = 0
+
+
+def hardware_flops(forward: ForwardFlops, again: Recomputation) -> float:
+    """Return the FLOPs that are done, with those that are done again.
+
+    Torch stops recomputing as soon as it has all that a gradient needs: before the last product of a layer,
+    or of a tile, whose output no gradient needs; and before the last tile, which its own backward pass
+    recomputes. ZeRO-3 wraps each product in a function that saves its inputs, and so does the last one too.
 
     Args:
         forward: One forward pass.
-        gradient_checkpointing: Whether each layer is recomputed.
-        zero_stage: Stage of ZeRO, or 0 without DeepSpeed.
-        tiled_head: Whether the LM head computes its logits again.
+        again: What is recomputed.
     """
-    done = model_flops(forward) + (forward.head if tiled_head else 0.0)
-    if not gradient_checkpointing:
-        return done
-    recomputed = forward.linear + forward.attention
-    return done + recomputed - (0.0 if zero_stage == 3 else forward.last_product)
+    done = model_flops(forward) + (forward.head if again.tiled_head else 0.0)
+    skipped = 0.0 if again.zero_stage == 3 else forward.last_product
+    if again.mlp_tiles:
+        done += forward.mlp - skipped
+        skipped = forward.mlp / again.mlp_tiles
+    if again.checkpointing == "full":
+        done += forward.linear + forward.attention - skipped
+    return done

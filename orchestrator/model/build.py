@@ -10,6 +10,7 @@ from torch import nn
 
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
+from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.paths import resolve
 from orchestrator.spec import ModelSpec
 
@@ -47,6 +48,7 @@ def build_model(
     seed: int,
     ds_config: dict[str, Any],
     load_weights: bool = True,
+    offload_activations: bool = False,
 ) -> nn.Module:
     """Return the causal LM, ready for `deepspeed.initialize`.
 
@@ -59,9 +61,11 @@ def build_model(
         seed: Of random weights.
         ds_config: The rendered DeepSpeed configuration; decides whether the model is partitioned.
         load_weights: False where a checkpoint will overwrite them at once.
+        offload_activations: Whether the layers' inputs wait in host memory for the backward pass.
 
     Raises:
-        SpecError: No causal LM, or an architecture whose attention cannot keep documents apart.
+        SpecError: No causal LM, or an architecture whose attention cannot keep documents apart, or that
+            cannot save memory as the job says.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
@@ -90,8 +94,9 @@ def build_model(
             f"model.path={model.path}: {type(built).__name__} {obstacle}; use a decoder-only transformer "
             "that is part of transformers, such as Llama, Mistral, Qwen or Phi"
         )
-    if model.gradient_checkpointing:
-        built.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_layers(built, model.gradient_checkpointing, offload_activations)
+    if model.mlp_tile_tokens:
+        tile_mlps(built, model.mlp_tile_tokens)
     built.train()
     return built  # type: ignore[no-any-return]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from orchestrator.plan.shape import ModelShape
 from orchestrator.spec import JobSpec
 
 CHECKPOINTS = "checkpoints"
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Brief:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.folder / CHECKPOINTS
+
+    def worker_environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """Return what a worker's environment needs before CUDA starts, on top of what it inherits."""
+        if self.device == "cpu" or _ALLOCATOR in inherited:
+            return {}  # whoever has set the allocator's options knows better
+        return {_ALLOCATOR: f"expandable_segments:{self.job.parallel.expandable_segments}"}
 
 
 def cost_of_a_slot(job: JobSpec) -> tuple[float, float]:

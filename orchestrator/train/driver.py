@@ -9,6 +9,7 @@ Everything that can be decided is decided here, once; workers are handed a `Brie
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -303,6 +304,7 @@ def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -
         run_config=RunConfig(
             name=job.name,
             storage_path=job.checkpoint.storage,
+            worker_runtime_env={"env_vars": brief.worker_environment(os.environ)},
             failure_config=FailureConfig(max_failures=job.run.max_failures, controller_failure_limit=10),
             checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
         ),

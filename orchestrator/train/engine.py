@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.model.memory import tiled
 from orchestrator.train.ops import keep_to_own_environment
 
 # DeepSpeed calls these on every reduction, and torch reports each call.
@@ -41,7 +42,10 @@ def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
         ds_config: As `orchestrator.parallel.deepspeed.render` returns it.
     """
     import deepspeed
+    from deepspeed.utils import set_z3_leaf_module
 
+    for mlp in tiled(model):
+        set_z3_leaf_module(mlp, True)  # ZeRO-3 gathers its weights once, for all tiles
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, config=ds_config, dist_init_required=False

@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from orchestrator.data.loader import MicroBatch, PackLoader
 from orchestrator.errors import TrainingError
-from orchestrator.metrics.flops import forward_flops, hardware_flops, model_flops
+from orchestrator.metrics.flops import Recomputation, forward_flops, hardware_flops, model_flops
 from orchestrator.metrics.meter import RankStep
 from orchestrator.model.attention import Kernel
 from orchestrator.model.loss import Inputs, TiledHead, loss_sum
@@ -169,12 +169,13 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
     """Return what this rank did in the step that is about to end."""
     model_work = hardware_work = 0.0
     if course.shape is not None:
-        checkpointed, stage = course.job.model.gradient_checkpointing, course.job.parallel.zero_stage
-        tiled = course.head is not None
+        model, stage = course.job.model, course.job.parallel.zero_stage
         for batch in work:
+            tiles = -(-len(batch.input_ids) // model.mlp_tile_tokens) if model.mlp_tile_tokens else 0
+            again = Recomputation(model.gradient_checkpointing, stage, course.head is not None, tiles)
             forward = forward_flops(course.shape, batch.tokens, batch.square_tokens, batch.trained_tokens)
             model_work += model_flops(forward)
-            hardware_work += hardware_flops(forward, checkpointed, stage, tiled)
+            hardware_work += hardware_flops(forward, again)
     phases = clock.phases()
     in_use, peak, reserved = memory(course.device)
     return RankStep(

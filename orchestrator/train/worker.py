@@ -62,7 +62,14 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     join_process_group(job.run.collective_timeout_seconds)
     saved = _agree(checkpoint.published(brief.checkpoints)[-1:])
     dtype = torch_dtype(brief.dtype)
-    model = build_model(job.model, dtype, job.run.seed, brief.ds_config, load_weights=not saved)
+    model = build_model(
+        job.model,
+        dtype,
+        job.run.seed,
+        brief.ds_config,
+        load_weights=not saved,
+        offload_activations=job.parallel.offload_activations == "cpu",
+    )
     engine = start_engine(model, brief.ds_config)
     start = checkpoint.load(engine, saved[0]) if saved else 0
     loader, packs, steps = training_loader(job, *plan.load(brief.training))

@@ -35,13 +35,31 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"model": {"loss_tile_tokens": 7, "gradient_checkpointing": True}},
     ),
     "tiled-zero3-all-cpu": ("zero3-all-cpu", "8x1", {"model": {"loss_tile_tokens": 16}}),
+    "selective-zero2": ("zero2", "2w-1x4", {"model": {"gradient_checkpointing": "selective"}}),
+    "selective-zero3": ("zero3", "2w-1x4", {"model": {"gradient_checkpointing": "selective"}}),
+    "mlp-tiled-zero2": ("zero2", "2w-1x4", {"model": {"mlp_tile_tokens": 40}}),
+    "mlp-tiled-zero3": ("zero3", "2w-1x4", {"model": {"mlp_tile_tokens": 40}}),
+    "mlp-tiled-checkpointed-zero3": (
+        "zero3",
+        "2w-1x4",
+        {"model": {"mlp_tile_tokens": 40, "gradient_checkpointing": "full"}},
+    ),
+    "everything-zero3-all-cpu": (
+        "zero3-all-cpu",
+        "8x1",
+        {
+            "model": {"mlp_tile_tokens": 40, "loss_tile_tokens": 16, "gradient_checkpointing": "full"},
+            "parallel": {"offload_activations": "cpu"},
+        },
+    ),
 }
 """Name, policy, shape and changes that must not change anything."""
 
 
 def task_of(name: str, tiny: Material, policy: str, shape: str, **changes: Any) -> tuple[int, dict[str, Any]]:
     workers, micro_batch_size = SHAPES[shape]
-    document = job(tiny.model, workers, POLICIES[policy], micro_batch_size=micro_batch_size, **changes)
+    parallel = POLICIES[policy] | changes.pop("parallel", {})
+    document = job(tiny.model, workers, parallel, micro_batch_size=micro_batch_size, **changes)
     return workers, {
         "name": name,
         "action": "train",

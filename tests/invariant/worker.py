@@ -83,9 +83,9 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
         _allow_fp16()
     ds_config = render(job, dtype, "cpu")
     ds_config["fp16"].update(task.get("fp16", {}))
-    return start_engine(
-        build_model(job.model, torch_dtype(dtype), job.run.seed, ds_config, load_weights), ds_config
-    )
+    offload = job.parallel.offload_activations == "cpu"
+    model = build_model(job.model, torch_dtype(dtype), job.run.seed, ds_config, load_weights, offload)
+    return start_engine(model, ds_config)
 
 
 def _allow_fp16() -> None:

@@ -198,6 +198,26 @@ def test_parameter_offload_needs_stage_3_and_optimizer_offload() -> None:
     assert broken(parallel__offload_param="cpu", parallel__offload_optimizer="cpu") == []
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [(True, "full"), (False, "none"), ("selective", "selective"), ("full", "full")]
+)
+def test_gradient_checkpointing_takes_a_word_or_a_switch(written: object, meant: str) -> None:
+    assert job(model__gradient_checkpointing=written).model.gradient_checkpointing == meant
+
+
+def test_offloaded_activations_are_the_inputs_of_recomputed_layers() -> None:
+    for keep in ("selective", "none"):
+        (sentence,) = broken(parallel__offload_activations="cpu", model__gradient_checkpointing=keep)
+        assert sentence.endswith("use gradient_checkpointing: full or offload_activations: none")
+    assert broken(parallel__offload_activations="cpu") == []
+
+
+def test_selective_checkpointing_undoes_a_tiled_mlp() -> None:
+    (sentence,) = broken(model__mlp_tile_tokens=512, model__gradient_checkpointing="selective")
+    assert "model.mlp_tile_tokens=512 has no effect" in sentence
+    assert broken(model__mlp_tile_tokens=512, model__gradient_checkpointing="none") == []
+
+
 def test_flash_attention_needs_cuda_and_half_precision() -> None:
     (sentence,) = broken(model__attention="flash", parallel__device="cpu")
     assert "runs only on CUDA" in sentence

@@ -7,7 +7,7 @@ runs them.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.data.loader import MicroBatch
-from orchestrator.metrics.flops import ForwardFlops, forward_flops, hardware_flops, model_flops
+from orchestrator.metrics.flops import ForwardFlops, Recomputation, forward_flops, hardware_flops, model_flops
 from orchestrator.model import attention
 from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.plan.shape import ModelShape
 
 SHAPE = ModelShape(
@@ -95,13 +96,11 @@ def test_a_training_step_is_three_forward_passes(model: Any) -> None:
     assert 2 * 3 * FORWARD.attention == pytest.approx(found.attention, rel=0.01)
     total = found.linear + found.head + found.attention / 2
     assert model_flops(FORWARD) == pytest.approx(total, rel=0.01)
-    assert hardware_flops(FORWARD, gradient_checkpointing=False, zero_stage=2) == pytest.approx(
-        total, rel=0.01
-    )
+    assert hardware_flops(FORWARD, Recomputation(zero_stage=2)) == pytest.approx(total, rel=0.01)
 
 
-def checkpointed(model: Any, early_stop: bool) -> ForwardFlops:
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+def checkpointed(model: Any, early_stop: bool, keep: Literal["full", "selective"] = "full") -> ForwardFlops:
+    checkpoint_layers(model, keep, offload=False)
     model.train()
 
     def step() -> None:
@@ -117,18 +116,33 @@ def test_gradient_checkpointing_runs_the_layers_once_more_and_not_the_head(model
     assert 3 * FORWARD.head == pytest.approx(found.head, rel=0.01)
     assert 2 * 4 * FORWARD.attention == pytest.approx(found.attention, rel=0.01)
     total = found.linear + found.head + found.attention / 2
-    assert hardware_flops(FORWARD, gradient_checkpointing=True, zero_stage=3) == pytest.approx(
-        total, rel=0.01
-    )
+    assert hardware_flops(FORWARD, Recomputation("full", 3)) == pytest.approx(total, rel=0.01)
 
 
 def test_without_zero_3_recomputation_stops_before_the_last_product(model: Any) -> None:
     found = checkpointed(model, early_stop=True)
     total = found.linear + found.head + found.attention / 2
-    assert hardware_flops(FORWARD, gradient_checkpointing=True, zero_stage=2) == pytest.approx(
-        total, rel=0.01
-    )
+    assert hardware_flops(FORWARD, Recomputation("full", 2)) == pytest.approx(total, rel=0.01)
     assert 4 * FORWARD.linear - found.linear == pytest.approx(FORWARD.last_product, rel=0.01)
+
+
+def test_selective_checkpointing_runs_no_product_again(model: Any) -> None:
+    found = checkpointed(model, early_stop=True, keep="selective")
+    total = found.linear + found.head + found.attention / 2
+    assert hardware_flops(FORWARD, Recomputation("selective", 2)) == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("keep", ["full", "none"])
+def test_a_tiled_mlp_runs_again_and_a_checkpointed_layer_stops_before_its_last_tile(
+    keep: Literal["full", "none"], model: Any
+) -> None:
+    tile_mlps(model, 64)
+    checkpoint_layers(model, keep, offload=False)
+    model.train()
+    found = counted(lambda: loss_sum(model, inputs()).backward())
+    total = found.linear + found.head + found.attention / 2
+    # 256 slots are four tiles of equal size.
+    assert hardware_flops(FORWARD, Recomputation(keep, 2, mlp_tiles=4)) == pytest.approx(total, rel=0.01)
 
 
 def test_parts_by_hand() -> None:
@@ -139,9 +153,12 @@ def test_parts_by_hand() -> None:
     )
     assert forward.total == 476 + 100 + 80
     assert model_flops(forward) == 3 * 656
-    assert hardware_flops(forward, gradient_checkpointing=True, zero_stage=3) == 3 * 656 + 576
-    assert hardware_flops(forward, False, 3, tiled_head=True) == 3 * 656 + forward.head
-    assert hardware_flops(forward, gradient_checkpointing=True, zero_stage=2) == 3 * 656 + 576 - 2 * 6 * 7
+    assert hardware_flops(forward, Recomputation("full", 3)) == 3 * 656 + 576
+    assert hardware_flops(forward, Recomputation("selective", 3)) == 3 * 656
+    assert hardware_flops(forward, Recomputation("none", 3, tiled_head=True)) == 3 * 656 + forward.head
+    assert hardware_flops(forward, Recomputation("full", 2)) == 3 * 656 + 576 - 2 * 6 * 7
+    assert hardware_flops(forward, Recomputation("none", 3, mlp_tiles=4)) == 3 * 656 + 252
+    assert hardware_flops(forward, Recomputation("full", 3, mlp_tiles=4)) == 3 * 656 + 576 + 252 - 63
 
 
 def test_packing_pays_for_documents_and_not_for_the_pack() -> None:
