@@ -53,7 +53,11 @@ def assert_close(found: Arrays, expected: Arrays, relative: float) -> None:
 
 
 def run_group(
-    folder: Path, workers: int, tasks: list[dict[str, Any]], timeout_seconds: float = 240.0
+    folder: Path,
+    workers: int,
+    tasks: list[dict[str, Any]],
+    timeout_seconds: float = 240.0,
+    module: str = "tests.invariant.worker",
 ) -> dict[str, Outcome]:
     """Run tasks one after another in a group of new processes that talk over gloo.
 
@@ -62,6 +66,7 @@ def run_group(
         workers: Number of processes.
         tasks: Arguments of `worker.py`'s functions; `name` is the key of the outcome, `action` the function.
         timeout_seconds: When the group is killed.
+        module: What each process runs; `worker.py`, or what does as it does.
 
     Returns:
         The outcomes by name.
@@ -73,7 +78,7 @@ def run_group(
     (folder / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
     port = _free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(workers)]
-    processes = [_start(folder, rank, workers, port, log) for rank, log in enumerate(logs)]
+    processes = [_start(module, folder, rank, workers, port, log) for rank, log in enumerate(logs)]
     try:
         failure = _wait(processes, time.monotonic() + timeout_seconds)
         if failure is not None:
@@ -88,7 +93,9 @@ def run_group(
     return {task["name"]: _outcome(folder, task["name"], workers) for task in tasks}
 
 
-def _start(folder: Path, rank: int, workers: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+def _start(
+    module: str, folder: Path, rank: int, workers: int, port: int, log: Path
+) -> subprocess.Popen[bytes]:
     # The interpreter's folder has ninja, with which DeepSpeed compiles its operators.
     environment = {
         **os.environ,
@@ -104,7 +111,7 @@ def _start(folder: Path, rank: int, workers: int, port: int, log: Path) -> subpr
     }
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "tests.invariant.worker", str(folder)],
+            [sys.executable, "-X", "faulthandler", "-m", module, str(folder)],
             cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

@@ -236,12 +236,13 @@ ACTIONS: dict[str, Callable[[Task], Answer]] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, actions: dict[str, Callable[[Task], Answer]] = ACTIONS) -> None:
+    """Run the tasks of a folder, and write the answers beside them."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     join_process_group(120)
     for task in json.loads((folder / "tasks.json").read_text(encoding="utf-8")):
-        answer, arrays = ACTIONS[task["action"]](task)
+        answer, arrays = actions[task["action"]](task)
         rank = dist.get_rank()
         (folder / f"{task['name']}.{rank}.json").write_text(json.dumps(answer), encoding="utf-8")
         if rank == 0 and arrays:

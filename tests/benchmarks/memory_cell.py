@@ -1,0 +1,105 @@
+"""One process of a cell of the memory table: a training step on a pack, and the memory that it took.
+
+Started by `group.run_group` as `python -m tests.benchmarks.memory_cell FOLDER`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.model import memory
+from orchestrator.train.loop import StepReport, train
+from tests.invariant.worker import Answer, Task, course_of, engine_of, main
+
+
+class _Quiet:
+    """A listener that only remembers losses."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def stepped(self, report: StepReport) -> None:
+        self.losses.append(report.loss)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        pass
+
+    def save(self, engine: Any, step: int) -> None:
+        pass
+
+
+class OnDisk(torch.autograd.graph.saved_tensors_hooks):
+    """Stands for `save_on_cpu` where the device's memory is the host's: what would go there goes to disk."""
+
+    moved_bytes = 0
+    _folder = Path(tempfile.gettempdir())
+    _files = 0
+
+    def __init__(self, pin_memory: bool) -> None:
+        super().__init__(self._pack, self._unpack)
+
+    @classmethod
+    def _pack(cls, tensor: Tensor) -> tuple[Path, tuple[int, ...]]:
+        cls._files += 1
+        path = cls._folder / f"activation-{os.getpid()}-{cls._files}.bin"
+        array = tensor.detach().numpy()
+        array.tofile(path)
+        cls.moved_bytes += array.nbytes
+        return path, tuple(tensor.shape)
+
+    @staticmethod
+    def _unpack(packed: tuple[Path, tuple[int, ...]]) -> Tensor:
+        path, shape = packed
+        tensor = torch.from_numpy(np.fromfile(path, dtype=np.float32)).view(shape)
+        path.unlink()
+        return tensor
+
+
+def _status(field: str) -> int:
+    """Return a quantity of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def measure(task: Task) -> Answer:
+    """Train as a task says and return the most memory that this took on top of what the engine holds.
+
+    With `budget_bytes` the kernel grants no more than that on top, so that a pack which needs more fails as
+    it would on a device that is full.
+    """
+    memory.save_on_cpu = OnDisk  # type: ignore[misc, assignment]
+    engine = engine_of(task)
+    course, listener = course_of(task, engine.module), _Quiet()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    if budget := task.get("budget_bytes"):
+        limit = _status("VmData") + budget
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    started = time.perf_counter()
+    train(engine, course, listener)
+    seconds = time.perf_counter() - started
+    engine.destroy()
+    return {
+        "peak_bytes": _status("VmHWM") - before,
+        "moved_bytes": OnDisk.moved_bytes,
+        "seconds": seconds,
+        "losses": listener.losses,
+    }, {}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), {"measure": measure})
+    sys.stdout.flush()
+    os._exit(0)
