@@ -64,9 +64,9 @@ def run_group(
     Args:
         folder: Where the group leaves what it finds out.
         workers: Number of processes.
-        tasks: Arguments of `worker.py`'s functions; `name` is the key of the outcome, `action` the function.
+        tasks: Arguments of the module's functions; `name` is the key of the outcome, `action` the function.
         timeout_seconds: When the group is killed.
-        module: What each process runs; `worker.py`, or what does as it does.
+        module: What each process runs.
 
     Returns:
         The outcomes by name.

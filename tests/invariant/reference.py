@@ -75,7 +75,7 @@ def _backward(model: LlamaForCausalLM, documents: list[Document]) -> float:
     trained = sum(int(document.trained[1:].sum()) for document in documents)
     total = 0.0
     for document in documents:
-        loss = _loss_sum(model, document)
+        loss = loss_sum(model, document)
         (loss / trained).backward()
         total += loss.item()
     return total / trained
@@ -84,11 +84,12 @@ def _backward(model: LlamaForCausalLM, documents: list[Document]) -> float:
 @torch.no_grad()
 def _evaluate(model: LlamaForCausalLM, corpus: Corpus) -> float:
     documents = [corpus.document(number) for number in range(len(corpus))]
-    total = sum(_loss_sum(model, document).item() for document in documents)
+    total = sum(loss_sum(model, document).item() for document in documents)
     return total / sum(int(document.trained[1:].sum()) for document in documents)
 
 
-def _loss_sum(model: LlamaForCausalLM, document: Document) -> torch.Tensor:
+def loss_sum(model: LlamaForCausalLM, document: Document) -> torch.Tensor:
+    """Return the cross-entropy of a document's trained tokens, summed."""
     tokens = torch.from_numpy(document.tokens.astype(np.int64))
     logits = model(input_ids=tokens[None]).logits[0, :-1]
     losses = functional.cross_entropy(logits, tokens[1:], reduction="none")

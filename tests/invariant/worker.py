@@ -251,7 +251,7 @@ def main(folder: Path, actions: dict[str, Callable[[Task], Answer]] = ACTIONS) -
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), ACTIONS)
     # Everything is written. On a busy machine the end of the interpreter can meet a native thread that still
     # runs, and abort the process.
     sys.stdout.flush()
