@@ -1,0 +1,73 @@
+"""Attention by documents beside transformers' block mask, in whole training steps.
+
+    python -m tests.benchmarks.attention [--slots 2048 8192 32768] [--seconds 40] [--json]
+
+The framework's path is transformers with `sdpa` and position_ids that restart at each document, from which
+it builds a block mask itself, and its LM head at all positions. In the middle column its attention is
+followed by our head, so that what comes from attention and what from the head is told apart. That losses and
+gradients are the same is asserted in the run, and that the loss is another where the row is one document. See
+step.py for what a step is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from tests.benchmarks.environment import describe, say
+from tests.benchmarks.step import Case, measure, memory_cell, ratio_cell, say_table, seconds_cell
+
+WAYS = ("framework", "framework's attention", "ours")
+_VOCABULARY = 32_000
+_TIME_LIMIT_SECONDS = 300.0
+
+
+def row_of(found: dict[str, Any]) -> list[str]:
+    """Return a case's cells."""
+    framework, middle, ours = WAYS
+    return [
+        f"{found['slots']:,}",
+        f"{found['documents_per_row']:.0f}",
+        *(seconds_cell(found, way) for way in WAYS),
+        ratio_cell(found, framework, ours),
+        ratio_cell(found, middle, ours),
+        ratio_cell(found, framework, middle),
+        " / ".join(memory_cell(found, way) for way in WAYS),
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slots", type=int, nargs="+", default=[2048, 8192, 32_768])
+    parser.add_argument("--seconds", type=float, default=40.0, help="how long steps of a case are repeated")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    cases = [
+        measure(Case(_VOCABULARY, slots, WAYS, arguments.seconds, loss_tolerance=1e-4), _TIME_LIMIT_SECONDS)
+        for slots in arguments.slots
+    ]
+    environment = describe("torch", "transformers")
+    if arguments.json:
+        say(json.dumps({"cases": cases, "environment": environment}))
+        return
+    say_table(
+        [
+            "row",
+            "documents in it",
+            "s/step: framework",
+            "its attention, our head",
+            "ours",
+            "ours is so many times as fast",
+            "of which attention",
+            "of which head",
+            "peak memory above what stays, MiB: framework / its attention / ours",
+        ],
+        [row_of(found) for found in cases],
+    )
+    say(json.dumps({"off": [found.get("off") for found in cases], "environment": environment}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The LM head at labelled positions only, beside transformers' at all positions, in whole training steps.
+
+    python -m tests.benchmarks.head [--vocabularies 32000 151936] [--slots 2048 8192] [--seconds 30] [--json]
+
+Attention is ours in all of them, so that only the head and the loss differ. That losses and gradients are the
+same is asserted in the run. See step.py for what a step is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from tests.benchmarks.environment import describe, say
+from tests.benchmarks.step import TILE_TOKENS, Case, measure, memory_cell, ratio_cell, say_table, seconds_cell
+
+WAYS = ("framework's head", "ours", "ours, tiled")
+_TIME_LIMIT_SECONDS = 300.0
+
+
+def row_of(found: dict[str, Any]) -> list[str]:
+    """Return a case's cells."""
+    all_positions, labelled, tiled = WAYS
+    return [
+        f"{found['vocabulary']:,}",
+        f"{found['slots']:,}",
+        f"{found['labelled_share']:.0%}",
+        *(seconds_cell(found, way) for way in WAYS),
+        ratio_cell(found, all_positions, labelled),
+        ratio_cell(found, all_positions, tiled),
+        " / ".join(memory_cell(found, way) for way in WAYS),
+    ]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 151_936])
+    parser.add_argument("--slots", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long steps of a case are repeated")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    cases = [
+        measure(Case(vocabulary, slots, WAYS, arguments.seconds), _TIME_LIMIT_SECONDS)
+        for vocabulary in arguments.vocabularies
+        for slots in arguments.slots
+    ]
+    environment = describe("torch", "transformers")
+    if arguments.json:
+        say(json.dumps({"cases": cases, "tile_tokens": TILE_TOKENS, "environment": environment}))
+        return
+    say_table(
+        [
+            "vocabulary",
+            "row",
+            "labelled",
+            "s/step: all positions",
+            "labelled only",
+            f"tiles of {TILE_TOKENS:,}",
+            "labelled only is so many times as fast",
+            "by tiles",
+            "peak memory above what stays, MiB: all / labelled / tiles",
+        ],
+        [row_of(found) for found in cases],
+    )
+    say(json.dumps({"off": [found.get("off") for found in cases], "environment": environment}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""Training steps of a small Llama on packed rows, one way beside another, each time in a fresh process.
+
+    python -m tests.benchmarks.step CASE    (started by head.py and attention.py)
+
+A step is forward, backward and AdamW in float32 on two threads, with what is prepared from the batch. Ways
+share the model, the weights and the rows, and take turns; before any is timed their losses and gradients are
+compared. Nothing but the step is measured: the rows are packed before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.data.balance import Geometry
+from orchestrator.data.corpus import Document, Int64Array
+from orchestrator.data.loader import MicroBatch, Order, PackLoader
+from orchestrator.data.packing import best_fit
+from orchestrator.model import attention
+from orchestrator.model.loss import Inputs, TiledHead, loss_sum
+from tests.benchmarks.environment import ROOT, say
+from tests.benchmarks.packing import lengths_of
+
+# Attention of the framework (a block mask that transformers builds) or of documents; LM head at all positions
+# with labels of -100, at labelled positions, or there by tiles.
+WAYS = {
+    "framework": ("sdpa", "all"),
+    "framework's attention": ("sdpa", "labelled"),
+    "framework's head": (attention.IMPLEMENTATION, "all"),
+    "ours": (attention.IMPLEMENTATION, "labelled"),
+    "ours, tiled": (attention.IMPLEMENTATION, "tiled"),
+}
+TILE_TOKENS = 1024
+_THREADS = 2
+_ROWS = 4
+_WARM_UP_SLOTS = 128
+_REPEATED_UP_TO_SECONDS = 45.0
+_CPU = torch.device("cpu")
+_LEFT_FREE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a process measures.
+
+    Attributes:
+        vocabulary: Tokens that the model knows.
+        slots: Tokens of a row.
+        ways: Names of `WAYS`; the first is what the others are compared with.
+        seconds: How long steps are repeated; each way has two at least.
+        loss_tolerance: By how much a loss may differ, relative.
+        alone: Measure one step of the first way, its peak memory above all, and compare nothing.
+    """
+
+    vocabulary: int
+    slots: int
+    ways: tuple[str, ...]
+    seconds: float = 60.0
+    loss_tolerance: float = 1e-5
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Documents with Alpaca's lengths and random tokens; the answer is a fifth to three fifths of each."""
+
+    lengths: Int64Array
+    prompts: Int64Array
+    vocabulary: int
+
+    @classmethod
+    def of(cls, count: int, longest: int, vocabulary: int) -> Drawn:
+        lengths = lengths_of("alpaca-like", count).clip(max=longest)
+        shares = np.random.default_rng(1).uniform(0.4, 0.8, count)
+        return cls(lengths, np.maximum(1, lengths * shares).astype(np.int64), vocabulary)
+
+    @property
+    def trained(self) -> Int64Array:
+        return self.lengths - self.prompts
+
+    def document(self, number: int) -> Document:
+        length = int(self.lengths[number])
+        tokens = np.random.default_rng(number).integers(0, self.vocabulary, length).astype(np.uint32)
+        return Document(tokens, np.arange(length) >= self.prompts[number])
+
+
+def rows_of(vocabulary: int, slots: int) -> list[MicroBatch]:
+    """Return some packed rows."""
+    documents = Drawn.of(_ROWS * max(1, slots // 100), slots, vocabulary)
+    packs = best_fit(documents.lengths, slots, seed=0)
+    loader = PackLoader(documents, packs, Geometry(slots, 1, 1, 1), Order(seed=0))
+    return [loader.assemble([number]) for number in range(min(_ROWS, len(packs)))]
+
+
+class Trainer:
+    """A model of 6 layers and 256 hidden units with its optimizer, which takes steps in any of the ways."""
+
+    def __init__(self, vocabulary: int, lr: float) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        attention.register()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=6,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=32_768,
+            initializer_range=0.05,  # large enough for attention to matter to the loss
+        )  # fmt: skip
+        self.model = LlamaForCausalLM(config).train()
+        self._tiled = TiledHead(self.model, TILE_TOKENS)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr)
+
+    def loss(self, way: str, row: MicroBatch) -> Tensor:
+        """Return the mean loss of a row's labels."""
+        kind, head = WAYS[way]
+        self.model.set_attn_implementation(kind)
+        if head == "all":
+            return self._framework_loss(row, kind)
+        total = loss_sum(self.model, Inputs.of(row, "sdpa", _CPU), self._tiled if head == "tiled" else None)
+        return total / row.trained_tokens
+
+    def _framework_loss(self, row: MicroBatch, kind: str) -> Tensor:
+        labels = np.full(len(row.input_ids), -100)
+        labels[row.label_positions + 1] = row.labels  # transformers moves them by one itself
+        boundaries = {}
+        if kind == attention.IMPLEMENTATION:
+            boundaries["documents"] = attention.Documents.of(row.document_lengths, "sdpa", _CPU)
+        loss: Tensor = self.model(
+            input_ids=torch.from_numpy(row.input_ids)[None],
+            position_ids=torch.from_numpy(row.position_ids)[None],
+            labels=torch.from_numpy(labels)[None],
+            use_cache=False,  # with a cache transformers does not look for documents in position_ids
+            **boundaries,
+        ).loss
+        return loss
+
+    def backward(self, way: str, row: MicroBatch) -> float:
+        """Compute gradients afresh and return the loss."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(way, row)
+        loss.backward()
+        return loss.item()
+
+    def step(self, way: str, row: MicroBatch) -> tuple[float, float]:
+        """Take a training step and return its loss and its seconds."""
+        started = time.perf_counter()
+        loss = self.backward(way, row)
+        self._optimizer.step()
+        return loss, time.perf_counter() - started
+
+
+def compare(trainer: Trainer, case: Case, row: MicroBatch) -> dict[str, dict[str, float]]:
+    """Return by how much losses and gradients differ from the first way's, relative.
+
+    Raises:
+        AssertionError: By more than is allowed: the ways do not compute the same. Or by no more where the row
+            is one document, so that a mask that is never built would not be noticed.
+    """
+    first, *others = case.ways
+    expected = trainer.backward(first, row)
+    slots = len(row.input_ids)
+    joined = replace(row, position_ids=np.arange(slots), document_lengths=(slots,))
+    with torch.no_grad():
+        joined_off = abs(trainer.loss(case.ways[-1], joined).item() / expected - 1)
+    assert joined_off > 10 * case.loss_tolerance, f"joined documents change the loss by {joined_off:.1e} only"
+    gradients = [parameter.grad for parameter in trainer.model.parameters()]
+    found = {"one document": {"loss": joined_off}}
+    for way in others:
+        loss_off = abs(trainer.backward(way, row) / expected - 1)
+        pairs = zip(trainer.model.parameters(), gradients, strict=True)
+        gradient_off = max(float((each.grad - other).norm() / other.norm()) for each, other in pairs)
+        assert loss_off <= case.loss_tolerance, f"{way}: the loss is off by {loss_off:.1e}"
+        assert gradient_off <= 1e-4, f"{way}: a gradient is off by {gradient_off:.1e}"
+        found[way] = {"loss": loss_off, "gradient": gradient_off}
+    return found
+
+
+def seconds_of_steps(trainer: Trainer, case: Case, rows: list[MicroBatch]) -> dict[str, list[float]]:
+    """Time steps: in each round every way has its turn on the same row, in turned order every other round."""
+    seconds: dict[str, list[float]] = {way: [] for way in case.ways}
+    began, number = time.perf_counter(), 0
+    while number < 2 or time.perf_counter() - began < case.seconds:
+        for way in case.ways[:: 1 if number % 2 else -1]:
+            seconds[way].append(trainer.step(way, rows[number % len(rows)])[1])
+        number += 1
+    return seconds
+
+
+def one_step(case: Case) -> dict[str, float]:
+    """Take one step and return its loss, its seconds, and the most memory that it held above what stays.
+
+    What stays are weights, gradients and the optimizer's state. Weights do not change, so that losses of
+    several processes can be compared.
+    """
+    trainer = Trainer(case.vocabulary, lr=0.0)
+    trainer.step(case.ways[0], rows_of(case.vocabulary, _WARM_UP_SLOTS)[0])
+    row = rows_of(case.vocabulary, case.slots)[0]
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    loss, seconds = trainer.step(case.ways[0], row)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return {"loss": loss, "seconds": seconds, "mib": peak / 2**20}
+
+
+def turns(case: Case) -> dict[str, Any]:
+    """Compare the ways and let them take turns."""
+    rows, trainer = rows_of(case.vocabulary, case.slots), Trainer(case.vocabulary, lr=1e-4)
+    return {"off": compare(trainer, case, rows[0]), "seconds": seconds_of_steps(trainer, case, rows)}
+
+
+def measure(case: Case, time_limit_seconds: float) -> dict[str, Any]:
+    """Measure the ways of a case: memory of each alone, then time of all in turn.
+
+    A way that finds too little memory or time says so. One that takes long has only the step that it took
+    alone.
+    """
+    alone = {
+        way: in_fresh_process(replace(case, ways=(way,), alone=True), time_limit_seconds) for way in case.ways
+    }
+    ended = {way: each for way, each in alone.items() if isinstance(each, dict)}
+    losses = [each["loss"] for each in ended.values()]
+    assert max(losses) / min(losses) - 1 <= case.loss_tolerance, f"losses differ: {ended}"
+    quick = tuple(way for way, each in ended.items() if each["seconds"] <= _REPEATED_UP_TO_SECONDS)
+    together = in_fresh_process(replace(case, ways=quick), time_limit_seconds) if quick else ""
+    rows = rows_of(case.vocabulary, case.slots)
+    found: dict[str, Any] = {
+        "vocabulary": case.vocabulary,
+        "slots": case.slots,
+        "labelled_share": sum(row.trained_tokens for row in rows) / (len(rows) * case.slots),
+        "documents_per_row": sum(len(row.document_lengths) for row in rows) / len(rows),
+        "ways": alone,
+    }
+    if isinstance(together, dict):
+        found |= together
+    elif together:
+        found["hindered"] = together
+    return found
+
+
+def seconds_cell(found: dict[str, Any], way: str) -> str:
+    """Return what a table says of a way's time: the median, or in brackets its one step, or what hindered."""
+    alone = found["ways"][way]
+    if isinstance(alone, str):
+        return alone
+    repeated = found.get("seconds", {}).get(way)
+    return f"{median(repeated):.2f}" if repeated else f"({alone['seconds']:.1f})"
+
+
+def memory_cell(found: dict[str, Any], way: str) -> str:
+    """Return what a table says of a way's peak memory, in MiB."""
+    alone = found["ways"][way]
+    return alone if isinstance(alone, str) else f"{alone['mib']:,.0f}"
+
+
+def ratio(found: dict[str, Any], slow: str, fast: str) -> float | None:
+    """Return how many times as fast one way is as another: the median of the rounds, or of their one step."""
+    repeated = found.get("seconds", {})
+    if slow in repeated and fast in repeated:
+        return median(a / b for a, b in zip(repeated[slow], repeated[fast], strict=True))
+    if isinstance(found["ways"][slow], str) or isinstance(found["ways"][fast], str):
+        return None
+    return float(found["ways"][slow]["seconds"] / found["ways"][fast]["seconds"])
+
+
+def ratio_cell(found: dict[str, Any], slow: str, fast: str) -> str:
+    """Return what a table says of a ratio."""
+    value = ratio(found, slow, fast)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def say_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print a table in Markdown."""
+    for cells in (header, ["---"] * len(header), *rows):
+        say(f"| {' | '.join(cells)} |")
+
+
+def in_fresh_process(case: Case, time_limit_seconds: float) -> dict[str, Any] | str:
+    """Measure in a process of its own, which may take all memory that is free now but two GiB.
+
+    Returns:
+        What it printed, or in words what hindered it.
+    """
+    command = [sys.executable, "-m", "tests.benchmarks.step", json.dumps(asdict(case))]
+    limit = _available_bytes() - _LEFT_FREE_BYTES
+    try:
+        done = subprocess.run(
+            [*command, str(limit)], cwd=ROOT, capture_output=True, text=True, check=False,
+            timeout=time_limit_seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"more than {time_limit_seconds:.0f} s"
+    if "can't allocate memory" in done.stderr or "MemoryError" in done.stderr:
+        return f"more than {limit / 2**30:.0f} GiB"
+    if done.returncode:
+        raise RuntimeError(f"{case} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _limit_memory(further_bytes: int) -> None:
+    """Let an allocation fail here rather than have the kernel end a process of its choice."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (held + further_bytes, held + further_bytes))
+
+
+def main() -> None:
+    """Measure one case and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", help="the fields of `Case`, as JSON")
+    parser.add_argument("limit", type=int, help="bytes that may be taken")
+    arguments = parser.parse_args()
+    fields = json.loads(arguments.case)
+    _limit_memory(arguments.limit)
+    torch.set_num_threads(_THREADS)
+    case = Case(**{**fields, "ways": tuple(fields["ways"])})
+    say(json.dumps(one_step(case) if case.alone else turns(case)))
+
+
+if __name__ == "__main__":
+    main()
