@@ -236,7 +236,7 @@ ACTIONS: dict[str, Callable[[Task], Answer]] = {
 }
 
 
-def main(folder: Path, actions: dict[str, Callable[[Task], Answer]] = ACTIONS) -> None:
+def main(folder: Path, actions: dict[str, Callable[[Task], Answer]]) -> None:
     """Run the tasks of a folder, and write the answers beside them."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
