@@ -6,24 +6,32 @@ boundaries travel as a keyword argument of the model's forward call down to each
 On CUDA one variable-length flash call serves the whole row. Elsewhere, documents of like length are batched
 into one dense causal call each. A document may be padded at its end for that: under a causal mask no real
 token ever sees what comes after it, so the result is exact.
+
+Sliding windows and capped scores are computed; whatever else a model asks of its attention is refused.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from orchestrator.errors import SpecError
+from orchestrator.model.dense import Scoring, attend
 from orchestrator.parallel.ulysses import SequenceGroup
 
 IMPLEMENTATION = "documents"
 Kernel = Literal["flash", "sdpa"]
+_NOT_COMPUTED = {
+    "s_aux": "attention sinks",
+    "position_bias": "a bias by position",
+    "head_mask": "a mask of heads",
+}
 
 
 @dataclass(frozen=True)
@@ -110,12 +118,30 @@ def _rounded(length: int) -> int:
     return -(-length // grain) * grain
 
 
+@dataclass(frozen=True)
+class Mask:
+    """Stands where transformers would build a mask of T x T, and says what that mask would let through.
+
+    Attributes:
+        window: Tokens that a token sees, itself included; None means all before it.
+    """
+
+    window: int | None
+
+    def __getattr__(self, name: str) -> Any:
+        """Tell why, where a model works on the mask itself."""
+        raise AttributeError(
+            f"the model asks for `{name}` of its attention mask, which is never built here; this "
+            "architecture is not supported"
+        )
+
+
 def document_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Mask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     documents: Documents | None = None,
@@ -124,15 +150,15 @@ def document_attention(
     """Attend within each document, in the form in which transformers calls an attention function.
 
     Args:
-        module: The layer that calls; only named in errors.
+        module: The layer that calls.
         query: Shape [1, heads, T, head_dim]; T is this worker's part of the row, if several share it.
         key: Shape [1, kv_heads, T, head_dim]; heads is a multiple of kv_heads.
         value: As key; its head_dim may differ, and is that of the output.
-        attention_mask: Must be None; boundaries come from `documents`.
+        attention_mask: What `_mask` gave, or None; boundaries come from `documents`.
         scaling: Factor of the scores; None means head_dim ** -0.5.
         dropout: Probability of dropping an attention weight.
         documents: The boundaries.
-        **kwargs: What the model passes besides; variants of attention that are not supported are refused.
+        **kwargs: What the model passes besides: `sliding_window`, `softcap`; other variants are refused.
 
     Returns:
         Output of shape [1, T, heads, head_dim], and None for the weights.
@@ -141,39 +167,61 @@ def document_attention(
         ValueError: The architecture does not hand boundaries down, or wants a variant that is not supported.
     """
     name = type(module).__name__
-    if documents is None or attention_mask is not None or query.shape[0] != 1:
+    is_masked = attention_mask is not None and not isinstance(attention_mask, Mask)
+    if documents is None or is_masked or query.shape[0] != 1:
         raise ValueError(
             f"{name} does not hand document boundaries down to its attention, so packed documents would see "
             "each other; this architecture is not supported"
         )
-    for kind, window in (("sliding window", kwargs.get("sliding_window")), ("chunk", _chunk(module))):
-        if window is not None and window < documents.longest:
-            raise ValueError(
-                f"{name} has a {kind} of {window} tokens, and a document has {documents.longest}; "
-                f"use data.max_length of at most {window}"
-            )
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(
-            f"{name} caps its scores or has attention sinks, which this attention does not compute"
-        )
-    attend = _flash if documents.kernel == "flash" else _dense
+    _refuse_variants(module, documents.longest, kwargs)
+    window = _window(name, attention_mask, kwargs.get("sliding_window"), documents.longest)
+    scoring = Scoring(scaling, dropout, window, kwargs.get("softcap"))
+    compute = _flash if documents.kernel == "flash" else _dense
     sequence = documents.sequence
     if sequence is None:
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return attend(q, k, v, documents, scaling, dropout).unsqueeze(0), None
+        return compute(q, k, v, documents, scoring).unsqueeze(0), None
     q, k, v = (sequence.to_heads(tensor) for tensor in (query, key, value))
-    return sequence.to_sequence(attend(q, k, v, documents, scaling, dropout)).unsqueeze(0), None
+    return sequence.to_sequence(compute(q, k, v, documents, scoring)).unsqueeze(0), None
 
 
-def _chunk(module: nn.Module) -> int | None:
-    """Return the size of the chunks that a layer attends within (Llama 4); only its configuration has it."""
-    size: int | None = getattr(getattr(module, "config", None), "attention_chunk_size", None)
-    return size
+def _refuse_variants(module: nn.Module, longest: int, options: Mapping[str, Any]) -> None:
+    """Refuse what is neither computed here nor without effect on documents of this length."""
+    name = type(module).__name__
+    chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)  # Llama 4
+    if chunk is not None and chunk < longest:
+        raise ValueError(
+            f"{name} has a chunk of {chunk} tokens, and a document has {longest}; use data.max_length of at "
+            f"most {chunk}"
+        )
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        raise ValueError(f"{name} is not causal: its tokens see what follows them, which cannot be trained")
+    asked = [option for option in _NOT_COMPUTED if options.get(option) is not None]
+    if asked:
+        raise ValueError(f"{name} passes {asked[0]} ({_NOT_COMPUTED[asked[0]]}), which is not computed here")
 
 
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, dropout: float
-) -> Tensor:
+def _window(name: str, mask: Tensor | Mask | None, passed: int | None, longest: int) -> int | None:
+    """Return the window of a layer, if it is shorter than a document.
+
+    Some layers are told their window; with others only the mask knows it. Where both speak they must agree.
+    """
+
+    def effective(window: int | None) -> int | None:
+        return window if window and window < longest else None
+
+    if not isinstance(mask, Mask):
+        return effective(passed)
+    window = effective(mask.window)
+    if passed is not None and effective(passed) != window:
+        raise ValueError(
+            f"{name} has a sliding window of {passed} tokens, and its mask one of {mask.window}, so that one "
+            "of them is not meant; this architecture is not supported"
+        )
+    return window
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scoring) -> Tensor:
     q, k, v = (tensor.index_select(0, documents.gather) for tensor in (q, k, v))
     outputs = []
     at = 0
@@ -183,41 +231,35 @@ def _dense(
             tensor[at : at + size].view(group.count, group.length, *tensor.shape[1:]).transpose(1, 2)
             for tensor in (q, k, v)
         )
-        attended = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            is_causal=True,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        outputs.append(attend(queries, keys, values, scoring).transpose(1, 2).flatten(0, 1))
         at += size
     return torch.cat(outputs).index_select(0, documents.scatter)
 
 
-def _flash(
-    q: Tensor, k: Tensor, v: Tensor, documents: Documents, scaling: float | None, dropout: float
-) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scoring) -> Tensor:
     bounds, longest = documents.bounds, documents.longest
+    # Flash counts the tokens before the one that looks, we and transformers that one as well.
+    window = (-1 if scoring.window is None else scoring.window - 1, 0)
     if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
 
         attended: Tensor = flash_attn_varlen_func(
-            q, k, v, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True
-        )
+            q, k, v, bounds, bounds, longest, longest, dropout_p=scoring.dropout,
+            softmax_scale=scoring.scaling, causal=True, window_size=window, softcap=scoring.softcap or 0.0,
+        )  # fmt: skip
         return attended
     from torch.nn.attention.varlen import varlen_attn
 
-    if dropout:
-        raise ValueError(
-            f"attention dropout {dropout} needs the package flash-attn; install the extra `cuda`"
-        )
+    for what, value in (("dropout", scoring.dropout), ("softcap", scoring.softcap)):
+        if value:
+            raise ValueError(
+                f"attention {what} {value} needs the package flash-attn on this kernel; install the extra "
+                "`cuda`, or use model.attention: sdpa, which is slower"
+            )
     grouped = q.shape[1] != k.shape[1]
     result = varlen_attn(
         q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest,
-        scale=scaling, window_size=(-1, 0), enable_gqa=grouped,
+        scale=scoring.scaling, window_size=window, enable_gqa=grouped,
     )  # fmt: skip
     return result if isinstance(result, Tensor) else result[0]
 
@@ -226,11 +268,30 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def kernel_for(wanted: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return the kernel that is used: flash takes bf16 and fp16 on CUDA devices of capability 8.0 and up."""
+def kernel_for(
+    wanted: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype, config: Any = None
+) -> Kernel:
+    """Return the kernel that is used: flash takes bf16 and fp16 on CUDA devices of capability 8.0 and up.
+
+    Args:
+        wanted: What the job says.
+        device: Where it runs.
+        dtype: Number format of the model.
+        config: The model's; some of what it may ask for, only the package flash-attn computes on flash.
+
+    Raises:
+        SpecError: Flash is wanted for what the package would have to compute, and it is not installed.
+    """
+    asked = {name: getattr(config, name, None) for name in ("attn_logit_softcapping", "attention_dropout")}
+    beyond_torch = [] if _has_flash_attn() else [f"{name}={value}" for name, value in asked.items() if value]
+    if wanted == "flash" and beyond_torch:
+        raise SpecError(
+            f"model.attention=flash cannot compute {beyond_torch[0]} without the package flash-attn; install "
+            "the extra `cuda`, or use attention: auto"
+        )
     if wanted != "auto":
         return wanted
-    able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not beyond_torch
     return "flash" if able and torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
 
 
@@ -239,8 +300,18 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, document_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Stand where transformers would build a mask of T x T."""
+def _mask(*args: Any, **kwargs: Any) -> Mask:
+    """Say which mask of T x T transformers would build here.
+
+    Raises:
+        ValueError: It would not be causal, or a model changes it.
+    """
+    # Only masks that look both ways are offered to be left out on that account; only masks that a model
+    # changes itself need vmap.
+    if "allow_is_bidirectional_skip" in kwargs or kwargs.get("use_vmap"):
+        name = type(kwargs.get("config")).__name__
+        raise ValueError(f"the attention mask of {name} is not plainly causal; it is not supported")
+    return Mask(kwargs.get("local_size"))

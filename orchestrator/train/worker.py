@@ -84,7 +84,7 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
         layout=brief.layout,
         sequence=ulysses.join(brief.layout, job.run.collective_timeout_seconds),
         device=device,
-        kernel=kernel_for(job.model.attention, device, dtype),
+        kernel=kernel_for(job.model.attention, device, dtype, model.config),
         shape=ModelShape.from_config(load_config(job.model).to_dict()),
         head=TiledHead(model, job.model.loss_tile_tokens) if job.model.loss_tile_tokens else None,
     )

@@ -36,8 +36,9 @@ HALF_BILLION = {
 }
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 333, 1024])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
-def test_flash_equals_dense_in_output_and_gradient(kv_heads: int) -> None:
+def test_flash_equals_dense_in_output_and_gradient(kv_heads: int, window: int | None) -> None:
     device, tokens = torch.device("cuda"), sum(LENGTHS)
     generator = torch.Generator(device).manual_seed(0)
     make = lambda heads: torch.randn(1, heads, tokens, 64, generator=generator, device=device)  # noqa: E731
@@ -46,7 +47,9 @@ def test_flash_equals_dense_in_output_and_gradient(kv_heads: int) -> None:
     for kernel, dtype in (("sdpa", torch.float32), ("flash", torch.bfloat16)):
         inputs = [tensor.to(dtype).requires_grad_() for tensor in base]
         documents = Documents.of(LENGTHS, kernel, device)  # type: ignore[arg-type]
-        output, _ = document_attention(torch.nn.Identity(), *inputs, None, documents=documents)
+        output, _ = document_attention(
+            torch.nn.Identity(), *inputs, None, documents=documents, sliding_window=window
+        )
         output.float().square().sum().backward()
         results[kernel] = [output, *(tensor.grad for tensor in inputs)]
     for dense, flash in zip(results["sdpa"], results["flash"], strict=True):

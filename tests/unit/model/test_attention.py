@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from orchestrator.errors import SpecError
 from orchestrator.model import attention
 from orchestrator.model.attention import Documents, document_attention
 
@@ -154,19 +156,64 @@ def test_more_than_one_row_is_refused() -> None:
         document_attention(nn.Identity(), *rows, None, documents=Documents.of([6, 3], "sdpa", CPU))
 
 
-def test_a_window_that_cuts_a_document_is_refused_and_one_that_does_not_is_taken() -> None:
+def test_chunks_that_cut_a_document_are_refused_and_others_have_no_effect() -> None:
     documents = Documents.of([6, 3], "sdpa", CPU)
-    sentence = refused(documents=documents, sliding_window=5)
-    assert "sliding window of 5 tokens, and a document has 6; use data.max_length of at most 5" in sentence
+    layer = nn.Linear(1, 1)
+    layer.config = SimpleNamespace(attention_chunk_size=5)  # type: ignore[assignment]
     parts = tensors([6, 3], 2, 2, torch.float32)
-    assert torch.equal(packed(*parts, [6, 3], sliding_window=6), packed(*parts, [6, 3]))
+    with pytest.raises(ValueError, match="chunk of 5 tokens, and a document has 6; use"):
+        document_attention(layer, *parts, None, documents=documents)
+    layer.config.attention_chunk_size = 6  # type: ignore[assignment]
+    output, _ = document_attention(layer, *parts, None, documents=documents)
+    assert torch.equal(output, packed(*parts, [6, 3]))
 
 
-@pytest.mark.parametrize("option", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}])
-def test_variants_that_are_not_computed_are_refused(option: dict[str, Any]) -> None:
-    assert "caps its scores or has attention sinks" in refused(
-        documents=Documents.of([6, 3], "sdpa", CPU), **option
-    )
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"s_aux": torch.zeros(2)}, "passes s_aux (attention sinks)"),
+        ({"position_bias": torch.zeros(2)}, "passes position_bias"),
+        ({"is_causal": False}, "is not causal"),
+    ],
+)
+def test_variants_that_are_not_computed_are_refused(option: dict[str, Any], reason: str) -> None:
+    assert reason in refused(documents=Documents.of([6, 3], "sdpa", CPU), **option)
+
+
+def test_a_layer_that_is_not_causal_is_refused() -> None:
+    layer = nn.Linear(1, 1)
+    layer.is_causal = False  # type: ignore[assignment]
+    parts = tensors([6, 3], 2, 2, torch.float32)
+    with pytest.raises(ValueError, match="Linear is not causal"):
+        document_attention(layer, *parts, None, documents=Documents.of([6, 3], "sdpa", CPU))
+
+
+def test_a_window_that_only_the_mask_knows_is_taken() -> None:
+    parts, lengths = tensors([20, 9], 4, 2, torch.float32), [20, 9]
+    documents = Documents.of(lengths, "sdpa", CPU)
+    output, _ = document_attention(nn.Identity(), *parts, attention.Mask(5), documents=documents)
+    assert torch.equal(output, packed(*parts, lengths, sliding_window=5))
+
+
+def test_a_layer_and_a_mask_that_do_not_agree_on_the_window_are_refused() -> None:
+    documents = Documents.of([6, 3], "sdpa", CPU)
+    sentence = refused(documents=documents, attention_mask=attention.Mask(None), sliding_window=5)
+    assert "sliding window of 5 tokens, and its mask one of None" in sentence
+    parts = tensors([6, 3], 2, 2, torch.float32)
+    document_attention(
+        nn.Identity(), *parts, attention.Mask(None), documents=documents, sliding_window=6
+    )  # has no effect on these documents, so there is nothing to disagree about
+
+
+def test_a_model_that_works_on_its_mask_is_told_why_it_cannot() -> None:
+    with pytest.raises(AttributeError, match="asks for `shape` of its attention mask"):
+        attention.Mask(None).shape  # noqa: B018
+
+
+@pytest.mark.parametrize("mask", [{"use_vmap": True}, {"allow_is_bidirectional_skip": True}])
+def test_a_mask_that_is_not_plainly_causal_is_refused(mask: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="the attention mask of int is not plainly causal"):
+        attention._mask(config=3, **mask)
 
 
 # In a whole model
@@ -227,3 +274,20 @@ def test_which_kernel_is_used() -> None:
     assert attention.kernel_for("sdpa", torch.device("cuda"), torch.bfloat16) == "sdpa"
     assert attention.kernel_for("flash", CPU, torch.float32) == "flash"
     assert attention.kernel_for("auto", torch.device("cuda"), torch.float32) == "sdpa"
+
+
+@pytest.mark.parametrize("asks", [{"attn_logit_softcapping": 50.0}, {"attention_dropout": 0.1}])
+def test_what_torch_s_flash_does_not_compute_goes_to_another_kernel(
+    asks: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    gpu, plain = torch.device("cuda"), {"attn_logit_softcapping": None, "attention_dropout": 0.0}
+    config = SimpleNamespace(**{**plain, **asks})
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
+    assert attention.kernel_for("auto", gpu, torch.bfloat16, SimpleNamespace(**plain)) == "flash"
+    assert attention.kernel_for("auto", gpu, torch.bfloat16, config) == "sdpa"
+    with pytest.raises(SpecError, match="without the package flash-attn; install the extra `cuda`"):
+        attention.kernel_for("flash", gpu, torch.bfloat16, config)
+    monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
+    assert attention.kernel_for("auto", gpu, torch.bfloat16, config) == "flash"
+    assert attention.kernel_for("flash", gpu, torch.bfloat16, config) == "flash"

@@ -1,0 +1,105 @@
+"""Causal attention over a batch of sequences of one length, where no flash kernel is at hand.
+
+A sliding window and capped scores are computed a block of queries at a time, each with the keys that it can
+see. So a window costs T x window and not T x T, and no mask or matrix of scores grows with the square of the
+length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+_QUERIES_AT_ONCE = 512
+_LEAST_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a query weighs the keys before it.
+
+    Attributes:
+        scaling: Factor of the scores; None means head_dim ** -0.5.
+        dropout: Probability of dropping a weight.
+        window: Tokens that a token sees, itself included; None means all before it.
+        softcap: Scores s become softcap * tanh(s / softcap), after `scaling`; None leaves them.
+    """
+
+    scaling: float | None = None
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+    """Return causal attention of sequences of one length.
+
+    Args:
+        queries: Shape [sequences, heads, length, head_dim].
+        keys: Shape [sequences, kv_heads, length, head_dim]; heads is a multiple of kv_heads.
+        values: As keys; head_dim may differ.
+        scoring: How keys are weighed.
+
+    Returns:
+        Shape [sequences, heads, length, head_dim of the values].
+    """
+    length = queries.shape[2]
+    window = length if scoring.window is None else min(scoring.window, length)
+    if scoring.softcap is None and window == length:
+        return _fused(queries, keys, values, None, scoring)
+    block = max(_LEAST_BLOCK, _QUERIES_AT_ONCE // len(queries))
+    earlier = -(-(window - 1) // block)  # blocks before its own that a query may see into
+    query_blocks, key_blocks, value_blocks = (
+        torch.split(tensor, block, dim=2) for tensor in (queries, keys, values)
+    )
+    outputs = []
+    for number, chosen in enumerate(query_blocks):
+        start = max(0, number - earlier)
+        k, v = (torch.cat(blocks[start : number + 1], dim=2) for blocks in (key_blocks, value_blocks))
+        # How far each key lies behind each query.
+        rows = torch.arange(chosen.shape[2], device=chosen.device) + (number - start) * block
+        behind = rows[:, None] - torch.arange(k.shape[2], device=chosen.device)
+        visible = (behind >= 0) & (behind < window)
+        if scoring.softcap is None:
+            outputs.append(_fused(chosen, k, v, visible, scoring))
+        else:
+            outputs.append(_capped_again(chosen, k, v, visible, scoring, scoring.softcap))
+    return torch.cat(outputs, dim=2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scoring: Scoring) -> Tensor:
+    return functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scoring.scaling,
+        dropout_p=scoring.dropout,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _capped_again(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: Scoring, cap: float) -> Tensor:
+    """Compute the scores of a block again in the backward pass instead of keeping those of all blocks."""
+    keeps_noise = scoring.dropout > 0
+    attended: Tensor = checkpoint(
+        _capped, q, k, v, visible, scoring, cap, use_reentrant=False, preserve_rng_state=keeps_noise
+    )
+    return attended
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: Scoring, cap: float) -> Tensor:
+    """Attend with capped scores, which no fused kernel of torch computes; softmax is in fp32 at least."""
+    scaling = q.shape[3] ** -0.5 if scoring.scaling is None else scoring.scaling
+    groups = (q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2])  # third: heads that share keys
+    rows = q.reshape(*groups, q.shape[3]).flatten(2, 3)
+    scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * scaling
+    scores = (torch.tanh(scores / cap) * cap).view(*groups, k.shape[2])
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(q.dtype)
+    weights = functional.dropout(weights, scoring.dropout)
+    return (weights.flatten(2, 3) @ v).view(*groups, v.shape[3]).flatten(1, 2)
