@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Literal
 
 import torch
@@ -11,12 +10,12 @@ from torch import nn
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
+from orchestrator.model.support import length_problem, obstacle_in_config, obstacle_in_model
 from orchestrator.paths import resolve
 from orchestrator.spec import ModelSpec
 
-# In these kinds of layer all that passes between tokens is attention; others carry a state across documents.
-_SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CANNOT_BUILD = (OSError, ValueError, KeyError)
 
 
 def torch_dtype(dtype: Literal["bf16", "fp16", "fp32"]) -> torch.dtype:
@@ -40,6 +39,48 @@ def load_config(model: ModelSpec) -> Any:
             f"model.path={model.path} is no model that can be loaded ({reason}); name a folder with a "
             "config.json, or a hub model"
         ) from None
+
+
+def require_supported(model: ModelSpec, max_length: int) -> None:
+    """Refuse a model that packed documents of up to `max_length` tokens cannot be trained with.
+
+    The model is built without memory for its weights, so that this can be asked before anything is paid for.
+
+    Raises:
+        SpecError: What stands in the way, and the remedy.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model)
+    if problem := obstacle_in_config(config) or length_problem(config, max_length):
+        raise _refusal(model, problem)
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, **_options(model, torch.bfloat16))
+    except _CANNOT_BUILD as error:
+        raise _refusal(model, _not_built(error)) from None
+    except (RuntimeError, NotImplementedError):
+        return  # code of its own that needs real memory; the workers will tell
+    if problem := obstacle_in_model(built):
+        raise _refusal(model, problem)
+
+
+def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+    attention.register()
+    return {
+        "dtype": dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "attn_implementation": attention.IMPLEMENTATION,
+    }
+
+
+def _not_built(error: BaseException) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return f"cannot be built as a causal LM ({reason})"
+
+
+def _refusal(model: ModelSpec, problem: str) -> SpecError:
+    return SpecError(f"model.path={model.path} {problem}")
 
 
 def build_model(
@@ -71,29 +112,22 @@ def build_model(
     from transformers.integrations import HfDeepSpeedConfig
 
     config = load_config(model)
-    attention.register()
+    if obstacle := obstacle_in_config(config):
+        raise _refusal(model, obstacle)
     # transformers reads this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-    options = {
-        "dtype": dtype,
-        "trust_remote_code": model.trust_remote_code,
-        "attn_implementation": attention.IMPLEMENTATION,
-    }
+    options = _options(model, dtype)
     try:
         if model.weights == "random" or not load_weights:
             built = _random(config, options, seed, partitioned is not None)
         else:
             path = str(resolve(model.path))
             built = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SpecError(f"model.path={model.path} cannot be built as a causal LM ({reason})") from None
+    except _CANNOT_BUILD as error:
+        raise _refusal(model, _not_built(error)) from None
     del partitioned
-    if obstacle := _obstacle(built):
-        raise SpecError(
-            f"model.path={model.path}: {type(built).__name__} {obstacle}; use a decoder-only transformer "
-            "that is part of transformers, such as Llama, Mistral, Qwen or Phi"
-        )
+    if obstacle := obstacle_in_model(built):
+        raise _refusal(model, obstacle)
     checkpoint_layers(built, model.gradient_checkpointing, offload_activations)
     if model.mlp_tile_tokens:
         tile_mlps(built, model.mlp_tile_tokens)
@@ -118,16 +152,3 @@ def _random(config: Any, options: dict[str, Any], seed: int, partitioned: bool) 
     built.initialize_weights()
     built.tie_weights()
     return built
-
-
-def _obstacle(model: Any) -> str | None:
-    """Return why documents of one pack could not be kept apart in a model, or their loss not computed."""
-    if not model._supports_attention_backend:
-        return "does not let its attention be replaced, so packed documents would see each other"
-    mixing = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _SEPARABLE_LAYERS
-    if mixing:
-        kinds = ", ".join(sorted(mixing))
-        return f"has layers of kind {kinds}, which carry a state from one packed document into the next"
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return "cannot compute logits at chosen positions"
-    return None

@@ -26,7 +26,7 @@ from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import Note, tokenize_sources
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
 from orchestrator.metrics.exporter import endpoint_error
-from orchestrator.model.build import load_config
+from orchestrator.model.build import load_config, require_supported
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
@@ -83,6 +83,7 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     watch, note = tell
+    require_supported(job.model, job.data.max_length)
     _require_shareable(job, device, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orchestrator.data.loader import MicroBatch
 from orchestrator.errors import SpecError
 from orchestrator.model.attention import Documents, document_attention
-from orchestrator.model.build import build_model
+from orchestrator.model.build import build_model, require_supported
 from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.spec import ModelSpec
 
@@ -27,13 +29,61 @@ LET_IN = [
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma3_text", "phi3", "gpt_neox",
     "olmo2", "granite", "smollm3", "cohere2", "starcoder2",
 ]  # fmt: skip
-REFUSED = {
-    "mamba": "does not let its attention be replaced",
-    "bloom": "does not let its attention be replaced",
-    "qwen3_next": "does not let its attention be replaced",
-    "recurrent_gemma": "has layers of kind linear_attention",
-    "minimax": "has layers of kind linear_attention",
+WINDOW = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}
+# With some of these, only the mask knows the window of a layer, and the layer itself does not pass it on.
+WINDOWED = [
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "phimoe",
+    "olmo3",
+]
+MIXING = "has layers of kind linear_attention"
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mamba": ("mamba", {}, MIXING),
+    "bloom": ("bloom", {}, "does not let its attention be replaced"),
+    "qwen3_next": ("qwen3_next", {}, MIXING),
+    "recurrent_gemma": ("recurrent_gemma", {}, MIXING),
+    "minimax": ("minimax", {}, MIXING),
+    "sinks": ("gpt_oss", {}, "has attention sinks"),
+    "place in the pack": ("llama4_text", {}, "scales attention by a token's place in the pack"),
+    "both ways": ("bert", {}, "has attention that is not causal"),
+    "both ways by choice": ("gemma3_text", {"use_bidirectional_attention": True}, "see what follows them"),
+    "images": ("gemma3", {}, "is a model of more than text"),
+    "images beside text": ("phi4_multimodal", {}, "is a model of more than text"),
+    "text in two parts": ("musicgen", {}, "is no model that can be loaded|is a model of more than text"),
 }
+LONG_ONLY: dict[str, tuple[str, dict[str, Any], str]] = {
+    "chunks": (
+        "llama4_text",
+        {"attention_chunk_size": 64, "attn_temperature_tuning": False},
+        "within chunks of 64 tokens .* use data.max_length of at most 64",
+    ),
+    "dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        },
+        "type dynamic: a document longer than max_position_embeddings=64 .* at most 64",
+    ),
+    "longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+                "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            },
+        },
+        "type longrope: a document longer than original_max_position_embeddings=64 .* at most 64",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value_dim", [8, 12])
@@ -67,9 +117,12 @@ def _by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
     return scores.masked_fill(later, -torch.inf).softmax(-1) @ value
 
 
-@pytest.mark.parametrize("family", LET_IN)
-def test_packed_loss_is_that_of_single_documents(family: str, tmp_path: Path) -> None:
-    AutoConfig.for_model(family, **SIZES).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("family", "window"), [*((family, {}) for family in LET_IN), *((family, WINDOW) for family in WINDOWED)]
+)
+def test_packed_loss_is_that_of_single_documents(family: str, window: dict[str, Any], tmp_path: Path) -> None:
+    AutoConfig.for_model(family, **SIZES, **window).save_pretrained(tmp_path)
+    require_supported(_spec(tmp_path), 64)
     built = _build(tmp_path).eval()
     plain = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(tmp_path), attn_implementation="eager"
@@ -82,16 +135,36 @@ def test_packed_loss_is_that_of_single_documents(family: str, tmp_path: Path) ->
     assert packed == pytest.approx(alone, rel=1e-6)
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_an_architecture_that_mixes_documents_is_refused(family: str, tmp_path: Path) -> None:
-    AutoConfig.for_model(family, **SIZES).save_pretrained(tmp_path)
-    with pytest.raises(SpecError, match=REFUSED[family]):
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_architecture_that_is_not_computed_is_refused_by_driver_and_worker(
+    case: str, tmp_path: Path
+) -> None:
+    family, changes, reason = REFUSED[case]
+    config: dict[str, Any] = {"model_type": family}
+    if family != "musicgen":
+        config = AutoConfig.for_model(family, **SIZES, **changes).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(SpecError, match=reason):
+        require_supported(_spec(tmp_path), 64)
+    with pytest.raises(SpecError, match=reason):
         _build(tmp_path)
 
 
+@pytest.mark.parametrize("case", LONG_ONLY)
+def test_what_only_long_documents_would_break_is_refused_for_them_alone(case: str, tmp_path: Path) -> None:
+    family, changes, reason = LONG_ONLY[case]
+    AutoConfig.for_model(family, **{**SIZES, **changes}).save_pretrained(tmp_path)
+    require_supported(_spec(tmp_path), 64)
+    with pytest.raises(SpecError, match=reason):
+        require_supported(_spec(tmp_path), 65)
+
+
+def _spec(folder: Path) -> ModelSpec:
+    return ModelSpec(path=str(folder), weights="random", gradient_checkpointing=False)
+
+
 def _build(folder: Path) -> torch.nn.Module:
-    spec = ModelSpec(path=str(folder), weights="random", gradient_checkpointing=False)
-    return build_model(spec, torch.float32, seed=0, ds_config={"zero_optimization": {"stage": 2}})
+    return build_model(_spec(folder), torch.float32, seed=0, ds_config={"zero_optimization": {"stage": 2}})
 
 
 def _packed(documents: list[np.ndarray]) -> MicroBatch:

@@ -1,0 +1,104 @@
+"""What a model may be made of for its packed documents to stay apart, and what is refused, with the reason.
+
+Most reasons stand in the configuration, and so come before a worker is started. Layers that only show what
+they need while they run are refused by `orchestrator.model.attention`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+# In these kinds of layer all that passes between tokens is attention; others carry a state across documents.
+_SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+_ANOTHER_MODEL = (
+    "use a decoder-only transformer that is part of transformers, such as Llama, Mistral, Qwen, Gemma or Phi"
+)
+
+
+def obstacle_in_config(config: Any) -> str | None:
+    """Return why a configuration describes no model that can be trained here, with the remedy."""
+    if _is_composite(config):
+        return (
+            f"is a model of more than text (model_type={config.model_type}); use a text-only model, such as "
+            "one of model_type gemma3_text instead of gemma3"
+        )
+    mixing = set(getattr(config, "layer_types", None) or ()) - _SEPARABLE_LAYERS
+    if mixing:
+        kinds = ", ".join(sorted(mixing))
+        return (
+            f"has layers of kind {kinds}, which carry a state from one packed document into the next; "
+            f"{_ANOTHER_MODEL}"
+        )
+    for name, wrong in (("use_bidirectional_attention", True), ("is_causal", False)):
+        if getattr(config, name, not wrong) == wrong:
+            return f"lets tokens see what follows them ({name}={wrong}); {_ANOTHER_MODEL}"
+    if getattr(config, "attn_temperature_tuning", False):
+        return (
+            "scales attention by a token's place in the pack and not in its document "
+            f"(attn_temperature_tuning); {_ANOTHER_MODEL}"
+        )
+    return None
+
+
+def _is_composite(config: Any) -> bool:
+    """Tell whether a model takes images or sound, or is made of several models."""
+    if any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config")):
+        return True
+    try:
+        return config.get_text_config() is not config
+    except ValueError:  # more than one of its parts reads text
+        return True
+
+
+def obstacle_in_model(model: Any) -> str | None:
+    """Return why documents could not be kept apart in a model, or their loss not computed, and the remedy.
+
+    Args:
+        model: A causal LM of transformers; it may be on the meta device.
+    """
+    if reason := obstacle_in_config(model.config):
+        return reason
+    if not model._supports_attention_backend:
+        reason = "does not let its attention be replaced, so packed documents would see each other"
+    elif "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        reason = "cannot compute logits at chosen positions"
+    elif any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        reason = "has attention sinks, which are not computed here"
+    elif any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        reason = "has attention that is not causal, so tokens would see what follows them"
+    return f"{reason}; {_ANOTHER_MODEL}" if reason else None
+
+
+def length_problem(config: Any, max_length: int) -> str | None:
+    """Return why documents of up to `max_length` tokens cannot be packed with this model.
+
+    Llama 4's chunks are not computed. Position embeddings that stretch with the longest sequence of a row
+    would let a long document change its neighbours.
+    """
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk < max_length:
+        return (
+            f"attends within chunks of {chunk} tokens (attention_chunk_size), which is not computed here; "
+            f"use data.max_length of at most {chunk}"
+        )
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind not in ("dynamic", "longrope"):
+            continue
+        key = "original_max_position_embeddings" if kind == "longrope" else "max_position_embeddings"
+        limit = rope.get(key) or getattr(config, key, None) or config.max_position_embeddings
+        if limit < max_length:
+            return (
+                f"has position embeddings of type {kind}: a document longer than {key}={limit} would change "
+                f"those of the others in its pack; use data.max_length of at most {limit}"
+            )
+    return None
+
+
+def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """Return the parameters of rotary embeddings; some models have several, by the kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [entry for entry in parameters.values() if isinstance(entry, Mapping)]
+    return nested or [parameters]

@@ -1,0 +1,46 @@
+"""A model that cannot be trained exactly is refused by the driver, before data are read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
+from orchestrator.train import driver
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "max_length", "reason"),
+    [
+        ("gpt_oss", {"num_local_experts": 2}, 64, "attention sinks"),
+        ("llama", {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
+         "rope_theta": 1e4}}, 64, "data.max_length of at most 32"),
+    ],
+)  # fmt: skip
+def test_a_model_is_refused_before_data_are_prepared(
+    family: str,
+    changes: dict[str, Any],
+    max_length: int,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(
+        family, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, intermediate_size=32, vocab_size=64, pad_token_id=0, **changes,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    job = JobSpec(
+        name="j",
+        model=ModelSpec(path=str(tmp_path), weights="random"),
+        data=DataSpec(train=(SourceSpec(path="d"),), max_length=max_length),
+        parallel=ParallelSpec(workers=1),
+        optim=OptimSpec(global_batch_size=1),
+    )
+    prepared: list[Any] = []
+    monkeypatch.setattr(driver, "_prepare_data", lambda *arguments: prepared.append(arguments))
+    with pytest.raises(SpecError, match=reason):
+        driver._train(job, "cpu", tmp_path, None, (print, print), 0.0)  # type: ignore[arg-type]
+    assert not prepared
