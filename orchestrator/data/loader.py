@@ -40,6 +40,7 @@ class MicroBatch:
         tokens: Real tokens, without padding.
         square_tokens: Sum of squared lengths of the real documents, which attention is paid for; of a part,
             its share.
+        real_lengths: Tokens of each real document of the whole row, padding left out.
     """
 
     input_ids: Int64Array
@@ -49,6 +50,7 @@ class MicroBatch:
     labels: Int64Array
     tokens: int
     square_tokens: float
+    real_lengths: tuple[int, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
@@ -171,6 +173,7 @@ class PackLoader:
             labels=input_ids[targets],
             tokens=int(np.count_nonzero(is_real[mine])),
             square_tokens=sum(size * size for size in real) / parts,
+            real_lengths=tuple(real),
         )
 
     def wait_factors(self) -> tuple[float, float]:

@@ -1,12 +1,14 @@
 """Floating-point operations of the work that was asked for, and of the work that was done.
 
 A matrix product of [m, k] and [k, n] counts 2 m k n. Attention is causal and stays inside documents, so a
-document of length L costs 2 d heads L^2 a layer for scores and values together, half of the full square. The
+document of length L costs 2 d heads L^2 a layer for scores and values together, half of the full square; in a
+layer with a sliding window w < L only the band of the square that is seen counts, 2 w L - w^2 for L^2. The
 backward pass costs twice the forward pass (Megatron-LM, arXiv 2104.04473; PaLM's MFU, arXiv 2204.02311).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,7 +42,20 @@ class ForwardFlops:
         return 3.0 * self.last_product
 
 
-def forward_flops(shape: ModelShape, tokens: int, square_tokens: float, scored_tokens: int) -> ForwardFlops:
+def square_within(lengths: Iterable[int], window: int) -> float:
+    """Return the part of the documents' squared lengths that a layer with a sliding window computes."""
+    return float(
+        sum(size * size if size <= window else 2 * window * size - window * window for size in lengths)
+    )
+
+
+def forward_flops(
+    shape: ModelShape,
+    tokens: int,
+    square_tokens: float,
+    scored_tokens: int,
+    windowed_square_tokens: float | None = None,
+) -> ForwardFlops:
     """Return the FLOPs of one forward pass.
 
     Args:
@@ -48,10 +63,14 @@ def forward_flops(shape: ModelShape, tokens: int, square_tokens: float, scored_t
         tokens: Real tokens, T.
         square_tokens: Sum of squared document lengths.
         scored_tokens: Positions at which the LM head is computed.
+        windowed_square_tokens: The part of them that layers with a window compute, from `square_within`; None
+            means all, as where no document is longer than the window.
     """
+    windowed = square_tokens if windowed_square_tokens is None else windowed_square_tokens
+    seen = (shape.layers - shape.windowed_layers) * square_tokens + shape.windowed_layers * windowed
     return ForwardFlops(
         linear=2.0 * shape.layers * shape.linear_parameters_per_layer * tokens,
-        attention=2.0 * shape.layers * shape.heads * shape.head_dim * square_tokens,
+        attention=2.0 * shape.heads * shape.head_dim * seen,
         head=2.0 * shape.hidden_size * shape.vocab_size * scored_tokens,
         last_product=2.0 * shape.layers * shape.hidden_size * shape.intermediate_size * tokens,
     )

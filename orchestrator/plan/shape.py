@@ -24,6 +24,10 @@ _GATED = frozenset(
 )
 
 
+# Of these, the families that apply `sliding_window` to every layer; the others name each layer's type.
+_ALL_LAYERS_WINDOWED = frozenset({"mistral", "phi3"})
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a gated (SwiGLU-type) decoder.
@@ -36,6 +40,8 @@ class ModelShape:
         head_dim: Width of a head, d.
         intermediate_size: Width of the MLP, i.
         vocab_size: Rows of the embedding and of the LM head, V.
+        windowed_layers: Layers whose tokens see `window` tokens only.
+        window: Tokens that a token of such a layer sees, itself included; 0 where there is none.
     """
 
     hidden_size: int
@@ -45,6 +51,8 @@ class ModelShape:
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    windowed_layers: int = 0
+    window: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape | None:
@@ -60,6 +68,7 @@ class ModelShape:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             intermediate_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
+            **_windows(config),
         )
 
     @property
@@ -67,3 +76,15 @@ class ModelShape:
         """Weights of one layer's matrices: q and o, k and v, and three of the MLP."""
         attention = 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
         return attention + 3 * self.hidden_size * self.intermediate_size
+
+
+def _windows(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many layers have a sliding window, and its size, in the form of the fields."""
+    window = config.get("sliding_window")
+    if not window:
+        return {}
+    if config["model_type"] in _ALL_LAYERS_WINDOWED:
+        count = config["num_hidden_layers"]
+    else:
+        count = list(config.get("layer_types") or ()).count("sliding_attention")
+    return {"windowed_layers": count, "window": window} if count else {}

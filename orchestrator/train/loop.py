@@ -16,7 +16,13 @@ from torch import distributed as dist
 
 from orchestrator.data.loader import MicroBatch, PackLoader
 from orchestrator.errors import TrainingError
-from orchestrator.metrics.flops import Recomputation, forward_flops, hardware_flops, model_flops
+from orchestrator.metrics.flops import (
+    Recomputation,
+    forward_flops,
+    hardware_flops,
+    model_flops,
+    square_within,
+)
 from orchestrator.metrics.meter import RankStep
 from orchestrator.model.attention import Kernel
 from orchestrator.model.loss import Inputs, TiledHead, loss_sum
@@ -169,11 +175,18 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
     """Return what this rank did in the step that is about to end."""
     model_work = hardware_work = 0.0
     if course.shape is not None:
-        model, stage = course.job.model, course.job.parallel.zero_stage
+        model, layout = course.job.model, course.layout
         for batch in work:
-            tiles = -(-len(batch.input_ids) // model.mlp_tile_tokens) if model.mlp_tile_tokens else 0
-            again = Recomputation(model.gradient_checkpointing, stage, course.head is not None, tiles)
-            forward = forward_flops(course.shape, batch.tokens, batch.square_tokens, batch.trained_tokens)
+            windowed = square_within(batch.real_lengths, course.shape.window) / layout.sequence_parallel_size
+            forward = forward_flops(
+                course.shape, batch.tokens, batch.square_tokens, batch.trained_tokens, windowed
+            )
+            again = Recomputation(
+                model.gradient_checkpointing,
+                course.job.parallel.zero_stage,
+                tiled_head=course.head is not None,
+                mlp_tiles=-(-len(batch.input_ids) // model.mlp_tile_tokens) if model.mlp_tile_tokens else 0,
+            )
             model_work += model_flops(forward)
             hardware_work += hardware_flops(forward, again)
     phases = clock.phases()

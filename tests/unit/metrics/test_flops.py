@@ -7,6 +7,7 @@ runs them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,14 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.data.loader import MicroBatch
-from orchestrator.metrics.flops import ForwardFlops, Recomputation, forward_flops, hardware_flops, model_flops
+from orchestrator.metrics.flops import (
+    ForwardFlops,
+    Recomputation,
+    forward_flops,
+    hardware_flops,
+    model_flops,
+    square_within,
+)
 from orchestrator.model import attention
 from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
@@ -166,3 +174,25 @@ def test_packing_pays_for_documents_and_not_for_the_pack() -> None:
     halves = forward_flops(SHAPE, 1024, 2 * 512**2, 0)
     assert halves.attention == whole.attention / 2
     assert halves.linear == whole.linear
+
+
+@pytest.mark.parametrize("window", [1, 7, 48, 64, 119, 120])
+def test_a_window_counts_the_pairs_that_it_lets_see_each_other(window: int) -> None:
+    behind = np.arange(120)[:, None] - np.arange(120)
+    for length in LENGTHS:
+        within = behind[:length, :length]
+        pairs = np.count_nonzero((within >= 0) & (within < window))
+        # A squared length is twice its pairs, but for the diagonal, which it has once.
+        assert square_within([length], window) == 2 * pairs - min(length, window)
+    assert square_within(LENGTHS, window) == sum(square_within([length], window) for length in LENGTHS)
+
+
+def test_only_layers_with_a_window_are_counted_by_it() -> None:
+    shape = replace(SHAPE, windowed_layers=2, window=16)
+    squares, windowed = sum(length**2 for length in LENGTHS), square_within(LENGTHS, 16)
+    assert windowed < squares / 2
+    found = forward_flops(shape, sum(LENGTHS), squares, SCORED, windowed)
+    assert found.attention == FORWARD.attention * (squares + 2 * windowed) / (3 * squares)
+    assert (found.linear, found.head) == (FORWARD.linear, FORWARD.head)
+    assert forward_flops(shape, sum(LENGTHS), squares, SCORED) == FORWARD
+    assert forward_flops(SHAPE, sum(LENGTHS), squares, SCORED, 0.0) == FORWARD

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.paths import resolve
 from orchestrator.plan import shape as module
@@ -49,7 +50,6 @@ def test_the_builtin_model_has_a_shape() -> None:
 
 @pytest.mark.parametrize("family", sorted(module._GATED))
 def test_each_family_has_the_matrices_that_are_counted(family: str) -> None:
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
@@ -63,3 +63,34 @@ def test_each_family_has_the_matrices_that_are_counted(family: str) -> None:
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name}
     assert sum(p.numel() for p in matrices.values()) == shape.layers * shape.linear_parameters_per_layer
     assert tuple(model.get_output_embeddings().weight.shape) == (shape.vocab_size, shape.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {"sliding_window": 16}, (0, 0)),
+        ("mistral", {"sliding_window": 16}, (3, 16)),
+        ("mistral", {"sliding_window": None}, (0, 0)),
+        ("phi3", {"sliding_window": 16, "head_dim": 16}, (3, 16)),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, (0, 0)),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, (2, 16)),
+        ("qwen3", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, (1, 16)),
+        ("gemma2", {"sliding_window": 16}, (2, 16)),
+        ("gemma3_text", {"sliding_window": 16, "sliding_window_pattern": 2}, (2, 16)),
+    ],
+)
+def test_layers_with_a_window_are_those_that_transformers_gives_one(
+    family: str, changes: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    config = AutoConfig.for_model(family, **{**sizes, **changes}, pad_token_id=0)
+    shape = ModelShape.from_config(config.to_dict())
+    assert shape is not None
+    assert (shape.windowed_layers, shape.window) == expected
+    if family not in ("llama", "mistral", "phi3"):  # whose layers do not keep it
+        with torch.device("meta"):
+            layers = AutoModelForCausalLM.from_config(config).model.layers
+        found = [layer.self_attn.sliding_window for layer in layers]
+        assert found.count(16) == expected[0]
