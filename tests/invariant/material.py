@@ -54,6 +54,16 @@ def write_model(folder: Path, **changes: Any) -> None:
     LlamaForCausalLM(LlamaConfig(**{**CONFIG, **changes})).save_pretrained(folder)
 
 
+def write_model_of(family: str, folder: Path, **changes: Any) -> None:
+    """Write a tiny random model of any family, with the sizes of the tiny Llama."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(SEED)
+    sizes = {name: value for name, value in CONFIG.items() if name not in ("architectures", "model_type")}
+    config = AutoConfig.for_model(family, **{**sizes, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 def write_documents(folder: Path, count: int, seed: int) -> None:
     """Write a store of random documents; every ninth has nothing to train on, as a cut-off prompt has."""
     generator = np.random.default_rng(seed)

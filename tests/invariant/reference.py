@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from orchestrator.data.corpus import Corpus, Document
 from orchestrator.spec import JobSpec
@@ -41,7 +42,7 @@ class Reference:
 def train(document: dict[str, Any], data: Path, held_out: Path | None = None) -> Reference:
     """Train as a job says, with `workers` and `parallel` left aside."""
     job = JobSpec.model_validate_json(json.dumps(document))
-    model = LlamaForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         job.model.path, attn_implementation="eager", dtype=torch.float32
     ).train()
     optim = job.optim
@@ -71,7 +72,7 @@ def train(document: dict[str, Any], data: Path, held_out: Path | None = None) ->
     return Reference(losses, norms, rates, evaluation, gradients, parameters)
 
 
-def _backward(model: LlamaForCausalLM, documents: list[Document]) -> float:
+def _backward(model: nn.Module, documents: list[Document]) -> float:
     trained = sum(int(document.trained[1:].sum()) for document in documents)
     total = 0.0
     for document in documents:
@@ -82,13 +83,13 @@ def _backward(model: LlamaForCausalLM, documents: list[Document]) -> float:
 
 
 @torch.no_grad()
-def _evaluate(model: LlamaForCausalLM, corpus: Corpus) -> float:
+def _evaluate(model: nn.Module, corpus: Corpus) -> float:
     documents = [corpus.document(number) for number in range(len(corpus))]
     total = sum(loss_sum(model, document).item() for document in documents)
     return total / sum(int(document.trained[1:].sum()) for document in documents)
 
 
-def loss_sum(model: LlamaForCausalLM, document: Document) -> torch.Tensor:
+def loss_sum(model: nn.Module, document: Document) -> torch.Tensor:
     """Return the cross-entropy of a document's trained tokens, summed."""
     tokens = torch.from_numpy(document.tokens.astype(np.int64))
     logits = model(input_ids=tokens[None]).logits[0, :-1]
