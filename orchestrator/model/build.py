@@ -57,10 +57,10 @@ def require_supported(model: ModelSpec, max_length: int) -> None:
     try:
         with torch.device("meta"):
             built = AutoModelForCausalLM.from_config(config, **_options(model, torch.bfloat16))
-    except _CANNOT_BUILD as error:
-        raise _refusal(model, _not_built(error)) from None
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return  # code of its own that needs real memory; the workers will tell
+    except Exception as error:  # whatever a configuration that does not fit its model leads to
+        raise _refusal(model, _not_built(error)) from None
     if problem := obstacle_in_model(built):
         raise _refusal(model, problem)
 
@@ -75,6 +75,8 @@ def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _not_built(error: BaseException) -> str:
+    if error.args == (attention.IMPLEMENTATION,):  # looked up among attention classes of the model's own
+        return "has no attention that can be replaced, so packed documents would see each other"
     reason = " ".join(str(error).split())[:300]
     return f"cannot be built as a causal LM ({reason})"
 
