@@ -9,6 +9,7 @@ from torch import nn
 
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
+from orchestrator.model.loss import TiledHead
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.model.support import length_problem, obstacle_in_config, obstacle_in_model
 from orchestrator.paths import resolve
@@ -63,6 +64,9 @@ def require_supported(model: ModelSpec, max_length: int) -> None:
         raise _refusal(model, _not_built(error)) from None
     if problem := obstacle_in_model(built):
         raise _refusal(model, problem)
+    _save_memory(built, model, offload_activations=False)
+    if model.loss_tile_tokens:
+        TiledHead(built, model.loss_tile_tokens)
 
 
 def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -130,11 +134,15 @@ def build_model(
     del partitioned
     if obstacle := obstacle_in_model(built):
         raise _refusal(model, obstacle)
+    _save_memory(built, model, offload_activations)
+    built.train()
+    return built  # type: ignore[no-any-return]
+
+
+def _save_memory(built: nn.Module, model: ModelSpec, offload_activations: bool) -> None:
     checkpoint_layers(built, model.gradient_checkpointing, offload_activations)
     if model.mlp_tile_tokens:
         tile_mlps(built, model.mlp_tile_tokens)
-    built.train()
-    return built  # type: ignore[no-any-return]
 
 
 def _random(config: Any, options: dict[str, Any], seed: int, partitioned: bool) -> Any:

@@ -11,17 +11,19 @@ from orchestrator.train import driver
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "max_length", "reason"),
+    ("family", "changes", "saving", "reason"),
     [
-        ("gpt_oss", {"num_local_experts": 2}, 64, "attention sinks"),
+        ("gpt_oss", {"num_local_experts": 2}, {}, "attention sinks"),
+        ("gemma2", {}, {"loss_tile_tokens": 8}, "loss_tile_tokens=8 cannot be used with Gemma2ForCausalLM"),
+        ("qwen3_moe", {}, {"mlp_tile_tokens": 8}, "mlp_tile_tokens=8 cannot be used with Qwen3MoeForCausalLM"),
         ("llama", {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
-         "rope_theta": 1e4}}, 64, "data.max_length of at most 32"),
+         "rope_theta": 1e4}}, {}, "data.max_length of at most 32"),
     ],
 )  # fmt: skip
 def test_a_model_is_refused_before_data_are_prepared(
     family: str,
     changes: dict[str, Any],
-    max_length: int,
+    saving: dict[str, Any],
     reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -34,8 +36,8 @@ def test_a_model_is_refused_before_data_are_prepared(
     ).save_pretrained(tmp_path)  # fmt: skip
     job = JobSpec(
         name="j",
-        model=ModelSpec(path=str(tmp_path), weights="random"),
-        data=DataSpec(train=(SourceSpec(path="d"),), max_length=max_length),
+        model=ModelSpec(path=str(tmp_path), weights="random", **saving),
+        data=DataSpec(train=(SourceSpec(path="d"),), max_length=64),
         parallel=ParallelSpec(workers=1),
         optim=OptimSpec(global_batch_size=1),
     )
