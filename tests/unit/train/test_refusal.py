@@ -15,7 +15,7 @@ from orchestrator.train import driver
     [
         ("gpt_oss", {"num_local_experts": 2}, {}, "attention sinks"),
         ("gemma2", {}, {"loss_tile_tokens": 8}, "loss_tile_tokens=8 cannot be used with Gemma2ForCausalLM"),
-        ("qwen3_moe", {}, {"mlp_tile_tokens": 8}, "mlp_tile_tokens=8 cannot be used with Qwen3MoeForCausalLM"),
+        ("qwen3_moe", {}, {"mlp_tile_tokens": 8}, "mlp_tile_tokens=8 cannot be used with Qwen3Moe"),
         ("llama", {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
          "rope_theta": 1e4}}, {}, "data.max_length of at most 32"),
     ],
