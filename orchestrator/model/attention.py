@@ -179,7 +179,7 @@ def document_attention(
     compute = _flash if documents.kernel == "flash" else _dense
     sequence = documents.sequence
     if sequence is None:
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         return compute(q, k, v, documents, scoring).unsqueeze(0), None
     q, k, v = (sequence.to_heads(tensor) for tensor in (query, key, value))
     return sequence.to_sequence(compute(q, k, v, documents, scoring)).unsqueeze(0), None
@@ -222,17 +222,17 @@ def _window(name: str, mask: Tensor | Mask | None, passed: int | None, longest: 
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scoring) -> Tensor:
-    q, k, v = (tensor.index_select(0, documents.gather) for tensor in (q, k, v))
+    # One split, whose backward pass is one concatenation: that of a slice would fill a whole row each time.
+    sizes = [group.count * group.length for group in documents.groups]
+    pieces = zip(
+        *(tensor.index_select(0, documents.gather).split(sizes) for tensor in (q, k, v)), strict=True
+    )
     outputs = []
-    at = 0
-    for group in documents.groups:
-        size = group.count * group.length
+    for group, piece in zip(documents.groups, pieces, strict=True):
         queries, keys, values = (
-            tensor[at : at + size].view(group.count, group.length, *tensor.shape[1:]).transpose(1, 2)
-            for tensor in (q, k, v)
+            tensor.view(group.count, group.length, *tensor.shape[1:]).transpose(1, 2) for tensor in piece
         )
         outputs.append(attend(queries, keys, values, scoring).transpose(1, 2).flatten(0, 1))
-        at += size
     return torch.cat(outputs).index_select(0, documents.scatter)
 
 

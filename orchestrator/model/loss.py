@@ -113,7 +113,9 @@ class TiledHead:
             logits: Tensor = self._plain(hidden)
             return logits
         total = hidden.new_zeros((), dtype=torch.float32)
-        rows_of, labels_of = (torch.split(each, self._tile_tokens) for each in (hidden[0], self._labels))
+        rows_of, labels_of = (
+            torch.split(each, self._tile_tokens) for each in (hidden.squeeze(0), self._labels)
+        )
         tiles = zip(rows_of, labels_of, strict=True)
         for rows, labels in tiles:
             total = total + checkpoint(self._tile, rows, labels, use_reentrant=False)
@@ -156,4 +158,4 @@ def loss_sum(model: Callable[..., Any], inputs: Inputs, head: TiledHead | None =
         )
     if head:
         return output.logits.squeeze()  # type: ignore[no-any-return]
-    return functional.cross_entropy(output.logits[0].float(), inputs.labels, reduction="sum")
+    return functional.cross_entropy(output.logits.squeeze(0).float(), inputs.labels, reduction="sum")

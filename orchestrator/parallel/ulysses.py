@@ -45,7 +45,7 @@ class SequenceGroup:
         heads = tensor.shape[1]
         if heads < self.size:
             tensor = tensor.repeat_interleave(self.size // heads, dim=1)
-        return _exchange(tensor.transpose(1, 2), self.handle, scatter=2, gather=1)[0]
+        return _exchange(tensor.transpose(1, 2), self.handle, scatter=2, gather=1).squeeze(0)
 
     def to_sequence(self, tensor: Tensor) -> Tensor:
         """Exchange back.
@@ -56,7 +56,7 @@ class SequenceGroup:
         Returns:
             Shape [T / size, heads, head_dim].
         """
-        return _exchange(tensor.unsqueeze(0), self.handle, scatter=1, gather=2)[0]
+        return _exchange(tensor.unsqueeze(0), self.handle, scatter=1, gather=2).squeeze(0)
 
 
 def _exchange(tensor: Tensor, group: Any, scatter: int, gather: int) -> Tensor:
