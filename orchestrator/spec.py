@@ -132,8 +132,8 @@ class ParallelSpec(Section):
     """CPU cores that Ray reserves for each worker."""
     sequence_parallel_size: Count = 1
     """How many workers share one sequence."""
-    zero_stage: Literal[2, 3] = 3
-    """2 partitions gradients and optimizer state, 3 the parameters too."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """0 partitions nothing, 1 optimizer state, 2 gradients too, 3 the parameters too."""
     offload_optimizer: Offload = "none"
     """cpu keeps optimizer state, and the step that uses it, in host memory."""
     offload_param: Offload = "none"
@@ -260,6 +260,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_sequence_rules(job)
     yield from _broken_worker_rules(job)
     yield from _broken_memory_rules(job)
+    yield from _broken_recomputation_rules(job)
     yield from _broken_attention_rules(job)
     yield from _broken_packing_rules(job)
     yield from _not_in_this_version(job)
@@ -322,7 +323,30 @@ def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
             "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the "
             "device; set offload_optimizer: cpu as well",
         )
-    kept = job.model.gradient_checkpointing
+    yield from _broken_stage_0_rules(job)
+
+
+def _broken_stage_0_rules(job: JobSpec) -> Iterator[Problem]:
+    """Refuse what DeepSpeed does not do, or not rightly, where it partitions nothing."""
+    parallel = job.parallel
+    if parallel.zero_stage != 0:
+        return
+    if parallel.offload_optimizer != "none":
+        yield (
+            ("parallel.offload_optimizer", "parallel.zero_stage"),
+            f"parallel.offload_optimizer={parallel.offload_optimizer} needs a partitioned optimizer "
+            "state, and zero_stage=0 does not partition it; use zero_stage: 1 or offload_optimizer: none",
+        )
+    if job.model.dtype == "fp16":
+        yield (
+            ("model.dtype", "parallel.zero_stage"),
+            "model.dtype=fp16 needs a scaled loss, and DeepSpeed does not scale it with zero_stage=0; use "
+            "zero_stage: 1, or dtype: bf16",
+        )
+
+
+def _broken_recomputation_rules(job: JobSpec) -> Iterator[Problem]:
+    parallel, kept = job.parallel, job.model.gradient_checkpointing
     if parallel.offload_activations != "none" and kept != "full":
         yield (
             ("parallel.offload_activations", "model.gradient_checkpointing"),

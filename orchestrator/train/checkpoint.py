@@ -1,7 +1,7 @@
 """Checkpoints on storage that every node shares: written by all ranks, published by one rename.
 
     checkpoints/step-00000020/manifest.json      step, world size, and the size and SHA-256 of every shard
-    checkpoints/step-00000020/shards/            DeepSpeed's files, one set a rank
+    checkpoints/step-00000020/shards/            DeepSpeed's files: one set a rank, of rank 0 alone for ZeRO-0
     checkpoints/step-00000040.attempt-2.partial  not published yet; never read
 
 All functions that take an engine are collective: every rank calls them, and what fails on one rank fails on
@@ -74,7 +74,7 @@ def save(engine: Any, folder: Path, step: int, attempt: int, permit: Callable[[]
     entries: dict[str, Any] = {}
     _agree(_failure(lambda: entries.update(_describe_my_share(draft / SHARDS))), draft, step)
     files = {name: entry for part in _gather(entries) for name, entry in part.items()}
-    _require_all_shards(files, step)
+    _require_one_storage(engine, draft / SHARDS, files, step)
     _permit_on_rank_0(permit, draft)
     manifest = {"step": step, **_layout(engine), "files": files}
     _agree(_failure(lambda: _publish(draft, final, manifest)) if speaks else None, draft, step)
@@ -272,13 +272,17 @@ def _describe(path: Path) -> dict[str, Any]:
         }
 
 
-def _require_all_shards(files: dict[str, Any], step: int) -> None:
-    shards = [name for name in files if name.endswith("optim_states.pt")]
-    if len(shards) != dist.get_world_size():
+def _require_one_storage(engine: Any, shards: Path, files: dict[str, Any], step: int) -> None:
+    """Raise on every rank where one does not see the files that the others wrote."""
+    ranks = dist.get_world_size()
+    if engine.zero_optimization_stage() == 0:  # rank 0 writes for all
+        seen, what = sum(_gather(any(shards.glob("*model_states.pt")))), "is seen by"
+    else:
+        seen, what = sum(name.endswith("optim_states.pt") for name in files), "has the optimizer shards of"
+    if seen != ranks:
         raise TrainingError(
-            f"the checkpoint of step {step} has the optimizer shards of {len(shards)} ranks, and there are "
-            f"{dist.get_world_size()}: the nodes do not write to one storage; set checkpoint.storage to a "
-            "folder that all nodes mount"
+            f"the checkpoint of step {step} {what} {seen} ranks, and there are {ranks}: the nodes do not "
+            "write to one storage; set checkpoint.storage to a folder that all nodes mount"
         )
 
 

@@ -50,7 +50,21 @@ def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, config=ds_config, dist_init_required=False
     )
+    _undo_step_before_first(engine)
     return engine
+
+
+def _undo_step_before_first(engine: Any) -> None:
+    """Bring back the optimizer as it is before training.
+
+    DeepSpeed's optimizer of ZeRO-0 in bf16 makes room for its state by a step with gradients of zero. That
+    step decays the fp32 weights, and AdamW counts it, so that it would correct its moments for one too many.
+    """
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+        engine.optimizer.optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
@@ -68,6 +82,18 @@ def backward(engine: Any, loss: Tensor, factor: float) -> None:
         factor: What DeepSpeed will divide the summed gradients by (`Layout.gradient_divisor`).
     """
     engine.backward(loss * factor, scale_wrt_gas=False)
+
+
+def end_micro_step(engine: Any) -> None:
+    """End a micro-step; the last one of an accumulation window clips the gradient and updates the model.
+
+    ZeRO-0 in fp32 has PyTorch's own optimizer, whose gradient norm DeepSpeed throws away after clipping and
+    does not compute without. There every rank has the whole gradient.
+    """
+    if isinstance(engine.optimizer, torch.optim.Optimizer) and engine.is_gradient_accumulation_boundary():
+        gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
+        engine._global_grad_norm = nn.utils.get_total_norm(gradients)
+    engine.step()
 
 
 def gradient_norm(engine: Any) -> float:

@@ -65,13 +65,44 @@ def _architecture(config: Any) -> str:
     return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
 
 
+def fp32_weights(saved: Path) -> dict[str, Any]:
+    """Return the weights of a checkpoint by name, each read when its `contiguous` is called.
+
+    Tied weights are one object under several names.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if checkpoint.read_manifest(saved)["zero_stage"] == 0:
+        return _unpartitioned_weights(saved)
+    lazy: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+        str(saved), tag=checkpoint.SHARDS, lazy_mode=True
+    )
+    return lazy
+
+
+def _unpartitioned_weights(saved: Path) -> dict[str, Any]:
+    """Return the weights that rank 0 wrote under ZeRO-0: those of the optimizer, where it has its own."""
+    import torch
+
+    (file,) = (saved / checkpoint.SHARDS).glob("*model_states.pt")
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    first: dict[int, Any] = {}
+    weights = {name: first.setdefault(tensor.data_ptr(), tensor) for name, tensor in state["module"].items()}
+    if "fp32_groups" not in state["optimizer"]:
+        return weights
+    buffers = set(state["buffer_names"])
+    trained = {id(tensor): tensor for name, tensor in weights.items() if name not in buffers}
+    exact = (tensor for group in state["optimizer"]["fp32_groups"] for tensor in group)
+    replaced = {number: weight.detach() for number, weight in zip(trained, exact, strict=True)}
+    return {name: replaced.get(id(tensor), tensor) for name, tensor in weights.items()}
+
+
 def _write_weights(saved: Path, folder: Path, dtype: Any) -> None:
     import torch
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    lazy = get_fp32_state_dict_from_zero_checkpoint(str(saved), tag=checkpoint.SHARDS, lazy_mode=True)
+    lazy = fp32_weights(saved)
     first_name = {id(tensor): name for name, tensor in reversed(lazy.items())}
     # A tied tensor is stored once, under its first name; transformers ties it again when it loads.
     kept = {name: tensor for name, tensor in lazy.items() if first_name[id(tensor)] == name}

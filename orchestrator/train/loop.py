@@ -31,7 +31,14 @@ from orchestrator.parallel.ulysses import SequenceGroup
 from orchestrator.plan.shape import ModelShape
 from orchestrator.spec import JobSpec
 from orchestrator.train.clock import StepClock, memory
-from orchestrator.train.engine import backward, gradient_norm, scales_loss, seed_step, set_learning_rate
+from orchestrator.train.engine import (
+    backward,
+    end_micro_step,
+    gradient_norm,
+    scales_loss,
+    seed_step,
+    set_learning_rate,
+)
 from orchestrator.train.schedule import learning_rate
 
 
@@ -165,7 +172,7 @@ def run_step(engine: Any, course: Course, step: int, clock: StepClock) -> RankSt
         with clock.phase("backward"):
             backward(engine, loss / window_tokens, course.layout.gradient_divisor)
         with clock.phase("optimizer"):
-            engine.step()
+            end_micro_step(engine)
         total += loss.detach()
         work.append(batch)
     return measure(course, work, total.item(), clock)

@@ -40,7 +40,7 @@ FILES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "number for text": ({"name": 7}, ("name=7", "text")),
     "true for a number": ({"parallel__workers": True}, ("parallel.workers=true", "integer")),
     "list for a section": ({"optim": [1, 2]}, ("optim=[1, 2]", "section")),
-    "unknown choice": ({"parallel__zero_stage": 7}, ("parallel.zero_stage=7", "2 or 3")),
+    "unknown choice": ({"parallel__zero_stage": 7}, ("parallel.zero_stage=7", "0, 1, 2 or 3")),
     "negative rate": ({"optim__lr": -1.0}, ("optim.lr=-1.0", "above 0")),
     "rate that is no number": ({"optim__lr": float("nan")}, ("optim.lr",)),
     "zero workers": ({"parallel__workers": 0}, ("parallel.workers=0", "at least 1")),

@@ -20,6 +20,9 @@ VOCABULARY = 160
 SEED = 11
 
 POLICIES: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_stage": 0},
+    "zero1": {"zero_stage": 1},
+    "zero1-optimizer-cpu": {"zero_stage": 1, "offload_optimizer": "cpu"},
     "zero2": {"zero_stage": 2},
     "zero2-optimizer-cpu": {"zero_stage": 2, "offload_optimizer": "cpu"},
     "zero3": {"zero_stage": 3},

@@ -32,7 +32,8 @@ def full_gradients(model: nn.Module) -> Arrays:
     from deepspeed.utils import safe_get_full_grad
 
     return {
-        name: safe_get_full_grad(parameter).float().cpu().numpy()
+        # A copy: without partitions this is the gradient itself, which clipping changes in place.
+        name: safe_get_full_grad(parameter).float().cpu().numpy().copy()
         for name, parameter in model.named_parameters()
     }
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchestrator.errors import TrainingError
 from orchestrator.train import checkpoint
+from orchestrator.train.export import fp32_weights
 from tests.invariant import material
 from tests.invariant.group import Outcome, assert_close, run_group
 from tests.invariant.material import POLICIES, job
 
 pytestmark = pytest.mark.distributed
 
-NAMES = list(POLICIES)
+BF16 = "zero0-bf16"  # DeepSpeed has an optimizer of its own for it
+NAMES = [*(policy for policy in POLICIES if policy != "zero1-optimizer-cpu"), BF16]
 DAMAGES = {
     "flipped": "is not what was written",
     "truncated": "is not what was written",
@@ -50,12 +54,21 @@ class Runs:
 
 def task_of(name: str, home: Path, policy: str, workers: int = 2, **more: Any) -> dict[str, Any]:
     """Return six steps over 2.4 epochs of 20 packs, with dropout; step 4 begins inside the second epoch."""
+    dtype = "bf16" if policy == BF16 else "fp32"
     document = job(
-        home / "model", workers, POLICIES[policy], epochs=2.4, micro_batch_size=2,
+        home / "model", workers, POLICIES[policy.removesuffix("-bf16")], epochs=2.4, micro_batch_size=2,
         model={"gradient_checkpointing": policy == "zero3"}, checkpoint={"every_steps": 3},
     )  # fmt: skip
     data = str(home / "documents")
-    return {"name": name, "action": "train", "job": document, "data": data, "parameters": True, **more}
+    task = {
+        "name": name,
+        "action": "train",
+        "job": document,
+        "data": data,
+        "parameters": True,
+        "dtype": dtype,
+    }
+    return {**task, **more}
 
 
 def damaged(saved: Path, damage: str) -> Path:
@@ -143,12 +156,18 @@ def test_the_interruption_lies_in_the_middle_of_an_epoch(runs: Runs) -> None:
     assert epochs == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.4])
 
 
-@pytest.mark.parametrize("policy", NAMES)
-def test_shards_hold_the_parameters_of_the_engine(policy: str, runs: Runs) -> None:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def test_shards_of_a_bf16_run_hold_its_fp32_weights(runs: Runs) -> None:
+    weights = fp32_weights(runs.saved(BF16))
+    rounded = {name: weight.detach().bfloat16().float() for name, weight in weights.items()}
+    found = {name: weight.numpy() for name, weight in rounded.items()}
+    assert_close(found, runs.outcomes[f"begun {BF16}"].kind("parameter"), 0.0)
+    assert all((weights[name] != rounded[name]).any() for name in weights)
 
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(runs.saved(policy)), tag=checkpoint.SHARDS)
-    found = {name: weight.detach().numpy() for name, weight in weights.items()}
+
+@pytest.mark.parametrize("policy", [name for name in NAMES if name != BF16])
+def test_shards_hold_the_parameters_of_the_engine(policy: str, runs: Runs) -> None:
+    weights = fp32_weights(runs.saved(policy))
+    found = {name: weight.contiguous().detach().numpy() for name, weight in weights.items()}
     assert_close(found, runs.outcomes[f"begun {policy}"].kind("parameter"), 0.0)
 
 
@@ -196,6 +215,19 @@ def test_failed_saves_leave_the_others_intact(runs: Runs) -> None:
     folder = runs.home / "saves"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000008"]
     assert [checkpoint.verify(saved) for saved in checkpoint.published(folder)] == [[], []]
+
+
+def test_a_storage_that_not_all_ranks_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mp_rank_00_model_states.pt").touch()
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 0)
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
+    for others, refused in ((True, False), (False, True)):
+        monkeypatch.setattr(checkpoint, "_gather", lambda mine, others=others: [mine, others])
+        with pytest.raises(TrainingError, match="is seen by 1 ranks") if refused else nullcontext():
+            checkpoint._require_one_storage(engine, tmp_path, {}, 1)
+    engine.zero_optimization_stage = lambda: 2
+    with pytest.raises(TrainingError, match="has the optimizer shards of 1 ranks, and there are 2"):
+        checkpoint._require_one_storage(engine, tmp_path, {"rank_0_optim_states.pt": {}}, 1)
 
 
 def publish(folder: Path, name: str) -> Path:

@@ -76,7 +76,8 @@ def test_defaults_make_a_job_that_breaks_no_rule() -> None:
         ("parallel.device", "tpu"),
         ("parallel.cpus_per_worker", 0),
         ("parallel.sequence_parallel_size", 0),
-        ("parallel.zero_stage", 1),
+        ("parallel.zero_stage", -1),
+        ("parallel.zero_stage", 4),
         ("parallel.offload_optimizer", "nvme"),
         ("parallel.offload_param", True),
         ("optim.lr", 0.0),
@@ -216,6 +217,16 @@ def test_selective_checkpointing_undoes_a_tiled_mlp() -> None:
     (sentence,) = broken(model__mlp_tile_tokens=512, model__gradient_checkpointing="selective")
     assert "model.mlp_tile_tokens=512 has no effect" in sentence
     assert broken(model__mlp_tile_tokens=512, model__gradient_checkpointing="none") == []
+
+
+def test_stage_0_keeps_its_state_on_the_device_and_does_not_scale_the_loss() -> None:
+    (sentence,) = broken(parallel__zero_stage=0, parallel__offload_optimizer="cpu")
+    assert "use zero_stage: 1 or offload_optimizer: none" in sentence
+    (sentence,) = broken(parallel__zero_stage=0, model__dtype="fp16")
+    assert "use zero_stage: 1, or dtype: bf16" in sentence
+    for dtype in ("auto", "bf16", "fp32"):
+        assert broken(parallel__zero_stage=0, model__dtype=dtype) == []
+    assert broken(parallel__zero_stage=1, parallel__offload_optimizer="cpu", model__dtype="fp16") == []
 
 
 def test_flash_attention_needs_cuda_and_half_precision() -> None:
