@@ -43,13 +43,19 @@ class Outcome:
 
 def assert_close(found: Arrays, expected: Arrays, relative: float) -> None:
     """Compare each tensor by the norm of its difference, which is off where direction or length is."""
+    worst, off = worst_difference(found, expected)
+    assert off <= relative, f"{worst} is off by {off:.2e}"
+
+
+def worst_difference(found: Arrays, expected: Arrays) -> tuple[str, float]:
+    """Return the tensor that is off most, and the norm of its difference relative to its own."""
     assert found.keys() == expected.keys()
     off = {
         name: float(np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name]))
         for name in expected
     }
     worst = max(off, key=lambda name: off[name])
-    assert off[worst] <= relative, f"{worst} is off by {off[worst]:.2e}"
+    return worst, off[worst]
 
 
 def run_group(
@@ -90,7 +96,7 @@ def run_group(
     if failure is not None:
         said = "\n".join(f"--- rank {rank}\n{_tail(log)}" for rank, log in enumerate(logs))
         raise AssertionError(f"{failure}\n{said}")
-    return {task["name"]: _outcome(folder, task["name"], workers) for task in tasks}
+    return {task["name"]: outcome_of(folder, task["name"], workers) for task in tasks}
 
 
 def _start(
@@ -138,7 +144,14 @@ def _let_say_where_they_are(processes: list[subprocess.Popen[bytes]]) -> None:
             process.wait(timeout=5)
 
 
-def _outcome(folder: Path, name: str, workers: int) -> Outcome:
+def has_outcome(folder: Path, name: str, workers: int) -> bool:
+    """Tell whether every rank has finished a task; rank 0 writes its answer before its arrays."""
+    later = folder / f"{name}.npz"
+    return later.exists() and all((folder / f"{name}.{rank}.json").exists() for rank in range(workers))
+
+
+def outcome_of(folder: Path, name: str, workers: int) -> Outcome:
+    """Read what a finished task left behind."""
     answers = [
         json.loads((folder / f"{name}.{rank}.json").read_text(encoding="utf-8")) for rank in range(workers)
     ]

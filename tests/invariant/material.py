@@ -77,8 +77,31 @@ def write_documents(folder: Path, count: int, seed: int) -> None:
         prompt = length if number % 9 == 4 else int(generator.integers(0, length - 1))
         turn = np.where(np.arange(length) >= max(1, prompt), np.uint8(LAST_RESPONSE), np.uint8(CONTEXT))
         documents.append(Encoded(tokens, turn))
+    _write_store(folder, documents)
+
+
+def write_documents_with_late_labels(folder: Path, count: int, seed: int) -> None:
+    """Write a store in which the first half of every row of MAX_LENGTH has nothing to train on.
+
+    Long documents, with one label at their end, and short ones without any that fit beside them.
+    """
+    generator = np.random.default_rng(seed)
+    documents = []
+    for number in range(count):
+        short = number % 7 == 6
+        length = int(
+            generator.integers(3, 16) if short else generator.integers(2 * MAX_LENGTH // 3, MAX_LENGTH)
+        )
+        tokens = generator.integers(3, VOCABULARY, length).astype(np.uint32)
+        turn = np.full(length, np.uint8(CONTEXT))
+        turn[-1] = CONTEXT if short else LAST_RESPONSE
+        documents.append(Encoded(tokens, turn))
+    _write_store(folder, documents)
+
+
+def _write_store(folder: Path, documents: list[Encoded]) -> None:
     folder.mkdir(parents=True)
-    half = count // 2
+    half = len(documents) // 2
     shards = [write_shard(folder, 0, documents[:half]), write_shard(folder, 1, documents[half:])]
     write_index(folder, shards, {})
 

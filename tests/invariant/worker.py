@@ -83,6 +83,7 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
         _allow_fp16()
     ds_config = render(job, dtype, "cpu")
     ds_config["fp16"].update(task.get("fp16", {}))
+    ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
     offload = job.parallel.offload_activations == "cpu"
     model = build_model(job.model, torch_dtype(dtype), job.run.seed, ds_config, load_weights, offload)
     return start_engine(model, ds_config)
@@ -246,7 +247,10 @@ def main(folder: Path, actions: dict[str, Callable[[Task], Answer]]) -> None:
         rank = dist.get_rank()
         (folder / f"{task['name']}.{rank}.json").write_text(json.dumps(answer), encoding="utf-8")
         if rank == 0 and arrays:
-            np.savez(folder / f"{task['name']}.npz", **arrays)
+            # Renamed when it is whole: another rank's failure may end this process at any time.
+            draft = folder / f"{task['name']}.partial.npz"
+            np.savez(draft, **arrays)
+            draft.rename(folder / f"{task['name']}.npz")
     dist.destroy_process_group()
 
 
