@@ -3,8 +3,8 @@
 A step lasts as long as its slowest worker. Packs cost alike in all but attention, which grows with the
 squares of document lengths. Inside a window of steps, packs of like cost share a step; which packs form a
 step depends on the seed and the global batch alone. Inside a step, packs are dealt to workers so that those
-that wait for one another have alike: under ZeRO-3, whose workers gather parameters together, in each
-micro-step; otherwise over the whole step.
+that wait for one another have alike: under ZeRO-2 and ZeRO-3, which reduce gradients in each micro-step, in
+each micro-step; otherwise over the whole step.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Geometry:
         global_batch_size: Packs in a step.
         micro_batch_size: Packs in one forward pass of a worker.
         data_parallel_size: Workers with packs of their own.
-        waits_each_micro_step: Whether workers wait for one another in every micro-step (ZeRO-3) or once a
-            step.
+        waits_each_micro_step: Whether workers wait for one another in every micro-step (ZeRO-2 and ZeRO-3)
+            or once a step.
         sequence_parallel_size: Workers that share one row of packs.
     """
 

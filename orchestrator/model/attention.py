@@ -225,7 +225,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scori
     # One split, whose backward pass is one concatenation: that of a slice would fill a whole row each time.
     sizes = [group.count * group.length for group in documents.groups]
     pieces = zip(
-        *(tensor.index_select(0, documents.gather).split(sizes) for tensor in (q, k, v)), strict=True
+        *(tensor.index_select(0, documents.gather).split_with_sizes(sizes) for tensor in (q, k, v)),
+        strict=True,
     )
     outputs = []
     for group, piece in zip(documents.groups, pieces, strict=True):

@@ -83,7 +83,7 @@ def loader(
         global_batch_size,
         job.optim.micro_batch_size,
         Layout.of(job).data_parallel_size,
-        waits_each_micro_step=job.parallel.zero_stage == 3,
+        waits_each_micro_step=job.parallel.zero_stage >= 2,
         sequence_parallel_size=job.parallel.sequence_parallel_size,
     )
     slot_cost, square_cost = cost_of_a_slot(job)

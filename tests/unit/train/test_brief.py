@@ -1,12 +1,16 @@
 """What workers are told before they start."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from orchestrator.spec import JobSpec
-from orchestrator.train.brief import Brief
+from orchestrator.train.brief import Brief, training_loader
+from tests.invariant import material
+
+ROOT = Path(__file__).parents[3]
 
 
 def brief(device: Literal["cuda", "cpu"], **parallel: Any) -> Brief:
@@ -33,3 +37,14 @@ def test_options_that_are_already_set_stay() -> None:
 
 def test_on_cpu_there_is_no_such_allocator() -> None:
     assert brief("cpu").worker_environment({}) == {}
+
+
+@pytest.mark.parametrize(("stage", "waits"), [(0, False), (1, False), (2, True), (3, True)])
+def test_workers_wait_in_each_micro_step_where_zero_reduces_gradients_in_each(
+    stage: int, waits: bool, tmp_path: Path
+) -> None:
+    material.write_documents(tmp_path / "documents", 20, seed=1)
+    document = material.job(ROOT / "orchestrator" / "builtin" / "tiny-llama", 2, {"zero_stage": stage})
+    job = JobSpec.model_validate_json(json.dumps(document))
+    loader, _, _ = training_loader(job, *material.planned(job, tmp_path / "documents"))
+    assert loader._geometry.waits_each_micro_step == waits
