@@ -129,7 +129,8 @@ class Bench:
         except AssertionError as error:
             failure = str(error)
         done = [has_outcome(folder, name, workers) for name in names]
-        finished = len(cells) if not failure else ([*done, False]).index(False)
+        # A group that fails behind its last cell fails that one.
+        finished = [*done[:-1], False].index(False) if failure else len(cells)
         for cell in cells[:finished]:
             yield self._judge(cell, outcome_of(folder, str(cell), workers))
         if finished < len(cells):
