@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 from yaml.constructor import ConstructorError
 
 from orchestrator.errors import SpecError
-from orchestrator.spec import JobSpec, broken_rules
+from orchestrator.rules import broken_rules
+from orchestrator.spec import JobSpec
 
 Location = tuple[str | int, ...]
 Places = dict[Location, str]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from orchestrator.rules import broken_rules
 from orchestrator.spec import (
     LARGEST,
     JobSpec,
@@ -13,7 +14,6 @@ from orchestrator.spec import (
     OptimSpec,
     ParallelSpec,
     RunSpec,
-    broken_rules,
 )
 
 MINIMAL: dict[str, Any] = {"name": "a", "model": {"path": "m"}, "data": {"train": ({"path": "d"},)}}

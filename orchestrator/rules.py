@@ -1,0 +1,170 @@
+"""Rules between the fields of a job: which values go together, and what to write instead."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from orchestrator.spec import JobSpec
+
+Problem = tuple[tuple[str, ...], str]
+"""The dotted fields that a broken rule is about, and the sentence that says so."""
+
+
+def broken_rules(job: JobSpec) -> Iterator[Problem]:
+    """Yield every rule between fields that the job breaks.
+
+    Args:
+        job: A job whose fields are valid one by one.
+
+    Yields:
+        The fields concerned and one sentence with value, rule and remedy.
+    """
+    yield from _broken_batch_rules(job)
+    yield from _broken_sequence_rules(job)
+    yield from _broken_worker_rules(job)
+    yield from _broken_memory_rules(job)
+    yield from _broken_recomputation_rules(job)
+    yield from _broken_attention_rules(job)
+    yield from _broken_packing_rules(job)
+    yield from _not_in_this_version(job)
+
+
+def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
+    parallel, optim = job.parallel, job.optim
+    if parallel.workers % parallel.sequence_parallel_size:
+        divisors = [n for n in range(1, parallel.workers + 1) if parallel.workers % n == 0]
+        yield (
+            ("parallel.workers", "parallel.sequence_parallel_size"),
+            f"parallel.sequence_parallel_size={parallel.sequence_parallel_size} does not divide "
+            f"parallel.workers={parallel.workers}; use one of {divisors}",
+        )
+        return
+    at_once = optim.micro_batch_size * job.data_parallel_size
+    if optim.global_batch_size % at_once:
+        nearest = max(1, (optim.global_batch_size + at_once // 2) // at_once) * at_once
+        yield (
+            ("optim.global_batch_size", "optim.micro_batch_size", "parallel.workers"),
+            f"optim.global_batch_size={optim.global_batch_size} is not a multiple of micro_batch_size x "
+            f"data-parallel workers = {optim.micro_batch_size} x {job.data_parallel_size} = {at_once}; "
+            f"use {nearest}, or change micro_batch_size or workers",
+        )
+
+
+def _broken_sequence_rules(job: JobSpec) -> Iterator[Problem]:
+    size, length = job.parallel.sequence_parallel_size, job.data.max_length
+    slots = length * job.optim.micro_batch_size
+    if slots % size:
+        yield (
+            ("data.max_length", "parallel.sequence_parallel_size"),
+            f"data.max_length={length} (x micro_batch_size {job.optim.micro_batch_size}) is not a multiple "
+            f"of parallel.sequence_parallel_size={size}, so a row cannot be shared evenly; use max_length: "
+            f"{max(1, round(length / size)) * size}",
+        )
+
+
+def _broken_worker_rules(job: JobSpec) -> Iterator[Problem]:
+    fewest, workers = job.run.min_workers, job.parallel.workers
+    if fewest is not None and fewest > workers:
+        yield (
+            ("run.min_workers", "parallel.workers"),
+            f"run.min_workers={fewest} is above parallel.workers={workers}; lower it",
+        )
+
+
+def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
+    parallel = job.parallel
+    if parallel.offload_param != "none" and parallel.zero_stage != 3:
+        yield (
+            ("parallel.offload_param", "parallel.zero_stage"),
+            f"parallel.offload_param={parallel.offload_param} needs partitioned parameters, and "
+            f"zero_stage={parallel.zero_stage} does not partition them; use zero_stage: 3 or "
+            "offload_param: none",
+        )
+    elif parallel.offload_param != "none" and parallel.offload_optimizer == "none":
+        yield (
+            ("parallel.offload_param", "parallel.offload_optimizer"),
+            "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the "
+            "device; set offload_optimizer: cpu as well",
+        )
+    yield from _broken_stage_0_rules(job)
+
+
+def _broken_stage_0_rules(job: JobSpec) -> Iterator[Problem]:
+    """Refuse what DeepSpeed does not do, or not rightly, where it partitions nothing."""
+    parallel = job.parallel
+    if parallel.zero_stage != 0:
+        return
+    if parallel.offload_optimizer != "none":
+        yield (
+            ("parallel.offload_optimizer", "parallel.zero_stage"),
+            f"parallel.offload_optimizer={parallel.offload_optimizer} needs a partitioned optimizer "
+            "state, and zero_stage=0 does not partition it; use zero_stage: 1 or offload_optimizer: none",
+        )
+    if job.model.dtype == "fp16":
+        yield (
+            ("model.dtype", "parallel.zero_stage"),
+            "model.dtype=fp16 needs a scaled loss, and DeepSpeed does not scale it with zero_stage=0; use "
+            "zero_stage: 1, or dtype: bf16",
+        )
+
+
+def _broken_recomputation_rules(job: JobSpec) -> Iterator[Problem]:
+    parallel, kept = job.parallel, job.model.gradient_checkpointing
+    if parallel.offload_activations != "none" and kept != "full":
+        yield (
+            ("parallel.offload_activations", "model.gradient_checkpointing"),
+            f"parallel.offload_activations={parallel.offload_activations} moves the layers' inputs that "
+            f"gradient_checkpointing: full keeps, and gradient_checkpointing={kept} keeps more than "
+            "those; use gradient_checkpointing: full or offload_activations: none",
+        )
+    if job.model.mlp_tile_tokens is not None and kept == "selective":
+        yield (
+            ("model.mlp_tile_tokens", "model.gradient_checkpointing"),
+            f"model.mlp_tile_tokens={job.model.mlp_tile_tokens} has no effect with gradient_checkpointing="
+            "selective, which keeps what the MLP's matrix products gave; use gradient_checkpointing: full, "
+            "or leave out mlp_tile_tokens",
+        )
+
+
+def _broken_attention_rules(job: JobSpec) -> Iterator[Problem]:
+    if job.model.attention != "flash":
+        return
+    if job.model.dtype == "fp32":
+        yield (
+            ("model.attention", "model.dtype"),
+            "model.attention=flash takes bf16 and fp16, and model.dtype=fp32; use attention: auto or sdpa",
+        )
+    if job.parallel.device == "cpu":
+        yield (
+            ("model.attention", "parallel.device"),
+            "model.attention=flash runs only on CUDA and parallel.device=cpu; use attention: auto or sdpa",
+        )
+
+
+def _broken_packing_rules(job: JobSpec) -> Iterator[Problem]:
+    if job.data.cross_document_attention and job.data.packing == "none":
+        yield (
+            ("data.cross_document_attention", "data.packing"),
+            "data.cross_document_attention=true has no effect with data.packing=none, which puts one "
+            "document into a pack; use packing: concat (as XTuner does) or best_fit",
+        )
+
+
+def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
+    """Refuse what the file format has room for and this version cannot do."""
+    wanted: list[tuple[str, object, list[object]]] = [
+        ("method.type", job.method.type, ["full"]),
+        ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
+        ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
+    ]
+    for field, value, available in wanted:
+        if value not in available:
+            written, instead = (json.dumps(each).strip('"') for each in (value, available[0]))
+            yield (field,), f"{field}={written} is not available in this version; use {instead}"
+    if "://" in job.checkpoint.storage:
+        yield (
+            ("checkpoint.storage",),
+            f"checkpoint.storage={job.checkpoint.storage} is a URI, and this version writes to folders only; "
+            "name a folder that every node mounts",
+        )
