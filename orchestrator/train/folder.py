@@ -19,7 +19,18 @@ JOB = "job.yaml"
 DATA = "data.json"  # which plans the run trains and evaluates on
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 # What may differ between the first start of a run and a later one: no trained number depends on it.
-_FREE = ("run.max_failures", "run.collective_timeout_seconds", "checkpoint", "metrics", "eval.every_steps")
+_FREE = (
+    "run.max_failures",
+    "run.collective_timeout_seconds",
+    "checkpoint",
+    "metrics",
+    "eval.every_steps",
+    "model.gradient_checkpointing",
+    "model.loss_tile_tokens",
+    "model.mlp_tile_tokens",
+    "parallel.offload_activations",
+    "parallel.expandable_segments",
+)
 
 
 def with_absolute_paths(job: JobSpec) -> JobSpec:

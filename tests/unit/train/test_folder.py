@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import SpecError
-from orchestrator.train.folder import DATA, require_same_data
+from orchestrator.spec import CheckpointSpec, DataSpec, JobSpec, ModelSpec, ParallelSpec, SourceSpec
+from orchestrator.train.folder import DATA, open_run, record_job, require_same_data
 from orchestrator.train.recorder import ATTEMPTS
 
 OLD, NEW, HELD_OUT = Path("cache/plan-a"), Path("cache/plan-b"), Path("cache/plan-c")
@@ -26,3 +27,24 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"data\.train and data\.eval"):
         require_same_data(tmp_path, NEW, None)
     assert "plan-a" in (tmp_path / DATA).read_text()
+
+
+def job(storage: Path, **memory: object) -> JobSpec:
+    parallel = {name: memory.pop(name) for name in ("offload_activations", "zero_stage") if name in memory}
+    return JobSpec(
+        name="run",
+        model=ModelSpec(path="m", **memory),  # type: ignore[arg-type]
+        data=DataSpec(train=(SourceSpec(path="d"),)),
+        parallel=ParallelSpec(**parallel),  # type: ignore[arg-type]
+        checkpoint=CheckpointSpec(storage=str(storage)),
+    )
+
+
+def test_a_run_that_met_its_limit_may_go_on_with_more_memory_saved(tmp_path: Path) -> None:
+    home = open_run(job(tmp_path))
+    record_job(home, job(tmp_path))
+    (home / ATTEMPTS).write_text("{}\n")
+    open_run(job(tmp_path, mlp_tile_tokens=512, loss_tile_tokens=512, offload_activations="cpu"))
+    open_run(job(tmp_path, gradient_checkpointing="selective"))
+    with pytest.raises(SpecError, match=r"parallel\.zero_stage=2 \(the run has 3\)"):
+        open_run(job(tmp_path, zero_stage=2))
