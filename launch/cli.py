@@ -160,12 +160,13 @@ def submit(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, STORAGE/NAME.")],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Add adapters to the base model's weights.")] = False,
 ) -> None:
-    """Write the newest checkpoint of a run as Hugging Face safetensors."""
+    """Write the newest checkpoint of a run as Hugging Face safetensors: the model, or its adapter."""
     with _exit_codes():
         from orchestrator.train.driver import export_run
 
-        _say(f"exported to {export_run(run, to)}")
+        _say(f"exported to {export_run(run, to, merge)}")
 
 
 @app.command(epilog="Example: orchestrator report runs/quickstart")

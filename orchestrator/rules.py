@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from orchestrator.spec import JobSpec
+from orchestrator.spec import JobSpec, MethodSpec
 
 Problem = tuple[tuple[str, ...], str]
 """The dotted fields that a broken rule is about, and the sentence that says so."""
@@ -27,6 +27,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_recomputation_rules(job)
     yield from _broken_attention_rules(job)
     yield from _broken_packing_rules(job)
+    yield from _broken_method_rules(job)
     yield from _not_in_this_version(job)
 
 
@@ -151,10 +152,27 @@ def _broken_packing_rules(job: JobSpec) -> Iterator[Problem]:
         )
 
 
+def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:
+    method = job.method
+    if method.type == "full":
+        for name, value in method:
+            if value != MethodSpec.model_fields[name].default:
+                written = json.dumps(value).strip('"')
+                yield (
+                    (f"method.{name}",),
+                    f"method.{name}={written} has no effect with method.type=full, which trains every "
+                    "parameter; use type: lora, or leave it out",
+                )
+    if method.targets == ():
+        yield (
+            ("method.targets",),
+            "method.targets=[] names no module; use all-linear, attention or a list such as [q_proj, v_proj]",
+        )
+
+
 def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
     """Refuse what the file format has room for and this version cannot do."""
     wanted: list[tuple[str, object, list[object]]] = [
-        ("method.type", job.method.type, ["full"]),
         ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
         ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
     ]

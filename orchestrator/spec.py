@@ -68,7 +68,23 @@ class MethodSpec(Section):
     """Which parameters are trained."""
 
     type: Literal["full", "lora"] = "full"
-    """`full` trains every parameter."""
+    """full trains every parameter; lora trains two narrow matrices beside each of the targets, and nothing
+    else."""
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 8
+    """Width of the two matrices (lora)."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """Their product is multiplied by alpha / rank (lora)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability of dropping an input of the two matrices (lora)."""
+    targets: Literal["all-linear", "attention"] | tuple[Name, ...] = "all-linear"
+    """all-linear: every linear layer but the LM head; attention: those inside attention; or a list of names
+    of modules, such as [q_proj, v_proj] (lora)."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead, so that a large rank does not learn more slowly (rsLoRA)."""
+    use_dora: bool = False
+    """Learn length and direction of each weight apart (DoRA)."""
+    train_embeddings: bool = False
+    """Train embedding and LM head as well, whole, and save them with the adapter (lora)."""
 
 
 class SourceSpec(Section):

@@ -3,7 +3,8 @@
 A matrix product of [m, k] and [k, n] counts 2 m k n. Attention is causal and stays inside documents, so a
 document of length L costs 2 d heads L^2 a layer for scores and values together, half of the full square; in a
 layer with a sliding window w < L only the band of the square that is seen counts, 2 w L - w^2 for L^2. The
-backward pass costs twice the forward pass (Megatron-LM, arXiv 2104.04473; PaLM's MFU, arXiv 2204.02311).
+backward pass costs twice the forward pass (Megatron-LM, arXiv 2104.04473; PaLM's MFU, arXiv 2204.02311),
+and once where a weight is frozen, which needs no gradient of its own.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ class ForwardFlops:
         attention: Scores and values.
         head: The LM head.
         last_product: The part of `linear` that ends each layer, the MLP's way back to the hidden size.
+        adapters: Products with the matrices of LoRA.
     """
 
     linear: float
     attention: float
     head: float
     last_product: float = 0.0
+    adapters: float = 0.0
 
     @property
     def total(self) -> float:
         """All parts together."""
-        return self.linear + self.attention + self.head
+        return self.linear + self.attention + self.head + self.adapters
 
     @property
     def mlp(self) -> float:
@@ -55,6 +58,7 @@ def forward_flops(
     square_tokens: float,
     scored_tokens: int,
     windowed_square_tokens: float | None = None,
+    adapter_parameters: int = 0,
 ) -> ForwardFlops:
     """Return the FLOPs of one forward pass.
 
@@ -65,6 +69,7 @@ def forward_flops(
         scored_tokens: Positions at which the LM head is computed.
         windowed_square_tokens: The part of them that layers with a window compute, from `square_within`; None
             means all, as where no document is longer than the window.
+        adapter_parameters: Weights of all matrices of LoRA in the layers.
     """
     windowed = square_tokens if windowed_square_tokens is None else windowed_square_tokens
     seen = (shape.layers - shape.windowed_layers) * square_tokens + shape.windowed_layers * windowed
@@ -73,12 +78,27 @@ def forward_flops(
         attention=2.0 * shape.heads * shape.head_dim * seen,
         head=2.0 * shape.hidden_size * shape.vocab_size * scored_tokens,
         last_product=2.0 * shape.layers * shape.hidden_size * shape.intermediate_size * tokens,
+        adapters=2.0 * adapter_parameters * tokens,
     )
 
 
-def model_flops(forward: ForwardFlops) -> float:
+@dataclass(frozen=True)
+class Frozen:
+    """Which weights need no gradient.
+
+    Attributes:
+        layers: Those of the layers.
+        head: That of the LM head.
+    """
+
+    layers: bool = False
+    head: bool = False
+
+
+def model_flops(forward: ForwardFlops, frozen: Frozen = Frozen()) -> float:
     """Return the FLOPs of a training step that the model asks for: `tflops_model` counts these."""
-    return 3.0 * forward.total
+    spared = (forward.linear if frozen.layers else 0.0) + (forward.head if frozen.head else 0.0)
+    return 3.0 * forward.total - spared
 
 
 @dataclass(frozen=True)
@@ -98,7 +118,7 @@ class Recomputation:
     mlp_tiles: int = 0
 
 
-def hardware_flops(forward: ForwardFlops, again: Recomputation) -> float:
+def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen = Frozen()) -> float:
     """Return the FLOPs that are done, with those that are done again.
 
     Torch stops recomputing as soon as it has all that a gradient needs: before the last product of a layer,
@@ -108,12 +128,13 @@ def hardware_flops(forward: ForwardFlops, again: Recomputation) -> float:
     Args:
         forward: One forward pass.
         again: What is recomputed.
+        frozen: Which weights need no gradient.
     """
-    done = model_flops(forward) + (forward.head if again.tiled_head else 0.0)
+    done = model_flops(forward, frozen) + (forward.head if again.tiled_head else 0.0)
     skipped = 0.0 if again.zero_stage == 3 else forward.last_product
     if again.mlp_tiles:
         done += forward.mlp - skipped
         skipped = forward.mlp / again.mlp_tiles
     if again.checkpointing == "full":
-        done += forward.linear + forward.attention - skipped
+        done += forward.linear + forward.attention + forward.adapters - skipped
     return done

@@ -9,11 +9,12 @@ from torch import nn
 
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
+from orchestrator.model.adapters import adapt
 from orchestrator.model.loss import TiledHead
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.model.support import length_problem, obstacle_in_config, obstacle_in_model
 from orchestrator.paths import resolve
-from orchestrator.spec import ModelSpec
+from orchestrator.spec import JobSpec, ModelSpec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CANNOT_BUILD = (OSError, ValueError, KeyError)
@@ -42,22 +43,20 @@ def load_config(model: ModelSpec) -> Any:
         ) from None
 
 
-def require_supported(model: ModelSpec, max_length: int) -> None:
-    """Refuse a model that packed documents of up to `max_length` tokens cannot be trained with.
+def require_supported(job: JobSpec) -> None:
+    """Refuse a model that a job's packed documents cannot be trained with, or not as the job says.
 
     The model is built without memory for its weights, so that this can be asked before anything is paid for.
 
     Raises:
         SpecError: What stands in the way, and the remedy.
     """
-    from transformers import AutoModelForCausalLM
-
+    model = job.model
     config = load_config(model)
-    if problem := obstacle_in_config(config) or length_problem(config, max_length):
+    if problem := obstacle_in_config(config) or length_problem(config, job.data.max_length):
         raise _refusal(model, problem)
     try:
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(config, **_options(model, torch.bfloat16))
+        built = _without_memory(model, config)
     except RuntimeError:
         return  # code of its own that needs real memory; the workers will tell
     except Exception as error:  # whatever a configuration that does not fit its model leads to
@@ -65,8 +64,40 @@ def require_supported(model: ModelSpec, max_length: int) -> None:
     if problem := obstacle_in_model(built):
         raise _refusal(model, problem)
     _save_memory(built, model, offload_activations=False)
+    if job.method.type == "lora":
+        with torch.device("meta"):
+            built = adapt(built, job.method, job.run.seed)
     if model.loss_tile_tokens:
         TiledHead(built, model.loss_tile_tokens)
+
+
+def skeleton(job: JobSpec) -> Any:
+    """Return a job's model with its adapters, but without memory for any weight."""
+    with torch.device("meta"):
+        return adapt(_without_memory(job.model, load_config(job.model)), job.method, job.run.seed)
+
+
+def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
+    """Return the model that a job's adapters stand beside, whole and in one process."""
+    model = job.model
+    return _built(model, load_config(model), _options(model, dtype), job.run.seed, partitioned=False)
+
+
+def _without_memory(model: ModelSpec, config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **_options(model, torch.bfloat16))
+
+
+def _built(
+    model: ModelSpec, config: Any, options: dict[str, Any], seed: int, partitioned: bool, load: bool = True
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if model.weights == "random" or not load:
+        return _random(config, options, seed, partitioned)
+    return AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), config=config, **options)
 
 
 def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -90,33 +121,26 @@ def _refusal(model: ModelSpec, problem: str) -> SpecError:
 
 
 def build_model(
-    model: ModelSpec,
-    dtype: torch.dtype,
-    seed: int,
-    ds_config: dict[str, Any],
-    load_weights: bool = True,
-    offload_activations: bool = False,
+    job: JobSpec, dtype: torch.dtype, ds_config: dict[str, Any], load_weights: bool = True
 ) -> nn.Module:
-    """Return the causal LM, ready for `deepspeed.initialize`.
+    """Return the causal LM of a job, with its adapters if it trains any, ready for `deepspeed.initialize`.
 
     Under ZeRO-3 transformers builds it inside `deepspeed.zero.Init`: each parameter is partitioned as it is
     made, and only rank 0 reads weights. torch.distributed must be initialised then.
 
     Args:
-        model: What to build.
+        job: Says what to build, and how it is trained.
         dtype: Number format of the parameters.
-        seed: Of random weights.
         ds_config: The rendered DeepSpeed configuration; decides whether the model is partitioned.
-        load_weights: False where a checkpoint will overwrite them at once.
-        offload_activations: Whether the layers' inputs wait in host memory for the backward pass.
+        load_weights: False where a checkpoint will overwrite all trained ones at once.
 
     Raises:
         SpecError: No causal LM, or an architecture whose attention cannot keep documents apart, or that
-            cannot save memory as the job says.
+            cannot be adapted or save memory as the job says.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    model, seed, adapted = job.model, job.run.seed, job.method.type == "lora"
     config = load_config(model)
     if obstacle := obstacle_in_config(config):
         raise _refusal(model, obstacle)
@@ -124,17 +148,15 @@ def build_model(
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     options = _options(model, dtype)
     try:
-        if model.weights == "random" or not load_weights:
-            built = _random(config, options, seed, partitioned is not None)
-        else:
-            path = str(resolve(model.path))
-            built = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        built = _built(model, config, options, seed, partitioned is not None, load_weights or adapted)
     except _CANNOT_BUILD as error:
         raise _refusal(model, _not_built(error)) from None
     del partitioned
     if obstacle := obstacle_in_model(built):
         raise _refusal(model, obstacle)
-    _save_memory(built, model, offload_activations)
+    _save_memory(built, model, job.parallel.offload_activations == "cpu")
+    if adapted:
+        built = adapt(built, job.method, seed)
     built.train()
     return built  # type: ignore[no-any-return]
 

@@ -102,7 +102,9 @@ def load(engine: Any, checkpoint: Path) -> int:
     found = list(dict.fromkeys(problem for part in _gather(problems) for problem in part))
     if found:
         raise TrainingError(*found)
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=SHARDS)
+    # Frozen weights are not saved; they come from the base model.
+    all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=SHARDS, load_module_strict=all_trained)
     if path is None:
         raise TrainingError(f"DeepSpeed finds no checkpoint in {checkpoint / SHARDS}; {_remedy(checkpoint)}")
     return step
@@ -167,7 +169,13 @@ def _write_shards(engine: Any, draft: Path, step: int) -> str | None:
     engine.checkpoint_engine = patient
     engine._copy_recovery_script = lambda folder: patient.attempt(lambda: copy_script(folder))
     try:
-        engine.save_checkpoint(str(draft), tag=SHARDS, client_state={"step": step}, save_latest=False)
+        engine.save_checkpoint(
+            str(draft),
+            tag=SHARDS,
+            client_state={"step": step},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
     finally:
         engine.checkpoint_engine, engine._copy_recovery_script = writer, copy_script
     return patient.failure

@@ -83,7 +83,7 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     watch, note = tell
-    require_supported(job.model, job.data.max_length)
+    require_supported(job)
     _require_shareable(job, device, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
@@ -129,13 +129,21 @@ def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
         return _prepare_data(job, note)[2]
 
 
-def export_run(home: Path, to: Path) -> Path:
+def export_run(home: Path, to: Path, merge: bool = False) -> Path:
     """Export the newest checkpoint of a run to a folder.
 
+    Args:
+        home: The run's folder.
+        to: Folder to write.
+        merge: Whether adapters are merged into the base model.
+
     Raises:
+        SpecError: There is nothing to merge.
         TrainingError: The run has no checkpoint.
     """
     job = folder.job_of(home)
+    if merge and job.method.type != "lora":
+        raise SpecError(f"{home} trained every parameter, so there is nothing to merge; leave out --merge")
     saved = checkpoint.published(home / "checkpoints")
     if not saved:
         raise TrainingError(f"{home} has no published checkpoint; train the job first, then export")
@@ -143,7 +151,7 @@ def export_run(home: Path, to: Path) -> Path:
     dtype: Literal["bf16", "fp16", "fp32"] = (
         "bf16" if device["bf16"]["enabled"] else "fp16" if device["fp16"]["enabled"] else "fp32"
     )
-    return export.export(job, dtype, saved[-1], to)
+    return export.export(job, dtype, saved[-1], to, merge)
 
 
 def _place(job: JobSpec) -> Literal["cuda", "cpu"]:

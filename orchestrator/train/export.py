@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +13,18 @@ from orchestrator.errors import TrainingError
 from orchestrator.model.build import load_config, torch_dtype
 from orchestrator.spec import JobSpec
 from orchestrator.train import checkpoint
+from orchestrator.train.adapter import write_adapter, write_merged
 
 _MAX_SHARD = "5GB"
 
 
-def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path) -> Path:
+def export(
+    job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path, merge: bool = False
+) -> Path:
     """Write the model of a checkpoint as Hugging Face safetensors, with configuration and tokenizer.
+
+    Of a run that trained adapters, write these in peft's format, or with `merge` the base model with them
+    added to its weights.
 
     One tensor at a time is put together from the shards, so host memory holds one output file and not the
     model twice. Needs no device and no process group.
@@ -27,6 +34,7 @@ def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to
         dtype: Number format of the weights.
         saved: A published checkpoint.
         to: Folder to write; replaced where it exists.
+        merge: Whether adapters are merged into the base model.
 
     Returns:
         The folder.
@@ -41,11 +49,10 @@ def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        _write_weights(saved, draft, torch_dtype(dtype))
-        config = load_config(job.model)
-        config.dtype = torch_dtype(dtype)
-        config.architectures = config.architectures or [_architecture(config)]
-        config.save_pretrained(draft)
+        if job.method.type == "lora":
+            _write_adapter(job, saved, draft, torch_dtype(dtype), merge)
+        else:
+            _write_model(job, saved, draft, torch_dtype(dtype))
         load_tokenizer(job.model).save_pretrained(draft)
         shutil.rmtree(to, ignore_errors=True)
         draft.rename(to)
@@ -59,23 +66,45 @@ def export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to
     return to
 
 
+def _write_model(job: JobSpec, saved: Path, folder: Path, dtype: Any) -> None:
+    _write_weights(saved, folder, dtype)
+    config = load_config(job.model)
+    config.dtype = dtype
+    config.architectures = config.architectures or [_architecture(config)]
+    config.save_pretrained(folder)
+
+
+def _write_adapter(job: JobSpec, saved: Path, folder: Path, dtype: Any, merge: bool) -> None:
+    weights = fp32_weights(saved, only_trained=True)
+    if not merge:
+        write_adapter(job, weights, folder, dtype)
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".adapter-") as beside:
+        write_adapter(job, weights, Path(beside), dtype)
+        write_merged(job, Path(beside), folder, dtype, _MAX_SHARD)
+
+
 def _architecture(config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
 
 
-def fp32_weights(saved: Path) -> dict[str, Any]:
+def fp32_weights(saved: Path, only_trained: bool = False) -> dict[str, Any]:
     """Return the weights of a checkpoint by name, each read when its `contiguous` is called.
 
     Tied weights are one object under several names.
+
+    Args:
+        saved: A published checkpoint.
+        only_trained: Whether frozen weights were left out of it.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if checkpoint.read_manifest(saved)["zero_stage"] == 0:
         return _unpartitioned_weights(saved)
     lazy: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-        str(saved), tag=checkpoint.SHARDS, lazy_mode=True
+        str(saved), tag=checkpoint.SHARDS, exclude_frozen_parameters=only_trained, lazy_mode=True
     )
     return lazy
 

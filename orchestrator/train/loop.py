@@ -17,6 +17,7 @@ from torch import distributed as dist
 from orchestrator.data.loader import MicroBatch, PackLoader
 from orchestrator.errors import TrainingError
 from orchestrator.metrics.flops import (
+    Frozen,
     Recomputation,
     forward_flops,
     hardware_flops,
@@ -59,6 +60,7 @@ class Course:
         kernel: How attention is computed.
         shape: For FLOPs; None leaves them out.
         head: The LM head, where it scores labels by tiles.
+        adapter_parameters: Weights of LoRA's matrices, for FLOPs.
     """
 
     job: JobSpec
@@ -73,6 +75,7 @@ class Course:
     kernel: Kernel
     shape: ModelShape | None
     head: TiledHead | None = None
+    adapter_parameters: int = 0
 
     def batches(self, loader: PackLoader, step: int, packs: int) -> Iterator[MicroBatch]:
         """Yield this worker's part of its micro-batches of a step."""
@@ -182,11 +185,17 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
     """Return what this rank did in the step that is about to end."""
     model_work = hardware_work = 0.0
     if course.shape is not None:
-        model, layout = course.job.model, course.layout
+        model, layout, method = course.job.model, course.layout, course.job.method
+        frozen = Frozen(method.type == "lora", method.type == "lora" and not method.train_embeddings)
         for batch in work:
             windowed = square_within(batch.real_lengths, course.shape.window) / layout.sequence_parallel_size
             forward = forward_flops(
-                course.shape, batch.tokens, batch.square_tokens, batch.trained_tokens, windowed
+                course.shape,
+                batch.tokens,
+                batch.square_tokens,
+                batch.trained_tokens,
+                windowed,
+                course.adapter_parameters,
             )
             again = Recomputation(
                 model.gradient_checkpointing,
@@ -194,8 +203,8 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
                 tiled_head=course.head is not None,
                 mlp_tiles=-(-len(batch.input_ids) // model.mlp_tile_tokens) if model.mlp_tile_tokens else 0,
             )
-            model_work += model_flops(forward)
-            hardware_work += hardware_flops(forward, again)
+            model_work += model_flops(forward, frozen)
+            hardware_work += hardware_flops(forward, again, frozen)
     phases = clock.phases()
     in_use, peak, reserved = memory(course.device)
     return RankStep(

@@ -48,6 +48,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
 def _train(brief: Brief, reporter: _Reporter) -> None:
     os.environ["DS_ACCELERATOR"] = brief.device
+    from orchestrator.model.adapters import adapter_parameters
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
     from orchestrator.model.loss import TiledHead
@@ -62,14 +63,7 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     join_process_group(job.run.collective_timeout_seconds)
     saved = _agree(checkpoint.published(brief.checkpoints)[-1:])
     dtype = torch_dtype(brief.dtype)
-    model = build_model(
-        job.model,
-        dtype,
-        job.run.seed,
-        brief.ds_config,
-        load_weights=not saved,
-        offload_activations=job.parallel.offload_activations == "cpu",
-    )
+    model = build_model(job, dtype, brief.ds_config, load_weights=not saved)
     engine = start_engine(model, brief.ds_config)
     start = checkpoint.load(engine, saved[0]) if saved else 0
     loader, packs, steps = training_loader(job, *plan.load(brief.training))
@@ -87,6 +81,7 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
         kernel=kernel_for(job.model.attention, device, dtype, model.config),
         shape=ModelShape.from_config(load_config(job.model).to_dict()),
         head=TiledHead(model, job.model.loss_tile_tokens) if job.model.loss_tile_tokens else None,
+        adapter_parameters=adapter_parameters(model),
     )
     reporter.begin(device, start, steps)
     if saved:

@@ -13,7 +13,7 @@ from orchestrator.data.corpus import Corpus
 from orchestrator.data.packing import Packs
 from orchestrator.data.store import TokenStore, write_index, write_shard
 from orchestrator.data.template import CONTEXT, LAST_RESPONSE, Encoded
-from orchestrator.spec import JobSpec, SourceSpec
+from orchestrator.spec import DataSpec, JobSpec, ModelSpec, SourceSpec
 
 MAX_LENGTH = 96
 VOCABULARY = 160
@@ -106,6 +106,12 @@ def _write_store(folder: Path, documents: list[Encoded]) -> None:
     write_index(folder, shards, {})
 
 
+def job_with(model: ModelSpec, max_length: int = MAX_LENGTH) -> JobSpec:
+    """Return a job that says nothing but which model, and how long its packs are."""
+    data = DataSpec(train=(SourceSpec(path="unused"),), max_length=max_length)
+    return JobSpec(name="test", model=model, data=data)
+
+
 def planned(job: JobSpec, folder: Path) -> tuple[Corpus, Packs]:
     """Return the documents of a store and their packs, as a job says."""
     return plan.make([TokenStore(folder)], [SourceSpec(path="unused")], job.data, job.run.seed)
@@ -120,10 +126,13 @@ def job(folder: Path, workers: int, parallel: dict[str, Any], **changes: Any) ->
         parallel: ZeRO stage and offloading.
         **changes: Sections or single values of `optim`, which replace what stands here.
     """
-    sections = {name: changes.pop(name, {}) for name in ("data", "model", "run", "eval", "checkpoint")}
+    sections = {
+        name: changes.pop(name, {}) for name in ("data", "model", "method", "run", "eval", "checkpoint")
+    }
     document = {
         "name": "invariant",
         "model": {"path": str(folder), "gradient_checkpointing": False, **sections["model"]},
+        "method": sections["method"],
         "data": {"train": [{"path": "unused"}], "max_length": MAX_LENGTH, **sections["data"]},
         "parallel": {"workers": workers, "device": "cpu", **parallel},
         "optim": {"lr": 1e-3, "clip_norm": 0.5, "weight_decay": 0.01, "global_batch_size": 8, **changes},

@@ -35,6 +35,7 @@ def full_gradients(model: nn.Module) -> Arrays:
         # A copy: without partitions this is the gradient itself, which clipping changes in place.
         name: safe_get_full_grad(parameter).float().cpu().numpy().copy()
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 

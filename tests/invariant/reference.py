@@ -7,6 +7,7 @@ project, together with the schedule of the learning rate.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,30 @@ class Reference:
     parameters: Arrays
 
 
-def train(document: dict[str, Any], data: Path, held_out: Path | None = None) -> Reference:
-    """Train as a job says, with `workers` and `parallel` left aside."""
+def train(
+    document: dict[str, Any],
+    data: Path,
+    held_out: Path | None = None,
+    adapt: Callable[[Any], Any] | None = None,
+) -> Reference:
+    """Train as a job says, with `workers`, `parallel` and `method` left aside.
+
+    Args:
+        document: The job.
+        data: The store of its documents.
+        held_out: The store of documents to evaluate.
+        adapt: Makes the model one with adapters.
+    """
     job = JobSpec.model_validate_json(json.dumps(document))
     model = AutoModelForCausalLM.from_pretrained(
         job.model.path, attn_implementation="eager", dtype=torch.float32
     ).train()
+    if adapt is not None:
+        model = adapt(model)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optim = job.optim
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        trained.values(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
     corpus, packs = material.planned(job, data)
     loader, last, steps = training_loader(job, corpus, packs)
@@ -57,12 +73,8 @@ def train(document: dict[str, Any], data: Path, held_out: Path | None = None) ->
         documents = [corpus.document(member) for number in numbers for member in packs.members(number)]
         optimizer.zero_grad()
         losses.append(_backward(model, documents))
-        gradients = gradients or {
-            name: weight.grad.numpy().copy() for name, weight in model.named_parameters()
-        }
-        norms.append(
-            float(torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm or float("inf")))
-        )
+        gradients = gradients or {name: weight.grad.numpy().copy() for name, weight in trained.items()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), optim.clip_norm or float("inf"))))
         rates.append(learning_rate(optim, step, steps))
         for group in optimizer.param_groups:
             group["lr"] = rates[-1]

@@ -18,6 +18,7 @@ from orchestrator.model.attention import Documents, document_attention
 from orchestrator.model.build import build_model, require_supported
 from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.spec import ModelSpec
+from tests.invariant import material
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -123,7 +124,7 @@ def _by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
 )
 def test_packed_loss_is_that_of_single_documents(family: str, window: dict[str, Any], tmp_path: Path) -> None:
     AutoConfig.for_model(family, **SIZES, **window).save_pretrained(tmp_path)
-    require_supported(_spec(tmp_path), 64)
+    require_supported(material.job_with(_spec(tmp_path), 64))
     built = _build(tmp_path).eval()
     plain = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(tmp_path), attn_implementation="eager"
@@ -146,7 +147,7 @@ def test_an_architecture_that_is_not_computed_is_refused_by_driver_and_worker(
         config = AutoConfig.for_model(family, **SIZES, **changes).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     with pytest.raises(SpecError, match=reason):
-        require_supported(_spec(tmp_path), 64)
+        require_supported(material.job_with(_spec(tmp_path), 64))
     with pytest.raises(SpecError, match=reason):
         _build(tmp_path)
 
@@ -155,9 +156,9 @@ def test_an_architecture_that_is_not_computed_is_refused_by_driver_and_worker(
 def test_what_only_long_documents_would_break_is_refused_for_them_alone(case: str, tmp_path: Path) -> None:
     family, changes, reason = LONG_ONLY[case]
     AutoConfig.for_model(family, **{**SIZES, **changes}).save_pretrained(tmp_path)
-    require_supported(_spec(tmp_path), 64)
+    require_supported(material.job_with(_spec(tmp_path), 64))
     with pytest.raises(SpecError, match=reason):
-        require_supported(_spec(tmp_path), 65)
+        require_supported(material.job_with(_spec(tmp_path), 65))
 
 
 def _spec(folder: Path) -> ModelSpec:
@@ -165,7 +166,7 @@ def _spec(folder: Path) -> ModelSpec:
 
 
 def _build(folder: Path) -> torch.nn.Module:
-    return build_model(_spec(folder), torch.float32, seed=0, ds_config={"zero_optimization": {"stage": 2}})
+    return build_model(material.job_with(_spec(folder)), torch.float32, {"zero_optimization": {"stage": 2}})
 
 
 def _packed(documents: list[np.ndarray]) -> MicroBatch:

@@ -26,6 +26,7 @@ from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.paths import resolve
 from orchestrator.spec import DataSpec, JobSpec, ModelSpec, SourceSpec
 from orchestrator.train.brief import loader
+from tests.invariant import material
 from tests.invariant.material import write_model
 
 CPU = torch.device("cpu")
@@ -92,7 +93,8 @@ def _planned(home: Path, kind: str, **data: Any) -> tuple[Corpus, PackLoader, in
 
 def _model(home: Path) -> torch.nn.Module:
     spec = ModelSpec(path=str(home / "model"), gradient_checkpointing=False)
-    return build_model(spec, torch.float32, seed=0, ds_config={"zero_optimization": {"stage": 2}}).eval()
+    job = material.job_with(spec)
+    return build_model(job, torch.float32, {"zero_optimization": {"stage": 2}}).eval()
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.parallel import ulysses
 from orchestrator.parallel.layout import Layout
 from orchestrator.spec import ModelSpec
-from tests.invariant import worker
+from tests.invariant import material, worker
 from tests.invariant.material import VOCABULARY
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def score_with_ours(task: worker.Task) -> worker.Answer:
     layout = Layout(dist.get_world_size(), dist.get_world_size())
     sequence = ulysses.join(layout, 60)
     spec = ModelSpec(path=task["model"], gradient_checkpointing=False)
-    model = build_model(spec, torch.float32, 0, {"zero_optimization": {"stage": 2}})
+    model = build_model(material.job_with(spec), torch.float32, {"zero_optimization": {"stage": 2}})
     losses = {}
     for name, row in task["rows"].items():
         part = row_of(row["lengths"], dist.get_rank(), dist.get_world_size())

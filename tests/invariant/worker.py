@@ -84,9 +84,7 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
     ds_config = render(job, dtype, "cpu")
     ds_config["fp16"].update(task.get("fp16", {}))
     ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
-    offload = job.parallel.offload_activations == "cpu"
-    model = build_model(job.model, torch_dtype(dtype), job.run.seed, ds_config, load_weights, offload)
-    return start_engine(model, ds_config)
+    return start_engine(build_model(job, torch_dtype(dtype), ds_config, load_weights), ds_config)
 
 
 def _allow_fp16() -> None:
@@ -217,7 +215,7 @@ def build_partitioned(task: Task) -> Answer:
     modeling_utils.load_state_dict = watched
     job = job_of(task)
     try:
-        model = build_model(job.model, torch.float32, job.run.seed, render(job, "fp32", "cpu"))
+        model = build_model(job, torch.float32, render(job, "fp32", "cpu"))
     finally:
         modeling_utils.load_state_dict = read
     parameters = list(model.parameters())

@@ -1,0 +1,117 @@
+"""LoRA: training two narrow matrices beside each chosen weight, through peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import MethodSpec
+
+_ATTENTION = ("attn", "attention")  # a part of what transformers calls the attention of a layer
+
+
+def adapt(model: Any, method: MethodSpec, seed: int) -> Any:
+    """Return a causal LM whose weights are frozen, with adapters that are trained (LoRA, arXiv 2106.09685).
+
+    Adapters start as nothing: the second matrix of each is zero, so the model computes what it did.
+
+    Args:
+        model: A causal LM of transformers; under ZeRO-3 it may be partitioned already.
+        method: Which adapters.
+        seed: Of their first matrices; the same on every rank and for every ZeRO stage.
+
+    Returns:
+        The model inside peft's wrapper.
+
+    Raises:
+        SpecError: No module has the name of a target, or peft cannot adapt one of them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=targets(model, method),
+        use_rslora=method.use_rslora,
+        use_dora=method.use_dora,
+        modules_to_save=_embeddings(model) if method.train_embeddings else None,
+        ensure_weight_tying=method.train_embeddings and _is_tied(model),
+    )
+    torch.manual_seed(seed)
+    try:
+        # The optimizer keeps its own copy in fp32, so adapters stay in the model's number format.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SpecError(
+            f"method.type=lora cannot be applied to {type(model).__name__} ({reason}); choose other "
+            "method.targets, or use type: full"
+        ) from None
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Return the number of weights in LoRA's matrices, also of those that ZeRO-3 has partitioned away."""
+    return sum(
+        int(getattr(parameter, "ds_numel", parameter.numel()))
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    )
+
+
+def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
+    """Return which modules get adapters, as peft takes it.
+
+    Raises:
+        SpecError: A name that no linear layer has, with those that there are.
+    """
+    if method.targets == "all-linear":
+        return "all-linear"
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    if method.targets == "attention":
+        found = sorted(
+            {
+                name.rpartition(".")[2]
+                for name in linear
+                if any(part in parent for parent in name.split(".")[:-1] for part in _ATTENTION)
+            }
+        )
+        if not found:
+            raise SpecError(
+                f"method.targets=attention finds no attention in {type(model).__name__}; name modules: "
+                f"{', '.join(_names(linear))}"
+            )
+        return found
+    missing = [name for name in method.targets if not any(f".{each}".endswith(f".{name}") for each in linear)]
+    if missing:
+        raise SpecError(
+            *(
+                f"method.targets: no linear layer of {type(model).__name__} is called {name}; there are "
+                f"{', '.join(_names(linear))}"
+                for name in missing
+            )
+        )
+    return list(method.targets)
+
+
+def _names(linear: dict[str, nn.Module]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _embeddings(model: Any) -> list[str]:
+    """Return the names of the embedding and the LM head, the last part of each."""
+    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    by_module = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    return [by_module[id(module)] for module in wanted if module is not None]
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))

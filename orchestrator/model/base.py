@@ -1,0 +1,49 @@
+"""Which base model an adapter belongs to: told from its configuration and the heads of its weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from orchestrator.paths import resolve
+from orchestrator.spec import ModelSpec
+
+_HEAD_BYTES = 2**20  # names, shapes and places of a safetensors file's tensors stand at its start
+_NOT_WEIGHTS = frozenset({"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"})
+
+
+def identity(model: ModelSpec) -> dict[str, Any]:
+    """Return what tells a base model from another, without reading all of its weights.
+
+    Args:
+        model: A folder or a hub name.
+
+    Returns:
+        A hash of the configuration; for a folder, size and hash of the head and the tail of each weight file;
+        for a hub name, its commit; for random weights, that they are.
+    """
+    from transformers import AutoConfig
+
+    path = resolve(model.path)
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_WEIGHTS}
+    found: dict[str, Any] = {
+        "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    }
+    if model.weights == "random":
+        return {**found, "weights": "random"}
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".bin"))
+        return {**found, "weights": {each.name: _describe(each) for each in files}}
+    return {**found, "commit": getattr(config, "_commit_hash", None)}
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD_BYTES)
+        opened.seek(max(0, size - _HEAD_BYTES))
+        tail = opened.read()
+    return {"bytes": size, "sha256_of_ends": hashlib.sha256(head + tail).hexdigest()}

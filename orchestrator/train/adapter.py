@@ -1,0 +1,66 @@
+"""From a run's checkpoint to an adapter that peft loads, or to the base model with the adapter merged in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from orchestrator.errors import TrainingError
+from orchestrator.model import base
+from orchestrator.model.build import base_model, skeleton
+from orchestrator.spec import JobSpec
+
+BASE = "base.json"  # which weights the adapter was trained beside
+
+
+def write_adapter(job: JobSpec, weights: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    """Write an adapter in peft's format, with what it has to be loaded onto.
+
+    Args:
+        job: The run's job.
+        weights: The trained weights of a checkpoint by name.
+        folder: Where to write.
+        dtype: Number format of the adapter.
+    """
+    from peft import get_peft_model_state_dict
+
+    model = skeleton(job)
+    whole = {name: weight.contiguous() for name, weight in weights.items()}
+    kept = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
+    # Tied matrices are one tensor under two names, and a file of safetensors stores each by itself.
+    tensors = {name: weight.to(dtype).clone() for name, weight in kept.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = job.model.path, True
+    config.save_pretrained(folder)
+    (folder / BASE).write_text(json.dumps(base.identity(job.model), indent=2) + "\n", encoding="utf-8")
+
+
+def write_merged(job: JobSpec, adapter: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Write the base model with an adapter added to its weights.
+
+    Args:
+        job: The run's job.
+        adapter: Folder of the adapter.
+        folder: Where to write.
+        dtype: Number format of the weights.
+        max_shard_size: Of one file.
+
+    Raises:
+        TrainingError: The base model is not the one that the adapter was trained beside.
+    """
+    from peft import PeftModel
+
+    known = json.loads((adapter / BASE).read_text(encoding="utf-8"))
+    if known != (found := base.identity(job.model)):
+        differing = sorted(key for key in known.keys() | found.keys() if known.get(key) != found.get(key))
+        raise TrainingError(
+            f"model.path={job.model.path} is not the model that the adapter was trained beside "
+            f"({', '.join(differing)} differ); bring that one back, or export without --merge"
+        )
+    merged = PeftModel.from_pretrained(base_model(job, dtype), str(adapter)).merge_and_unload()
+    merged.save_pretrained(folder, max_shard_size=max_shard_size)

@@ -1,0 +1,127 @@
+"""LoRA under every layout is what peft does in one plain process, and touches nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.invariant import reference
+from tests.invariant.conftest import Material
+from tests.invariant.group import Arrays, Outcome, assert_close, run_group
+from tests.invariant.material import POLICIES, SEED, job
+
+pytestmark = pytest.mark.distributed
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "alpha": 8.0},
+    "attention": {"rank": 3, "alpha": 8.0, "targets": "attention"},
+    "named": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"], "use_rslora": True},
+    "dora": {"rank": 4, "alpha": 8.0, "use_dora": True},
+    "embeddings": {"rank": 4, "alpha": 8.0, "train_embeddings": True},
+}
+# Method, policy, sequence_parallel_size, and what else may not change anything.
+CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "lora-zero0": ("lora", "zero0", 1, {}),
+    "lora-zero2": ("lora", "zero2", 1, {}),
+    "lora-zero3": ("lora", "zero3", 1, {}),
+    "lora-zero2-sp2": ("lora", "zero2", 2, {"gradient_checkpointing": "full"}),
+    "lora-zero3-sp2": ("lora", "zero3", 2, {"gradient_checkpointing": "full", "loss_tile_tokens": 16}),
+    "lora-zero3-all-cpu": ("lora", "zero3-all-cpu", 1, {"mlp_tile_tokens": 40}),
+    "attention-zero2": ("attention", "zero2", 1, {}),
+    "named-zero3": ("named", "zero3", 1, {}),
+    "dora-zero2": ("dora", "zero2", 1, {}),
+    "dora-zero3": ("dora", "zero3", 1, {}),
+    "embeddings-zero2-sp2": ("embeddings", "zero2", 2, {}),
+    "embeddings-zero3": ("embeddings", "zero3", 1, {}),
+}
+
+
+def task_of(tiny: Material, name: str) -> dict[str, Any]:
+    method, policy, size, model = CASES[name]
+    parallel = {**POLICIES[policy], "sequence_parallel_size": size}
+    return {
+        "name": name,
+        "action": "train",
+        "job": job(
+            tiny.model, 2, parallel, method={"type": "lora", **METHODS[method]}, model=model,
+            data={"packing": "best_fit"}, eval={"every_steps": 4}, global_batch_size=2, max_steps=4,
+            lr=1e-2, warmup_ratio=0.0,
+        ),
+        "data": str(tiny.training),
+        "held_out": str(tiny.held_out),
+        "initial": True,
+        "parameters": True,
+    }  # fmt: skip
+
+
+def plain_peft(model: Any, method: dict[str, Any]) -> Any:
+    """Adapt a model with peft alone."""
+    from peft import LoraConfig, get_peft_model
+
+    chosen = method.get("targets", "all-linear")
+    torch.manual_seed(SEED)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=method["rank"],
+            lora_alpha=method["alpha"],
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"] if chosen == "attention" else chosen,
+            use_rslora=method.get("use_rslora", False),
+            use_dora=method.get("use_dora", False),
+            modules_to_save=["embed_tokens", "lm_head"] if method.get("train_embeddings") else None,
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    return run_group(
+        tmp_path_factory.mktemp("adapters") / "group", 2, [task_of(tiny, name) for name in CASES]
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Material) -> dict[str, reference.Reference]:
+    return {
+        method: reference.train(
+            task_of(tiny, next(name for name, case in CASES.items() if case[0] == method))["job"],
+            tiny.training,
+            tiny.held_out,
+            lambda model, method=method: plain_peft(model, METHODS[method]),
+        )
+        for method in METHODS
+    }
+
+
+def without_zeros(arrays: Arrays) -> Arrays:
+    """Leave out what is zero: at first the second matrices are, and so are the gradients of the first."""
+    return {name: array for name, array in arrays.items() if np.any(array)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_train_as_peft_does_in_one_plain_process(
+    name: str, outcomes: dict[str, Outcome], expected: dict[str, reference.Reference]
+) -> None:
+    outcome, plain = outcomes[name], expected[CASES[name][0]]
+    steps = outcome.answer["steps"]
+    assert [step["loss"] for step in steps] == pytest.approx(plain.losses, rel=1e-5)
+    assert [step["gradient_norm"] for step in steps] == pytest.approx(plain.gradient_norms, rel=1e-4)
+    assert_close(without_zeros(outcome.kind("gradient")), without_zeros(plain.gradients), 1e-4)
+    assert_close(outcome.kind("parameter"), plain.parameters, 1e-4)
+    assert outcome.answer["evaluations"][-1][1] == pytest.approx(plain.evaluation, rel=1e-5)
+    assert plain.losses[-1] < plain.losses[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frozen_weights_stay_to_the_bit(name: str, outcomes: dict[str, Outcome]) -> None:
+    before, after = outcomes[name].kind("initial"), outcomes[name].kind("parameter")
+    trained = {name for name, array in after.items() if not np.array_equal(array, before[name])}
+    marks = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".modules_to_save.")
+    assert trained == {name for name in after if any(mark in name for mark in marks)}
+    assert trained == outcomes[name].kind("gradient").keys()
+    saved = {name for name in trained if ".modules_to_save." in name}
+    assert len(saved) == (2 if METHODS[CASES[name][0]].get("train_embeddings") else 0)

@@ -1,0 +1,124 @@
+"""Which weights LoRA trains, and how many."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.errors import SpecError
+from orchestrator.model import attention
+from orchestrator.model.adapters import adapt, adapter_parameters
+from orchestrator.spec import MethodSpec
+
+
+def build(kind: str = "llama", **changes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    attention.register()
+    config = AutoConfig.for_model(kind, **changes)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention.IMPLEMENTATION)
+
+
+def small(**changes: Any) -> Any:
+    return build(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, **changes,
+    )  # fmt: skip
+
+
+def adapted(model: Any, **method: Any) -> Any:
+    with torch.device("meta"):
+        return adapt(model, MethodSpec(type="lora", **method), seed=0)
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def count(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+class Qwen7B(nn.Module):
+    """The linear layers of Qwen-7B under their published names; its code is not part of transformers."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.ModuleDict({"c_attn": nn.Linear(4096, 3 * 4096), "c_proj": nn.Linear(4096, 4096)})
+            self.mlp = nn.ModuleDict(
+                {
+                    "w1": nn.Linear(4096, 11008, bias=False),
+                    "w2": nn.Linear(4096, 11008, bias=False),
+                    "c_proj": nn.Linear(11008, 4096, bias=False),
+                }
+            )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(self.Layer() for _ in range(32))
+
+    def prepare_inputs_for_generation(self) -> None:
+        """Stand where peft looks for it."""
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "millions"),
+    [(("c_attn",), 2, 1.05), (("c_attn",), 8, 4.19), (("c_attn",), 64, 33.55), ("all-linear", 8, 17.89)],
+)
+def test_counts_of_qwen_7b_are_the_published_ones(
+    targets: tuple[str, ...] | Literal["all-linear"], rank: int, millions: float
+) -> None:
+    with torch.device("meta"):
+        model = Qwen7B()
+    assert count(adapted(model, targets=targets, rank=rank)) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_counts_of_llama_2_7b() -> None:
+    """Four matrices of 4096 x 4096 and three of 4096 x 11008 in each of 32 layers."""
+    model = build(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000,
+    )  # fmt: skip
+    found = adapted(model, rank=16)
+    assert count(found) == 32 * 16 * (4 * 8192 + 3 * 15104) == adapter_parameters(found) == 39_976_960
+
+
+def test_attention_is_told_from_the_mlp_by_its_place() -> None:
+    found = trained(adapted(small(), targets="attention"))
+    assert {name.split(".")[-4] for name in found} == {"self_attn"} or all(
+        "self_attn" in name for name in found
+    )
+    assert {name.split(".")[-3] for name in found} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_all_linear_leaves_the_head_out() -> None:
+    found = trained(adapted(small()))
+    assert not any("lm_head" in name or "embed" in name for name in found)
+    assert len(found) == 2 * 7 * 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_trained_whole(tied: bool) -> None:
+    model = adapted(small(tie_word_embeddings=tied), train_embeddings=True, rank=4)
+    whole = [name for name in trained(model) if "modules_to_save" in name]
+    matrices = 1 if tied else 2
+    assert count(model) - adapter_parameters(model) == matrices * 64 * 32
+    assert len(whole) == matrices
+
+
+def test_a_target_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(SpecError) as raised:
+        adapted(small(), targets=("q_proj", "c_attn", "proj"))
+    assert len(raised.value.problems) == 2
+    assert raised.value.problems[0] == (
+        "method.targets: no linear layer of LlamaForCausalLM is called c_attn; there are "
+        "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    )
+
+
+def test_a_frozen_weight_needs_no_gradient() -> None:
+    model = adapted(small())
+    assert all(("lora_" in name) == weight.requires_grad for name, weight in model.named_parameters())
