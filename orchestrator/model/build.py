@@ -144,19 +144,19 @@ def build_model(
     config = load_config(model)
     if obstacle := obstacle_in_config(config):
         raise _refusal(model, obstacle)
-    # transformers reads this through a weak reference, only while the model is built.
+    # transformers and peft read this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     options = _options(model, dtype)
     try:
         built = _built(model, config, options, seed, partitioned is not None, load_weights or adapted)
     except _CANNOT_BUILD as error:
         raise _refusal(model, _not_built(error)) from None
-    del partitioned
     if obstacle := obstacle_in_model(built):
         raise _refusal(model, obstacle)
     _save_memory(built, model, job.parallel.offload_activations == "cpu")
     if adapted:
         built = adapt(built, job.method, seed)
+    del partitioned
     built.train()
     return built  # type: ignore[no-any-return]
 
