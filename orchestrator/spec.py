@@ -85,6 +85,10 @@ class MethodSpec(Section):
     """Learn length and direction of each weight apart (DoRA)."""
     train_embeddings: bool = False
     """Train embedding and LM head as well, whole, and save them with the adapter (lora)."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Load the frozen weights of linear layers in 4 or 8 bits, through bitsandbytes (lora)."""
+    double_quantization: bool = True
+    """Quantise the scales of nf4 blocks as well."""
 
 
 class SourceSpec(Section):

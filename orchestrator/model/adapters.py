@@ -13,7 +13,7 @@ from orchestrator.spec import MethodSpec
 _ATTENTION = ("attn", "attention")  # a part of what transformers calls the attention of a layer
 
 
-def adapt(model: Any, method: MethodSpec, seed: int) -> Any:
+def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
     """Return a causal LM whose weights are frozen, with adapters that are trained (LoRA, arXiv 2106.09685).
 
     Adapters start as nothing: the second matrix of each is zero, so the model computes what it did.
@@ -21,6 +21,7 @@ def adapt(model: Any, method: MethodSpec, seed: int) -> Any:
     Args:
         model: A causal LM of transformers; under ZeRO-3 it may be partitioned already.
         method: Which adapters.
+        dtype: Number format of the adapters; the optimizer keeps its own copy in fp32.
         seed: Of their first matrices; the same on every rank and for every ZeRO stage.
 
     Returns:
@@ -44,14 +45,17 @@ def adapt(model: Any, method: MethodSpec, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     try:
-        # The optimizer keeps its own copy in fp32, so adapters stay in the model's number format.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SpecError(
             f"method.type=lora cannot be applied to {type(model).__name__} ({reason}); choose other "
             "method.targets, or use type: full"
         ) from None
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)  # beside weights of few bits peft makes them fp32
+    return adapted
 
 
 def adapter_parameters(model: nn.Module) -> int:

@@ -12,9 +12,10 @@ from orchestrator.model import attention
 from orchestrator.model.adapters import adapt
 from orchestrator.model.loss import TiledHead
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
+from orchestrator.model.quantization import keep_weights_in_place, quantization_config, quantization_problem
 from orchestrator.model.support import length_problem, obstacle_in_config, obstacle_in_model
 from orchestrator.paths import resolve
-from orchestrator.spec import JobSpec, ModelSpec
+from orchestrator.spec import JobSpec, MethodSpec, ModelSpec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CANNOT_BUILD = (OSError, ValueError, KeyError)
@@ -53,7 +54,8 @@ def require_supported(job: JobSpec) -> None:
     """
     model = job.model
     config = load_config(model)
-    if problem := obstacle_in_config(config) or length_problem(config, job.data.max_length):
+    problem = obstacle_in_config(config) or length_problem(config, job.data.max_length)
+    if problem := problem or quantization_problem(config, job.method):
         raise _refusal(model, problem)
     try:
         built = _without_memory(model, config)
@@ -66,7 +68,7 @@ def require_supported(job: JobSpec) -> None:
     _save_memory(built, model, offload_activations=False)
     if job.method.type == "lora":
         with torch.device("meta"):
-            built = adapt(built, job.method, job.run.seed)
+            built = adapt(built, job.method, torch.bfloat16, job.run.seed)
     if model.loss_tile_tokens:
         TiledHead(built, model.loss_tile_tokens)
 
@@ -74,13 +76,23 @@ def require_supported(job: JobSpec) -> None:
 def skeleton(job: JobSpec) -> Any:
     """Return a job's model with its adapters, but without memory for any weight."""
     with torch.device("meta"):
-        return adapt(_without_memory(job.model, load_config(job.model)), job.method, job.run.seed)
+        bare = _without_memory(job.model, load_config(job.model))
+        return adapt(bare, job.method, torch.bfloat16, job.run.seed)
 
 
 def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
-    """Return the model that a job's adapters stand beside, whole and in one process."""
-    model = job.model
-    return _built(model, load_config(model), _options(model, dtype), job.run.seed, partitioned=False)
+    """Return the model that a job's adapters stand beside, whole and in one process.
+
+    Weights that the job quantised are what their few bits stand for, in the number format.
+    """
+    options = _options(job.model, dtype) | _quantised(job.method, dtype)
+    built = _built(job.model, load_config(job.model), options, job.run.seed, partitioned=False)
+    return built.dequantize() if getattr(built, "is_quantized", False) else built
+
+
+def _quantised(method: MethodSpec, dtype: torch.dtype) -> dict[str, Any]:
+    config = quantization_config(method, dtype)
+    return {} if config is None else {"quantization_config": config}
 
 
 def _without_memory(model: ModelSpec, config: Any) -> Any:
@@ -97,7 +109,10 @@ def _built(
 
     if model.weights == "random" or not load:
         return _random(config, options, seed, partitioned)
-    return AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), config=config, **options)
+    built = AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), config=config, **options)
+    if "quantization_config" in options:
+        keep_weights_in_place(built)
+    return built
 
 
 def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
@@ -142,11 +157,11 @@ def build_model(
 
     model, seed, adapted = job.model, job.run.seed, job.method.type == "lora"
     config = load_config(model)
-    if obstacle := obstacle_in_config(config):
+    if obstacle := obstacle_in_config(config) or quantization_problem(config, job.method):
         raise _refusal(model, obstacle)
     # transformers and peft read this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-    options = _options(model, dtype)
+    options = _options(model, dtype) | _quantised(job.method, dtype)
     try:
         built = _built(model, config, options, seed, partitioned is not None, load_weights or adapted)
     except _CANNOT_BUILD as error:
@@ -155,7 +170,7 @@ def build_model(
         raise _refusal(model, obstacle)
     _save_memory(built, model, job.parallel.offload_activations == "cpu")
     if adapted:
-        built = adapt(built, job.method, seed)
+        built = adapt(built, job.method, dtype, seed)
     del partitioned
     built.train()
     return built  # type: ignore[no-any-return]

@@ -39,6 +39,15 @@ def full_gradients(model: nn.Module) -> Arrays:
     }
 
 
+def optimizer_elements(engine: Any) -> int:
+    """Return how many numbers this rank's optimizer keeps state for."""
+    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 keeps them apart
+    if partitions is not None:
+        return sum(part.numel() for part in partitions)
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
+
+
 @contextmanager
 def first_gradients(engine: Any) -> Iterator[Arrays]:
     """Catch the gradients of the first optimizer step that an engine makes inside the block."""

@@ -30,7 +30,7 @@ def small(**changes: Any) -> Any:
 
 def adapted(model: Any, **method: Any) -> Any:
     with torch.device("meta"):
-        return adapt(model, MethodSpec(type="lora", **method), seed=0)
+        return adapt(model, MethodSpec(type="lora", **method), torch.float32, seed=0)
 
 
 def trained(model: nn.Module) -> set[str]:
