@@ -229,6 +229,32 @@ def test_stage_0_keeps_its_state_on_the_device_and_does_not_scale_the_loss() -> 
     assert broken(parallel__zero_stage=1, parallel__offload_optimizer="cpu", model__dtype="fp16") == []
 
 
+def test_fields_of_lora_have_no_effect_on_full_training() -> None:
+    sentences = broken(method__rank=4, method__targets=("q_proj",), method__quantization="nf4")
+    assert [sentence.split("=")[0] for sentence in sentences] == [
+        "method.rank", "method.targets", "method.quantization",
+    ]  # fmt: skip
+    assert all(sentence.endswith("use type: lora, or leave it out") for sentence in sentences)
+    assert broken(method__type="lora", method__rank=4, method__targets=("q_proj",)) == []
+
+
+def test_int8_weights_cannot_be_partitioned() -> None:
+    (sentence,) = broken(method__type="lora", method__quantization="int8", parallel__zero_stage=3)
+    assert sentence.endswith("use quantization: nf4, or zero_stage: 2")
+    for stage, bits in ((2, "int8"), (2, "nf4"), (3, "nf4")):
+        assert broken(method__type="lora", method__quantization=bits, parallel__zero_stage=stage) == []
+
+
+def test_random_weights_are_not_quantised() -> None:
+    (sentence,) = broken(method__type="lora", method__quantization="nf4", model__weights="random")
+    assert sentence.endswith("use weights: pretrained or quantization: none")
+
+
+def test_lora_needs_a_target() -> None:
+    (sentence,) = broken(method__type="lora", method__targets=())
+    assert "method.targets=[] names no module" in sentence
+
+
 def test_flash_attention_needs_cuda_and_half_precision() -> None:
     (sentence,) = broken(model__attention="flash", parallel__device="cpu")
     assert "runs only on CUDA" in sentence
@@ -240,7 +266,6 @@ def test_flash_attention_needs_cuda_and_half_precision() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "instead"),
     [
-        ("method__type", "lora", "full"),
         ("checkpoint__asynchronous", True, "false"),
         ("run__min_workers", 1, "null"),
     ],
