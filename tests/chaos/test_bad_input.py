@@ -67,7 +67,10 @@ FILES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
         {"parallel__device": "cpu", "model__attention": "flash"},
         ("model.attention=flash", "sdpa"),
     ),
-    "method of a later version": ({"method__type": "lora"}, ("method.type=lora", "use full")),
+    "saving of a later version": (
+        {"checkpoint__asynchronous": True},
+        ("checkpoint.asynchronous=true", "use false"),
+    ),
     "storage by URI": ({"checkpoint__storage": "s3://bucket/runs"}, ("checkpoint.storage=s3://bucket/runs",)),
 }
 
