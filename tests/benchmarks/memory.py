@@ -176,12 +176,14 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8.5, 5.2), layout="constrained")
     styles = {1: "-", 2: "--", 4: ":"}
+    colours: dict[str, str] = {}  # one a setting, however many workers share the row
     for name in dict.fromkeys(found["setting"] for found in cells):
         row = [found for found in cells if found["setting"] == name]
         axes.plot(
             [found["length"] // 1024 for found in row],
             [found["peak_mib"] for found in row],
             styles[row[0]["sp"]],
+            color=colours.setdefault(name.removeprefix(f"sp {row[0]['sp']}, "), f"C{len(colours)}"),
             marker="o",
             markersize=3,
             label=name,
