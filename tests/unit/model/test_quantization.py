@@ -1,0 +1,65 @@
+"""What stands in the way of weights in few bits is told before they are loaded."""
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.model.quantization import quantization_config, quantization_problem
+from orchestrator.spec import MethodSpec
+
+GPTQ = SimpleNamespace(quantization_config={"quant_method": "gptq", "bits": 4})
+PLAIN = SimpleNamespace()
+
+
+def method(**fields: Any) -> MethodSpec:
+    return MethodSpec(**{"type": "lora", **fields})
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_weights_that_are_quantised_already_are_only_for_adapters() -> None:
+    problem = quantization_problem(GPTQ, MethodSpec())
+    assert problem is not None
+    assert problem.endswith("use method.type: lora")
+
+
+def test_weights_are_not_quantised_twice() -> None:
+    problem = quantization_problem(GPTQ, method(quantization="nf4"))
+    assert problem is not None
+    assert "quantised already (gptq)" in problem
+    assert "use quantization: none" in problem
+
+
+@pytest.mark.parametrize(
+    ("config", "chosen", "package", "extra"),
+    [(GPTQ, "none", "gptqmodel", "gptq"), (PLAIN, "nf4", "bitsandbytes", "qlora")],
+)
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_missing_kernel_is_named_with_its_extra(config: Any, chosen: str, package: str, extra: str) -> None:
+    problem = quantization_problem(config, method(quantization=chosen))
+    assert problem is not None
+    assert f"needs the package {package}" in problem
+    assert problem.endswith(f"install the extra `{extra}`")
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_whole_weights_need_no_package() -> None:
+    assert quantization_problem(PLAIN, MethodSpec()) is None
+    assert quantization_problem(PLAIN, method()) is None
+
+
+def test_bits_are_stored_as_numbers_that_zero_3_can_partition() -> None:
+    assert quantization_config(method(), torch.bfloat16) is None
+    config = quantization_config(method(quantization="nf4"), torch.bfloat16)
+    assert config.bnb_4bit_quant_storage == config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert config.bnb_4bit_use_double_quant
+    assert not quantization_config(
+        method(quantization="nf4", double_quantization=False), torch.float16
+    ).bnb_4bit_use_double_quant
+    assert quantization_config(method(quantization="int8"), torch.bfloat16).load_in_8bit
