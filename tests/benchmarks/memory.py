@@ -58,7 +58,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "sp 4, nothing saved": (4, _NOTHING),
     "sp 4, full, tiled, offloaded": (4, _ALL),
 }
-BUDGET_BYTES = 768 * 2**20
+BUDGET_BYTES = 384 * 2**20
 _STEP_TOKENS = 1024
 _RESOLUTION = 24  # the longest pack is found to a part of so much
 _LARGEST_TOKENS = 262_144
@@ -143,7 +143,7 @@ def table(home: Path, lengths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 def longest(home: Path, size: int, budget_bytes: int) -> int:
     """Return the longest pack that trains a step in a memory per worker, with everything saved."""
     able, unable = 0, _LARGEST_TOKENS // _STEP_TOKENS + 1
-    guess = 40 * size
+    guess = 20 * size
     while unable - able > max(1, able // _RESOLUTION):
         if cell(home, guess * _STEP_TOKENS, size, _ALL, budget_bytes):
             able = guess
