@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +38,10 @@ class Finished:
 
 
 def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start `orchestrator` with arguments, in a process group of its own."""
+    """Start `orchestrator` with arguments, in a process group of its own, where Ctrl-C can reach it.
+
+    A shell that starts tests in the background has them ignore SIGINT, and that would be inherited.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *arguments],
         cwd=cwd,
@@ -46,6 +50,7 @@ def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[st
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
