@@ -12,11 +12,9 @@ step.py for what a step is.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from tests.benchmarks.environment import describe, say
-from tests.benchmarks.step import Case, measure, memory_cell, ratio_cell, say_table, seconds_cell
+from tests.benchmarks.step import Case, measure, memory_cell, ratio_cell, seconds_cell, tell
 
 WAYS = ("framework", "framework's attention", "ours")
 _VOCABULARY = 32_000
@@ -48,11 +46,8 @@ def main() -> None:
         measure(Case(_VOCABULARY, slots, WAYS, arguments.seconds), _TIME_LIMIT_SECONDS)
         for slots in arguments.slots
     ]
-    environment = describe("torch", "transformers")
-    if arguments.json:
-        say(json.dumps({"cases": cases, "environment": environment}))
-        return
-    say_table(
+    tell(
+        cases,
         [
             "row",
             "documents in it",
@@ -64,9 +59,9 @@ def main() -> None:
             "of which head",
             "peak memory above what stays, MiB: framework / its attention / ours",
         ],
-        [row_of(found) for found in cases],
+        row_of,
+        arguments.json,
     )
-    say(json.dumps({"off": [found.get("off") for found in cases], "environment": environment}))
 
 
 if __name__ == "__main__":

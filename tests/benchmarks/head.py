@@ -9,11 +9,9 @@ same is asserted in the run. See step.py for what a step is.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from tests.benchmarks.environment import describe, say
-from tests.benchmarks.step import TILE_TOKENS, Case, measure, memory_cell, ratio_cell, say_table, seconds_cell
+from tests.benchmarks.step import TILE_TOKENS, Case, measure, memory_cell, ratio_cell, seconds_cell, tell
 
 WAYS = ("framework's head", "ours", "ours, tiled")
 _TIME_LIMIT_SECONDS = 300.0
@@ -46,11 +44,8 @@ def main() -> None:
         for vocabulary in arguments.vocabularies
         for slots in arguments.slots
     ]
-    environment = describe("torch", "transformers")
-    if arguments.json:
-        say(json.dumps({"cases": cases, "tile_tokens": TILE_TOKENS, "environment": environment}))
-        return
-    say_table(
+    tell(
+        cases,
         [
             "vocabulary",
             "row",
@@ -62,9 +57,9 @@ def main() -> None:
             "by tiles",
             "peak memory above what stays, MiB: all / labelled / tiles",
         ],
-        [row_of(found) for found in cases],
+        row_of,
+        arguments.json,
     )
-    say(json.dumps({"off": [found.get("off") for found in cases], "environment": environment}))
 
 
 if __name__ == "__main__":

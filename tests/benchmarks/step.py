@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -31,7 +32,7 @@ from orchestrator.data.loader import MicroBatch, Order, PackLoader
 from orchestrator.data.packing import best_fit
 from orchestrator.model import attention
 from orchestrator.model.loss import Inputs, TiledHead, loss_sum
-from tests.benchmarks.environment import ROOT, say
+from tests.benchmarks.environment import ROOT, describe, say
 from tests.benchmarks.packing import lengths_of
 
 # Attention of the framework (a block mask that transformers builds) or of documents; LM head at all positions
@@ -279,10 +280,20 @@ def ratio_cell(found: dict[str, Any], slow: str, fast: str) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def say_table(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table in Markdown."""
-    for cells in (header, ["---"] * len(header), *rows):
+def tell(
+    cases: list[dict[str, Any]],
+    header: list[str],
+    row_of: Callable[[dict[str, Any]], list[str]],
+    as_json: bool,
+) -> None:
+    """Print what was measured as a table in Markdown, or as JSON, and where."""
+    environment = describe("torch", "transformers")
+    if as_json:
+        say(json.dumps({"cases": cases, "tile_tokens": TILE_TOKENS, "environment": environment}))
+        return
+    for cells in (header, ["---"] * len(header), *map(row_of, cases)):
         say(f"| {' | '.join(cells)} |")
+    say(json.dumps({"off": [found.get("off") for found in cases], "environment": environment}))
 
 
 def in_fresh_process(case: Case, time_limit_seconds: float) -> dict[str, Any] | str:
