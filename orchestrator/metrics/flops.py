@@ -110,12 +110,14 @@ class Recomputation:
         zero_stage: Stage of ZeRO, or 0 without DeepSpeed.
         tiled_head: Whether the LM head computes its logits again.
         mlp_tiles: Tiles of a micro-batch that each MLP runs on; 0 where it runs on all at once.
+        adapted_last: Whether an adapter stands beside the last product of a layer.
     """
 
     checkpointing: Literal["full", "selective", "none"] = "none"
     zero_stage: int = 0
     tiled_head: bool = False
     mlp_tiles: int = 0
+    adapted_last: bool = False
 
 
 def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen = Frozen()) -> float:
@@ -123,7 +125,9 @@ def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen =
 
     Torch stops recomputing as soon as it has all that a gradient needs: before the last product of a layer,
     or of a tile, whose output no gradient needs; and before the last tile, which its own backward pass
-    recomputes. ZeRO-3 wraps each product in a function that saves its inputs, and so does the last one too.
+    recomputes. ZeRO-3 wraps each product in a function that saves its inputs, and so does the last one too;
+    an adapter runs after the product that it stands beside, and needs its input. Where layers are not
+    recomputed, the first one's input needs no gradient if it is frozen; that is counted nevertheless.
 
     Args:
         forward: One forward pass.
@@ -131,7 +135,7 @@ def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen =
         frozen: Which weights need no gradient.
     """
     done = model_flops(forward, frozen) + (forward.head if again.tiled_head else 0.0)
-    skipped = 0.0 if again.zero_stage == 3 else forward.last_product
+    skipped = 0.0 if again.zero_stage == 3 or again.adapted_last else forward.last_product
     if again.mlp_tiles:
         done += forward.mlp - skipped
         skipped = forward.mlp / again.mlp_tiles

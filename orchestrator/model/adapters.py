@@ -67,6 +67,11 @@ def adapter_parameters(model: nn.Module) -> int:
     )
 
 
+def adapts_last_product(model: nn.Module) -> bool:
+    """Tell whether adapters stand beside the product that ends each layer, the MLP's way back."""
+    return any(".down_proj.lora_A." in name for name, _ in model.named_parameters())
+
+
 def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
     """Return which modules get adapters, as peft takes it.
 
@@ -77,13 +82,12 @@ def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
         return "all-linear"
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if method.targets == "attention":
-        found = sorted(
-            {
-                name.rpartition(".")[2]
-                for name in linear
-                if any(part in parent for parent in name.split(".")[:-1] for part in _ATTENTION)
-            }
-        )
+        # By their full names: some models call a layer of their MLP as one of their attention.
+        found = [
+            name
+            for name in linear
+            if any(part in parent for parent in name.split(".")[:-1] for part in _ATTENTION)
+        ]
         if not found:
             raise SpecError(
                 f"method.targets=attention finds no attention in {type(model).__name__}; name modules: "

@@ -61,6 +61,7 @@ class Course:
         shape: For FLOPs; None leaves them out.
         head: The LM head, where it scores labels by tiles.
         adapter_parameters: Weights of LoRA's matrices, for FLOPs.
+        adapted_last: Whether some of them stand beside the last product of a layer.
     """
 
     job: JobSpec
@@ -76,6 +77,7 @@ class Course:
     shape: ModelShape | None
     head: TiledHead | None = None
     adapter_parameters: int = 0
+    adapted_last: bool = False
 
     def batches(self, loader: PackLoader, step: int, packs: int) -> Iterator[MicroBatch]:
         """Yield this worker's part of its micro-batches of a step."""
@@ -202,6 +204,7 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
                 course.job.parallel.zero_stage,
                 tiled_head=course.head is not None,
                 mlp_tiles=-(-len(batch.input_ids) // model.mlp_tile_tokens) if model.mlp_tile_tokens else 0,
+                adapted_last=course.adapted_last,
             )
             model_work += model_flops(forward, frozen)
             hardware_work += hardware_flops(forward, again, frozen)

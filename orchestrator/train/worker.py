@@ -48,7 +48,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
 def _train(brief: Brief, reporter: _Reporter) -> None:
     os.environ["DS_ACCELERATOR"] = brief.device
-    from orchestrator.model.adapters import adapter_parameters
+    from orchestrator.model.adapters import adapter_parameters, adapts_last_product
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
     from orchestrator.model.loss import TiledHead
@@ -82,6 +82,7 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
         shape=ModelShape.from_config(load_config(job.model).to_dict()),
         head=TiledHead(model, job.model.loss_tile_tokens) if job.model.loss_tile_tokens else None,
         adapter_parameters=adapter_parameters(model),
+        adapted_last=adapts_last_product(model),
     )
     reporter.begin(device, start, steps)
     if saved:

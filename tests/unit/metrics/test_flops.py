@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from orchestrator.data.loader import MicroBatch
 from orchestrator.metrics.flops import (
     ForwardFlops,
+    Frozen,
     Recomputation,
     forward_flops,
     hardware_flops,
@@ -27,9 +28,11 @@ from orchestrator.metrics.flops import (
     square_within,
 )
 from orchestrator.model import attention
+from orchestrator.model.adapters import adapt, adapter_parameters, adapts_last_product
 from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.plan.shape import ModelShape
+from orchestrator.spec import MethodSpec
 
 SHAPE = ModelShape(
     hidden_size=64, layers=3, heads=4, kv_heads=2, head_dim=24, intermediate_size=96, vocab_size=160
@@ -151,6 +154,25 @@ def test_a_tiled_mlp_runs_again_and_a_checkpointed_layer_stops_before_its_last_t
     total = found.linear + found.head + found.attention / 2
     # 256 slots are four tiles of equal size.
     assert hardware_flops(FORWARD, Recomputation(keep, 2, mlp_tiles=4)) == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention", ("q_proj", "up_proj")])
+@pytest.mark.parametrize("keep", ["selective", "full"])
+def test_frozen_weights_need_no_gradient_and_adapters_do(
+    keep: Literal["selective", "full"], targets: Any, model: Any
+) -> None:
+    checkpoint_layers(model, keep, offload=False)
+    adapted = adapt(model, MethodSpec(type="lora", rank=4, targets=targets), torch.float32, seed=0).train()
+    parameters = adapter_parameters(adapted)
+    squares = sum(length * length for length in LENGTHS)
+    forward = forward_flops(SHAPE, sum(LENGTHS), squares, SCORED, adapter_parameters=parameters)
+    again = Recomputation(keep, 2, adapted_last=adapts_last_product(adapted))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss_sum(adapted, inputs()).backward()
+    whole = {str(operator): n for operator, n in counter.get_flop_counts()["Global"].items()}
+    found = whole["aten.mm"] + whole["aten.bmm"] / 2
+    assert hardware_flops(forward, again, Frozen(layers=True, head=True)) == pytest.approx(found, rel=0.01)
+    assert adapts_last_product(adapted) == (targets == "all-linear")
 
 
 def test_parts_by_hand() -> None:

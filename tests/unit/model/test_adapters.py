@@ -92,6 +92,14 @@ def test_attention_is_told_from_the_mlp_by_its_place() -> None:
     assert {name.split(".")[-4] for name in found} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+def test_a_name_that_the_mlp_has_too_is_adapted_in_attention_only() -> None:
+    with torch.device("meta"):
+        model = Qwen7B()
+    found = adapted(model, targets="attention", rank=8)
+    assert not any(".mlp." in name for name in trained(found))
+    assert count(found) == 32 * 8 * (4 * 4096 + 2 * 4096)
+
+
 def test_all_linear_leaves_the_head_out() -> None:
     found = trained(adapted(small()))
     assert not any("lm_head" in name or "embed" in name for name in found)
