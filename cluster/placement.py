@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from cluster.topology import Node
 
 
-def capacity(nodes: Iterable[Node], cpus_per_worker: float, gpus_per_worker: float) -> int:
+def capacity(
+    nodes: Iterable[Node], cpus_per_worker: float, gpus_per_worker: float, memory_per_worker: int = 0
+) -> int:
     """Return how many workers of one size the live nodes hold, whatever else may run on them.
 
     Args:
         nodes: Nodes of the cluster; dead ones count for nothing.
         cpus_per_worker: Logical processors one worker takes.
         gpus_per_worker: Accelerators one worker takes.
+        memory_per_worker: Main memory one worker reserves, in bytes; 0 where it reserves none.
 
     Raises:
         ValueError: A worker takes a negative amount, or nothing at all, so that no number would be too many.
@@ -31,11 +34,17 @@ def capacity(nodes: Iterable[Node], cpus_per_worker: float, gpus_per_worker: flo
             f"a worker that takes {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs cannot be placed;"
             f" both must be 0 or more and at least one above 0: ask for 1 CPU if nothing else"
         )
-    return sum(_fits(node, cpus_per_worker, gpus_per_worker) for node in nodes if node.alive)
+    return sum(
+        _fits(node, cpus_per_worker, gpus_per_worker, memory_per_worker) for node in nodes if node.alive
+    )
 
 
 def missing(
-    nodes: Sequence[Node], workers: int, cpus_per_worker: float, gpus_per_worker: float
+    nodes: Sequence[Node],
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    memory_per_worker: int = 0,
 ) -> str | None:
     """Say why a worker group cannot be placed on the nodes.
 
@@ -44,6 +53,7 @@ def missing(
         workers: Number of workers, all of one size and all running at once.
         cpus_per_worker: Logical processors one worker takes.
         gpus_per_worker: Accelerators one worker takes.
+        memory_per_worker: Main memory one worker reserves, in bytes; 0 where it reserves none.
 
     Returns:
         None when the group fits; else one sentence with what is asked, what every node has, and a remedy.
@@ -53,12 +63,17 @@ def missing(
     """
     if workers < 1:
         raise ValueError(f"workers={workers}; a worker group needs one: set parallel.workers to 1 or more")
-    room = capacity(nodes, cpus_per_worker, gpus_per_worker)
+    room = capacity(nodes, cpus_per_worker, gpus_per_worker, memory_per_worker)
     if workers <= room:
         return None
-    size = f"{_count(cpus_per_worker, 'CPU')} and {_count(gpus_per_worker, 'GPU')}"
-    have = "; ".join(map(_describe, nodes)) or "there are no nodes"
-    if room:
+    size = _size(cpus_per_worker, gpus_per_worker, memory_per_worker or None)
+    have = "; ".join(_describe(node, memory_per_worker > 0) for node in nodes) or "there are no nodes"
+    if workers <= capacity(nodes, cpus_per_worker, gpus_per_worker):
+        remedy = (
+            "use nodes with more memory, or more of them; if a node has more than it offers, start its Ray "
+            "with --memory=BYTES"
+        )
+    elif room:
         remedy = f"set parallel.workers to at most {room} or add nodes"
     else:
         remedy = "ask for less per worker or add nodes that have this much each"
@@ -66,16 +81,22 @@ def missing(
     return f"{asked} cannot be placed, since a worker cannot span nodes: {have}; {remedy}"
 
 
-def _fits(node: Node, cpus_per_worker: float, gpus_per_worker: float) -> int:
+def _fits(node: Node, cpus_per_worker: float, gpus_per_worker: float, memory_per_worker: int) -> int:
     asked = ((node.cpus, cpus_per_worker), (node.gpus, gpus_per_worker))
     # The small term forgives binary fractions: 0.3 CPUs hold three workers of 0.1, though 0.3 / 0.1 < 3.
-    return min(math.floor(offered / taken + 1e-6) for offered, taken in asked if taken)
+    fits = min(math.floor(offered / taken + 1e-6) for offered, taken in asked if taken)
+    return min(fits, node.memory_bytes // memory_per_worker) if memory_per_worker else fits
 
 
-def _describe(node: Node) -> str:
+def _describe(node: Node, with_memory: bool) -> str:
     if not node.alive:
         return f"{node.address} is dead"
-    return f"{node.address} has {_count(node.cpus, 'CPU')} and {_count(node.gpus, 'GPU')}"
+    return f"{node.address} has {_size(node.cpus, node.gpus, node.memory_bytes if with_memory else None)}"
+
+
+def _size(cpus: float, gpus: float, memory_bytes: int | None) -> str:
+    counts = f"{_count(cpus, 'CPU')}{' and' if memory_bytes is None else ','} {_count(gpus, 'GPU')}"
+    return counts if memory_bytes is None else f"{counts} and {memory_bytes / 2**30:.4g} GiB of memory"
 
 
 def _count(number: float, noun: str) -> str:

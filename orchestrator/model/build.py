@@ -13,8 +13,14 @@ from orchestrator.model.adapters import adapt
 from orchestrator.model.loss import TiledHead
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.model.quantization import keep_weights_in_place, quantization_config, quantization_problem
-from orchestrator.model.support import length_problem, obstacle_in_config, obstacle_in_model
+from orchestrator.model.support import (
+    length_problem,
+    obstacle_in_config,
+    obstacle_in_model,
+    obstacle_to_muon,
+)
 from orchestrator.paths import resolve
+from orchestrator.plan.host_memory import ParameterCount
 from orchestrator.spec import JobSpec, MethodSpec, ModelSpec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -44,10 +50,13 @@ def load_config(model: ModelSpec) -> Any:
         ) from None
 
 
-def require_supported(job: JobSpec) -> None:
+def require_supported(job: JobSpec) -> ParameterCount | None:
     """Refuse a model that a job's packed documents cannot be trained with, or not as the job says.
 
     The model is built without memory for its weights, so that this can be asked before anything is paid for.
+
+    Returns:
+        How many parameters it has, with its adapters; None where only the workers can tell.
 
     Raises:
         SpecError: What stands in the way, and the remedy.
@@ -60,10 +69,12 @@ def require_supported(job: JobSpec) -> None:
     try:
         built = _without_memory(model, config)
     except RuntimeError:
-        return  # code of its own that needs real memory; the workers will tell
+        return None  # code of its own that needs real memory; the workers will tell
     except Exception as error:  # whatever a configuration that does not fit its model leads to
         raise _refusal(model, _not_built(error)) from None
     if problem := obstacle_in_model(built):
+        raise _refusal(model, problem)
+    if job.optim.optimizer == "muon" and (problem := obstacle_to_muon(built)):
         raise _refusal(model, problem)
     _save_memory(built, model, offload_activations=False)
     if job.method.type == "lora":
@@ -71,6 +82,8 @@ def require_supported(job: JobSpec) -> None:
             built = adapt(built, job.method, torch.bfloat16, job.run.seed)
     if model.loss_tile_tokens:
         TiledHead(built, model.loss_tile_tokens)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in built.parameters()]
+    return ParameterCount(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
 
 
 def skeleton(job: JobSpec) -> Any:

@@ -71,6 +71,23 @@ def obstacle_in_model(model: Any) -> str | None:
     return f"{reason}; {_ANOTHER_MODEL}" if reason else None
 
 
+def obstacle_to_muon(model: Any) -> str | None:
+    """Return why DeepSpeed would not choose the right weights of a model for Muon, and the remedy.
+
+    It takes every weight of two or more dimensions whose name has neither embed nor lm_head in it.
+    """
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
+    outside = {id(weight) for module in ends for weight in module.parameters()}
+    for name, weight in model.named_parameters():
+        spared = any(keyword in name.lower() for keyword in ("embed", "lm_head"))
+        if weight.ndim >= 2 and not spared and (id(weight) in outside or weight.ndim > 2):
+            return (
+                f"has the weight {name}, to which DeepSpeed would apply Muon although it is no matrix inside "
+                "a layer; use optim.optimizer: adamw"
+            )
+    return None
+
+
 def length_problem(config: Any, max_length: int) -> str | None:
     """Return why documents of up to `max_length` tokens cannot be packed with this model.
 

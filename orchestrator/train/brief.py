@@ -33,6 +33,7 @@ class Brief:
         dtype: Number format of the model.
         device: Kind of device.
         ds_config: The rendered DeepSpeed configuration.
+        host_memory_bytes: What each worker reserves of its node's memory; 0 where nothing is offloaded.
     """
 
     job: JobSpec
@@ -42,6 +43,17 @@ class Brief:
     dtype: Literal["bf16", "fp16", "fp32"]
     device: Literal["cuda", "cpu"]
     ds_config: dict[str, Any]
+    host_memory_bytes: int = 0
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        resources: dict[str, float] = {"CPU": self.job.parallel.cpus_per_worker}
+        if self.device == "cuda":
+            resources["GPU"] = 1
+        if self.host_memory_bytes:
+            resources["memory"] = self.host_memory_bytes
+        return resources
 
     @property
     def layout(self) -> Layout:

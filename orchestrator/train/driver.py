@@ -20,7 +20,6 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.placement import missing
 from orchestrator.data import plan
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import Note, tokenize_sources
@@ -30,14 +29,13 @@ from orchestrator.model.build import load_config, require_supported
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
-from orchestrator.train import checkpoint, export, folder, session, summary
+from orchestrator.train import checkpoint, export, folder, placing, session, summary
 from orchestrator.train.brief import Brief
 from orchestrator.train.lease import Lease
 from orchestrator.train.recorder import Recorder, Status
 
 Watch = Callable[[Status], None]
 _POLL_SECONDS = 0.5
-_BUSY_WAIT_SECONDS = 30.0
 
 
 def run(job: JobSpec, address: str | None, watch: Watch, note: Note) -> dict[str, Any]:
@@ -66,7 +64,7 @@ def run(job: JobSpec, address: str | None, watch: Watch, note: Note) -> dict[str
     try:
         _require_port(job.metrics)
         with session.connected(address):
-            device = _place(job)
+            device = placing.place(job)
             folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
             return _train(job, device, home, lease, (watch, note), started)
@@ -83,14 +81,16 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     watch, note = tell
-    require_supported(job)
+    count = require_supported(job)
     _require_shareable(job, device, note)
+    dtype = folder.number_format(job, device)
+    ds_config = render(job, dtype, device)
+    memory = placing.reserve_host_memory(job, device, ds_config, count, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
     folder.require_same_data(home, training, held_out)
     prepared = time.monotonic()
-    dtype = folder.number_format(job, device)
-    brief = Brief(job, home, training, held_out, dtype, device, render(job, dtype, device))
+    brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory)
     folder.write_json(home / "deepspeed.json", brief.ds_config)
     checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
     recorder = _start_recorder(job, home, lease)
@@ -152,38 +152,6 @@ def export_run(home: Path, to: Path, merge: bool = False) -> Path:
         "bf16" if device["bf16"]["enabled"] else "fp16" if device["fp16"]["enabled"] else "fp32"
     )
     return export.export(job, dtype, saved[-1], to, merge)
-
-
-def _place(job: JobSpec) -> Literal["cuda", "cpu"]:
-    """Return the kind of device that the job runs on.
-
-    Raises:
-        ClusterError: The cluster cannot hold the workers, or other jobs leave no room for them.
-    """
-    parallel, nodes = job.parallel, session.live_nodes()
-    found: Literal["cuda", "cpu"] = "cuda" if any(node.gpus for node in nodes) else "cpu"
-    device = found if parallel.device == "auto" else parallel.device
-    gpus = 1 if device == "cuda" else 0
-    problem = missing(nodes, parallel.workers, parallel.cpus_per_worker, gpus)
-    if problem:
-        raise ClusterError(problem)
-    wanted = {"CPU": parallel.workers * parallel.cpus_per_worker, "GPU": parallel.workers * gpus}
-    deadline = time.monotonic() + _BUSY_WAIT_SECONDS
-    while True:
-        free = ray.available_resources()
-        short = [
-            f"{name}: {free.get(name, 0):g} free of {n} wanted"
-            for name, n in wanted.items()
-            if free.get(name, 0) < n
-        ]
-        if not short:
-            return device
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"the cluster is large enough, and other jobs hold it ({'; '.join(short)}); wait for "
-                "them, or stop one"
-            )
-        time.sleep(_POLL_SECONDS)
 
 
 def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note) -> None:
@@ -302,12 +270,13 @@ def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -
     from orchestrator.train.worker import run_worker
 
     job = brief.job
-    resources = {"CPU": job.parallel.cpus_per_worker, **({"GPU": 1} if brief.device == "cuda" else {})}
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"brief": brief, "recorder": recorder},
         scaling_config=ScalingConfig(
-            num_workers=job.parallel.workers, use_gpu=brief.device == "cuda", resources_per_worker=resources
+            num_workers=job.parallel.workers,
+            use_gpu=brief.device == "cuda",
+            resources_per_worker=brief.worker_resources,
         ),
         torch_config=TorchConfig(timeout_s=job.run.collective_timeout_seconds),
         run_config=RunConfig(

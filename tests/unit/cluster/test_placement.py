@@ -45,6 +45,31 @@ def test_fractions_are_not_lost_to_rounding() -> None:
     assert capacity([node(1, 8, 0.7)], 0, 0.1) == 7
 
 
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(0, 8), (GIB, 1), (GIB // 2, 2), (GIB + 1, 0)])
+def test_memory_is_counted_where_it_is_reserved(memory: int, expected: int) -> None:
+    assert capacity([node(1, 8, 2)], 1, 0, memory) == expected
+
+
+def test_too_little_memory_is_told_with_what_every_node_offers() -> None:
+    sentence = missing([node(1, 8, 2), node(2, 4, 1)], 3, 1, 1, memory_per_worker=3 * GIB // 4)
+    assert sentence == (
+        "3 workers with 1 CPU, 1 GPU and 0.75 GiB of memory each cannot be placed, since a worker cannot span"
+        " nodes: 10.0.0.1 has 8 CPUs, 2 GPUs and 1 GiB of memory; 10.0.0.2 has 4 CPUs, 1 GPU and 1 GiB of"
+        " memory; use nodes with more memory, or more of them; if a node has more than it offers, start its"
+        " Ray with --memory=BYTES"
+    )
+    assert missing([node(1, 8, 2), node(2, 4, 1)], 2, 1, 1, memory_per_worker=3 * GIB // 4) is None
+
+
+def test_a_lack_of_processors_is_not_put_down_to_memory() -> None:
+    sentence = missing([node(1, 2, 0)], 3, 1, 0, memory_per_worker=GIB // 2)
+    assert sentence is not None
+    assert sentence.endswith("set parallel.workers to at most 2 or add nodes")
+
+
 def test_dead_nodes_hold_nothing_and_are_named() -> None:
     sentence = missing([node(1, 4, 1), node(2, 4, 1, alive=False)], 2, 1, 1)
     assert sentence is not None

@@ -1,0 +1,70 @@
+"""What a worker needs in host memory is its share of what DeepSpeed's own estimators say of a node."""
+
+import json
+from typing import Any
+
+import pytest
+
+from orchestrator.jobfile import parse
+from orchestrator.parallel.deepspeed import render
+from orchestrator.plan.host_memory import HostMemory, ParameterCount, host_memory
+
+SEVEN_BILLION = 7_000_000_000
+WHOLE = ParameterCount(SEVEN_BILLION, SEVEN_BILLION)
+ADAPTERS = ParameterCount(SEVEN_BILLION, 20_000_000)
+OPTIMIZER_ON_CPU = {"offload_optimizer": "cpu"}
+ALL_ON_CPU = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+
+
+def needed(
+    parallel: dict[str, Any], workers: int, count: ParameterCount = WHOLE, dtype: Any = "bf16"
+) -> HostMemory:
+    section = json.dumps({"workers": workers, **parallel})
+    job = parse(
+        f"name: j\nmodel: {{path: m}}\ndata: {{train: [{{path: d}}]}}\nparallel: {section}\n"
+        f"optim: {{global_batch_size: {workers}}}\n"
+    )
+    return host_memory(render(job, dtype, "cuda"), count, workers)
+
+
+@pytest.mark.parametrize("workers", [1, 4, 8])
+@pytest.mark.parametrize("everything", [False, True])
+def test_zero3_agrees_with_deepspeed_for_a_node(workers: int, everything: bool) -> None:
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
+
+    node, _, _ = estimate(SEVEN_BILLION, 0, workers, 1, cpu_offload=True, cpu_offload_params=everything)
+    mine = needed({"zero_stage": 3, **(ALL_ON_CPU if everything else OPTIMIZER_ON_CPU)}, workers)
+    assert mine.total * workers == pytest.approx(node, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4, 16])
+def test_below_zero3_agrees_with_deepspeed_for_a_model_built_in_fp32(stage: int, workers: int) -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as estimate
+
+    node, _ = estimate(SEVEN_BILLION, workers, 1, cpu_offload=True)
+    mine = needed({"zero_stage": stage, **OPTIMIZER_ON_CPU}, workers, dtype="fp32")
+    assert mine.total * workers == pytest.approx(node, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_nothing_is_reserved_where_nothing_is_offloaded(stage: int) -> None:
+    assert needed({"zero_stage": stage}, 2).total == 0
+
+
+def test_frozen_parameters_have_no_state_but_are_held() -> None:
+    optimizer_only = needed({"zero_stage": 3, **OPTIMIZER_ON_CPU}, 2, ADAPTERS)
+    assert optimizer_only == HostMemory(optimizer=16 * 10_000_000)
+    everything = needed({"zero_stage": 3, **ALL_ON_CPU}, 2, ADAPTERS)
+    assert everything == HostMemory(optimizer=16 * 10_000_000, parameters=SEVEN_BILLION)
+    assert everything.total == int(1.5 * (160_000_000 + SEVEN_BILLION))
+
+
+def test_each_worker_builds_the_whole_model_below_zero3() -> None:
+    adapters = needed({"zero_stage": 2, **OPTIMIZER_ON_CPU}, 2, ADAPTERS)
+    assert adapters.building == 2 * SEVEN_BILLION
+    assert adapters.total == int(1.5 * adapters.building)
+
+
+def test_shares_are_rounded_up() -> None:
+    assert needed({"zero_stage": 3, **OPTIMIZER_ON_CPU}, 3, ParameterCount(100, 100)).optimizer == 16 * 34
