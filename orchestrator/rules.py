@@ -28,6 +28,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_attention_rules(job)
     yield from _broken_packing_rules(job)
     yield from _broken_method_rules(job)
+    yield from _broken_optimizer_rules(job)
     yield from _not_in_this_version(job)
 
 
@@ -85,10 +86,11 @@ def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
     elif parallel.offload_param != "none" and parallel.offload_optimizer == "none":
         yield (
             ("parallel.offload_param", "parallel.offload_optimizer"),
-            "parallel.offload_param=cpu with offload_optimizer=none would keep the larger part on the "
-            "device; set offload_optimizer: cpu as well",
+            f"parallel.offload_param={parallel.offload_param} with offload_optimizer=none would keep the "
+            "larger part on the device; set offload_optimizer: cpu as well",
         )
     yield from _broken_stage_0_rules(job)
+    yield from _broken_nvme_rules(job)
 
 
 def _broken_stage_0_rules(job: JobSpec) -> Iterator[Problem]:
@@ -107,6 +109,30 @@ def _broken_stage_0_rules(job: JobSpec) -> Iterator[Problem]:
             ("model.dtype", "parallel.zero_stage"),
             "model.dtype=fp16 needs a scaled loss, and DeepSpeed does not scale it with zero_stage=0; use "
             "zero_stage: 1, or dtype: bf16",
+        )
+
+
+def _broken_nvme_rules(job: JobSpec) -> Iterator[Problem]:
+    parallel = job.parallel
+    on_disk = [name for name in ("offload_optimizer", "offload_param") if getattr(parallel, name) == "nvme"]
+    fields = tuple(f"parallel.{name}" for name in on_disk)
+    if on_disk and parallel.offload_path is None:
+        yield (
+            ("parallel.offload_path", *fields),
+            f"parallel.{on_disk[0]}=nvme needs a folder on a disk of each node; set parallel.offload_path, "
+            f"or use {on_disk[0]}: cpu",
+        )
+    if not on_disk and parallel.offload_path is not None:
+        yield (
+            ("parallel.offload_path",),
+            f"parallel.offload_path={parallel.offload_path} has no effect where nothing goes to nvme; set "
+            "offload_optimizer: nvme, or leave it out",
+        )
+    if parallel.offload_optimizer == "nvme" and parallel.zero_stage in (1, 2):
+        yield (
+            ("parallel.offload_optimizer", "parallel.zero_stage"),
+            "parallel.offload_optimizer=nvme is a matter of ZeRO-3, and "
+            f"zero_stage={parallel.zero_stage}; use zero_stage: 3 or offload_optimizer: cpu",
         )
 
 
@@ -179,6 +205,37 @@ def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:
         yield (
             ("method.targets",),
             "method.targets=[] names no module; use all-linear, attention or a list such as [q_proj, v_proj]",
+        )
+
+
+def _broken_optimizer_rules(job: JobSpec) -> Iterator[Problem]:
+    optim, parallel = job.optim, job.parallel
+    if optim.optimizer != "muon":
+        if optim.muon_lr is not None:
+            yield (
+                ("optim.muon_lr", "optim.optimizer"),
+                f"optim.muon_lr={optim.muon_lr:g} has no effect with optim.optimizer={optim.optimizer}; use "
+                "optimizer: muon, or leave it out",
+            )
+        return
+    if optim.muon_lr is None:
+        yield (
+            ("optim.muon_lr", "optim.optimizer"),
+            "optim.optimizer=muon needs a learning rate of its own, since its steps have a size of one "
+            f"whatever the gradient; write optim.muon_lr: {13 * optim.lr:.2g}, which moves matrices of width "
+            "4096 as far as AdamW would with optim.lr",
+        )
+    if parallel.offload_optimizer != "none":
+        yield (
+            ("optim.optimizer", "parallel.offload_optimizer"),
+            f"optim.optimizer=muon with parallel.offload_optimizer={parallel.offload_optimizer} has not been "
+            "shown to train as one process does; use offload_optimizer: none, or optimizer: adamw",
+        )
+    if job.method.type == "lora":
+        yield (
+            ("optim.optimizer", "method.type"),
+            "optim.optimizer=muon is for whole weight matrices, and method.type=lora trains two narrow "
+            "factors of each; use optimizer: adamw, or type: full",
         )
 
 

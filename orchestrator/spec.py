@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
 Offload = Literal["none", "cpu"]
+OffloadState = Literal["none", "cpu", "nvme"]
 Format = Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
 
 LARGEST = 2**31 - 1  # what a 32-bit index reaches; a larger count is a slip
@@ -153,10 +154,14 @@ class ParallelSpec(Section):
     """How many workers share one sequence."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """0 partitions nothing, 1 optimizer state, 2 gradients too, 3 the parameters too."""
-    offload_optimizer: Offload = "none"
-    """cpu keeps optimizer state, and the step that uses it, in host memory."""
-    offload_param: Offload = "none"
-    """cpu keeps the parameters in host memory (zero_stage 3 with offload_optimizer: cpu)."""
+    offload_optimizer: OffloadState = "none"
+    """cpu keeps optimizer state, and the step that uses it, in host memory; nvme keeps the state on a disk of
+    the node instead (zero_stage 3)."""
+    offload_param: OffloadState = "none"
+    """cpu keeps the parameters in host memory, nvme on a disk of the node (zero_stage 3 with
+    offload_optimizer)."""
+    offload_path: Place | None = None
+    """Folder on a fast disk that every node has, for what goes to nvme."""
     offload_activations: Offload = "none"
     """cpu keeps each layer's input, all that gradient_checkpointing: full keeps, in host memory."""
     expandable_segments: bool = True
@@ -182,8 +187,11 @@ class OptimSpec(Section):
     """Passes over the packs."""
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""
-    optimizer: Literal["adamw"] = "adamw"
-    """adamw keeps its state in fp32; with offload_optimizer: cpu it is DeepSpeed's CPU Adam."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw keeps its state in fp32; with offload_optimizer it is DeepSpeed's CPU Adam. muon takes steps of
+    orthogonal matrices inside the layers, and adamw's elsewhere."""
+    muon_lr: float | None = Field(default=None, gt=0.0)
+    """Peak learning rate of the matrices inside the layers, in units of a step's singular values (muon)."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: float = Field(default=1.0e-8, gt=0.0)

@@ -13,7 +13,8 @@ from orchestrator.spec import JobSpec, ParallelSpec
 
 # DeepSpeed accepts unknown keys in silence; these are the ones that a policy may use.
 _ADAM = {"lr": 0, "betas": 0, "eps": 0, "weight_decay": 0, "torch_adam": 0, "fused": 0}
-_OFFLOAD = {"device": 0, "pin_memory": 0, "buffer_count": 0}
+_MUON = {"muon_lr": 0, "momentum": 0, "ns_method": 0}
+_OFFLOAD = {"device": 0, "pin_memory": 0, "buffer_count": 0, "nvme_path": 0}
 KNOWN_KEYS: Mapping[str, Any] = {
     "train_batch_size": 0,
     "train_micro_batch_size_per_gpu": 0,
@@ -21,12 +22,15 @@ KNOWN_KEYS: Mapping[str, Any] = {
     "gradient_clipping": 0,
     "steps_per_print": 0,
     "wall_clock_breakdown": 0,
+    "aio": dict.fromkeys(
+        ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events"), 0
+    ),
     "bf16": {"enabled": 0},
     "fp16": {
         "enabled": 0, "loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 0, "hysteresis": 0,
         "min_loss_scale": 0,
     },
-    "optimizer": {"type": 0, "params": _ADAM},
+    "optimizer": {"type": 0, "params": {**_ADAM, **_MUON}},
     "zero_optimization": {
         **dict.fromkeys(
             (
@@ -46,7 +50,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 
 def policy_name(parallel: ParallelSpec) -> str:
     """Return the name of the policy file that a job's parallel section asks for, without its ending."""
-    where = {"none": "gpu", "cpu": "cpu"}
+    where = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
     return (
         f"zero{parallel.zero_stage}_params-{where[parallel.offload_param]}"
         f"_optimizer-{where[parallel.offload_optimizer]}"
@@ -88,10 +92,15 @@ def render(
         "optimizer.params.betas": list(optim.betas),
         "optimizer.params.eps": optim.eps,
         "optimizer.params.weight_decay": optim.weight_decay,
+        "optimizer.params.muon_lr": optim.muon_lr,
         "zero_optimization.offload_optimizer.pin_memory": device == "cuda",
         "zero_optimization.offload_param.pin_memory": device == "cuda",
+        "zero_optimization.offload_optimizer.nvme_path": job.parallel.offload_path,
+        "zero_optimization.offload_param.nvme_path": job.parallel.offload_path,
     }
     policy = load_policy(name)
+    if optim.optimizer == "muon":
+        policy = _with_muon(policy)
     problems = [f"ds_configs/{name}.json: {problem}" for problem in unknown_keys(policy)]
     rendered = _fill(policy, values)
     problems += [
@@ -102,6 +111,16 @@ def render(
         raise SpecError(*problems)
     filled: dict[str, Any] = rendered
     return filled
+
+
+def _with_muon(policy: dict[str, Any]) -> dict[str, Any]:
+    """Return a policy with Muon, in PyTorch's variant, inside the layers, and PyTorch's AdamW elsewhere."""
+    adam = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    params = {**adam, "torch_adam": True, "muon_lr": "auto", "momentum": 0.95, "ns_method": "standard"}
+    zero = dict(policy["zero_optimization"])
+    if zero["stage"] == 3:
+        zero["reduce_scatter"] = False  # DeepSpeed refuses it here with Muon
+    return {**policy, "optimizer": {"type": "Muon", "params": params}, "zero_optimization": zero}
 
 
 def unknown_keys(config: Any, known: Any = KNOWN_KEYS, prefix: str = "") -> Iterator[str]:

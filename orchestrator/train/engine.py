@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.model.memory import tiled
+from orchestrator.train.muon import clip_before_update
 from orchestrator.train.ops import keep_to_own_environment
 
 # DeepSpeed calls these on every reduction, and torch reports each call.
@@ -42,15 +43,21 @@ def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
         ds_config: As `orchestrator.parallel.deepspeed.render` returns it.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import set_z3_leaf_module
 
     for mlp in tiled(model):
         set_z3_leaf_module(mlp, True)  # ZeRO-3 gathers its weights once, for all tiles
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    is_muon = ds_config["optimizer"]["type"] == "Muon"
+    if is_muon and get_accelerator().device_name() == "cpu":
+        torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon, which takes longer than it saves
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, config=ds_config, dist_init_required=False
     )
     _undo_step_before_first(engine)
+    if is_muon and engine.zero_optimization_stage() > 0:
+        clip_before_update(engine.optimizer, ds_config["gradient_clipping"])
     return engine
 
 
@@ -67,10 +74,10 @@ def _undo_step_before_first(engine: Any) -> None:
         engine.optimizer.refresh_fp32_params()
 
 
-def set_learning_rate(engine: Any, value: float) -> None:
-    """Set the learning rate of the next step in every parameter group."""
+def set_learning_rate(engine: Any, value: float, of_muon: float) -> None:
+    """Set the learning rate of the next step, in every parameter group but Muon's, and in those."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = of_muon if group.get("use_muon", False) else value
 
 
 def backward(engine: Any, loss: Tensor, factor: float) -> None:

@@ -139,7 +139,7 @@ def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) 
     clock = StepClock(course.device)
     for step in range(start_step, course.steps):
         rate = learning_rate(job.optim, step, course.steps)
-        set_learning_rate(engine, rate)
+        set_learning_rate(engine, rate, rate * (job.optim.muon_lr or 0.0) / job.optim.lr)
         seed_step(job.run.seed, step, course.rank)
         mine = run_step(engine, course, step, clock)
         ranks = gather(mine, course.device)

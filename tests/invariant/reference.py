@@ -7,7 +7,8 @@ project, together with the schedule of the learning rate.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from orchestrator.data.corpus import Corpus, Document
-from orchestrator.spec import JobSpec
+from orchestrator.spec import JobSpec, OptimSpec
 from orchestrator.train.brief import training_loader
 from orchestrator.train.schedule import learning_rate
 from tests.invariant import material
@@ -62,26 +63,65 @@ def train(
         model = adapt(model)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optim = job.optim
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    optimizers = _optimizers(optim, trained)
     corpus, packs = material.planned(job, data)
     loader, last, steps = training_loader(job, corpus, packs)
     losses, norms, rates, gradients = [], [], [], {}
     for step in range(steps):
         numbers = [number for number in loader.pack_numbers(step, last) if number is not None]
         documents = [corpus.document(member) for number in numbers for member in packs.members(number)]
-        optimizer.zero_grad()
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad()
         losses.append(_backward(model, documents))
         gradients = gradients or {name: weight.grad.numpy().copy() for name, weight in trained.items()}
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), optim.clip_norm or float("inf"))))
         rates.append(learning_rate(optim, step, steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rates[-1]
-        optimizer.step()
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rates[-1] * peak / optim.lr
+            optimizer.step()
     parameters = {name: weight.detach().numpy() for name, weight in model.named_parameters()}
     evaluation = None if held_out is None else _evaluate(model, material.planned(job, held_out)[0])
     return Reference(losses, norms, rates, evaluation, gradients, parameters)
+
+
+@contextmanager
+def muon_in_fp32() -> Iterator[None]:
+    """Let PyTorch's Muon compute its steps in fp32 instead of bf16."""
+    from torch.optim import _muon
+
+    def orthogonal(
+        gradient: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+    ) -> torch.Tensor:
+        a, b, c = coefficients
+        wide = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+        wide = wide / wide.norm().clamp(min=eps)
+        for _ in range(steps):
+            gram = wide @ wide.T
+            wide = a * wide + (b * gram + c * gram @ gram) @ wide
+        return wide if gradient.shape[0] <= gradient.shape[1] else wide.T
+
+    before = _muon._zeropower_via_newtonschulz
+    _muon._zeropower_via_newtonschulz = orthogonal
+    try:
+        yield
+    finally:
+        _muon._zeropower_via_newtonschulz = before
+
+
+def _optimizers(optim: OptimSpec, trained: dict[str, Any]) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Return PyTorch's own optimizers with their peak learning rates."""
+    in_layers = [weight for name, weight in trained.items() if ".layers." in name and weight.ndim == 2]
+    matrices = in_layers if optim.optimizer == "muon" else []
+    others = [weight for weight in trained.values() if not any(weight is matrix for matrix in matrices)]
+    adam = torch.optim.AdamW(
+        others, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+    if not matrices:
+        return [(adam, optim.lr)]
+    assert optim.muon_lr is not None
+    muon = torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay, momentum=0.95)
+    return [(adam, optim.lr), (muon, optim.muon_lr)]
 
 
 def _backward(model: nn.Module, documents: list[Document]) -> float:

@@ -82,6 +82,8 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
     if dtype == "fp16":
         _allow_fp16()
     ds_config = render(job, dtype, "cpu")
+    if job.optim.optimizer == "muon":
+        _choose_newton_schulz_dtype(task.get("newton_schulz", "bf16"))
     ds_config["fp16"].update(task.get("fp16", {}))
     ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
     return start_engine(build_model(job, torch_dtype(dtype), ds_config, load_weights), ds_config)
@@ -94,6 +96,13 @@ def _allow_fp16() -> None:
     accelerator = get_accelerator()
     accelerator.is_fp16_supported = lambda: True
     accelerator.supported_dtypes = lambda: [torch.float, torch.half, torch.bfloat16]
+
+
+def _choose_newton_schulz_dtype(dtype: str) -> None:
+    """Let Muon compute its steps in bf16, as it does, or in fp32, so that they can be compared closely."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    original_muon.ns_compute_dtype = lambda _: torch_dtype(dtype)
 
 
 def course_of(task: Task, model: Any) -> Course:

@@ -22,6 +22,7 @@ from orchestrator.spec import JobSpec, ParallelSpec
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "golden" / "deepspeed"
+DISK = {"offload_path": "/disk"}
 POLICIES = {
     "zero0_params-gpu_optimizer-gpu": {"zero_stage": 0},
     "zero1_params-gpu_optimizer-gpu": {"zero_stage": 1},
@@ -31,7 +32,17 @@ POLICIES = {
     "zero3_params-gpu_optimizer-gpu": {"zero_stage": 3},
     "zero3_params-gpu_optimizer-cpu": {"zero_stage": 3, "offload_optimizer": "cpu"},
     "zero3_params-cpu_optimizer-cpu": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"},
-}
+    "zero3_params-gpu_optimizer-nvme": {"zero_stage": 3, "offload_optimizer": "nvme", **DISK},
+    "zero3_params-cpu_optimizer-nvme": {
+        "zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "cpu", **DISK,
+    },
+    "zero3_params-nvme_optimizer-nvme": {
+        "zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", **DISK,
+    },
+    "zero3_params-nvme_optimizer-cpu": {
+        "zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme", **DISK,
+    },
+}  # fmt: skip
 
 each_policy = pytest.mark.parametrize("name", sorted(POLICIES))
 
@@ -81,7 +92,8 @@ def test_a_policy_holds_what_its_name_says(name: str) -> None:
     zero = load_policy(name)["zero_optimization"]
     assert f"zero{zero['stage']}" == name.split("_")[0]
     for part, section in (("params", "offload_param"), ("optimizer", "offload_optimizer")):
-        assert (f"{part}-cpu" in name) == (zero.get(section, {}).get("device") == "cpu")
+        for device in ("cpu", "nvme"):
+            assert (f"{part}-{device}" in name) == (zero.get(section, {}).get("device") == device)
 
 
 @each_policy
@@ -95,7 +107,7 @@ def test_every_value_is_filled_in(
     assert list(unknown_keys(rendered)) == []
     assert (rendered["bf16"]["enabled"], rendered["fp16"]["enabled"]) == (dtype == "bf16", dtype == "fp16")
     pinned = [value for key, value in leaves(rendered) if key.endswith("pin_memory")]
-    assert pinned == [device == "cuda"] * name.count("-cpu")
+    assert pinned == [device == "cuda"] * (name.count("-cpu") + name.count("-nvme"))
 
 
 @each_policy
@@ -124,7 +136,7 @@ def test_rendering_leaves_the_policy_as_it_is() -> None:
             {"zero_optimization": {"offload_param": {"ratio": 1}}},
             "zero_optimization.offload_param.ratio is not",
         ),
-        ({"optimizer": {"params": {"momentum": 0}}}, "optimizer.params.momentum is not a key"),
+        ({"optimizer": {"params": {"nesterov": 0}}}, "optimizer.params.nesterov is not a key"),
         ({"bf16": True}, "bf16 must be a section"),
         ({"gradient_clipping": {"value": 1}}, "gradient_clipping must be a single value"),
     ],
@@ -187,6 +199,7 @@ def test_deepspeed_reads_back_every_value(name: str) -> None:
         "fp16": config.float16_config.model_dump(),
         "zero_optimization": config.zero_config.model_dump(by_alias=True, mode="json"),
         "optimizer": {"type": rendered["optimizer"]["type"], "params": config.optimizer_params},
+        "aio": config.aio_config,
     }
     assert config.optimizer_name == rendered["optimizer"]["type"].lower()
     found = dict(leaves(read))
@@ -201,5 +214,5 @@ def test_the_optimizer_takes_every_parameter(name: str) -> None:
 
     params = dict(render(job(name), "bf16", "cuda")["optimizer"]["params"])
     optimizer = torch.optim.AdamW if params.pop("torch_adam", False) else DeepSpeedCPUAdam
-    assert (optimizer is DeepSpeedCPUAdam) == ("optimizer-cpu" in name)
+    assert (optimizer is DeepSpeedCPUAdam) == ("optimizer-gpu" not in name)
     assert set(params) <= set(inspect.signature(optimizer).parameters)
