@@ -210,26 +210,31 @@ def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:
 
 def _broken_optimizer_rules(job: JobSpec) -> Iterator[Problem]:
     optim, parallel = job.optim, job.parallel
-    if optim.optimizer != "muon":
-        if optim.muon_lr is not None:
-            yield (
-                ("optim.muon_lr", "optim.optimizer"),
-                f"optim.muon_lr={optim.muon_lr:g} has no effect with optim.optimizer={optim.optimizer}; use "
-                "optimizer: muon, or leave it out",
-            )
-        return
+    if optim.optimizer != "adamw" and parallel.offload_optimizer != "none":
+        yield (
+            ("optim.optimizer", "parallel.offload_optimizer"),
+            f"optim.optimizer={optim.optimizer} cannot be offloaded, and parallel.offload_optimizer="
+            f"{parallel.offload_optimizer} is stepped by CPU Adam; use optimizer: adamw, or "
+            "offload_optimizer: none",
+        )
+    if optim.optimizer == "muon":
+        yield from _broken_muon_rules(job)
+    elif optim.muon_lr is not None:
+        yield (
+            ("optim.muon_lr", "optim.optimizer"),
+            f"optim.muon_lr={optim.muon_lr:g} has no effect with optim.optimizer={optim.optimizer}; use "
+            "optimizer: muon, or leave it out",
+        )
+
+
+def _broken_muon_rules(job: JobSpec) -> Iterator[Problem]:
+    optim = job.optim
     if optim.muon_lr is None:
         yield (
             ("optim.muon_lr", "optim.optimizer"),
             "optim.optimizer=muon needs a learning rate of its own, since its steps have a size of one "
             f"whatever the gradient; write optim.muon_lr: {13 * optim.lr:.2g}, which moves matrices of width "
             "4096 as far as AdamW would with optim.lr",
-        )
-    if parallel.offload_optimizer != "none":
-        yield (
-            ("optim.optimizer", "parallel.offload_optimizer"),
-            f"optim.optimizer=muon with parallel.offload_optimizer={parallel.offload_optimizer} has not been "
-            "shown to train as one process does; use offload_optimizer: none, or optimizer: adamw",
         )
     if job.method.type == "lora":
         yield (

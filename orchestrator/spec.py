@@ -187,9 +187,10 @@ class OptimSpec(Section):
     """Passes over the packs."""
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Largest gradient norm; 0 does not clip."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw keeps its state in fp32; with offload_optimizer it is DeepSpeed's CPU Adam. muon takes steps of
-    orthogonal matrices inside the layers, and adamw's elsewhere."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = "adamw"
+    """adamw keeps its state in fp32; with offload_optimizer it is DeepSpeed's CPU Adam. adamw_8bit keeps the
+    moments in 8 bits, paged_ in memory that CUDA moves to the host when it runs short (bitsandbytes). muon
+    takes steps of orthogonal matrices inside the layers, and adamw's elsewhere."""
     muon_lr: float | None = Field(default=None, gt=0.0)
     """Peak learning rate of the matrices inside the layers, in units of a step's singular values (muon)."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)

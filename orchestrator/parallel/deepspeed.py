@@ -15,12 +15,19 @@ from orchestrator.spec import JobSpec, ParallelSpec
 _ADAM = {"lr": 0, "betas": 0, "eps": 0, "weight_decay": 0, "torch_adam": 0, "fused": 0}
 _MUON = {"muon_lr": 0, "momentum": 0, "ns_method": 0}
 _OFFLOAD = {"device": 0, "pin_memory": 0, "buffer_count": 0, "nvme_path": 0}
+BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+}
+"""Optimizers that DeepSpeed is handed ready-made: name in the job file and class of bitsandbytes."""
 KNOWN_KEYS: Mapping[str, Any] = {
     "train_batch_size": 0,
     "train_micro_batch_size_per_gpu": 0,
     "gradient_accumulation_steps": 0,
     "gradient_clipping": 0,
     "steps_per_print": 0,
+    "zero_allow_untested_optimizer": 0,
     "wall_clock_breakdown": 0,
     "aio": dict.fromkeys(
         ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events"), 0
@@ -101,6 +108,10 @@ def render(
     policy = load_policy(name)
     if optim.optimizer == "muon":
         policy = _with_muon(policy)
+    elif optim.optimizer in BITSANDBYTES:
+        params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+        section = {"type": BITSANDBYTES[optim.optimizer], "params": params}
+        policy = {**policy, "optimizer": section, "zero_allow_untested_optimizer": True}
     problems = [f"ds_configs/{name}.json: {problem}" for problem in unknown_keys(policy)]
     rendered = _fill(policy, values)
     problems += [

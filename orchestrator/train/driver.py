@@ -30,6 +30,7 @@ from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
 from orchestrator.train import checkpoint, export, folder, placing, session, summary
+from orchestrator.train.blockwise import require_bitsandbytes
 from orchestrator.train.brief import Brief
 from orchestrator.train.lease import Lease
 from orchestrator.train.recorder import Recorder, Status
@@ -81,6 +82,7 @@ def _train(
     started: float,
 ) -> dict[str, Any]:
     watch, note = tell
+    require_bitsandbytes(job.optim.optimizer)
     count = require_supported(job)
     _require_shareable(job, device, note)
     dtype = folder.number_format(job, device)

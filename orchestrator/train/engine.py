@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.model.memory import tiled
+from orchestrator.train.blockwise import split_off
 from orchestrator.train.muon import clip_before_update
 from orchestrator.train.ops import keep_to_own_environment
 
@@ -52,8 +53,9 @@ def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
     is_muon = ds_config["optimizer"]["type"] == "Muon"
     if is_muon and get_accelerator().device_name() == "cpu":
         torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon, which takes longer than it saves
+    optimizer, config = split_off(ds_config, trained)
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=trained, config=ds_config, dist_init_required=False
+        model=model, model_parameters=trained, optimizer=optimizer, config=config, dist_init_required=False
     )
     _undo_step_before_first(engine)
     if is_muon and engine.zero_optimization_stage() > 0:

@@ -48,6 +48,22 @@ def optimizer_elements(engine: Any) -> int:
     return sum(weight.numel() for group in optimizer.param_groups for weight in group["params"])
 
 
+def optimizer_state(engine: Any) -> dict[str, Any]:
+    """Return the class of the optimizer that steps, and number formats and devices of its moments."""
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    moments = [
+        value
+        for state in inner.state.values()
+        for name, value in state.items()
+        if name in ("exp_avg", "exp_avg_sq", "state1", "state2", "momentum_buffer")
+    ]
+    return {
+        "type": type(inner).__name__,
+        "dtypes": sorted({str(moment.dtype) for moment in moments}),
+        "devices": sorted({moment.device.type for moment in moments}),
+    }
+
+
 @contextmanager
 def first_gradients(engine: Any) -> Iterator[Arrays]:
     """Catch the gradients of the first optimizer step that an engine makes inside the block."""

@@ -166,6 +166,14 @@ def test_every_rank_reports_the_same(name: str, outcomes: dict[str, Outcome]) ->
     assert first == second
 
 
+@pytest.mark.parametrize("name", [f"{policy} 2w-1x4" for policy in POLICIES])
+def test_cpu_adam_steps_where_the_state_is_offloaded(name: str, outcomes: dict[str, Outcome]) -> None:
+    offloaded = "offload_optimizer" in POLICIES[name.split()[0]]
+    for answer in outcomes[name].ranks:
+        assert (answer["optimizer"]["type"] == "DeepSpeedCPUAdam") == offloaded
+        assert answer["optimizer"]["devices"] == ["cpu"]
+
+
 @pytest.fixture(scope="module")
 def expected_without_clipping(tiny: Material) -> reference.Reference:
     _, task = task_of("", tiny, "zero2", "1x8", clip_norm=0.0)

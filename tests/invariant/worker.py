@@ -143,6 +143,7 @@ def run_training(task: Task) -> Answer:
             answer["problems"] = error.problems
     parameters = probe.full_parameters(engine.module) if task.get("parameters") else {}
     answer["optimizer_elements"] = probe.optimizer_elements(engine)
+    answer["optimizer"] = probe.optimizer_state(engine)
     engine.destroy()
     arrays = {f"gradient {name}": value for name, value in gradients.items()}
     arrays |= {f"parameter {name}": value for name, value in parameters.items()}
