@@ -86,6 +86,8 @@ def render(
     """
     name = policy_name(job.parallel)
     optim, layout = job.optim, Layout.of(job)
+    # DeepSpeed names files by rank only and removes what it finds, so each run has a folder of its own.
+    swap_folder = f"{job.parallel.offload_path}/{job.name}"
     values = {
         # DeepSpeed counts every worker as one with a micro-batch of its own (see parallel.ulysses).
         "train_batch_size": optim.global_batch_size * layout.sequence_parallel_size,
@@ -102,8 +104,8 @@ def render(
         "optimizer.params.muon_lr": optim.muon_lr,
         "zero_optimization.offload_optimizer.pin_memory": device == "cuda",
         "zero_optimization.offload_param.pin_memory": device == "cuda",
-        "zero_optimization.offload_optimizer.nvme_path": job.parallel.offload_path,
-        "zero_optimization.offload_param.nvme_path": job.parallel.offload_path,
+        "zero_optimization.offload_optimizer.nvme_path": swap_folder,
+        "zero_optimization.offload_param.nvme_path": swap_folder,
     }
     policy = load_policy(name)
     if optim.optimizer == "muon":

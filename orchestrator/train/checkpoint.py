@@ -266,7 +266,9 @@ def _remedy(checkpoint: Path) -> str:
 
 def _describe_my_share(shards: Path) -> dict[str, Any]:
     """Flush, read back and hash this rank's share of the files, whoever wrote them."""
-    names = sorted(path.name for path in shards.iterdir())[dist.get_rank() :: dist.get_world_size()]
+    # What was offloaded to a disk lies in folders of its own.
+    files = [path.relative_to(shards).as_posix() for path in shards.rglob("*") if path.is_file()]
+    names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
     for name in names:
         _sync(shards / name)
     return {name: _describe(shards / name) for name in names}

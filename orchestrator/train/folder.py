@@ -29,6 +29,7 @@ _FREE = (
     "model.loss_tile_tokens",
     "model.mlp_tile_tokens",
     "parallel.offload_activations",
+    "parallel.offload_path",
     "parallel.expandable_segments",
 )
 

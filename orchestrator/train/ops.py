@@ -1,6 +1,6 @@
 """Compiling DeepSpeed's C++ operators once, visibly, instead of silently inside the first run.
 
-Run as `python -m orchestrator.train.ops`; later calls find them in PyTorch's extension cache.
+Run as `python -m orchestrator.train.ops [nvme]`; later calls find them in PyTorch's extension cache.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ def keep_to_own_environment() -> None:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
-def build() -> list[tuple[str, float]]:
+def build(nvme: bool = False) -> list[tuple[str, float]]:
     """Compile or load the operators that policies use: CPU Adam, and on CPU shared-memory collectives.
+
+    Args:
+        nvme: Also those that offload to a disk, which takes minutes more.
 
     Returns:
         Name and seconds of each.
 
     Raises:
-        ClusterError: There is no C++ compiler.
+        ClusterError: There is no C++ compiler, or no libaio.
     """
     keep_to_own_environment()
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
@@ -44,9 +47,12 @@ def build() -> list[tuple[str, float]]:
             "no C++ compiler is found, and DeepSpeed compiles its operators at first use; install g++"
         )
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
     builders = [CPUAdamBuilder()]
+    if nvme:
+        require_async_io()
+        builders.append(AsyncIOBuilder())
     if get_accelerator().device_name() == "cpu":
         builders.append(get_accelerator().create_op_builder("ShareMemCommBuilder"))
     timings = []
@@ -57,6 +63,22 @@ def build() -> list[tuple[str, float]]:
     return timings
 
 
+def require_async_io() -> None:
+    """Refuse to offload to a disk from a machine without the library that DeepSpeed does it with.
+
+    Raises:
+        ClusterError: It is not installed.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ClusterError(
+            f"{os.uname().nodename} has no libaio, with which parallel.offload_optimizer=nvme and "
+            "offload_param=nvme read and write; install libaio-dev (libaio-devel) and g++ on every node, or "
+            "offload to cpu"
+        )
+
+
 if __name__ == "__main__":
-    for name, seconds in build():
+    for name, seconds in build(nvme="nvme" in sys.argv[1:]):
         sys.stdout.write(f"{name} ready after {seconds:.1f} s\n")

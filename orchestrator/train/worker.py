@@ -55,12 +55,15 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     from orchestrator.parallel import ulysses
     from orchestrator.train.engine import join_process_group, start_engine
     from orchestrator.train.loop import Course, train
+    from orchestrator.train.ops import require_async_io
 
     job, rank = brief.job, dist.get_rank()
     device = (
         torch.device("cuda", torch.cuda.current_device()) if brief.device == "cuda" else torch.device("cpu")
     )
     join_process_group(job.run.collective_timeout_seconds)
+    if "nvme" in (job.parallel.offload_optimizer, job.parallel.offload_param):
+        require_async_io()
     saved = _agree(checkpoint.published(brief.checkpoints)[-1:])
     dtype = torch_dtype(brief.dtype)
     model = build_model(job, dtype, brief.ds_config, load_weights=not saved)

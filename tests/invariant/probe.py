@@ -49,7 +49,7 @@ def optimizer_elements(engine: Any) -> int:
 
 
 def optimizer_state(engine: Any) -> dict[str, Any]:
-    """Return the class of the optimizer that steps, and number formats and devices of its moments."""
+    """Return the class of the optimizer that steps, and size, number formats and devices of its moments."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     moments = [
         value
@@ -59,6 +59,7 @@ def optimizer_state(engine: Any) -> dict[str, Any]:
     ]
     return {
         "type": type(inner).__name__,
+        "moment_bytes": sum(moment.nbytes for moment in moments),
         "dtypes": sorted({str(moment.dtype) for moment in moments}),
         "devices": sorted({moment.device.type for moment in moments}),
     }

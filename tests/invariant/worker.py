@@ -86,6 +86,8 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
         _choose_newton_schulz_dtype(task.get("newton_schulz", "bf16"))
     ds_config["fp16"].update(task.get("fp16", {}))
     ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
+    if task.get("small_buffers"):
+        ds_config["zero_optimization"].get("offload_param", {}).update(buffer_size=2**20)
     return start_engine(build_model(job, torch_dtype(dtype), ds_config, load_weights), ds_config)
 
 
@@ -144,6 +146,9 @@ def run_training(task: Task) -> Answer:
     parameters = probe.full_parameters(engine.module) if task.get("parameters") else {}
     answer["optimizer_elements"] = probe.optimizer_elements(engine)
     answer["optimizer"] = probe.optimizer_state(engine)
+    if "swapped" in task:
+        files = Path(task["swapped"]).rglob(f"rank{dist.get_rank()}/**/*")
+        answer["swapped_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
     engine.destroy()
     arrays = {f"gradient {name}": value for name, value in gradients.items()}
     arrays |= {f"parameter {name}": value for name, value in parameters.items()}

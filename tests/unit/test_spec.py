@@ -78,7 +78,10 @@ def test_defaults_make_a_job_that_breaks_no_rule() -> None:
         ("parallel.sequence_parallel_size", 0),
         ("parallel.zero_stage", -1),
         ("parallel.zero_stage", 4),
-        ("parallel.offload_optimizer", "nvme"),
+        ("parallel.offload_optimizer", "disk"),
+        ("parallel.offload_activations", "nvme"),
+        ("parallel.offload_path", ""),
+        ("optim.muon_lr", 0.0),
         ("parallel.offload_param", True),
         ("optim.lr", 0.0),
         ("optim.lr", float("nan")),
@@ -204,6 +207,38 @@ def test_parameter_offload_needs_stage_3_and_optimizer_offload() -> None:
 )
 def test_gradient_checkpointing_takes_a_word_or_a_switch(written: object, meant: str) -> None:
     assert job(model__gradient_checkpointing=written).model.gradient_checkpointing == meant
+
+
+def test_a_disk_needs_stage_3_and_a_folder() -> None:
+    on_disk: dict[str, Any] = {"parallel__offload_optimizer": "nvme", "parallel__offload_path": "/disk"}
+    assert broken(**on_disk) == []
+    assert broken(**on_disk, parallel__offload_param="nvme") == []
+    (sentence,) = broken(parallel__offload_optimizer="nvme")
+    assert "set parallel.offload_path, or use offload_optimizer: cpu" in sentence
+    (sentence,) = broken(**on_disk, parallel__zero_stage=2)
+    assert sentence.endswith("use zero_stage: 3 or offload_optimizer: cpu")
+    (sentence,) = broken(parallel__offload_path="/disk")
+    assert "has no effect where nothing goes to nvme" in sentence
+
+
+def test_muon_has_a_learning_rate_of_its_own_and_whole_matrices() -> None:
+    muon: dict[str, Any] = {"optim__optimizer": "muon", "optim__muon_lr": 1e-3}
+    assert broken(**muon) == []
+    (sentence,) = broken(optim__optimizer="muon", optim__lr=1e-4)
+    assert "write optim.muon_lr: 0.0013" in sentence
+    (sentence,) = broken(optim__muon_lr=1e-3)
+    assert sentence.endswith("use optimizer: muon, or leave it out")
+    (sentence,) = broken(**muon, method__type="lora")
+    assert sentence.endswith("use optimizer: adamw, or type: full")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"])
+def test_only_adamw_is_offloaded(optimizer: str) -> None:
+    muon_lr = 1e-3 if optimizer == "muon" else None
+    fields: dict[str, Any] = {"optim__optimizer": optimizer, "optim__muon_lr": muon_lr}
+    assert broken(**fields) == []
+    (sentence,) = broken(**fields, parallel__offload_optimizer="cpu")
+    assert sentence.endswith("use optimizer: adamw, or offload_optimizer: none")
 
 
 def test_offloaded_activations_are_the_inputs_of_recomputed_layers() -> None:

@@ -17,7 +17,14 @@ import pytest
 from orchestrator.errors import SpecError
 from orchestrator.jobfile import parse
 from orchestrator.parallel import deepspeed
-from orchestrator.parallel.deepspeed import KNOWN_KEYS, load_policy, policy_name, render, unknown_keys
+from orchestrator.parallel.deepspeed import (
+    BITSANDBYTES,
+    KNOWN_KEYS,
+    load_policy,
+    policy_name,
+    render,
+    unknown_keys,
+)
 from orchestrator.spec import JobSpec, ParallelSpec
 
 ROOT = Path(__file__).parents[3]
@@ -117,6 +124,43 @@ def test_batch_sizes_agree_as_deepspeed_wants_them(name: str, workers: int) -> N
     assert rendered["train_batch_size"] == 24
     assert rendered["train_batch_size"] == (
         rendered["train_micro_batch_size_per_gpu"] * rendered["gradient_accumulation_steps"] * workers
+    )
+
+
+def with_optimizer(name: str, optimizer: str, **more: float) -> dict[str, Any]:
+    plain = job(name)
+    optim = plain.optim.model_copy(update={"optimizer": optimizer, **more})
+    rendered = render(plain.model_copy(update={"optim": optim}), "bf16", "cuda")
+    assert "auto" not in json.dumps(rendered)
+    assert list(unknown_keys(rendered)) == []
+    return rendered
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_muon_takes_the_place_of_adamw(stage: int) -> None:
+    name = f"zero{stage}_params-gpu_optimizer-gpu"
+    rendered = with_optimizer(name, "muon", muon_lr=0.01)
+    assert rendered["optimizer"] == {
+        "type": "Muon",
+        "params": {
+            "lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1, "torch_adam": True,
+            "muon_lr": 0.01, "momentum": 0.95, "ns_method": "standard",
+        },
+    }  # fmt: skip
+    expected = render(job(name), "bf16", "cuda")["zero_optimization"]
+    changed = {"reduce_scatter": False} if stage == 3 else {}
+    assert rendered["zero_optimization"] == {**expected, **changed}
+
+
+@pytest.mark.parametrize("optimizer", BITSANDBYTES)
+def test_an_optimizer_of_bitsandbytes_takes_every_parameter(optimizer: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes (extra qlora) is not installed")
+    rendered = with_optimizer("zero2_params-gpu_optimizer-gpu", optimizer)
+    made = getattr(bitsandbytes.optim, rendered["optimizer"]["type"])
+    assert set(rendered["optimizer"]["params"]) <= set(inspect.signature(made).parameters)
+    assert rendered["zero_allow_untested_optimizer"] is True
+    assert "zero_allow_untested_optimizer" not in render(
+        job("zero2_params-gpu_optimizer-gpu"), "bf16", "cuda"
     )
 
 

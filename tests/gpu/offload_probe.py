@@ -1,0 +1,59 @@
+"""Trains two steps in one process on a device, and tells where the optimizer's state lies.
+
+Started by `test_offload.py` as `python -m tests.gpu.offload_probe TASK DEVICE`; prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+
+class _Deaf:
+    """Is told what happens and saves nothing."""
+
+    def stepped(self, report: object) -> None:
+        pass
+
+    def evaluated(self, step: int, loss: float) -> None:
+        pass
+
+    def save(self, engine: object, step: int) -> None:
+        pass
+
+
+def main(task_file: Path, device: str) -> None:
+    """Run the task and print what was found."""
+    os.environ["DS_ACCELERATOR"] = device
+    from orchestrator.model.build import build_model
+    from orchestrator.parallel.deepspeed import render
+    from orchestrator.train.engine import join_process_group, parameter_count, start_engine
+    from orchestrator.train.loop import train
+    from tests.invariant import probe
+    from tests.invariant.worker import course_of, job_of
+
+    on_gpu = device == "cuda"
+    task = json.loads(task_file.read_text(encoding="utf-8"))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    join_process_group(120)
+    job = job_of(task)
+    config = render(job, "bf16", "cuda" if on_gpu else "cpu")
+    engine = start_engine(build_model(job, torch.bfloat16, config), config)
+    course = replace(course_of(task, engine.module), device=torch.device(device))
+    train(engine, course, _Deaf())
+    found = {
+        **probe.optimizer_state(engine),
+        "parameters": parameter_count(engine.module),
+        "device_bytes": torch.cuda.memory_allocated() if on_gpu else 0,
+    }
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
