@@ -248,6 +248,9 @@ def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
     """Refuse what the file format has room for and this version cannot do."""
     wanted: list[tuple[str, object, list[object]]] = [
         ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
+        # DeepSpeed 0.19 trains rightly from a disk, and goes on wrongly from a checkpoint of such a run.
+        ("parallel.offload_optimizer", job.parallel.offload_optimizer, ["cpu", "none"]),
+        ("parallel.offload_param", job.parallel.offload_param, ["cpu", "none"]),
         ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
     ]
     for field, value, available in wanted:

@@ -155,11 +155,11 @@ class ParallelSpec(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     """0 partitions nothing, 1 optimizer state, 2 gradients too, 3 the parameters too."""
     offload_optimizer: OffloadState = "none"
-    """cpu keeps optimizer state, and the step that uses it, in host memory; nvme keeps the state on a disk of
-    the node instead (zero_stage 3)."""
+    """cpu keeps optimizer state, and the step that uses it, in host memory; nvme, on a disk of the node,
+    is not in this version."""
     offload_param: OffloadState = "none"
-    """cpu keeps the parameters in host memory, nvme on a disk of the node (zero_stage 3 with
-    offload_optimizer)."""
+    """cpu keeps the parameters in host memory (zero_stage 3 with offload_optimizer: cpu); nvme, on a
+    disk of the node, is not in this version."""
     offload_path: Place | None = None
     """Folder on a fast disk that every node has, for what goes to nvme."""
     offload_activations: Offload = "none"

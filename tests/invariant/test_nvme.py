@@ -1,4 +1,4 @@
-"""Offloading to a disk changes nothing, and such a run goes on after an interruption.
+"""Offloading to a disk changes nothing, but such a run does not go on rightly after an interruption.
 
 DeepSpeed writes only what fills a mebibyte, so the model is wider here than elsewhere.
 """
@@ -99,6 +99,8 @@ def test_the_state_is_on_the_disk_and_not_in_memory(policy: str, outcomes: dict[
         assert (answer["optimizer"]["moment_bytes"] == 0) == on_disk
 
 
+# The rules refuse a disk until this passes: the first step after a resumption has another loss.
+@pytest.mark.xfail(strict=True, reason="a run goes on from other weights than it had")
 @pytest.mark.parametrize("policy", RESUMED)
 def test_a_resumed_run_is_the_undisturbed_one(
     policy: str, outcomes: dict[str, Outcome], resumed: dict[str, Outcome]
@@ -111,6 +113,7 @@ def test_a_resumed_run_is_the_undisturbed_one(
     assert_close(rest.kind("parameter"), whole.kind("parameter"), 1e-6)
 
 
+@pytest.mark.xfail(strict=True, reason="the shards do not hold the weights that lie on the disk")
 @pytest.mark.parametrize("policy", RESUMED)
 def test_a_checkpoint_holds_the_weights(policy: str, home: Path, outcomes: dict[str, Outcome]) -> None:
     saved = home / policy / "step-00000002"

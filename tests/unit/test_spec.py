@@ -211,11 +211,13 @@ def test_gradient_checkpointing_takes_a_word_or_a_switch(written: object, meant:
 
 def test_a_disk_needs_stage_3_and_a_folder() -> None:
     on_disk: dict[str, Any] = {"parallel__offload_optimizer": "nvme", "parallel__offload_path": "/disk"}
-    assert broken(**on_disk) == []
-    assert broken(**on_disk, parallel__offload_param="nvme") == []
-    (sentence,) = broken(parallel__offload_optimizer="nvme")
+    refused = "parallel.{}=nvme is not available in this version; use cpu"
+    assert broken(**on_disk) == [refused.format("offload_optimizer")]
+    both = broken(**on_disk, parallel__offload_param="nvme")
+    assert both == [refused.format("offload_optimizer"), refused.format("offload_param")]
+    sentence, _ = broken(parallel__offload_optimizer="nvme")
     assert "set parallel.offload_path, or use offload_optimizer: cpu" in sentence
-    (sentence,) = broken(**on_disk, parallel__zero_stage=2)
+    sentence, _ = broken(**on_disk, parallel__zero_stage=2)
     assert sentence.endswith("use zero_stage: 3 or offload_optimizer: cpu")
     (sentence,) = broken(parallel__offload_path="/disk")
     assert "has no effect where nothing goes to nvme" in sentence

@@ -57,14 +57,16 @@ each_policy = pytest.mark.parametrize("name", sorted(POLICIES))
 def job(name: str, workers: int = 4) -> JobSpec:
     """Return the job that the golden files are rendered from; no value in it is a default."""
     parallel = {"workers": workers, **POLICIES[name]}
-    return parse(
+    # Disks are rendered, and refused by the rules.
+    plain = parse(
         "name: golden\n"
         "model: {path: m}\n"
         "data: {train: [{path: d}]}\n"
-        f"parallel: {json.dumps(parallel)}\n"
+        f"parallel: {{workers: {workers}}}\n"
         "optim: {lr: 3e-4, micro_batch_size: 2, global_batch_size: 24, clip_norm: 0.5, betas: [0.8, 0.95], "
         "eps: 1e-6, weight_decay: 0.1}\n"
     )
+    return plain.model_copy(update={"parallel": ParallelSpec(**parallel)})
 
 
 def leaves(value: Any, dotted: str = "") -> Iterator[tuple[str, Any]]:
