@@ -30,9 +30,9 @@ from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
 from orchestrator.train import checkpoint, export, folder, placing, session, summary
-from orchestrator.train.blockwise import require_bitsandbytes
 from orchestrator.train.brief import Brief
 from orchestrator.train.lease import Lease
+from orchestrator.train.optimizers import require_bitsandbytes
 from orchestrator.train.recorder import Recorder, Status
 
 Watch = Callable[[Status], None]

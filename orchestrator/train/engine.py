@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.model.memory import tiled
-from orchestrator.train.blockwise import split_off
 from orchestrator.train.muon import clip_before_update
 from orchestrator.train.ops import keep_to_own_environment
+from orchestrator.train.optimizers import split_off
 
 # DeepSpeed calls these on every reduction, and torch reports each call.
 _RENAMED_COLLECTIVES = r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)"
