@@ -49,3 +49,7 @@ class TrainingError(OrchestratorError):
 
     exit_code = 4
     title = "training error"
+
+
+class MemoryExhaustedError(TrainingError):
+    """A worker needed more memory than it may have (exit code 4)."""

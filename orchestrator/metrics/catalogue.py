@@ -61,6 +61,12 @@ STEP_METRICS: tuple[Metric, ...] = (
     Metric(
         "memory_reserved_bytes", "Memory that the allocator holds: reserved on CUDA, resident on CPU.", "rank"
     ),
+    Metric(
+        "memory_reserved_peak_bytes",
+        "Largest memory that the allocator has held so far: reserved on CUDA, resident on CPU.",
+        "rank",
+    ),
+    Metric("host_memory_peak_bytes", "Largest resident memory of the worker's process so far.", "rank"),
 )
 
 RUN_METRICS: tuple[Metric, ...] = (

@@ -142,3 +142,30 @@ def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen =
     if again.checkpointing == "full":
         done += forward.linear + forward.attention + forward.adapters - skipped
     return done
+
+
+def flops_per_token_xtuner(
+    shape: ModelShape,
+    sequence_tokens: int,
+    causal: bool = True,
+    checkpointing: bool = True,
+) -> float:
+    """Return the FLOPs of a token by XTuner's formula, only for tables beside those that XTuner printed.
+
+    It counts attention over the whole sequence, as many key and value heads as query heads, a recomputed
+    forward pass, and logits everywhere. For a GPU's share of s = S / sp tokens, with r = 1.5 i / h, its
+    ThroughputHook has
+    (3 + ac) l [8 s h^2 + 4 s^2 h sp / (1 + causal) + 4 r s h^2] + 6 s h V; divided by s, sp is in S alone.
+
+    Args:
+        shape: The model.
+        sequence_tokens: Tokens of a sequence over all workers that share it, S.
+        causal: Whether only half of the attention is counted.
+        checkpointing: Whether the forward pass of the layers is counted again, ac.
+    """
+    hidden = float(shape.hidden_size)
+    ratio = 1.5 * shape.intermediate_size / hidden
+    attention = 4.0 * sequence_tokens * hidden / (2.0 if causal else 1.0)
+    layer = 8.0 * hidden**2 + attention + 4.0 * ratio * hidden**2
+    passes = 4.0 if checkpointing else 3.0
+    return passes * shape.layers * layer + 6.0 * hidden * shape.vocab_size

@@ -30,6 +30,8 @@ class RankStep:
         memory_bytes: Memory in use.
         memory_peak_bytes: Largest memory in use so far.
         memory_reserved_bytes: Memory held by the allocator.
+        memory_reserved_peak_bytes: Largest memory held by the allocator so far.
+        host_memory_peak_bytes: Largest resident memory of the process so far.
     """
 
     loss_sum: float
@@ -45,6 +47,8 @@ class RankStep:
     memory_bytes: float
     memory_peak_bytes: float
     memory_reserved_bytes: float
+    memory_reserved_peak_bytes: float
+    host_memory_peak_bytes: float
 
     def vector(self) -> list[float]:
         """Return the fields in order."""
@@ -57,7 +61,13 @@ class RankStep:
 
 
 PHASES = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
-MEMORY = ("memory_bytes", "memory_peak_bytes", "memory_reserved_bytes")
+MEMORY = (
+    "memory_bytes",
+    "memory_peak_bytes",
+    "memory_reserved_bytes",
+    "memory_reserved_peak_bytes",
+    "host_memory_peak_bytes",
+)
 
 
 def rank_values(step: RankStep, seconds: float, peak_flops: float | None) -> Values:

@@ -22,6 +22,18 @@ _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A run for its figures only: nothing is saved and nothing exported.
+
+    Attributes:
+        memory_limit_bytes: What each worker may take for training: of its device's memory, and on CPU on top
+            of what its process holds before the model is built. None sets no limit.
+    """
+
+    memory_limit_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Brief:
     """The run as it was decided.
 
@@ -34,6 +46,7 @@ class Brief:
         device: Kind of device.
         ds_config: The rendered DeepSpeed configuration.
         host_memory_bytes: What each worker reserves of its node's memory; 0 where nothing is offloaded.
+        trial: Set where the run is one for its figures only.
     """
 
     job: JobSpec
@@ -44,6 +57,7 @@ class Brief:
     device: Literal["cuda", "cpu"]
     ds_config: dict[str, Any]
     host_memory_bytes: int = 0
+    trial: Trial | None = None
 
     @property
     def worker_resources(self) -> dict[str, float]:

@@ -63,13 +63,22 @@ class StepClock:
         self._start = time.perf_counter()
 
 
-def memory(device: torch.device) -> tuple[int, int, int]:
-    """Return bytes in use, the most so far, and bytes held by the allocator; on CPU resident memory."""
+def memory(device: torch.device) -> dict[str, float]:
+    """Return the memory of a device and of this process by the names of `RankStep`; on CPU both are one."""
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
-        return (
-            torch.cuda.memory_allocated(device),
-            torch.cuda.max_memory_allocated(device),
-            torch.cuda.memory_reserved(device),
-        )
+        return {
+            "memory_bytes": torch.cuda.memory_allocated(device),
+            "memory_peak_bytes": torch.cuda.max_memory_allocated(device),
+            "memory_reserved_bytes": torch.cuda.memory_reserved(device),
+            "memory_reserved_peak_bytes": torch.cuda.max_memory_reserved(device),
+            "host_memory_peak_bytes": host_peak,
+        }
     resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
-    return resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, resident
+    return {
+        "memory_bytes": resident,
+        "memory_peak_bytes": host_peak,
+        "memory_reserved_bytes": resident,
+        "memory_reserved_peak_bytes": host_peak,
+        "host_memory_peak_bytes": host_peak,
+    }

@@ -23,23 +23,32 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.data import plan
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import Note, tokenize_sources
-from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
+from orchestrator.errors import (
+    ClusterError,
+    MemoryExhaustedError,
+    OrchestratorError,
+    SpecError,
+    TrainingError,
+)
 from orchestrator.metrics.exporter import endpoint_error
 from orchestrator.model.build import load_config, require_supported
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
 from orchestrator.train import checkpoint, export, folder, placing, session, summary
-from orchestrator.train.brief import Brief
+from orchestrator.train.brief import Brief, Trial
 from orchestrator.train.lease import Lease
 from orchestrator.train.optimizers import require_bitsandbytes
 from orchestrator.train.recorder import Recorder, Status
 
 Watch = Callable[[Status], None]
 _POLL_SECONDS = 0.5
+_KILLED_FOR_MEMORY = "running low on memory"  # what Ray writes where its memory monitor ends a worker
 
 
-def run(job: JobSpec, address: str | None, watch: Watch, note: Note) -> dict[str, Any]:
+def run(
+    job: JobSpec, address: str | None, watch: Watch, note: Note, trial: Trial | None = None
+) -> dict[str, Any]:
     """Train a job from wherever its run stands to the end.
 
     Args:
@@ -47,6 +56,7 @@ def run(job: JobSpec, address: str | None, watch: Watch, note: Note) -> dict[str
         address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
         watch: Called about twice a second while workers run.
         note: Told in a sentence what happens before that.
+        trial: Given for a run for its figures only, which saves and exports nothing.
 
     Returns:
         The run's report, also written to report.json.
@@ -68,7 +78,7 @@ def run(job: JobSpec, address: str | None, watch: Watch, note: Note) -> dict[str
             device = placing.place(job)
             folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
-            return _train(job, device, home, lease, (watch, note), started)
+            return _train(job, device, home, lease, (watch, note), started, trial)
     finally:
         lease.release(home)
 
@@ -80,6 +90,7 @@ def _train(
     lease: Lease,
     tell: tuple[Watch, Note],
     started: float,
+    trial: Trial | None = None,
 ) -> dict[str, Any]:
     watch, note = tell
     require_bitsandbytes(job.optim.optimizer)
@@ -92,14 +103,15 @@ def _train(
     training, held_out, packing = _prepare_data(job, note)
     folder.require_same_data(home, training, held_out)
     prepared = time.monotonic()
-    brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory)
+    brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, trial)
     folder.write_json(home / "deepspeed.json", brief.ds_config)
     checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
     recorder = _start_recorder(job, home, lease)
     _fit(brief, recorder, watch)
     trained = time.monotonic()
-    saved = checkpoint.published(brief.checkpoints)[-1]
-    _get(_export.remote(job, dtype, saved, home / "export"))
+    if trial is None:
+        saved = checkpoint.published(brief.checkpoints)[-1]
+        _get(_export.remote(job, dtype, saved, home / "export"))
     ended = time.monotonic()
     seconds = {
         "start": begun - started,
@@ -302,6 +314,12 @@ def _explain(error: BaseException, brief: Brief) -> OrchestratorError:
     for cause in causes:
         if isinstance(cause, OrchestratorError):
             return cause
+    for cause in causes:
+        if isinstance(cause, ray.exceptions.RayError) and _KILLED_FOR_MEMORY in str(cause):
+            return MemoryExhaustedError(
+                "Ray ended a worker because its node ran out of memory; place fewer workers on a node, lower "
+                "data.max_length, or use nodes with more memory"
+            )
     lines = [f"rank {rank}: {_first_line(failure)}" for rank, failure in sorted(failures.items())]
     lines = lines or [_first_line(error)]
     return TrainingError(

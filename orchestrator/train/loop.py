@@ -209,7 +209,6 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
             model_work += model_flops(forward, frozen)
             hardware_work += hardware_flops(forward, again, frozen)
     phases = clock.phases()
-    in_use, peak, reserved = memory(course.device)
     return RankStep(
         loss_sum=loss,
         tokens=sum(batch.tokens for batch in work),
@@ -221,9 +220,7 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
         forward_seconds=phases["forward"],
         backward_seconds=phases["backward"],
         optimizer_seconds=phases["optimizer"],
-        memory_bytes=in_use,
-        memory_peak_bytes=peak,
-        memory_reserved_bytes=reserved,
+        **memory(course.device),
     )
 
 

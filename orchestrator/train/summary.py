@@ -26,6 +26,7 @@ _MEDIANS = (
     "backward_seconds",
     "optimizer_seconds",
 )
+_PEAKS = ("memory_peak_bytes", "memory_reserved_peak_bytes", "host_memory_peak_bytes")
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "peft", "datasets", "numpy")
 
 
@@ -88,7 +89,11 @@ def report(
             for name in _MEDIANS
             if all(name in row for row in steps)
         },
-        "memory_peak_bytes": max(row["memory_peak_bytes"] for row in steps),
+        **{
+            name: max(row[name] for row in steps if name in row)
+            for name in _PEAKS
+            if any(name in row for row in steps)
+        },
         "packing": dict(packing),
         "nodes": sorted({worker["node"] for worker in workers}),
         "world_size": len(workers),

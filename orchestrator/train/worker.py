@@ -14,10 +14,11 @@ from torch import distributed as dist
 
 from cluster import hardware
 from orchestrator.data import plan
-from orchestrator.errors import OrchestratorError, TrainingError
+from orchestrator.errors import MemoryExhaustedError, OrchestratorError
 from orchestrator.plan.shape import ModelShape
 from orchestrator.train import checkpoint
 from orchestrator.train.brief import Brief, evaluation_loader, training_loader
+from orchestrator.train.capacity import is_out_of_memory, limited_memory
 from orchestrator.train.recorder import WorkerInfo
 
 
@@ -32,22 +33,36 @@ def run_worker(config: dict[str, Any]) -> None:
     """
     brief, recorder = config["brief"], config["recorder"]
     reporter = _Reporter(brief, recorder)
+    limit_bytes = brief.trial.memory_limit_bytes if brief.trial else None
     try:
-        _train(brief, reporter)
+        device = _load_framework(brief)
+        with limited_memory(device, limit_bytes):
+            _train(brief, reporter, device)
     except OrchestratorError as error:
         ray.get(recorder.give_up.remote(error, reporter.attempt))
         raise
-    except torch.OutOfMemoryError as error:
-        fatal = TrainingError(
-            f"rank {dist.get_rank()} ran out of device memory ({str(error).splitlines()[0]}); lower "
-            "data.max_length or optim.micro_batch_size, or use zero_stage: 3 or offload_optimizer: cpu"
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fatal = MemoryExhaustedError(
+            f"rank {dist.get_rank()} ran out of memory ({(str(error) or 'none left').splitlines()[0]}); "
+            "lower data.max_length or optim.micro_batch_size, or use zero_stage: 3 or offload_optimizer: cpu"
         )
         ray.get(recorder.give_up.remote(fatal, reporter.attempt))
         raise fatal from error
 
 
-def _train(brief: Brief, reporter: _Reporter) -> None:
+def _load_framework(brief: Brief) -> torch.device:
+    """Load what a worker needs, which is not part of what training takes, and return its device."""
     os.environ["DS_ACCELERATOR"] = brief.device
+    import orchestrator.model.build
+    import orchestrator.train.loop  # noqa: F401
+
+    on_cuda = brief.device == "cuda"
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+
+def _train(brief: Brief, reporter: _Reporter, device: torch.device) -> None:
     from orchestrator.model.adapters import adapter_parameters, adapts_last_product
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
@@ -58,9 +73,6 @@ def _train(brief: Brief, reporter: _Reporter) -> None:
     from orchestrator.train.ops import require_async_io
 
     job, rank = brief.job, dist.get_rank()
-    device = (
-        torch.device("cuda", torch.cuda.current_device()) if brief.device == "cuda" else torch.device("cpu")
-    )
     join_process_group(job.run.collective_timeout_seconds)
     if "nvme" in (job.parallel.offload_optimizer, job.parallel.offload_param):
         require_async_io()
@@ -163,7 +175,9 @@ class _Reporter:
             self._sent.append(self._recorder.evaluated.remote(self.attempt, step, loss))
 
     def save(self, engine: Any, step: int) -> None:
-        """Publish a checkpoint, once every step before it is on disk."""
+        """Publish a checkpoint, once every step before it is on disk; of a trial nothing is kept."""
+        if self._brief.trial is not None:
+            return
         started = time.perf_counter()
         self.flush()
         path = checkpoint.save(engine, self._brief.checkpoints, step, self.attempt or 0, self._permit)

@@ -22,6 +22,7 @@ from orchestrator.metrics.flops import (
     ForwardFlops,
     Frozen,
     Recomputation,
+    flops_per_token_xtuner,
     forward_flops,
     hardware_flops,
     model_flops,
@@ -218,3 +219,13 @@ def test_only_layers_with_a_window_are_counted_by_it() -> None:
     assert (found.linear, found.head) == (FORWARD.linear, FORWARD.head)
     assert forward_flops(shape, sum(LENGTHS), squares, SCORED) == FORWARD
     assert forward_flops(SHAPE, sum(LENGTHS), squares, SCORED, 0.0) == FORWARD
+
+
+def test_xtuners_formula_by_hand() -> None:
+    shape = ModelShape(
+        hidden_size=8, layers=2, heads=2, kv_heads=1, head_dim=4, intermediate_size=16, vocab_size=100
+    )
+    # r = 1.5 x 16 / 8 = 3; a layer: 8 x 64 + 4 x 10 x 8 / 2 + 4 x 3 x 64 = 512 + 160 + 768 = 1440
+    assert flops_per_token_xtuner(shape, 10) == 4 * 2 * 1440 + 6 * 8 * 100
+    assert flops_per_token_xtuner(shape, 10, checkpointing=False) == 3 * 2 * 1440 + 6 * 8 * 100
+    assert flops_per_token_xtuner(shape, 10, causal=False) == 4 * 2 * 1600 + 6 * 8 * 100

@@ -20,6 +20,8 @@ STEP = RankStep(
     memory_bytes=10.0,
     memory_peak_bytes=30.0,
     memory_reserved_bytes=40.0,
+    memory_reserved_peak_bytes=60.0,
+    host_memory_peak_bytes=80.0,
 )
 SLOWER = RankStep(
     loss_sum=40.0,
@@ -35,8 +37,10 @@ SLOWER = RankStep(
     memory_bytes=20.0,
     memory_peak_bytes=25.0,
     memory_reserved_bytes=50.0,
+    memory_reserved_peak_bytes=55.0,
+    host_memory_peak_bytes=90.0,
 )
-IDLE = RankStep(0, 0, 0, 1000, 0, 0, 0.1, 0.1, 0.1, 0.1, 5, 6, 7)
+IDLE = RankStep(0, 0, 0, 1000, 0, 0, 0.1, 0.1, 0.1, 0.1, 5, 6, 7, 8, 9)
 
 
 def test_one_rank() -> None:
@@ -54,6 +58,8 @@ def test_one_rank() -> None:
             "memory_bytes": 10.0,
             "memory_peak_bytes": 30.0,
             "memory_reserved_bytes": 40.0,
+            "memory_reserved_peak_bytes": 60.0,
+            "host_memory_peak_bytes": 80.0,
             "tflops_model": 3.0,
             "tflops_hardware": 4.0,
             "mfu": 0.3,
@@ -84,6 +90,8 @@ def test_all_ranks() -> None:
             "memory_bytes": 20.0,
             "memory_peak_bytes": 30.0,
             "memory_reserved_bytes": 50.0,
+            "memory_reserved_peak_bytes": 60.0,
+            "host_memory_peak_bytes": 90.0,
         }
     )
 
