@@ -1,0 +1,207 @@
+"""YAML as this package reads it: YAML 1.2's core schema, and the line that each value was written on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from orchestrator.errors import SpecError
+
+Location = tuple[str | int, ...]
+Places = dict[Location, str]
+"""Where each key and element was written: a line of the file, or an override."""
+
+DEEPEST = 32
+_MOST_VALUES = 20_000
+_LONGEST_INTEGER = 400
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core schema: 2e-5 is a number, 010 is ten; yes, on, 1:30 and dates are text."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return a node's value; a scalar that its tag cannot hold is an error with a line."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, str):
+                value.encode()  # half of a surrogate pair can be escaped in YAML and stored nowhere
+        except (ValueError, LookupError, AttributeError, TypeError):
+            reason = f"{str(node.value)[:40]!a} cannot be read as {node.tag.rpartition(':')[2]}"
+            raise ConstructorError(None, None, reason, node.start_mark) from None
+        return value
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    if len(text) > _LONGEST_INTEGER:
+        raise ValueError(text)
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that YAML 1.1 or 1.2 would take for something else, so that every reader agrees."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+for _tag, _pattern, _first in (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("float", r"^(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$", list("-+.")),
+    ("merge", r"^<<$", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+def dump(value: Any) -> str:
+    """Return a value as YAML that `read` reads back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], Places, list[str]]:
+    """Read a mapping.
+
+    Args:
+        text: The YAML.
+        origin: Name of the text in errors.
+        thing: What the text is, in errors.
+
+    Returns:
+        The mapping, where each key and element stands, and a sentence for each key that stands twice.
+
+    Raises:
+        SpecError: The text is no YAML, or no mapping.
+    """
+    places: Places = {}
+    problems: list[str] = []
+    try:
+        loader, root = _compose(text)
+        if root is not None:
+            _walk(root, (), places, problems, origin)
+        data = _construct(loader, root)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{origin}:{mark.line + 1}" if mark else origin
+        raise SpecError(
+            f"{where}: not valid YAML ({reason_of(error)}); check indentation and quoting"
+        ) from None
+    if not isinstance(data, dict):
+        kind = "empty" if data is None else f"a {type(data).__name__}"
+        raise SpecError(f"{origin}: the file is {kind}, and a {thing} is a mapping that starts with `name:`")
+    return data, places, problems
+
+
+def reason_of(error: yaml.YAMLError) -> str:
+    """Return what is wrong, on one line."""
+    reason = getattr(error, "problem", None) or str(error)
+    return " ".join(str(reason).split())
+
+
+def value_of(text: str) -> Any:
+    """Return the value that a text stands for.
+
+    Raises:
+        yaml.YAMLError: The text is no YAML.
+    """
+    return _construct(*_compose(text))
+
+
+def _compose(text: str) -> tuple[_Loader, yaml.Node | None]:
+    """Return the text's nodes, none of them built, and the loader that can build them.
+
+    Raises:
+        yaml.YAMLError: No YAML, or more than a job can be: aliases write out to any size, or hold themselves.
+    """
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+    except RecursionError:
+        raise yaml.YAMLError(f"nested deeper than {DEEPEST} levels") from None
+    waiting = [] if root is None else [(root, 1)]
+    seen = 0
+    while waiting:
+        node, depth = waiting.pop()
+        seen += 1
+        if depth > DEEPEST:
+            raise ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", node.start_mark)
+        if seen > _MOST_VALUES:
+            reason = f"more than {_MOST_VALUES} values with all aliases written out"
+            raise ConstructorError(None, None, reason, node.start_mark)
+        if isinstance(node, yaml.MappingNode):
+            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(child, depth + 1) for child in node.value]
+    return loader, root
+
+
+def _construct(loader: _Loader, root: yaml.Node | None) -> Any:
+    return None if root is None else _plain(loader.construct_document(root))
+
+
+def _walk(node: yaml.Node, location: Location, places: Places, problems: list[str], origin: str) -> None:
+    """Note the line of every key and element, and every key that stands twice in its mapping."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            places[*location, index] = f"{origin}:{child.start_mark.line + 1}"
+            _walk(child, (*location, index), places, problems, origin)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, child in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            place = (*location, name)
+            if name in first:
+                forget(places, place)
+                twice = f"key {dotted(place)} stands twice (first on line {first[name]}); keep one"
+                problems.append(f"{origin}:{line}: {twice}")
+            first.setdefault(name, line)
+            places[place] = f"{origin}:{line}"
+            _walk(child, place, places, problems, origin)
+
+
+def forget(places: Places, location: Location) -> None:
+    """Drop a key and all below it: another value has taken its place."""
+    for known in [each for each in places if each[: len(location)] == location]:
+        del places[known]
+
+
+def _plain(value: Any) -> Any:
+    """Return the value as JSON could hold it, so that types are judged as they were written."""
+    if isinstance(value, dict):
+        return {
+            key if isinstance(key, str) else json.dumps(key, default=str): _plain(value[key]) for key in value
+        }
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(child) for child in value]
+    if isinstance(value, bytes):
+        return value.decode("latin-1")
+    return value
+
+
+def location_of(name: str) -> Location:
+    """Return the place that a dotted name stands for."""
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
+def dotted(location: Iterable[str | int]) -> str:
+    """Return a place as errors name it."""
+    return ".".join(str(part) for part in location) or "the job"
+
+
+def place_of(places: Places, locations: Sequence[Location], origin: str) -> str:
+    """Return where the first of these that was written stands; what is missing belongs to its section."""
+    for location in locations:
+        inside = (place for known, place in places.items() if known[: len(location)] == location)
+        if location and (place := places.get(location) or next(inside, None)):
+            return place
+    location = locations[0]
+    while location and location not in places:
+        location = location[:-1]
+    return places.get(location, origin)
