@@ -1,4 +1,4 @@
-"""The command `orchestrator`: validate, pack, train, submit, export, render, report.
+"""The command `orchestrator`: validate, pack, train, bench, submit, export, render, report.
 
 Commands import what they need when they run, so that checking a job file answers in well under a second.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from orchestrator import jobfile
-from orchestrator.errors import OrchestratorError, SpecError
+from orchestrator.errors import OrchestratorError, SpecError, TrainingError
 
 app = typer.Typer(
     name="orchestrator",
@@ -141,6 +141,39 @@ def train(
         _say(json.dumps(report) if as_json else _summary(report))
 
 
+@app.command(epilog="Example: orchestrator bench launch/jobs/published/xtuner-toy.yaml")
+def bench(
+    sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).")],
+    address: Address = None,
+    overrides: Overrides = [],
+    plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run cells again that failed, but for lack of memory.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every cell of a sweep in a process of its own; run it again and it goes on where it stood."""
+    with _exit_codes("run the same command again and it goes on with the cells that have no row"):
+        from orchestrator.bench import report as sweep_report
+        from orchestrator.bench.plots import require_matplotlib
+        from orchestrator.bench.runner import run_cells
+        from orchestrator.bench.sweep import load
+
+        wanted = load(sweep, overrides)
+        if plots:
+            require_matplotlib()
+        rows = run_cells(wanted, address, _tell, retry_failed)
+        files = sweep_report.write(wanted.folder, plots)
+        table, _ = sweep_report.load(wanted.folder)
+        _say((table.json() if as_json else table.markdown()).rstrip())
+        _tell(f"written: {', '.join(str(file) for file in files)}")
+        failed = [row.cell for row in rows if row.status == "failed"]
+        if failed:
+            raise TrainingError(
+                f"{len(failed)} of {len(rows)} cells failed: {', '.join(failed)}; see the table"
+            )
+
+
 @app.command(epilog="Example: orchestrator submit job.yaml --address http://HEAD:8265")
 def submit(
     job: JobFile,
@@ -169,13 +202,42 @@ def export(
         _say(f"exported to {export_run(run, to, merge)}")
 
 
-@app.command(epilog="Example: orchestrator report runs/quickstart")
+@app.command(
+    epilog="Example: orchestrator report runs/quickstart; orchestrator report --compare runs/a runs/b"
+)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of sweeps.")],
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Say of two runs or sweeps whether they differ by more than noise."),
+    ] = False,
+    warmup_steps: Annotated[
+        int, typer.Option(min=0, help="Steps at the start of a run that --compare leaves out.")
+    ] = 2,
+    layout: Annotated[
+        str | None, typer.Option(help="Layout of a sweep's table; none takes that of the sweep.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the summaries of finished runs, side by side where there are several."""
+    """Print the summaries of finished runs, side by side where there are several, or tables of sweeps."""
     with _exit_codes():
+        from orchestrator.bench.report import is_sweep
+
+        if compare:
+            from orchestrator.bench.compare import compare as compare_two
+
+            if len(runs) != 2:
+                raise SpecError(f"--compare takes two folders, and {len(runs)} are given; name A and B")
+            found = compare_two(runs[0], runs[1], warmup_steps)
+            _say((found.json() if as_json else found.markdown()).rstrip())
+            return
+        if any(is_sweep(run) for run in runs):
+            from orchestrator.bench.report import load
+
+            for run in runs:
+                found, _ = load(run, layout)
+                _say((found.json() if as_json else found.markdown()).rstrip())
+            return
         reports = [_read_report(run) for run in runs]
         if as_json:
             _say(json.dumps(reports))

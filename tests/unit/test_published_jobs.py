@@ -1,12 +1,16 @@
 """The jobs of published tables are valid, ask for what the tables state, and render."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from orchestrator import jobfile
+from orchestrator.bench import sweep
+from orchestrator.metrics.flops import flops_per_token_xtuner
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import Layout, sequence_parallel_problem
+from orchestrator.plan.shape import ModelShape
 
 FOLDER = Path(__file__).parents[2] / "launch" / "jobs" / "published" / "xtuner"
 K = 1024
@@ -51,3 +55,45 @@ def test_a_published_job(name: str, profile: str) -> None:
     assert config["train_batch_size"] == at_once * layout.world_size
     heads = HEADS[name.rsplit("-", 1)[0]]
     assert sequence_parallel_problem(size, *heads) is None
+
+
+SWEEPS = FOLDER.parent
+PAGES = {"xtuner": 14, "qwen": 60, "ms-swift": 30, "llm-action": 10, "llama2-lora": 18}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_sweep_of_a_page_and_its_toy_twin(page: str) -> None:
+    full, toy = (sweep.load(SWEEPS / f"{name}.yaml") for name in (page, f"{page}-toy"))
+    assert full.spec.layout == toy.spec.layout == page
+    assert len(full.cells) == PAGES[page]
+    assert 4 <= len(toy.cells) <= 6
+    for cell in toy.cells:
+        assert cell.job.model.path == "builtin/tiny-llama"
+        assert cell.job.parallel.device == "cpu"
+        assert cell.job.parallel.workers <= 2
+    assert {cell.job.parallel.device for cell in full.cells} == {"auto"}
+    assert {cell.job.method.type for cell in full.cells} == {cell.job.method.type for cell in toy.cells}
+
+
+def test_there_is_a_sweep_for_every_page_and_no_other() -> None:
+    names = {page + end for page in PAGES for end in ("", "-toy")}
+    assert {path.stem for path in SWEEPS.glob("*.yaml")} == names
+
+
+def test_xtuners_formula_gives_the_tflops_that_are_printed_in_13_of_14_rows() -> None:
+    sizes = {
+        "llama2-7b": (4096, 32, 32, 11008, 32000),
+        "yi-34b-200k": (7168, 60, 56, 20480, 64000),
+        "llama2-70b": (8192, 80, 64, 28672, 32000),
+    }
+    right = []
+    for name, (_, max_length, _) in ROWS.items():
+        text = (FOLDER / f"{name}.yaml").read_text()
+        found = re.search(r"([\d.]+) TGS and ([\d.]+) TFLOPs as printed", text)
+        assert found, name
+        tgs, printed = (float(each) for each in found.groups())
+        hidden, layers, heads, inner, vocabulary = sizes[name.rsplit("-", 1)[0]]
+        shape = ModelShape(hidden, layers, heads, heads, hidden // heads, inner, vocabulary)
+        computed = tgs * flops_per_token_xtuner(shape, max_length) / 1e12
+        right.append(computed == pytest.approx(printed, rel=1.5e-3))
+    assert right.count(True) == 13

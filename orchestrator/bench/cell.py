@@ -1,0 +1,82 @@
+"""The process of one cell: a driver like that of `orchestrator train`, which says at the end how it went.
+
+Started by `orchestrator.bench.runner` as `python -m orchestrator.bench.cell FOLDER`. It ends when the sweep
+does: the sweep holds the other end of its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator import jobfile
+from orchestrator.bench import environment
+from orchestrator.errors import MemoryExhaustedError, OrchestratorError
+from orchestrator.spec import JobSpec
+
+INSTRUCTIONS, OUTCOME = "cell.json", "outcome.json"
+
+
+def main(folder: Path) -> None:
+    """Run the cell whose instructions lie in a run's folder, and write its outcome beside them."""
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    from orchestrator.train.brief import Trial
+    from orchestrator.train.driver import run
+    from orchestrator.train.folder import write_json
+
+    asked: dict[str, Any] = json.loads((folder / INSTRUCTIONS).read_text(encoding="utf-8"))
+    job = jobfile.parse(asked["job"])
+    outcome: dict[str, Any] = {"status": "ok", "reason": None}
+    try:
+        run(job, asked["address"], lambda status: None, _note, Trial(asked["memory_limit_bytes"]))
+    except MemoryExhaustedError as error:
+        outcome = {"status": "out_of_memory", "reason": "; ".join(error.problems)}
+    except OrchestratorError as error:
+        outcome = {"status": "failed", "reason": "; ".join(error.problems)}
+    except Exception as error:  # whatever it is, the other cells are run
+        _note(traceback.format_exc())
+        outcome = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+    outcome["shape"] = _shape(job) if outcome["status"] == "ok" else None
+    outcome["environment"] = {**environment.describe(), **_accelerator()}
+    write_json(folder / OUTCOME, outcome)
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _end_with_the_sweep() -> None:
+    """Stop as on Ctrl-C once the other end of standard input is closed, which even a kill does."""
+    while os.read(0, 1):  # nobody writes; sys.stdin would be locked when the interpreter ends
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _shape(job: JobSpec) -> dict[str, int] | None:
+    from orchestrator.model.build import load_config
+    from orchestrator.plan.shape import ModelShape
+
+    shape = ModelShape.from_config(load_config(job.model).get_text_config().to_dict())
+    return asdict(shape) if shape else None
+
+
+def _accelerator() -> dict[str, Any]:
+    """Return the versions of CUDA and NCCL that torch brings, where it brings them."""
+    import torch
+
+    if not torch.version.cuda:
+        return {}
+    nccl = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return {"cuda": torch.version.cuda, "nccl": ".".join(map(str, nccl))}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

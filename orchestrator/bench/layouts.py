@@ -1,0 +1,358 @@
+"""Tables of a sweep in the layouts of published pages, and a plain one with all that was measured.
+
+Every layout names the page's columns first, in its order and units. Where a page has no room for it, the
+spread of the steps stands behind the figure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from orchestrator.bench.results import Row
+from orchestrator.bench.table import Column, Table, Value, spread_of
+from orchestrator.metrics.flops import flops_per_token_xtuner
+from orchestrator.plan.shape import ModelShape
+
+GIB, MIB, GB = 2.0**30, 2.0**20, 1e9
+_WORDS = {"out_of_memory": "OOM", "failed": "failed"}
+
+
+def table(layout: str, name: str, rows: Sequence[Row]) -> Table:
+    """Return the table of a sweep.
+
+    Args:
+        layout: One of the layouts of a sweep file.
+        name: Name of the sweep.
+        rows: Its results.
+    """
+    return LAYOUTS[layout](name, rows)
+
+
+def plain(name: str, rows: Sequence[Row]) -> Table:
+    """Return what varies, and beside it all that was measured."""
+    fields = list(dict.fromkeys(field for row in rows for field in row.fields))
+    columns = [
+        *(Column(_last_part(field, fields)) for field in fields),
+        Column("TGS", "tokens/GPU/s", form="{:.1f}"),
+        spread_of("TGS"),
+        Column("Step", "s", form="{:.3f}"),
+        spread_of("Step"),
+        Column("TFLOPs", "model", form="{:.4g}"),
+        Column("MFU", form="{:.1%}"),
+        Column("Peak allocated", "MiB", form="{:,.0f}"),
+        Column("Peak reserved", "MiB", form="{:,.0f}"),
+        Column("Peak host memory", "MiB", form="{:,.0f}"),
+    ]
+
+    def figures(row: Row) -> list[Value]:
+        peaks = (
+            _peak(row, name, MIB) for name in ("memory_peak", "memory_reserved_peak", "host_memory_peak")
+        )
+        return [
+            *_with_spread(row, "tgs"),
+            *_with_spread(row, "step_seconds"),
+            _median(row, "tflops_model"),
+            _median(row, "mfu"),
+            *peaks,
+        ]
+
+    body = [(*(_plain(row.fields.get(field)) for field in fields), *_outcome(row, figures)) for row in rows]
+    return Table(name, columns, body, _notes(rows))
+
+
+def xtuner(name: str, rows: Sequence[Row]) -> Table:
+    """Return the layout of XTuner's speed benchmark: TGS and TFLOPs by its own formula."""
+    columns = [
+        Column("Model"),
+        Column("GPUs"),
+        Column("Sequence length"),
+        Column("SP"),
+        Column("Attention over"),
+        Column("TGS", "tokens/GPU/s", form="{:.1f}"),
+        spread_of("TGS"),
+        Column("TFLOPs", "XTuner's formula", form="{:.4g}"),
+    ]
+    body = [
+        (
+            model_name(row),
+            row.setting("parallel.workers"),
+            row.setting("data.max_length"),
+            row.setting("parallel.sequence_parallel_size"),
+            "pack" if row.setting("data.cross_document_attention") else "documents",
+            *_outcome(row, lambda row: [*_with_spread(row, "tgs"), tflops_xtuner(row)]),
+        )
+        for row in rows
+    ]
+    notes = (
+        "TFLOPs: TGS times XTuner's formula, which counts recomputation and attention over the whole pack; "
+        "left out where attention stays inside documents.",
+    )
+    return Table(name, columns, body, (*notes, *_notes(rows)))
+
+
+def tflops_xtuner(row: Row) -> float | None:
+    """Return TFLOPs as XTuner prints them; None where its formula does not describe what was computed."""
+    tgs, shape = _median(row, "tgs"), row.shape
+    if tgs is None or shape is None or not row.setting("data.cross_document_attention"):
+        return None
+    work = flops_per_token_xtuner(
+        ModelShape(**shape),
+        row.setting("data.max_length"),
+        checkpointing=row.setting("model.gradient_checkpointing") == "full",
+    )
+    return tgs * work / 1e12
+
+
+def qwen(name: str, rows: Sequence[Row]) -> Table:
+    """Return the layout of Qwen's finetuning page: memory and seconds an iteration, by length."""
+    lead = (Column("Model"), Column("Method"), Column("Nodes"), Column("GPUs"))
+
+    def key(row: Row) -> tuple[Value, ...]:
+        return model_name(row), method_name(row), _nodes(row, rows), row.setting("parallel.workers")
+
+    parts = (Column("", "GiB", "memory", "{:.2f}G"), Column("", "s/it", "time", "{:.2f}s"))
+
+    def figures(row: Row) -> list[Value]:
+        each = _peak(row, "memory_reserved_peak", GIB)
+        total = None if each is None else each * row.setting("parallel.workers")
+        return [total, _median(row, "step_seconds")]
+
+    notes = ("Memory: peak reserved of the fullest GPU, times the GPUs, as the page adds them up.",)
+    return _by_length(name, rows, lead, key, (parts, figures), notes)
+
+
+def ms_swift(name: str, rows: Sequence[Row]) -> Table:
+    """Return the layout of ms-swift's benchmark: minutes of a run and MiB."""
+    columns = [
+        Column("Model"),
+        Column("Method"),
+        Column("Max length"),
+        Column("Batch size"),
+        Column("Gradient checkpointing"),
+        Column("LoRA rank"),
+        Column("LoRA targets"),
+        Column("Train time", "min", form="{:.2f}"),
+        Column("GPU memory", "MiB", form="{:,.0f}"),
+        Column("Step", "s", form="{:.3f}"),
+        spread_of("Step"),
+    ]
+
+    def figures(row: Row) -> list[Value]:
+        minutes = (row.seconds["data"] + row.seconds["training"]) / 60.0
+        return [minutes, _peak(row, "memory_reserved_peak", MIB), *_with_spread(row, "step_seconds")]
+
+    body = [
+        (
+            model_name(row),
+            method_name(row),
+            row.setting("data.max_length"),
+            row.setting("optim.micro_batch_size"),
+            row.setting("model.gradient_checkpointing"),
+            row.setting("method.rank") if _is_lora(row) else None,
+            _plain(row.setting("method.targets")) if _is_lora(row) else None,
+            *_outcome(row, figures),
+        )
+        for row in rows
+    ]
+    notes = (
+        "Train time: tokenising, packing, starting the workers and all steps. Cells of a sweep share what is "
+        "tokenised, so only the first one with its data pays for it.",
+        "GPU memory: peak reserved of the fullest GPU.",
+    )
+    return Table(name, columns, body, (*notes, *_notes(rows)))
+
+
+def llm_action(name: str, rows: Sequence[Row]) -> Table:
+    """Return the layout of llm-action's throughput page: samples and tokens a second, hours, MB."""
+    columns = [
+        Column("GPU"),
+        Column("GPUs"),
+        Column("Model"),
+        Column("Method"),
+        Column("Max length"),
+        Column("Batch size"),
+        Column("Throughput", "samples/s", "samples", "{:.2f}"),
+        Column("Throughput", "tokens/s", "tokens", "{:.1f}"),
+        spread_of("Throughput"),
+        Column("Train time", "h, one epoch", form="{:.3g}"),
+        Column("GPU memory", "MB", form="{:,.0f}"),
+    ]
+
+    def figures(row: Row) -> list[Value]:
+        tgs, spread = _with_spread(row, "tgs")
+        tokens = tgs * row.setting("parallel.workers") if tgs else None
+        seconds = epoch_seconds(row)
+        documents = row.packing.get("documents")
+        return [
+            documents / seconds if documents and seconds else None,
+            tokens,
+            spread,
+            seconds / 3600.0 if seconds else None,
+            _peak(row, "memory_reserved_peak", MIB),
+        ]
+
+    body = [
+        (
+            ", ".join(row.environment.get("devices", ())) or None,
+            row.setting("parallel.workers"),
+            model_name(row),
+            method_name(row),
+            row.setting("data.max_length"),
+            row.setting("optim.micro_batch_size"),
+            *_outcome(row, figures),
+        )
+        for row in rows
+    ]
+    notes = (
+        "Throughput is that of all GPUs together; a sample is a document in the packs.",
+        "Train time: one pass over the data at the median rate.",
+        "GPU memory: peak reserved of the fullest GPU; MB are 2^20 bytes, as nvidia-smi prints them.",
+    )
+    return Table(name, columns, body, (*notes, *_notes(rows)))
+
+
+def llama2_lora(name: str, rows: Sequence[Row]) -> Table:
+    """Return the layout of the page on Llama-2 with LoRA on an RTX 3090: batch size by length."""
+    lead = (Column("Model"), Column("Method"), Column("Batch size"))
+
+    def key(row: Row) -> tuple[Value, ...]:
+        return model_name(row), method_name(row), row.setting("optim.micro_batch_size")
+
+    parts = (
+        Column("", "GB", "memory", "{:.2f}"),
+        Column("", "s", "time", "{:.1f}"),
+        Column("", "tokens/s", "rate", "{:.0f}"),
+    )
+
+    def figures(row: Row) -> list[Value]:
+        return [_peak(row, "memory_reserved_peak", GB), epoch_seconds(row), _median(row, "tgs")]
+
+    notes = (
+        "Memory: peak reserved, in 10^9 bytes. Time: a pass over the data at the median rate. Rate: per GPU.",
+    )
+    return _by_length(name, rows, lead, key, (parts, figures), notes)
+
+
+LAYOUTS: Mapping[str, Callable[[str, Sequence[Row]], Table]] = {
+    "plain": plain,
+    "xtuner": xtuner,
+    "qwen": qwen,
+    "ms-swift": ms_swift,
+    "llm-action": llm_action,
+    "llama2-lora": llama2_lora,
+}
+
+
+def model_name(row: Row) -> str:
+    """Return the last part of the model's path."""
+    return str(row.setting("model.path")).rstrip("/").rpartition("/")[2]
+
+
+def method_name(row: Row) -> str:
+    """Return the method as pages name it."""
+    if not _is_lora(row):
+        offloaded = row.setting("parallel.offload_optimizer") == "cpu"
+        return f"full, ZeRO-{row.setting('parallel.zero_stage')}" + (" offload" if offloaded else "")
+    quantization = row.setting("method.quantization")
+    name = "LoRA" if quantization in (None, "none") else f"Q-LoRA {quantization}"
+    return f"{name} (emb)" if row.setting("method.train_embeddings") else name
+
+
+def epoch_seconds(row: Row) -> float | None:
+    """Return the seconds of a pass over the data at the median rate of all workers together."""
+    tgs, tokens = _median(row, "tgs"), row.packing.get("tokens_kept")
+    return tokens / (tgs * row.setting("parallel.workers")) if tgs and tokens else None
+
+
+def _by_length(
+    name: str,
+    rows: Sequence[Row],
+    lead: Sequence[Column],
+    key: Callable[[Row], tuple[Value, ...]],
+    cell: tuple[Sequence[Column], Callable[[Row], list[Value]]],
+    notes: tuple[str, ...],
+) -> Table:
+    """Return a table with a column for each length; where two rows meet in a cell, the later one counts."""
+    parts, figures = cell
+    lengths = sorted({row.setting("data.max_length") for row in rows})
+    columns = [*lead, *(Column(str(size), p.unit, p.part, p.form) for size in lengths for p in parts)]
+    lines: dict[tuple[Value, ...], dict[int, list[Value]]] = {}
+    doubled = False
+    for row in rows:
+        line = lines.setdefault(key(row), {})
+        doubled |= row.setting("data.max_length") in line
+        line[row.setting("data.max_length")] = _outcome(row, figures)
+    nothing: list[Value] = [None] * len(parts)
+    body = [
+        (*head, *(value for size in lengths for value in line.get(size, nothing)))
+        for head, line in lines.items()
+    ]
+    if doubled:
+        notes += (
+            "Cells differ in more than this layout shows, and the last of each is shown; see layout plain.",
+        )
+    return Table(name, columns, body, (*notes, *_notes(rows)))
+
+
+def _outcome(row: Row, figures: Callable[[Row], list[Value]]) -> list[Value]:
+    """Return a row's figures; of a row without any, a word for the first of them."""
+    if row.status == "ok":
+        return figures(row)
+    return [_WORDS[row.status], *([None] * (len(figures(_EMPTY)) - 1))]
+
+
+_EMPTY = Row("", {}, {"parallel": {"workers": 1}}, "ok", seconds={"data": 0.0, "training": 0.0})
+
+
+def _notes(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Return what all figures need beside them: the device, what failed and why."""
+    rows = list(rows)
+    notes = []
+    if any(row.samples for row in rows):
+        notes.append(
+            "Figures are medians over the steps after warm-up; ± is half the distance of the quartiles."
+        )
+    devices = {device for row in rows for device in row.environment.get("devices", ())}
+    if devices:
+        notes.append(f"Measured on {', '.join(sorted(devices))}; see the environment in results.jsonl.")
+    if any(row.status == "out_of_memory" for row in rows):
+        notes.append("OOM: a worker needed more memory than it may have.")
+    notes += [f"failed: {row.cell}: {row.reason}" for row in rows if row.status == "failed"]
+    return tuple(notes)
+
+
+def _with_spread(row: Row, name: str) -> tuple[float | None, float | None]:
+    reading = row.reading(name)
+    return (reading.median, reading.spread) if reading else (None, None)
+
+
+def _median(row: Row, name: str) -> float | None:
+    return _with_spread(row, name)[0]
+
+
+def _peak(row: Row, name: str, unit_bytes: float) -> float | None:
+    found = row.peaks.get(f"{name}_bytes")
+    return None if found is None else found / unit_bytes
+
+
+def _nodes(row: Row, rows: Iterable[Row]) -> int | None:
+    """Return the nodes that a run like this took: one that ran out of memory may not have come so far."""
+    workers = row.setting("parallel.workers")
+    alike = (each for each in (row, *rows) if each.setting("parallel.workers") == workers)
+    return next((n for each in alike if (n := each.environment.get("nodes"))), None)
+
+
+def _is_lora(row: Row) -> bool:
+    return str(row.setting("method.type")) == "lora"
+
+
+def _last_part(field: str, fields: Sequence[str]) -> str:
+    """Return the last part of a dotted name, or all of it where another field ends in the same."""
+    last = field.rpartition(".")[2]
+    return last if [each.rpartition(".")[2] for each in fields].count(last) == 1 else field
+
+
+def _plain(value: Any) -> Value:
+    return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value)

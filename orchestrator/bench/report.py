@@ -1,0 +1,71 @@
+"""The report of a sweep: its table as Markdown, CSV and JSON, its plots, all from its results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from orchestrator.bench import results
+from orchestrator.bench.layouts import LAYOUTS, table
+from orchestrator.bench.results import Row
+from orchestrator.bench.table import Table
+from orchestrator.errors import SpecError
+
+SWEEP = "sweep.json"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Tell whether a folder is one of a sweep."""
+    return (folder / results.RESULTS).exists()
+
+
+def describe(folder: Path, name: str, layout: str, cells: list[str]) -> None:
+    """Record what the report of a sweep is made of: its layout, and its cells in their order."""
+    text = json.dumps({"name": name, "layout": layout, "cells": cells}, indent=1)
+    (folder / SWEEP).write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: Path, layout: str | None = None) -> tuple[Table, list[Row]]:
+    """Return the table of a sweep, finished or not, and its rows.
+
+    Args:
+        folder: The sweep's folder.
+        layout: One of the layouts; None takes the sweep's own.
+
+    Raises:
+        SpecError: The folder is none of a sweep, or there is no such layout.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise SpecError(f"--layout {layout} is not one of the layouts known; use {', '.join(LAYOUTS)}")
+    described = results.read_json(folder / SWEEP)
+    if not described:
+        raise SpecError(f"{folder} has no {SWEEP}; name the folder STORAGE/NAME of a sweep")
+    by_cell = {row.cell: row for row in results.read(folder)}
+    rows = [by_cell[cell] for cell in described["cells"] if cell in by_cell]
+    return table(layout or described["layout"], described["name"], rows), rows
+
+
+def write(folder: Path, plots: bool) -> list[Path]:
+    """Write table.md, table.csv, table.json and the plots into a sweep's folder.
+
+    Args:
+        folder: The sweep's folder.
+        plots: Whether plots are drawn.
+
+    Returns:
+        The files.
+
+    Raises:
+        SpecError: The folder is none of a sweep, or plots are wanted and matplotlib is missing.
+    """
+    found, rows = load(folder)
+    files = []
+    for name, text in (("md", found.markdown()), ("csv", found.csv()), ("json", found.json())):
+        path = folder / f"table.{name}"
+        path.write_text(text, encoding="utf-8")
+        files.append(path)
+    if plots:
+        from orchestrator.bench.plots import draw
+
+        files += draw(rows, folder, found.title)
+    return files

@@ -1,0 +1,153 @@
+"""Running the cells of a sweep, each in a process of its own, and adding a row for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator import jobfile
+from orchestrator.bench import results
+from orchestrator.bench.cell import INSTRUCTIONS, OUTCOME
+from orchestrator.bench.report import describe
+from orchestrator.bench.results import Row, label
+from orchestrator.bench.sweep import Cell, Sweep
+from orchestrator.errors import ClusterError
+
+CELLS = "cells"
+_LOG = "driver.log"
+_SECONDS_TO_STOP = 60.0
+Tell = Callable[[str], None]
+
+
+def run_cells(sweep: Sweep, address: str | None, tell: Tell, retry_failed: bool = False) -> list[Row]:
+    """Run every cell that has no row yet, in order, and return the rows of all.
+
+    Args:
+        sweep: The sweep.
+        address: Address of a Ray cluster; None starts a local Ray for each cell.
+        tell: Told in a line what becomes of each cell.
+        retry_failed: Whether cells that failed are run again; those out of memory are not.
+
+    Raises:
+        ClusterError: The storage cannot be written.
+    """
+    folder = sweep.folder
+    try:
+        (folder / CELLS).mkdir(parents=True, exist_ok=True)
+        describe(folder, sweep.spec.name, sweep.spec.layout, [cell.name for cell in sweep.cells])
+        known = {row.cell: row for row in results.read(folder)} if (folder / results.RESULTS).exists() else {}
+        for number, cell in enumerate(sweep.cells, start=1):
+            where = f"[{number}/{len(sweep.cells)}] {label(cell.fields) or cell.name}"
+            row = known.get(cell.name)
+            if row is None or (retry_failed and row.status == "failed"):
+                tell(f"{where} ...")
+                row = _measure(sweep, cell, address)
+                results.append(folder, row)
+                known[cell.name] = row
+                tell(f"{where}: {in_words(row)}")
+            else:
+                tell(f"{where}: {in_words(row)} (as measured before)")
+    except OSError as error:
+        raise ClusterError(
+            f"the sweep's folder {folder} cannot be written ({error.strerror}); name another storage"
+        ) from None
+    return [known[cell.name] for cell in sweep.cells]
+
+
+def in_words(row: Row) -> str:
+    """Return what became of a cell in a few words."""
+    if row.status == "out_of_memory":
+        return f"out of memory ({row.reason})"
+    tgs, seconds = row.reading("tgs"), row.reading("step_seconds")
+    if row.status == "failed" or tgs is None or seconds is None:
+        return f"failed: {row.reason}"
+    memory = row.peaks.get("memory_peak_bytes", 0.0) / 2**20
+    return (
+        f"TGS {tgs.median:.1f} ±{tgs.spread:.1%}, step {seconds.median:.3f} s over {tgs.count} steps, "
+        f"{memory:,.0f} MiB"
+    )
+
+
+def _measure(sweep: Sweep, cell: Cell, address: str | None) -> Row:
+    """Run a cell in a fresh process group, from nothing: what an earlier try left is removed."""
+    home = sweep.folder / CELLS / cell.name
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    gib = sweep.spec.memory_limit_gib
+    asked = {
+        "job": jobfile.dump(cell.job),
+        "address": address,
+        "memory_limit_bytes": None if gib is None else int(gib * 2**30),
+    }
+    (home / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
+    ended = _run_process(home, sweep.spec.timeout_minutes)
+    outcome = results.read_json(home / OUTCOME) or {"status": "failed", "reason": ended}
+    samples = results.samples_of(home, sweep.spec.warmup_steps)
+    if outcome["status"] == "ok" and not samples:
+        outcome |= {"status": "failed", "reason": _no_steps(home, sweep.spec.warmup_steps)}
+    succeeded = outcome["status"] == "ok"
+    report = results.read_json(home / results.REPORT) or {}
+    workers = results.read_json(home / results.WORKERS) or []
+    machines = {
+        "nodes": len({worker["node"] for worker in workers}),
+        "devices": sorted({worker["device"] for worker in workers}),
+    }
+    return Row(
+        cell=cell.name,
+        fields=dict(cell.fields),
+        job=cell.job.model_dump(mode="json"),
+        status=outcome["status"],
+        reason=outcome["reason"],
+        samples=samples if succeeded else {},
+        peaks=results.peaks_of(home) if succeeded else {},
+        packing=report.get("packing", {}),
+        seconds=report.get("seconds", {}),
+        shape=outcome.get("shape"),
+        environment={**outcome.get("environment", {}), **(machines if workers else {})},
+    )
+
+
+def _no_steps(home: Path, warmup_steps: int) -> str:
+    steps = len(results.read_lines(home / results.STEPS))
+    return (
+        f"the run has {steps} steps and warmup_steps={warmup_steps} leaves none to measure; set steps, or "
+        "lower warmup_steps"
+    )
+
+
+def _run_process(home: Path, timeout_minutes: float | None) -> str:
+    """Run the cell's process to its end, and return how it ended, for a row that it did not fill itself."""
+    with (home / _LOG).open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.bench.cell", str(home)],
+            stdin=subprocess.PIPE,  # never written to: the cell ends when it is closed
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(None if timeout_minutes is None else timeout_minutes * 60.0)
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            return f"it took longer than timeout_minutes={timeout_minutes:g}; see {home / _LOG}"
+        except BaseException:
+            _stop(process)
+            raise
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+    return f"its driver {how}; see {home / _LOG}"
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a cell, which ends its workers and its Ray; kill what does not end."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

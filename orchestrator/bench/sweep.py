@@ -1,0 +1,258 @@
+"""The sweep file as values: a job, the fields that vary, and the cells that follow from them.
+
+    name: lengths
+    base: ../quickstart.yaml          # one job file or a list of them; or `job:` with the job itself
+    matrix: {data.max_length: [512, 1024], parallel.workers: [1, 2]}
+    warmup_steps: 2
+    steps: 10
+
+Every base goes with every entry of `cells` and with every combination of `matrix`. All cells are judged as
+jobs before the first one runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from orchestrator import jobfile, yamltext
+from orchestrator.errors import SpecError
+from orchestrator.spec import Count, JobSpec, Place, Section
+
+Layout = Literal["plain", "xtuner", "qwen", "ms-swift", "llm-action", "llama2-lora"]
+Values = dict[str, Any]
+_MOST_CELLS = 1000
+_LONGEST_SLUG = 48  # a run's name has 63 characters at most, of which the digest takes nine
+
+
+class SweepSpec(Section):
+    """A sweep file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the sweep; its folder is STORAGE/NAME."""
+    layout: Layout = "plain"
+    """Columns of the table: those of a published page, or plain."""
+    base: Place | Annotated[tuple[Place, ...], Field(min_length=1)] | None = None
+    """Job file, or several, relative to the sweep file."""
+    job: Values | None = None
+    """The job itself, instead of a base."""
+    matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    """Fields of the job by dotted name, each with the values that it takes; all combinations are run."""
+    cells: Annotated[tuple[Values, ...], Field(min_length=1)] = ({},)
+    """Fields that vary together: one entry a row, each a mapping of dotted names to values."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000)] = 2
+    """Steps at the start of each cell whose figures are left out."""
+    steps: Count | None = None
+    """Steps that are measured after those; null leaves it to optim.max_steps and optim.epochs of the job."""
+    memory_limit_gib: float | None = Field(default=None, gt=0.0)
+    """Memory of its device that each worker may take, as if the device were smaller; on CPU what it may take
+    on top of what its process holds before the model is built. null sets no limit."""
+    timeout_minutes: float | None = Field(default=None, gt=0.0)
+    """A cell that takes longer is ended, and its row says so; null waits."""
+    storage: Place = "runs/bench"
+    """Folder that every node can read and write."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One job of a sweep.
+
+    Attributes:
+        name: Name of its run: the values that set it apart, and a digest of the whole job.
+        fields: The fields that vary over the sweep, and their values here.
+        job: The job as it is run.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    job: JobSpec
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep whose cells are all valid jobs."""
+
+    spec: SweepSpec
+    cells: tuple[Cell, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where its results lie."""
+        return Path(self.spec.storage).expanduser().absolute() / self.spec.name
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep file.
+
+    Args:
+        path: The YAML file.
+        overrides: Texts such as `parallel.zero_stage=2`, set in the job of every cell.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        SpecError: With every problem of the file, of its bases and of every cell.
+    """
+    data, places, problems = yamltext.read(jobfile.text_of(path, "sweep"), path.name, "sweep")
+    spec, broken = _validate(data, places, path.name)
+    if problems or spec is None:
+        raise SpecError(*problems, *broken)
+    bases = _bases(spec, data, places, path, overrides)
+    cells: dict[str, Cell] = {}
+    found: dict[str, None] = {}  # each problem once, in order: most are the same in many cells
+    for base, (fields, written) in itertools.product(bases, _combinations(spec, places, path.name)):
+        job, broken = _job(base, fields, written)
+        if job is None:
+            found.update(dict.fromkeys(broken))
+            continue
+        cell = _cell(spec, job, fields, base.label if len(bases) > 1 else None)
+        cells[cell.name] = cell
+    if found:
+        raise SpecError(*found)
+    return Sweep(spec, tuple(cells.values()))
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A job as it was written, before anything is set in it; `origin` names it in errors."""
+
+    label: str
+    data: dict[str, Any]
+    places: yamltext.Places
+    origin: str
+
+
+def _validate(
+    data: dict[str, Any], places: yamltext.Places, origin: str
+) -> tuple[SweepSpec | None, list[str]]:
+    problems = []
+    try:
+        spec = SweepSpec.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        # A base may be a text or a list of them, and pydantic says of each why it is not: once will do.
+        first: dict[yamltext.Location, ErrorDetails] = {}
+        for detail in error.errors(include_url=False):
+            first.setdefault(detail["loc"][:1] if detail["loc"][0] == "base" else detail["loc"], detail)
+        return None, [
+            f"{yamltext.place_of(places, [at], origin)}: "
+            + jobfile.sentence_of({**detail, "loc": at}, SweepSpec, "sweep")
+            for at, detail in first.items()
+        ]
+    if (spec.base is None) == (spec.job is None):
+        how = "neither base nor job" if spec.base is None else "both base and job"
+        problems.append(f"{origin}: the sweep has {how}; write base: JOB.yaml, or the job itself below job:")
+    for index, cell in enumerate(spec.cells):
+        for name in cell.keys() & spec.matrix.keys():
+            where = yamltext.place_of(places, [("cells", index, name)], origin)
+            problems.append(f"{where}: {name} is in cells and in matrix; vary it in one of them")
+    count = len(spec.cells) * len(_base_names(spec))
+    for values in spec.matrix.values():
+        count *= len(values)
+    if count > _MOST_CELLS:
+        problems.append(f"{origin}: the sweep has {count} cells; at most {_MOST_CELLS} are run, so split it")
+    return (None if problems else spec), problems
+
+
+def _base_names(spec: SweepSpec) -> tuple[str, ...]:
+    if spec.base is None:
+        return ("",)
+    return (spec.base,) if isinstance(spec.base, str) else spec.base
+
+
+def _bases(
+    spec: SweepSpec, data: dict[str, Any], places: yamltext.Places, path: Path, overrides: Sequence[str]
+) -> list[_Base]:
+    """Read the job files, or the job that stands in the sweep, and set the overrides in each."""
+    problems: list[str] = []
+    bases = []
+    for name in _base_names(spec):
+        if name:
+            file = path.parent / Path(name).expanduser()
+            try:
+                job, where, twice = yamltext.read(jobfile.text_of(file, "job"), file.name)
+            except SpecError as error:
+                named = yamltext.place_of(places, [("base",)], path.name)
+                problems += [f"{named}: {problem}" for problem in error.problems]
+                continue
+            base = _Base(file.stem, job, where, file.name)
+        else:
+            below = {
+                place[1:]: line for place, line in places.items() if place[0] == "job" and len(place) > 1
+            }
+            base, twice = _Base(spec.name, dict(data["job"]), below, path.name), []
+        problems += twice
+        problems += [p for text in overrides if (p := jobfile.apply_override(base.data, base.places, text))]
+        bases.append(base)
+    if problems:
+        raise SpecError(*problems)
+    return bases
+
+
+def _combinations(
+    spec: SweepSpec, places: yamltext.Places, origin: str
+) -> Iterator[tuple[Values, dict[str, str]]]:
+    """Yield the fields of every cell, and the line that each of them was written on."""
+    for index, listed in enumerate(spec.cells):
+        for chosen in itertools.product(*(range(len(values)) for values in spec.matrix.values())):
+            picked = dict(zip(spec.matrix, chosen, strict=True))
+            fields = {**listed, **{name: spec.matrix[name][at] for name, at in picked.items()}}
+            locations: dict[str, yamltext.Location] = {name: ("cells", index, name) for name in listed}
+            locations |= {name: ("matrix", name, at) for name, at in picked.items()}
+            yield fields, {n: yamltext.place_of(places, [at], origin) for n, at in locations.items()}
+
+
+def _job(base: _Base, fields: Values, written: Mapping[str, str]) -> tuple[JobSpec | None, list[str]]:
+    data, places = copy.deepcopy(base.data), dict(base.places)
+    problems = []
+    for name, value in fields.items():
+        reason = jobfile.put(data, places, name, value, written[name])
+        if reason:
+            problems.append(f"{written[name]}: {name}: {reason}")
+    if problems:
+        return None, problems
+    return jobfile.judge(data, places, base.origin)
+
+
+def _cell(spec: SweepSpec, job: JobSpec, fields: Values, base: str | None) -> Cell:
+    """Return a cell, its job changed to one that is measured: no retries, nothing saved on the way."""
+    steps = job.optim.max_steps if spec.steps is None else spec.warmup_steps + spec.steps
+    changed = job.model_copy(
+        update={
+            "optim": job.optim.model_copy(update={"max_steps": steps}),
+            "run": job.run.model_copy(update={"max_failures": 0}),
+            "metrics": job.metrics.model_copy(update={"port": None}),
+            "checkpoint": job.checkpoint.model_copy(
+                update={"storage": str(Path(spec.storage) / spec.name / "cells"), "every_steps": None}
+            ),
+        }
+    )
+    name = f"{_slug(base, fields)}-{_digest(spec, changed)}"
+    shown = ({"job": base} if base else {}) | fields
+    return Cell(name, shown, changed.model_copy(update={"name": name}))
+
+
+def _digest(spec: SweepSpec, job: JobSpec) -> str:
+    """Return eight digits that change with all that the figures depend on, and not with where they are."""
+    content = job.model_dump(mode="json", exclude={"name": True, "checkpoint": {"storage"}})
+    content["sweep"] = [spec.warmup_steps, spec.memory_limit_gib]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _slug(base: str | None, fields: Values) -> str:
+    parts = [base] if base else []
+    for name, value in fields.items():
+        shown = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        parts.append(f"{name.rpartition('.')[2]}-{shown.rpartition('/')[2]}")
+    text = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-._")
+    return text[:_LONGEST_SLUG].rstrip("-._") or "cell"
