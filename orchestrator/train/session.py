@@ -40,7 +40,7 @@ def connected(address: str | None) -> Iterator[None]:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # where a node does not come up in time, Ray raises just that
         where = f"Ray at {address} cannot be reached" if address else "a local Ray cannot be started"
         reason = " ".join(str(error).split())[:200]
         raise ClusterError(f"{where} ({reason}); check the address and that the head node is up") from None
