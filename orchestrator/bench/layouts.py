@@ -58,7 +58,7 @@ def plain(name: str, rows: Sequence[Row]) -> Table:
             *peaks,
         ]
 
-    body = [(*(_plain(row.fields.get(field)) for field in fields), *_outcome(row, figures)) for row in rows]
+    body = [(*(_plain(row.value(field)) for field in fields), *_outcome(row, figures)) for row in rows]
     return Table(name, columns, body, _notes(rows))
 
 
@@ -314,13 +314,25 @@ def _notes(rows: Iterable[Row]) -> tuple[str, ...]:
         notes.append(
             "Figures are medians over the steps after warm-up; ± is half the distance of the quartiles."
         )
-    devices = {device for row in rows for device in row.environment.get("devices", ())}
-    if devices:
-        notes.append(f"Measured on {', '.join(sorted(devices))}; see the environment in results.jsonl.")
+    machines = dict.fromkeys(_machine(row) for row in rows if row.environment.get("devices"))
+    notes += [f"Measured on {machine}." for machine in machines]
     if any(row.status == "out_of_memory" for row in rows):
         notes.append("OOM: a worker needed more memory than it may have.")
     notes += [f"failed: {row.cell}: {row.reason}" for row in rows if row.status == "failed"]
     return tuple(notes)
+
+
+def _machine(row: Row) -> str:
+    """Return what a row was measured on in a line; the row itself holds all that is known of it."""
+    found = row.environment
+    versions = found.get("versions", {})
+    parts = [
+        ", ".join(found["devices"]),
+        f"{found.get('cpu')} with {found.get('cores')} cores and {found.get('memory_gib')} GiB",
+        *(f"{name} {versions[name]}" for name in ("torch", "deepspeed", "ray") if name in versions),
+        f"commit {found['commit']}" if found.get("commit") else "",
+    ]
+    return "; ".join(filter(None, parts))
 
 
 def _with_spread(row: Row, name: str) -> tuple[float | None, float | None]:

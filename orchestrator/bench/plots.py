@@ -90,21 +90,30 @@ def _distinct(rows: Sequence[Row], field: str) -> int:
 
 def _series(rows: Sequence[Row], across: str) -> dict[str, list[Row]]:
     """Return the rows of each line of a plot, ordered by the field that its x axis shows."""
+    name_of = _names(rows, across)
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(_name(row, rows, across), []).append(row)
+        found.setdefault(name_of(row), []).append(row)
     return {name: sorted(line, key=lambda row: row.setting(across)) for name, line in found.items()}
 
 
-def _name(row: Row, rows: Sequence[Row], across: str | None) -> str:
-    """Return what sets a row apart from others, without the field on the x axis."""
-    names = (model_name, method_name)
-    parts = [name_of(row) for name_of in names if len({name_of(each) for each in rows}) > 1]
-    for field, value in row.fields.items():
-        told = field in ("job", "model.path", across) or field.startswith("method.type")
-        if not told and len({str(each.fields.get(field)) for each in rows}) > 1:
-            parts.append(f"{field.rpartition('.')[2]} {value}")
-    return ", ".join(parts) or model_name(row)
+def _names(rows: Sequence[Row], across: str | None) -> Callable[[Row], str]:
+    """Return how rows are told apart, beside the field on the x axis, in as few words as possible.
+
+    A field that follows from those before it, as the batch does from the workers, tells nothing.
+    """
+    fields = dict.fromkeys(field for row in rows for field in row.fields)
+    telling: list[Callable[[Row], str]] = [lambda row: str(row.setting(across)) if across else ""]
+    for words in (model_name, method_name, *(_words(field) for field in fields if field != across)):
+        with_it = {tuple(each(row) for each in (*telling, words)) for row in rows}
+        if len(with_it) > len({tuple(each(row) for each in telling) for row in rows}):
+            telling.append(words)
+    return lambda row: ", ".join(words(row) for words in telling[1:]) or model_name(row)
+
+
+def _words(field: str) -> Callable[[Row], str]:
+    last = field.rpartition(".")[2]
+    return lambda row: f"{last} {row.value(field)}"
 
 
 def _lines(axes: Any, series: Series) -> Iterator[tuple[str, Sequence[Row], str]]:
@@ -165,7 +174,8 @@ def _scaling(axes: Any, series: Series) -> None:
 
 
 def _phases(axes: Any, rows: Sequence[Row]) -> None:
-    names = [_name(row, rows, None) for row in rows]
+    name_of = _names(rows, None)
+    names = [name_of(row) for row in rows]
     places = range(len(rows))
     left = [0.0] * len(rows)
     whole = [found.median if (found := row.reading("step_seconds")) else 0.0 for row in rows]
@@ -180,7 +190,7 @@ def _phases(axes: Any, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_xlabel("seconds of a step (medians; of each phase the slowest worker)")
+    axes.set_xlabel("median seconds of a step")
 
 
 def _length_axis(axes: Any, series: Series) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from orchestrator.errors import SpecError
 from orchestrator.metrics.meter import PHASES, last_attempt
 
-RESULTS, ENVIRONMENT = "results.jsonl", "environment.json"
+RESULTS = "results.jsonl"
 STEPS, REPORT, WORKERS = "steps.jsonl", "report.json", "workers.json"  # of a run's folder
 RATES = ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu")
 SAMPLED = (*RATES, "step_seconds", *PHASES)
@@ -85,6 +85,10 @@ class Row:
         for key in name.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
+
+    def value(self, name: str) -> Any:
+        """Return a field that varies over the sweep: as written for this cell, or as its job has it."""
+        return self.fields[name] if name in self.fields else self.setting(name)
 
     def reading(self, name: str) -> Reading | None:
         """Return a quantity over the measured steps; None where there is none."""

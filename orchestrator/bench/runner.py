@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator import jobfile
@@ -20,7 +23,7 @@ from orchestrator.bench.sweep import Cell, Sweep
 from orchestrator.errors import ClusterError
 
 CELLS = "cells"
-_LOG = "driver.log"
+_LOG, _LOCK = "driver.log", ".lock"
 _SECONDS_TO_STOP = 60.0
 Tell = Callable[[str], None]
 
@@ -35,29 +38,58 @@ def run_cells(sweep: Sweep, address: str | None, tell: Tell, retry_failed: bool 
         retry_failed: Whether cells that failed are run again; those out of memory are not.
 
     Raises:
-        ClusterError: The storage cannot be written.
+        ClusterError: The storage cannot be written, or the same sweep is at work there.
     """
     folder = sweep.folder
     try:
         (folder / CELLS).mkdir(parents=True, exist_ok=True)
-        describe(folder, sweep.spec.name, sweep.spec.layout, [cell.name for cell in sweep.cells])
-        known = {row.cell: row for row in results.read(folder)} if (folder / results.RESULTS).exists() else {}
-        for number, cell in enumerate(sweep.cells, start=1):
-            where = f"[{number}/{len(sweep.cells)}] {label(cell.fields) or cell.name}"
-            row = known.get(cell.name)
-            if row is None or (retry_failed and row.status == "failed"):
-                tell(f"{where} ...")
-                row = _measure(sweep, cell, address)
-                results.append(folder, row)
-                known[cell.name] = row
-                tell(f"{where}: {in_words(row)}")
-            else:
-                tell(f"{where}: {in_words(row)} (as measured before)")
+        with _alone(folder) as lock:
+            describe(folder, sweep.spec.name, sweep.spec.layout, [cell.name for cell in sweep.cells])
+            known = _rows(folder)
+            for number, cell in enumerate(sweep.cells, start=1):
+                where = f"[{number}/{len(sweep.cells)}] {label(cell.fields) or cell.name}"
+                row = known.get(cell.name)
+                if row is None or (retry_failed and row.status == "failed"):
+                    tell(f"{where} ...")
+                    row = known[cell.name] = _measure(sweep, cell, address, lock)
+                    results.append(folder, row)
+                    tell(f"{where}: {in_words(row)}")
+                else:
+                    tell(f"{where}: {in_words(row)} (as measured before)")
     except OSError as error:
         raise ClusterError(
             f"the sweep's folder {folder} cannot be written ({error.strerror}); name another storage"
         ) from None
     return [known[cell.name] for cell in sweep.cells]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Hold the sweep's folder, and give the lock that a cell's process is to hold as well.
+
+    After a kill the last cell is still ending: its lock is waited for.
+
+    Raises:
+        ClusterError: Another process holds the folder and goes on doing so.
+    """
+    with (folder / _LOCK).open("w", encoding="utf-8") as file:
+        deadline = time.monotonic() + _SECONDS_TO_STOP
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"another sweep is at work in {folder}; wait for it, stop it, or give this one "
+                        "another name"
+                    ) from None
+            time.sleep(0.5)
+        yield file.fileno()
+
+
+def _rows(folder: Path) -> dict[str, Row]:
+    return {row.cell: row for row in results.read(folder)} if (folder / results.RESULTS).exists() else {}
 
 
 def in_words(row: Row) -> str:
@@ -74,7 +106,7 @@ def in_words(row: Row) -> str:
     )
 
 
-def _measure(sweep: Sweep, cell: Cell, address: str | None) -> Row:
+def _measure(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
     """Run a cell in a fresh process group, from nothing: what an earlier try left is removed."""
     home = sweep.folder / CELLS / cell.name
     shutil.rmtree(home, ignore_errors=True)
@@ -86,7 +118,7 @@ def _measure(sweep: Sweep, cell: Cell, address: str | None) -> Row:
         "memory_limit_bytes": None if gib is None else int(gib * 2**30),
     }
     (home / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
-    ended = _run_process(home, sweep.spec.timeout_minutes)
+    ended = _run_process(home, sweep.spec.timeout_minutes, lock)
     outcome = results.read_json(home / OUTCOME) or {"status": "failed", "reason": ended}
     samples = results.samples_of(home, sweep.spec.warmup_steps)
     if outcome["status"] == "ok" and not samples:
@@ -121,7 +153,7 @@ def _no_steps(home: Path, warmup_steps: int) -> str:
     )
 
 
-def _run_process(home: Path, timeout_minutes: float | None) -> str:
+def _run_process(home: Path, timeout_minutes: float | None, lock: int) -> str:
     """Run the cell's process to its end, and return how it ended, for a row that it did not fill itself."""
     with (home / _LOG).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -130,6 +162,7 @@ def _run_process(home: Path, timeout_minutes: float | None) -> str:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=(lock,),
         )
         try:
             code = process.wait(None if timeout_minutes is None else timeout_minutes * 60.0)

@@ -315,7 +315,7 @@ def _explain(error: BaseException, brief: Brief) -> OrchestratorError:
         if isinstance(cause, OrchestratorError):
             return cause
     for cause in causes:
-        if isinstance(cause, ray.exceptions.RayError) and _KILLED_FOR_MEMORY in str(cause):
+        if isinstance(cause, ray.exceptions.OutOfMemoryError) or _KILLED_FOR_MEMORY in str(cause):
             return MemoryExhaustedError(
                 "Ray ended a worker because its node ran out of memory; place fewer workers on a node, lower "
                 "data.max_length, or use nodes with more memory"

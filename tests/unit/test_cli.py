@@ -49,7 +49,9 @@ def test_light_commands_load_no_framework_and_answer_in_a_second(arguments: list
     assert min(seconds) < 1.0
 
 
-@pytest.mark.parametrize("command", ["validate", "pack", "train", "submit", "export", "render", "report"])
+@pytest.mark.parametrize(
+    "command", ["validate", "pack", "train", "bench", "submit", "export", "render", "report"]
+)
 def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
     done = orchestrator(command, "--help", cwd=tmp_path)
     assert done.code == 0

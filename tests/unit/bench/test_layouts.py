@@ -182,3 +182,21 @@ def test_plots_are_drawn_where_there_is_something_to_draw(tmp_path: Path) -> Non
     again = {path.stem: path.read_text() for path in draw(lengths, tmp_path, "s")}
     assert again == drawn, "the same figures give the same file"
     assert draw([without_figures("failed", "e")], tmp_path, "s") == []
+
+
+def test_the_lines_of_a_plot_are_told_apart_by_what_does_not_follow_from_the_rest() -> None:
+    from orchestrator.bench.plots import _series
+
+    rows = []
+    for workers, length, size in ((1, 512, 1), (2, 512, 1), (1, 1024, 1), (2, 1024, 2)):
+        fields = {
+            "data.max_length": length,
+            "parallel.workers": workers,
+            "parallel.sequence_parallel_size": size,
+            "optim.global_batch_size": 8 * workers,
+        }
+        changes = {name.replace(".", "__"): value for name, value in fields.items()}
+        rows.append(row(f"{workers}-{length}", fields, **changes))
+    lengths, workers_ = _series(rows, "data.max_length"), _series(rows, "parallel.workers")
+    assert {name: len(line) for name, line in lengths.items()} == {"workers 1": 2, "workers 2": 2}
+    assert {name: len(line) for name, line in workers_.items()} == {"max_length 512": 2, "max_length 1024": 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from orchestrator.bench import report, results, runner
 from orchestrator.bench.results import Reading, Row
 from orchestrator.bench.sweep import Cell, Sweep, load
-from orchestrator.errors import SpecError
+from orchestrator.errors import ClusterError, SpecError
 from tests.unit.bench.rows import row, without_figures
 
 SWEEP = """\
@@ -82,7 +83,7 @@ class Machine:
         self.killed_at: int | None = None
         monkeypatch.setattr(runner, "_measure", self.measure)
 
-    def measure(self, sweep: Sweep, cell: Cell, address: str | None) -> Row:
+    def measure(self, sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
         length = cell.job.data.max_length
         if length == self.killed_at:
             raise KeyboardInterrupt
@@ -156,7 +157,7 @@ def test_a_layout_that_is_not_known_is_refused(sweep: Sweep, monkeypatch: pytest
 
 
 def test_a_cell_whose_process_dies_is_a_row(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_run_process", lambda home, minutes: "its driver was ended by signal 9")
+    monkeypatch.setattr(runner, "_run_process", lambda *arguments: "its driver was ended by signal 9")
     rows = runner.run_cells(sweep, None, lambda line: None)
     assert {(each.status, each.reason) for each in rows} == {("failed", "its driver was ended by signal 9")}
 
@@ -164,7 +165,7 @@ def test_a_cell_whose_process_dies_is_a_row(sweep: Sweep, monkeypatch: pytest.Mo
 def test_a_run_shorter_than_its_warm_up_is_not_a_figure(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_step(home: Path, minutes: float | None) -> str:
+    def one_step(home: Path, minutes: float | None, lock: int) -> str:
         (home / "steps.jsonl").write_text(step(1))
         (home / "outcome.json").write_text('{"status": "ok", "reason": null}')
         return ""
@@ -173,3 +174,20 @@ def test_a_run_shorter_than_its_warm_up_is_not_a_figure(
     rows = runner.run_cells(sweep, None, lambda line: None)
     assert {each.status for each in rows} == {"failed"}
     assert "the run has 1 steps and warmup_steps=1 leaves none" in str(rows[0].reason)
+
+
+def test_two_sweeps_do_not_write_one_folder(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch)
+    monkeypatch.setattr(runner, "_SECONDS_TO_STOP", 0.0)
+    sweep.folder.mkdir(parents=True)
+    with (sweep.folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ClusterError, match="another sweep is at work"):
+            runner.run_cells(sweep, None, lambda line: None)
+    assert len(runner.run_cells(sweep, None, lambda line: None)) == 3
+
+
+def test_a_storage_that_cannot_be_written_is_named(sweep: Sweep) -> None:
+    sweep.folder.parent.write_text("a file, and no folder")
+    with pytest.raises(ClusterError, match="cannot be written"):
+        runner.run_cells(sweep, None, lambda line: None)
