@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator import jobfile
 from orchestrator.bench import environment
-from orchestrator.errors import MemoryExhaustedError, OrchestratorError
+from orchestrator.errors import ClusterError, MemoryExhaustedError, OrchestratorError
 from orchestrator.spec import JobSpec
 
 INSTRUCTIONS, OUTCOME = "cell.json", "outcome.json"
@@ -40,6 +40,7 @@ def main(folder: Path) -> None:
         outcome = {"status": "out_of_memory", "reason": "; ".join(error.problems)}
     except OrchestratorError as error:
         outcome = {"status": "failed", "reason": "; ".join(error.problems)}
+        outcome["machines"] = isinstance(error, ClusterError)
     except Exception as error:  # whatever it is, the other cells are run
         _note(traceback.format_exc())
         outcome = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}

@@ -160,9 +160,10 @@ def _scaling(axes: Any, series: Series) -> None:
             found.median * count for row, count in zip(rows, at, strict=True) if (found := row.reading("tgs"))
         ]
         axes.plot(at, totals, "o-", color=colour, label=name, markersize=4)
-        ideal = [totals[0] / at[0] * count for count in at]
-        axes.plot(at, ideal, ":", color=colour, linewidth=1, label=label)
-        label = "_another"
+        if len(at) > 1:
+            ideal = [totals[0] / at[0] * count for count in at]
+            axes.plot(at, ideal, ":", color=colour, linewidth=1, label=label)
+            label = "_another"
     axes.set_ylim(bottom=0.0)
     ticks = sorted({row.setting(_WORKERS) for rows in series.values() for row in rows})
     axes.set_xscale("log", base=2)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from orchestrator import jobfile
 from orchestrator.bench import results
@@ -25,6 +26,7 @@ from orchestrator.errors import ClusterError
 CELLS = "cells"
 _LOG, _LOCK = "driver.log", ".lock"
 _SECONDS_TO_STOP = 60.0
+_TRIES = 2  # on a busy machine Ray may not start in time
 Tell = Callable[[str], None]
 
 
@@ -107,6 +109,16 @@ def in_words(row: Row) -> str:
 
 
 def _measure(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
+    """Run a cell and return its row; where it failed for its machines' sake, after one more try."""
+    home = sweep.folder / CELLS / cell.name
+    for _ in range(_TRIES):
+        outcome = _try(sweep, cell, address, lock)
+        if not outcome.get("machines"):
+            break
+    return _row(sweep, cell, home, outcome)
+
+
+def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, Any]:
     """Run a cell in a fresh process group, from nothing: what an earlier try left is removed."""
     home = sweep.folder / CELLS / cell.name
     shutil.rmtree(home, ignore_errors=True)
@@ -119,7 +131,11 @@ def _measure(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
     }
     (home / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
     ended = _run_process(home, sweep.spec.timeout_minutes, lock)
-    outcome = results.read_json(home / OUTCOME) or {"status": "failed", "reason": ended}
+    return results.read_json(home / OUTCOME) or {"status": "failed", "reason": ended}
+
+
+def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:
+    """Return a cell's row from its outcome and the files of its run."""
     samples = results.samples_of(home, sweep.spec.warmup_steps)
     if outcome["status"] == "ok" and not samples:
         outcome |= {"status": "failed", "reason": _no_steps(home, sweep.spec.warmup_steps)}

@@ -237,8 +237,8 @@ def _cell(spec: SweepSpec, job: JobSpec, fields: Values, base: str | None) -> Ce
             ),
         }
     )
-    name = f"{_slug(base, fields)}-{_digest(spec, changed)}"
-    shown = ({"job": base} if base else {}) | fields
+    shown = ({"job": base} if base else {}) | dict(_flat(fields))
+    name = f"{_slug(shown)}-{_digest(spec, changed)}"
     return Cell(name, shown, changed.model_copy(update={"name": name}))
 
 
@@ -249,10 +249,20 @@ def _digest(spec: SweepSpec, job: JobSpec) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _slug(base: str | None, fields: Values) -> str:
-    parts = [base] if base else []
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield fields by their dotted names, those of a whole section one by one."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _slug(fields: Values) -> str:
+    parts = []
     for name, value in fields.items():
         shown = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-        parts.append(f"{name.rpartition('.')[2]}-{shown.rpartition('/')[2]}")
+        last = shown.rpartition("/")[2]
+        parts.append(last if name == "job" else f"{name.rpartition('.')[2]}-{last}")
     text = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(parts)).strip("-._")
     return text[:_LONGEST_SLUG].rstrip("-._") or "cell"

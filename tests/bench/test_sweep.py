@@ -41,6 +41,7 @@ def test_a_cell_out_of_memory_is_a_row_and_a_killed_sweep_goes_on(tmp_path: Path
     process = start("bench", "sweep.yaml", cwd=tmp_path, TEST_MARKER=marker)
 
     def second_cell() -> Path | None:
+        assert process.poll() is None, process.communicate()[1]
         found = list((results / "cells").glob("max_length-256-*"))
         return found[0] if found and step_rows(found[0]) else None
 

@@ -191,3 +191,22 @@ def test_a_storage_that_cannot_be_written_is_named(sweep: Sweep) -> None:
     sweep.folder.parent.write_text("a file, and no folder")
     with pytest.raises(ClusterError, match="cannot be written"):
         runner.run_cells(sweep, None, lambda line: None)
+
+
+def test_a_cell_whose_machines_failed_is_tried_once_more(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+
+    def no_ray(home: Path, minutes: float | None, lock: int) -> str:
+        tries.append(home.name)
+        outcome: dict[str, Any] = {"status": "failed", "reason": "no Ray", "machines": True}
+        if len(tries) == 2:
+            outcome = {"status": "out_of_memory", "reason": "too large"}
+        (home / "outcome.json").write_text(json.dumps(outcome))
+        return ""
+
+    monkeypatch.setattr(runner, "_run_process", no_ray)
+    rows = runner.run_cells(sweep, None, lambda line: None)
+    assert [each.reason for each in rows] == ["too large", "no Ray", "no Ray"]
+    assert tries == [cell.name for cell in sweep.cells for _ in range(2)]

@@ -186,3 +186,12 @@ def test_overrides_are_set_in_every_cell(tmp_path: Path) -> None:
     assert problems(tmp_path, text, "optim.lr") == (
         "--set optim.lr: not of the form field.name=value; write for example --set optim.lr=1e-5",
     )
+
+
+def test_a_whole_section_is_set_at_once_and_shown_field_by_field(tmp_path: Path) -> None:
+    text = f"{HEAD}cells:\n  - {{method: {{type: lora, rank: 4}}}}\n  - {{method: {{type: full}}}}\n"
+    first, second = sweep(tmp_path, text).cells
+    assert first.fields == {"method.type": "lora", "method.rank": 4}
+    assert (first.job.method.type, first.job.method.rank, second.job.method.type) == ("lora", 4, "full")
+    assert first.name.startswith("type-lora-rank-4-")
+    assert second.fields == {"method.type": "full"}
