@@ -195,12 +195,6 @@ def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:
             "method.quantization=int8 cannot be partitioned by zero_stage=3 (its scales are not part of the "
             "weights); use quantization: nf4, or zero_stage: 2",
         )
-    if method.quantization != "none" and job.model.weights == "random":
-        yield (
-            ("method.quantization", "model.weights"),
-            f"method.quantization={method.quantization} quantises weights while they are loaded, and "
-            "model.weights=random loads none; use weights: pretrained or quantization: none",
-        )
     if method.targets == ():
         yield (
             ("method.targets",),

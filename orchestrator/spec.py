@@ -84,6 +84,9 @@ class MethodSpec(Section):
     """Multiply by alpha / sqrt(rank) instead, so that a large rank does not learn more slowly (rsLoRA)."""
     use_dora: bool = False
     """Learn length and direction of each weight apart (DoRA)."""
+    adapter: Place | None = None
+    """Folder of an adapter in peft's format, such as a run exports, to start from; null starts from a new
+    one (lora)."""
     train_embeddings: bool = False
     """Train embedding and LM head as well, whole, and save them with the adapter (lora)."""
     quantization: Literal["none", "nf4", "int8"] = "none"

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from orchestrator.errors import SpecError
-from orchestrator.spec import MethodSpec
+from orchestrator.model import base
+from orchestrator.paths import resolve
+from orchestrator.spec import JobSpec, MethodSpec
 
+WEIGHTS = "adapter_model.safetensors"
+_SAME = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
 _ATTENTION = ("attn", "attention")  # a part of what transformers calls the attention of a layer
 
 
@@ -56,6 +63,74 @@ def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # beside weights of few bits peft makes them fp32
     return adapted
+
+
+def adapter_problem(model: Any, job: JobSpec) -> str | None:
+    """Return why an adapted model cannot start from the adapter that its job names, with the remedy.
+
+    Args:
+        model: As `adapt` returns it; its weights need no memory.
+        job: Names the adapter, and what it is to be loaded beside.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if job.method.adapter is None:
+        return None
+    folder, where = resolve(job.method.adapter), f"method.adapter={job.method.adapter}"
+    try:
+        found = PeftConfig.from_pretrained(str(folder))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # peft and safetensors raise errors of many classes
+        reason = " ".join(str(error).split())[:200]
+        return f"{where} is no adapter that can be read ({reason}); name a folder with {WEIGHTS}"
+    mine = model.peft_config["default"]
+    differing = [
+        f"{field} {getattr(found, attribute, None)}, and method.{field} is {getattr(mine, attribute)}"
+        for field, attribute in _SAME.items()
+        if getattr(found, attribute, None) != getattr(mine, attribute)
+    ]
+    if differing:
+        return f"{where} has {'; '.join(differing)}; write the adapter's in this job"
+    kept = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: tuple(weight.shape) for name, weight in kept.items()}
+    if other := sorted(wanted.items() ^ stored.items()):
+        name = other[0][0]
+        return (
+            f"{where} does not have the weights that method.targets and method.train_embeddings ask for "
+            f"({name} is {stored.get(name, 'not there')}, and {wanted.get(name, 'not wanted')} here); write "
+            "the adapter's in this job"
+        )
+    known = folder / base.BASE
+    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != base.identity(job):
+        return (
+            f"{where} was trained beside another model than model.path={job.model.path}; name that one, or "
+            "another adapter"
+        )
+    return None
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Let adapters start from those in a folder, which `adapter_problem` has found to fit.
+
+    Args:
+        model: As `adapt` returns it, whole or partitioned by ZeRO-3; the same call on every rank.
+        folder: In peft's format.
+    """
+    from deepspeed import zero
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / WEIGHTS)
+    kept = get_peft_model_state_dict(
+        model, state_dict=dict(model.named_parameters()), save_embedding_layers=False
+    )
+    for name, parameter in kept.items():
+        partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+        with torch.no_grad(), zero.GatheredParameters(partitioned, modifier_rank=0):
+            if not partitioned or dist.get_rank() == 0:
+                parameter.copy_(stored[name])
 
 
 def adapter_parameters(model: nn.Module) -> int:

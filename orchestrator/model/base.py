@@ -8,24 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.paths import resolve
-from orchestrator.spec import ModelSpec
+from orchestrator.spec import JobSpec
 
+BASE = "base.json"  # where a run and an adapter keep it
 _HEAD_BYTES = 2**20  # names, shapes and places of a safetensors file's tensors stand at its start
 _NOT_WEIGHTS = frozenset({"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"})
 
 
-def identity(model: ModelSpec) -> dict[str, Any]:
+def identity(job: JobSpec) -> dict[str, Any]:
     """Return what tells a base model from another, without reading all of its weights.
 
     Args:
-        model: A folder or a hub name.
+        job: Names a folder or a model of the hub.
 
     Returns:
         A hash of the configuration; for a folder, size and hash of the head and the tail of each weight file;
-        for a hub name, its commit; for random weights, that they are.
+        for a hub name, its commit; for random weights, their seed.
     """
     from transformers import AutoConfig
 
+    model = job.model
     path = resolve(model.path)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
     settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_WEIGHTS}
@@ -33,7 +35,7 @@ def identity(model: ModelSpec) -> dict[str, Any]:
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     }
     if model.weights == "random":
-        return {**found, "weights": "random"}
+        return {**found, "weights": f"random, seed {job.run.seed}"}
     if path.is_dir():
         files = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".bin"))
         return {**found, "weights": {each.name: _describe(each) for each in files}}

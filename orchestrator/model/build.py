@@ -9,7 +9,7 @@ from torch import nn
 
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
-from orchestrator.model.adapters import adapt
+from orchestrator.model.adapters import adapt, adapter_problem, load_adapter
 from orchestrator.model.loss import TiledHead
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.model.quantization import keep_weights_in_place, quantization_config, quantization_problem
@@ -21,7 +21,7 @@ from orchestrator.model.support import (
 )
 from orchestrator.paths import resolve
 from orchestrator.plan.host_memory import ParameterCount
-from orchestrator.spec import JobSpec, MethodSpec, ModelSpec
+from orchestrator.spec import JobSpec, ModelSpec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CANNOT_BUILD = (OSError, ValueError, KeyError)
@@ -80,6 +80,8 @@ def require_supported(job: JobSpec) -> ParameterCount | None:
     if job.method.type == "lora":
         with torch.device("meta"):
             built = adapt(built, job.method, torch.bfloat16, job.run.seed)
+        if problem := adapter_problem(built, job):
+            raise SpecError(problem)
     if model.loss_tile_tokens:
         TiledHead(built, model.loss_tile_tokens)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in built.parameters()]
@@ -98,14 +100,14 @@ def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
 
     Weights that the job quantised are what their few bits stand for, in the number format.
     """
-    options = _options(job.model, dtype) | _quantised(job.method, dtype)
-    built = _built(job.model, load_config(job.model), options, job.run.seed, partitioned=False)
+    config = load_config(job.model)
+    few_bits = quantization_config(job.method, dtype)
+    if few_bits is None:
+        built = _built(job.model, config, dtype, job.run.seed, partitioned=False)
+    else:
+        drawn = _drawn(job.model, config, dtype, job.run.seed)
+        built = _built_of_few_bits(job.model, config, dtype, few_bits, drawn)
     return built.dequantize() if getattr(built, "is_quantized", False) else built
-
-
-def _quantised(method: MethodSpec, dtype: torch.dtype) -> dict[str, Any]:
-    config = quantization_config(method, dtype)
-    return {} if config is None else {"quantization_config": config}
 
 
 def _without_memory(model: ModelSpec, config: Any) -> Any:
@@ -116,15 +118,33 @@ def _without_memory(model: ModelSpec, config: Any) -> Any:
 
 
 def _built(
-    model: ModelSpec, config: Any, options: dict[str, Any], seed: int, partitioned: bool, load: bool = True
+    model: ModelSpec, config: Any, dtype: torch.dtype, seed: int, partitioned: bool, load: bool = True
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
+    options = _options(model, dtype)
     if model.weights == "random" or not load:
         return _random(config, options, seed, partitioned)
-    built = AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), config=config, **options)
-    if "quantization_config" in options:
-        keep_weights_in_place(built)
+    return AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), config=config, **options)
+
+
+def _drawn(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int) -> Any:
+    """Return the random model whose weights are to be quantised; None where they are read."""
+    if model.weights == "pretrained":
+        return None
+    return _random(config, _options(model, dtype), seed, partitioned=False)
+
+
+def _built_of_few_bits(model: ModelSpec, config: Any, dtype: torch.dtype, few_bits: Any, drawn: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options = {**_options(model, dtype), "config": config, "quantization_config": few_bits}
+    if drawn is None:
+        built = AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), **options)
+    else:
+        del options["trust_remote_code"]  # the class is known
+        built = type(drawn).from_pretrained(None, state_dict=drawn.state_dict(), **options)
+    keep_weights_in_place(built)
     return built
 
 
@@ -172,11 +192,15 @@ def build_model(
     config = load_config(model)
     if obstacle := obstacle_in_config(config) or quantization_problem(config, job.method):
         raise _refusal(model, obstacle)
+    few_bits = quantization_config(job.method, dtype)
+    drawn = None if few_bits is None else _drawn(model, config, dtype, seed)
     # transformers and peft read this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-    options = _options(model, dtype) | _quantised(job.method, dtype)
     try:
-        built = _built(model, config, options, seed, partitioned is not None, load_weights or adapted)
+        if few_bits is None:
+            built = _built(model, config, dtype, seed, partitioned is not None, load_weights or adapted)
+        else:
+            built = _built_of_few_bits(model, config, dtype, few_bits, drawn)
     except _CANNOT_BUILD as error:
         raise _refusal(model, _not_built(error)) from None
     if obstacle := obstacle_in_model(built):
@@ -184,7 +208,9 @@ def build_model(
     _save_memory(built, model, job.parallel.offload_activations == "cpu")
     if adapted:
         built = adapt(built, job.method, dtype, seed)
-    del partitioned
+        if job.method.adapter and load_weights:
+            load_adapter(built, resolve(job.method.adapter))
+    del partitioned, drawn
     built.train()
     return built  # type: ignore[no-any-return]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from safetensors.torch import save_file
 
 from orchestrator.errors import TrainingError
 from orchestrator.model import base
+from orchestrator.model.adapters import WEIGHTS
 from orchestrator.model.build import base_model, skeleton
 from orchestrator.spec import JobSpec
 
-BASE = "base.json"  # which weights the adapter was trained beside
 
-
-def write_adapter(job: JobSpec, weights: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+def write_adapter(
+    job: JobSpec, weights: dict[str, Any], folder: Path, dtype: torch.dtype, identity: Mapping[str, Any]
+) -> None:
     """Write an adapter in peft's format, with what it has to be loaded onto.
 
     Args:
@@ -25,6 +27,7 @@ def write_adapter(job: JobSpec, weights: dict[str, Any], folder: Path, dtype: to
         weights: The trained weights of a checkpoint by name.
         folder: Where to write.
         dtype: Number format of the adapter.
+        identity: Of the model beside which it was trained.
     """
     from peft import get_peft_model_state_dict
 
@@ -33,11 +36,11 @@ def write_adapter(job: JobSpec, weights: dict[str, Any], folder: Path, dtype: to
     kept = get_peft_model_state_dict(model, state_dict=whole, save_embedding_layers=False)
     # Tied matrices are one tensor under two names, and a file of safetensors stores each by itself.
     tensors = {name: weight.to(dtype).clone() for name, weight in kept.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = job.model.path, True
     config.save_pretrained(folder)
-    (folder / BASE).write_text(json.dumps(base.identity(job.model), indent=2) + "\n", encoding="utf-8")
+    (folder / base.BASE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
 
 def write_merged(job: JobSpec, adapter: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
@@ -55,8 +58,8 @@ def write_merged(job: JobSpec, adapter: Path, folder: Path, dtype: torch.dtype, 
     """
     from peft import PeftModel
 
-    known = json.loads((adapter / BASE).read_text(encoding="utf-8"))
-    if known != (found := base.identity(job.model)):
+    known = json.loads((adapter / base.BASE).read_text(encoding="utf-8"))
+    if known != (found := base.identity(job)):
         differing = sorted(key for key in known.keys() | found.keys() if known.get(key) != found.get(key))
         raise TrainingError(
             f"model.path={job.model.path} is not the model that the adapter was trained beside "

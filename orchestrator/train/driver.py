@@ -31,6 +31,7 @@ from orchestrator.errors import (
     TrainingError,
 )
 from orchestrator.metrics.exporter import endpoint_error
+from orchestrator.model.base import identity
 from orchestrator.model.build import load_config, require_supported
 from orchestrator.parallel.deepspeed import render
 from orchestrator.parallel.layout import sequence_parallel_problem
@@ -95,6 +96,8 @@ def _train(
     watch, note = tell
     require_bitsandbytes(job.optim.optimizer)
     count = require_supported(job)
+    if job.method.type == "lora":
+        folder.require_same_base(home, identity(job))
     _require_shareable(job, device, note)
     dtype = folder.number_format(job, device)
     ds_config = render(job, dtype, device)
@@ -111,7 +114,7 @@ def _train(
     trained = time.monotonic()
     if trial is None:
         saved = checkpoint.published(brief.checkpoints)[-1]
-        _get(_export.remote(job, dtype, saved, home / "export"))
+        _get(_export.remote(job, dtype, saved, home / "export", _base(job, home)))
     ended = time.monotonic()
     seconds = {
         "start": begun - started,
@@ -165,7 +168,7 @@ def export_run(home: Path, to: Path, merge: bool = False) -> Path:
     dtype: Literal["bf16", "fp16", "fp32"] = (
         "bf16" if device["bf16"]["enabled"] else "fp16" if device["fp16"]["enabled"] else "fp32"
     )
-    return export.export(job, dtype, saved[-1], to, merge)
+    return export.export(job, dtype, saved[-1], to, _base(job, home), merge)
 
 
 def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note) -> None:
@@ -238,8 +241,14 @@ def _make_plan(
 
 
 @ray.remote(num_cpus=1)
-def _export(job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path) -> Path:
-    return export.export(job, dtype, saved, to)
+def _export(
+    job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path, base: dict[str, Any] | None
+) -> Path:
+    return export.export(job, dtype, saved, to, base)
+
+
+def _base(job: JobSpec, home: Path) -> dict[str, Any] | None:
+    return folder.base_of(home) if job.method.type == "lora" else None
 
 
 def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,12 @@ _MAX_SHARD = "5GB"
 
 
 def export(
-    job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path, merge: bool = False
+    job: JobSpec,
+    dtype: Literal["bf16", "fp16", "fp32"],
+    saved: Path,
+    to: Path,
+    base: Mapping[str, Any] | None = None,
+    merge: bool = False,
 ) -> Path:
     """Write the model of a checkpoint as Hugging Face safetensors, with configuration and tokenizer.
 
@@ -34,6 +40,7 @@ def export(
         dtype: Number format of the weights.
         saved: A published checkpoint.
         to: Folder to write; replaced where it exists.
+        base: Of a run that trained adapters, the identity of the model beside which it did.
         merge: Whether adapters are merged into the base model.
 
     Returns:
@@ -49,8 +56,8 @@ def export(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        if job.method.type == "lora":
-            _write_adapter(job, saved, draft, torch_dtype(dtype), merge)
+        if base is not None:
+            _write_adapter(job, saved, draft, torch_dtype(dtype), base, merge)
         else:
             _write_model(job, saved, draft, torch_dtype(dtype))
         load_tokenizer(job.model).save_pretrained(draft)
@@ -74,13 +81,15 @@ def _write_model(job: JobSpec, saved: Path, folder: Path, dtype: Any) -> None:
     config.save_pretrained(folder)
 
 
-def _write_adapter(job: JobSpec, saved: Path, folder: Path, dtype: Any, merge: bool) -> None:
+def _write_adapter(
+    job: JobSpec, saved: Path, folder: Path, dtype: Any, base: Mapping[str, Any], merge: bool
+) -> None:
     weights = fp32_weights(saved, only_trained=True)
     if not merge:
-        write_adapter(job, weights, folder, dtype)
+        write_adapter(job, weights, folder, dtype, base)
         return
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".adapter-") as beside:
-        write_adapter(job, weights, Path(beside), dtype)
+        write_adapter(job, weights, Path(beside), dtype, base)
         write_merged(job, Path(beside), folder, dtype, _MAX_SHARD)
 
 

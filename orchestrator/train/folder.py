@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from orchestrator import jobfile
 from orchestrator.data.files import missing
-from orchestrator.errors import ClusterError, SpecError
+from orchestrator.errors import ClusterError, SpecError, TrainingError
+from orchestrator.model.base import BASE
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec, SourceSpec
 from orchestrator.train.recorder import ATTEMPTS
@@ -41,11 +42,14 @@ def with_absolute_paths(job: JobSpec) -> JobSpec:
         return tuple(source.model_copy(update={"path": _absolute(source.path)}) for source in sources)
 
     model = job.model.model_copy(update={"path": _absolute(job.model.path)})
+    adapter = job.method.adapter and _absolute(job.method.adapter)
+    method = job.method.model_copy(update={"adapter": adapter})
     data = job.data.model_copy(update={"train": settle(job.data.train)})
     held_out = job.eval.model_copy(update={"data": settle(job.eval.data)}) if job.eval else None
     storage = str(Path(job.checkpoint.storage).expanduser().absolute())
     saving = job.checkpoint.model_copy(update={"storage": storage})
-    return job.model_copy(update={"model": model, "data": data, "eval": held_out, "checkpoint": saving})
+    changed = {"model": model, "method": method, "data": data, "eval": held_out, "checkpoint": saving}
+    return job.model_copy(update=changed)
 
 
 def _absolute(path: str) -> str:
@@ -109,18 +113,58 @@ def require_same_data(home: Path, training: Path, evaluation: Path | None) -> No
         SpecError: The run has trained on other data.
     """
     found = {"train": training.name, "eval": evaluation.name if evaluation else None}
-    record = home / DATA
-    if not (home / ATTEMPTS).exists() or not record.exists():
-        write_json(record, found)
-        return
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = [f"data.{kind}" for kind in found if found[kind] != before.get(kind)]
+    changed = [f"data.{kind}" for kind in _changed(home, DATA, found)]
     if changed:
         raise SpecError(
             f"{' and '.join(changed)} of the run in {home} changed since it began (a data file, the "
             "tokenizer or its template is another), so it would not go on where it stood; bring the old ones "
             "back, give this job another name, or remove the folder"
         )
+
+
+def require_same_base(home: Path, found: Mapping[str, Any]) -> None:
+    """Record which model a run trains adapters beside at its first start, and hold every later start to it.
+
+    Args:
+        home: The run's folder.
+        found: As `orchestrator.model.base.identity` tells it.
+
+    Raises:
+        SpecError: The run has trained beside another model.
+    """
+    changed = _changed(home, BASE, found)
+    if changed:
+        raise SpecError(
+            f"model.path of the run in {home} names another model than when it began ({', '.join(changed)} "
+            "differ), and its adapters are for that one; bring it back, give this job another name, or "
+            "remove the folder"
+        )
+
+
+def base_of(home: Path) -> dict[str, Any]:
+    """Return which model a run trained adapters beside.
+
+    Raises:
+        TrainingError: The run's folder does not say it.
+    """
+    try:
+        found: dict[str, Any] = json.loads((home / BASE).read_text(encoding="utf-8"))
+    except OSError:
+        raise TrainingError(
+            f"{home} has no {BASE}, which says what its adapters belong to; start the run again, which "
+            "writes it"
+        ) from None
+    return found
+
+
+def _changed(home: Path, record: str, found: Mapping[str, Any]) -> list[str]:
+    """Return what differs from what a run recorded when it began; record it where it has not begun."""
+    file = home / record
+    if not (home / ATTEMPTS).exists() or not file.exists():
+        write_json(file, dict(found))
+        return []
+    before = json.loads(file.read_text(encoding="utf-8"))
+    return [name for name in found if found[name] != before.get(name)]
 
 
 def require_inputs(job: JobSpec) -> None:

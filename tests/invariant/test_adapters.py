@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.errors import TrainingError
+from orchestrator.errors import SpecError, TrainingError
+from orchestrator.model.base import identity
+from orchestrator.model.build import require_supported
 from orchestrator.spec import JobSpec
 from orchestrator.train.adapter import write_adapter, write_merged
 from orchestrator.train.export import fp32_weights
@@ -176,7 +178,7 @@ def test_the_exported_adapter_and_the_merged_model_compute_what_the_run_did(
     weights = fp32_weights(home / "checkpoints" / name / "step-00000004", only_trained=True)
     for folder in ("adapter", "merged"):
         (tmp_path / folder).mkdir()
-    write_adapter(job, weights, tmp_path / "adapter", torch.float32)
+    write_adapter(job, weights, tmp_path / "adapter", torch.float32, identity(job))
     write_merged(job, tmp_path / "adapter", tmp_path / "merged", torch.float32, "5GB")
 
     def base() -> Any:
@@ -201,9 +203,58 @@ def test_an_adapter_is_not_merged_into_another_base(
     document = task_of(tiny, "lora-zero0")["job"]
     job = JobSpec.model_validate_json(json.dumps(document))
     weights = fp32_weights(home / "checkpoints" / "lora-zero0" / "step-00000004", only_trained=True)
-    write_adapter(job, weights, tmp_path, torch.float32)
+    write_adapter(job, weights, tmp_path, torch.float32, identity(job))
     material.write_model(tmp_path / "other", rms_norm_eps=1e-6)
     document["model"]["path"] = str(tmp_path / "other")
     other = JobSpec.model_validate_json(json.dumps(document))
     with pytest.raises(TrainingError, match=r"is not the model that the adapter was trained beside \(config"):
         write_merged(other, tmp_path, tmp_path / "merged", torch.float32, "5GB")
+
+
+def test_an_adapter_is_gone_on_from(
+    tiny: Material, home: Path, outcomes: dict[str, Outcome], tmp_path: Path
+) -> None:
+    """The first loss of a new run is the loss that the old one would have had, under any ZeRO stage."""
+    document = task_of(tiny, "embeddings-zero3")["job"]
+    first = JobSpec.model_validate_json(json.dumps(document))
+    saved = home / "checkpoints" / "embeddings-zero3" / "step-00000004"
+    write_adapter(first, fp32_weights(saved, only_trained=True), tmp_path, torch.float32, identity(first))
+    cases = ("embeddings-zero2-sp2", "embeddings-zero3")
+    tasks = []
+    for name in cases:
+        task = task_of(tiny, name)
+        task["job"]["method"]["adapter"] = str(tmp_path)
+        task["job"]["optim"]["max_steps"] = 1
+        tasks.append(task)
+        require_supported(JobSpec.model_validate_json(json.dumps(task["job"])))
+    found = run_group(tmp_path / "group", 2, tasks)
+    trained = outcomes["embeddings-zero3"].kind("parameter")
+    for name in cases:
+        assert_close(found[name].kind("initial"), trained, 1e-7)
+    new = outcomes["embeddings-zero3"].answer["steps"][0]["loss"]
+    assert found[cases[0]].answer["steps"][0]["loss"] < new - 0.01
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_start(
+    tiny: Material, home: Path, outcomes: dict[str, Outcome], tmp_path: Path
+) -> None:
+    document = task_of(tiny, "lora-zero0")["job"]
+    job = JobSpec.model_validate_json(json.dumps(document))
+    weights = fp32_weights(home / "checkpoints" / "lora-zero0" / "step-00000004", only_trained=True)
+    write_adapter(job, weights, tmp_path, torch.float32, identity(job))
+    material.write_model(tmp_path / "other", rms_norm_eps=1e-6)
+
+    def refusal(path: str = str(tmp_path), model: str | None = None, **method: Any) -> str:
+        changed = {**document, "method": {**document["method"], "adapter": path, **method}}
+        changed["model"] = {**document["model"], "path": model or document["model"]["path"]}
+        with pytest.raises(SpecError) as caught:
+            require_supported(JobSpec.model_validate_json(json.dumps(changed)))
+        (problem,) = caught.value.problems
+        return problem
+
+    assert "rank 4, and method.rank is 8" in refusal(rank=8)
+    assert "alpha 8.0, and method.alpha is 2.0" in refusal(alpha=2.0)
+    assert "does not have the weights that method.targets" in refusal(targets=["q_proj"])
+    assert "does not have the weights that method.targets" in refusal(train_embeddings=True)
+    assert "was trained beside another model" in refusal(model=str(tmp_path / "other"))
+    assert "is no adapter that can be read" in refusal(path=str(tmp_path / "other"))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.model.base import identity
+from orchestrator.model.build import base_model
 from orchestrator.model.quantization import keep_weights_in_place
 from orchestrator.spec import JobSpec
 from orchestrator.train.adapter import write_adapter, write_merged
@@ -27,6 +29,7 @@ CASES = {
     "nf4-zero3-sp2": ("nf4", "zero3", 2),
     "int8-zero2": ("int8", "zero2", 1),
 }
+RANDOM = {"random-nf4-zero3": ("nf4", "zero3", 1), "random-int8-zero2": ("int8", "zero2", 1)}
 STEPS = 12
 HALF = 6
 
@@ -86,6 +89,18 @@ def outcomes(tiny: Material, home: Path) -> dict[str, Outcome]:
         stopped = {**task, "name": f"{name} stopped", "save_to": folder, "end_at": HALF}
         resumed = {**task, "name": f"{name} resumed", "save_to": folder}
         tasks += [task, stopped, {**resumed, "resume": f"{folder}/step-{HALF:08d}"}]
+    for name, (bits, policy, _) in RANDOM.items():
+        task = task_of(tiny, home, "nf4-zero2")
+        document = task["job"]
+        document["parallel"].update(POLICIES[policy])
+        document["optim"]["max_steps"] = 2
+        document["method"] = METHOD
+        document["model"]["weights"] = "random"
+        drawn = base_model(JobSpec.model_validate_json(json.dumps(document)), torch.float32)
+        drawn.save_pretrained(home / name)
+        document["method"] = {**METHOD, "quantization": bits}
+        read = {**document, "model": {**document["model"], "path": str(home / name), "weights": "pretrained"}}
+        tasks += [{**task, "name": name}, {**task, "name": f"{name} read", "job": read}]
     return run_group(home / "group", 2, tasks)
 
 
@@ -136,7 +151,7 @@ def test_the_merged_model_computes_what_the_run_did(
     for folder in ("adapter", "merged"):
         (tmp_path / folder).mkdir()
     weights = fp32_weights(saved, only_trained=True)
-    write_adapter(job, weights, tmp_path / "adapter", torch.float32)
+    write_adapter(job, weights, tmp_path / "adapter", torch.float32, identity(job))
     write_merged(job, tmp_path / "adapter", tmp_path / "merged", torch.float32, "5GB")
     trained = plain_peft(tiny.model, CASES[name][0]).eval()
     state = {key: weight.contiguous() for key, weight in weights.items()}
@@ -153,3 +168,9 @@ def test_the_merged_model_computes_what_the_run_did(
 def test_few_bits_do_change_the_model(tiny: Material, outcomes: dict[str, Outcome]) -> None:
     first = {name: outcomes[name].answer["steps"][0]["loss"] for name in CASES}
     assert first["nf4-zero2"] != pytest.approx(first["int8-zero2"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_weights_are_quantised_as_those_that_are_read(name: str, outcomes: dict[str, Outcome]) -> None:
+    drawn, read = outcomes[name].answer["steps"], outcomes[f"{name} read"].answer["steps"]
+    assert [step["loss"] for step in drawn] == pytest.approx([step["loss"] for step in read], rel=1e-6)

@@ -4,9 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import SpecError
+from orchestrator.errors import SpecError, TrainingError
 from orchestrator.spec import CheckpointSpec, DataSpec, JobSpec, ModelSpec, ParallelSpec, SourceSpec
-from orchestrator.train.folder import DATA, open_run, record_job, require_same_data
+from orchestrator.train.folder import (
+    DATA,
+    base_of,
+    open_run,
+    record_job,
+    require_same_base,
+    require_same_data,
+)
 from orchestrator.train.recorder import ATTEMPTS
 
 OLD, NEW, HELD_OUT = Path("cache/plan-a"), Path("cache/plan-b"), Path("cache/plan-c")
@@ -27,6 +34,18 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"data\.train and data\.eval"):
         require_same_data(tmp_path, NEW, None)
     assert "plan-a" in (tmp_path / DATA).read_text()
+
+
+def test_a_run_goes_on_beside_the_model_that_it_began_with(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"has no base\.json"):
+        base_of(tmp_path)
+    require_same_base(tmp_path, {"config": "a", "weights": "x"})
+    require_same_base(tmp_path, {"config": "a", "weights": "y"})
+    (tmp_path / ATTEMPTS).write_text("{}\n")
+    require_same_base(tmp_path, {"config": "a", "weights": "y"})
+    with pytest.raises(SpecError, match=r"names another model than when it began \(weights differ\)"):
+        require_same_base(tmp_path, {"config": "a", "weights": "z"})
+    assert base_of(tmp_path) == {"config": "a", "weights": "y"}
 
 
 def job(storage: Path, **memory: object) -> JobSpec:
