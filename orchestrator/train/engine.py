@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from orchestrator.model.memory import tiled
 from orchestrator.train.muon import clip_before_update
-from orchestrator.train.ops import keep_to_own_environment
+from orchestrator.train.ops import keep_to_own_environment, load_collectives, load_for
 from orchestrator.train.optimizers import split_off
 
 # DeepSpeed calls these on every reduction, and torch reports each call.
@@ -33,6 +33,7 @@ def join_process_group(collective_timeout_seconds: int) -> None:
 
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", _RENAMED_COLLECTIVES, FutureWarning)
+    load_collectives()
     deepspeed.init_distributed(timeout=timedelta(seconds=collective_timeout_seconds), verbose=False)
 
 
@@ -53,6 +54,7 @@ def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
     is_muon = ds_config["optimizer"]["type"] == "Muon"
     if is_muon and get_accelerator().device_name() == "cpu":
         torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon, which takes longer than it saves
+    load_for(ds_config)
     optimizer, config = split_off(ds_config, trained)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=trained, optimizer=optimizer, config=config, dist_init_required=False

@@ -5,13 +5,18 @@ Run as `python -m orchestrator.train.ops [nvme]`; later calls find them in PyTor
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import ClusterError
+
+_MARK = "lock"  # PyTorch's, in an operator's folder
 
 
 def keep_to_own_environment() -> None:
@@ -58,9 +63,53 @@ def build(nvme: bool = False) -> list[tuple[str, float]]:
     timings = []
     for builder in builders:
         started = time.perf_counter()
-        builder.load(verbose=False)
+        load(builder)
         timings.append((builder.name, time.perf_counter() - started))
     return timings
+
+
+def load(builder: Any) -> None:
+    """Load one of DeepSpeed's operators, compiled by one process of this machine while the others wait.
+
+    PyTorch marks a compilation under way by a file that it waits for, also when whoever wrote it is dead.
+    Here a lock that ends with its process guards it, so what is found under the lock was left behind.
+
+    Args:
+        builder: Of the operator.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder.parent / f".{builder.name}.lock").open("w", encoding="utf-8") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        (folder / _MARK).unlink(missing_ok=True)
+        builder.load(verbose=False)
+
+
+def load_for(ds_config: Mapping[str, Any]) -> None:
+    """Load the operators that a DeepSpeed configuration needs.
+
+    Args:
+        ds_config: As `orchestrator.parallel.deepspeed.render` returns it.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+    zero = ds_config["zero_optimization"]
+    places = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
+    if places[0] in ("cpu", "nvme"):
+        load(CPUAdamBuilder())
+    if "nvme" in places:
+        load(AsyncIOBuilder())
+
+
+def load_collectives() -> None:
+    """Load the operator with which DeepSpeed reduces among processes of one machine, where there is one."""
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+        if builder is not None and builder.is_compatible():
+            load(builder)
 
 
 def require_async_io() -> None:

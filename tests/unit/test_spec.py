@@ -282,11 +282,6 @@ def test_int8_weights_cannot_be_partitioned() -> None:
         assert broken(method__type="lora", method__quantization=bits, parallel__zero_stage=stage) == []
 
 
-def test_random_weights_are_not_quantised() -> None:
-    (sentence,) = broken(method__type="lora", method__quantization="nf4", model__weights="random")
-    assert sentence.endswith("use weights: pretrained or quantization: none")
-
-
 def test_lora_needs_a_target() -> None:
     (sentence,) = broken(method__type="lora", method__targets=())
     assert "method.targets=[] names no module" in sentence
