@@ -12,6 +12,7 @@ from torch import nn
 
 from orchestrator.errors import SpecError
 from orchestrator.model import base
+from orchestrator.model.quantization import is_of_few_bits
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec, MethodSpec
 
@@ -153,9 +154,10 @@ def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
     Raises:
         SpecError: A name that no linear layer has, with those that there are.
     """
-    if method.targets == "all-linear":
-        return "all-linear"
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    if method.targets == "all-linear":
+        few_bits = [name for name, module in linear.items() if is_of_few_bits(module)]
+        return few_bits or "all-linear"  # peft takes only PyTorch's for linear
     if method.targets == "attention":
         # By their full names: some models call a layer of their MLP as one of their attention.
         found = [
@@ -186,7 +188,7 @@ def _names(linear: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_of_few_bits(module)
 
 
 def _embeddings(model: Any) -> list[str]:

@@ -12,7 +12,14 @@ from orchestrator.model import attention
 from orchestrator.model.adapters import adapt, adapter_problem, load_adapter
 from orchestrator.model.loss import TiledHead
 from orchestrator.model.memory import checkpoint_layers, tile_mlps
-from orchestrator.model.quantization import keep_weights_in_place, quantization_config, quantization_problem
+from orchestrator.model.quantization import (
+    dequantized,
+    keep_weights_in_place,
+    kind_of,
+    quantization_config,
+    quantization_problem,
+    stored_quantization,
+)
 from orchestrator.model.support import (
     length_problem,
     obstacle_in_config,
@@ -64,7 +71,7 @@ def require_supported(job: JobSpec) -> ParameterCount | None:
     model = job.model
     config = load_config(model)
     problem = obstacle_in_config(config) or length_problem(config, job.data.max_length)
-    if problem := problem or quantization_problem(config, job.method):
+    if problem := problem or quantization_problem(config, job):
         raise _refusal(model, problem)
     try:
         built = _without_memory(model, config)
@@ -101,13 +108,13 @@ def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
     Weights that the job quantised are what their few bits stand for, in the number format.
     """
     config = load_config(job.model)
-    few_bits = quantization_config(job.method, dtype)
+    few_bits = _few_bits(job, config, dtype)
     if few_bits is None:
         built = _built(job.model, config, dtype, job.run.seed, partitioned=False)
     else:
         drawn = _drawn(job.model, config, dtype, job.run.seed)
         built = _built_of_few_bits(job.model, config, dtype, few_bits, drawn)
-    return built.dequantize() if getattr(built, "is_quantized", False) else built
+    return dequantized(built) if getattr(built, "is_quantized", False) else built
 
 
 def _without_memory(model: ModelSpec, config: Any) -> Any:
@@ -128,6 +135,11 @@ def _built(
     return AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), config=config, **options)
 
 
+def _few_bits(job: JobSpec, config: Any, dtype: torch.dtype) -> Any:
+    """Return how transformers is to load weights in few bits; None where they are whole."""
+    return stored_quantization(config) if kind_of(config) else quantization_config(job.method, dtype)
+
+
 def _drawn(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int) -> Any:
     """Return the random model whose weights are to be quantised; None where they are read."""
     if model.weights == "pretrained":
@@ -144,7 +156,8 @@ def _built_of_few_bits(model: ModelSpec, config: Any, dtype: torch.dtype, few_bi
     else:
         del options["trust_remote_code"]  # the class is known
         built = type(drawn).from_pretrained(None, state_dict=drawn.state_dict(), **options)
-    keep_weights_in_place(built)
+    if kind_of(config) is None:
+        keep_weights_in_place(built)
     return built
 
 
@@ -190,9 +203,9 @@ def build_model(
 
     model, seed, adapted = job.model, job.run.seed, job.method.type == "lora"
     config = load_config(model)
-    if obstacle := obstacle_in_config(config) or quantization_problem(config, job.method):
+    if obstacle := obstacle_in_config(config) or quantization_problem(config, job):
         raise _refusal(model, obstacle)
-    few_bits = quantization_config(job.method, dtype)
+    few_bits = _few_bits(job, config, dtype)
     drawn = None if few_bits is None else _drawn(model, config, dtype, seed)
     # transformers and peft read this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.spec import MethodSpec
+from orchestrator.spec import JobSpec, MethodSpec
 
 _PACKAGE_OF = {"bitsandbytes": ("bitsandbytes", "qlora"), "gptq": ("gptqmodel", "gptq")}
 
@@ -51,27 +51,82 @@ def keep_weights_in_place(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def quantization_problem(config: Any, method: MethodSpec) -> str | None:
+def kind_of(config: Any) -> str | None:
+    """Return how a checkpoint is quantised already, in transformers' word; None where it is not."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    kind = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return str(getattr(kind, "value", kind))
+
+
+def stored_quantization(config: Any) -> Any:
+    """Return how transformers is to compute with the few bits of a GPTQ checkpoint: so that it can train."""
+    from transformers import GPTQConfig
+
+    stored = config.quantization_config
+    bits = stored["bits"] if isinstance(stored, dict) else stored.bits
+    return GPTQConfig(bits=bits, backend="auto_trainable")
+
+
+def is_of_few_bits(module: Any) -> bool:
+    """Tell whether a module is a linear layer of GPTQ, which is none of PyTorch's."""
+    return hasattr(module, "qweight")
+
+
+def dequantized(model: Any) -> Any:
+    """Return a model of few bits with what these stand for."""
+    if kind_of(model.config) != "gptq":
+        return model.dequantize()
+    for name, module in [each for each in model.named_modules() if is_of_few_bits(each[1])]:
+        weight = module.dequantize_weight().T.contiguous().to(model.dtype)
+        outputs, inputs = weight.shape
+        linear = torch.nn.Linear(inputs, outputs, bias=module.bias is not None, dtype=model.dtype)
+        linear.weight.data = weight
+        if module.bias is not None:
+            linear.bias.data = module.bias.detach().to(model.dtype)
+        model.set_submodule(name, linear)
+    model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def quantization_problem(config: Any, job: JobSpec) -> str | None:
     """Return why weights in few bits cannot be trained beside, with the remedy.
 
     Args:
         config: The model's configuration, which says whether its checkpoint is quantised already.
-        method: How it is to be trained.
+        job: How it is to be trained.
     """
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        kind = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-        kind = str(getattr(kind, "value", kind))
-        if method.type != "lora":
-            return f"is quantised already ({kind}), and such weights cannot be trained; use method.type: lora"
-        if method.quantization != "none":
-            return (
-                f"is quantised already ({kind}), so method.quantization={method.quantization} cannot be "
-                "applied; use quantization: none, or the model that is not quantised"
-            )
-    else:
-        kind = "none" if method.quantization == "none" else "bitsandbytes"
-    package, extra = _PACKAGE_OF.get(kind, (None, None))
+    method, kind = job.method, kind_of(config)
+    if kind is not None and (problem := _problem_of_stored(kind, job)):
+        return problem
+    needed = kind or ("none" if method.quantization == "none" else "bitsandbytes")
+    package, extra = _PACKAGE_OF.get(needed, (None, None))
     if package and importlib.util.find_spec(package) is None:
-        return f"needs the package {package} for its {kind} weights; install the extra `{extra}`"
+        return f"needs the package {package} for its {needed} weights; install the extra `{extra}`"
+    return None
+
+
+def _problem_of_stored(kind: str, job: JobSpec) -> str | None:
+    if job.method.type != "lora":
+        return f"is quantised already ({kind}), and such weights cannot be trained; use method.type: lora"
+    if job.method.quantization != "none":
+        return (
+            f"is quantised already ({kind}), so method.quantization={job.method.quantization} cannot be "
+            "applied; use quantization: none, or the model that is not quantised"
+        )
+    if kind != "gptq":
+        return (
+            f"is quantised already ({kind}), which this version does not train beside; use a GPTQ "
+            "checkpoint, or the model that is not quantised with method.quantization: nf4"
+        )
+    if job.model.weights == "random":
+        return (
+            "is quantised already (gptq), and model.weights=random draws none such; use weights: pretrained"
+        )
+    if job.parallel.zero_stage == 3:
+        return (
+            "is quantised already (gptq), and parallel.zero_stage=3 does not partition such weights; use "
+            "zero_stage: 2"
+        )
     return None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orchestrator.model.quantization import quantization_config, quantization_problem
-from orchestrator.spec import MethodSpec
+from orchestrator.spec import DataSpec, JobSpec, MethodSpec, ModelSpec, ParallelSpec, SourceSpec
 
 GPTQ = SimpleNamespace(quantization_config={"quant_method": "gptq", "bits": 4})
 PLAIN = SimpleNamespace()
@@ -18,19 +18,29 @@ def method(**fields: Any) -> MethodSpec:
     return MethodSpec(**{"type": "lora", **fields})
 
 
+def job(zero_stage: Any = 3, weights: Any = "pretrained", **fields: Any) -> JobSpec:
+    return JobSpec(
+        name="j",
+        model=ModelSpec(path="m", weights=weights),
+        data=DataSpec(train=(SourceSpec(path="d"),)),
+        method=method(**fields),
+        parallel=ParallelSpec(zero_stage=zero_stage),
+    )
+
+
 @pytest.fixture
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def test_weights_that_are_quantised_already_are_only_for_adapters() -> None:
-    problem = quantization_problem(GPTQ, MethodSpec())
+    problem = quantization_problem(GPTQ, job(type="full"))
     assert problem is not None
     assert problem.endswith("use method.type: lora")
 
 
 def test_weights_are_not_quantised_twice() -> None:
-    problem = quantization_problem(GPTQ, method(quantization="nf4"))
+    problem = quantization_problem(GPTQ, job(quantization="nf4"))
     assert problem is not None
     assert "quantised already (gptq)" in problem
     assert "use quantization: none" in problem
@@ -42,7 +52,7 @@ def test_weights_are_not_quantised_twice() -> None:
 )
 @pytest.mark.usefixtures("nothing_installed")
 def test_a_missing_kernel_is_named_with_its_extra(config: Any, chosen: str, package: str, extra: str) -> None:
-    problem = quantization_problem(config, method(quantization=chosen))
+    problem = quantization_problem(config, job(2, quantization=chosen))
     assert problem is not None
     assert f"needs the package {package}" in problem
     assert problem.endswith(f"install the extra `{extra}`")
@@ -50,8 +60,8 @@ def test_a_missing_kernel_is_named_with_its_extra(config: Any, chosen: str, pack
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_whole_weights_need_no_package() -> None:
-    assert quantization_problem(PLAIN, MethodSpec()) is None
-    assert quantization_problem(PLAIN, method()) is None
+    assert quantization_problem(PLAIN, job(type="full")) is None
+    assert quantization_problem(PLAIN, job()) is None
 
 
 def test_bits_are_stored_as_numbers_that_zero_3_can_partition() -> None:
@@ -63,3 +73,10 @@ def test_bits_are_stored_as_numbers_that_zero_3_can_partition() -> None:
         method(quantization="nf4", double_quantization=False), torch.float16
     ).bnb_4bit_use_double_quant
     assert quantization_config(method(quantization="int8"), torch.bfloat16).load_in_8bit
+
+
+def test_weights_of_gptq_are_read_and_not_partitioned() -> None:
+    assert str(quantization_problem(GPTQ, job(3))).endswith("use zero_stage: 2")
+    assert str(quantization_problem(GPTQ, job(2, "random"))).endswith("use weights: pretrained")
+    awq = SimpleNamespace(quantization_config={"quant_method": "awq", "bits": 4})
+    assert "use a GPTQ checkpoint" in str(quantization_problem(awq, job(2)))
