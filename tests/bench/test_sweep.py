@@ -35,7 +35,7 @@ SWEEP: dict[str, Any] = {
 
 
 def test_a_cell_out_of_memory_is_a_row_and_a_killed_sweep_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
     results = tmp_path / "results" / "s"
     marker = uuid.uuid4().hex
     process = start("bench", "sweep.yaml", cwd=tmp_path, TEST_MARKER=marker)

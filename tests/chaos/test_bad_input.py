@@ -233,6 +233,24 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, watched: Callable[...
 
 
 @pytest.mark.ray
+def test_offloading_more_than_the_nodes_have_memory_for(
+    tmp_path: Path, watched: Callable[..., Finished]
+) -> None:
+    builtin = Path(__file__).resolve().parents[2] / "orchestrator" / "builtin" / "tiny-llama"
+    shutil.copytree(builtin, tmp_path / "model")
+    config = json.loads((builtin / "config.json").read_text())
+    sizes = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126}  # Llama 3.1 405B
+    heads = {"num_attention_heads": 128, "num_key_value_heads": 8, "head_dim": 128}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **sizes, **heads}))
+    model = {"path": "./model", "weights": "random"}
+    offloaded = {"parallel__offload_optimizer": "cpu", "parallel__offload_param": "cpu"}
+    _write(tmp_path, job_text(tmp_path / "runs", model=model, parallel__zero_stage=3, **offloaded))
+    words = ("GiB of memory each cannot be placed", "offloaded by 2 workers", "method.type: lora")
+    _assert_clear(watched("train", "job.yaml"), 3, *words)
+    assert not (tmp_path / "runs" / "run" / "attempts.jsonl").exists()
+
+
+@pytest.mark.ray
 def test_number_format_that_the_device_does_not_have(
     tmp_path: Path, watched: Callable[..., Finished]
 ) -> None:
