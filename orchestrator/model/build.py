@@ -92,7 +92,11 @@ def require_supported(job: JobSpec) -> ParameterCount | None:
     if model.loss_tile_tokens:
         TiledHead(built, model.loss_tile_tokens)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in built.parameters()]
-    return ParameterCount(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
+    return ParameterCount(
+        total=sum(size for size, _ in sizes),
+        trained=sum(size for size, trained in sizes if trained),
+        largest=max(size for size, _ in sizes),
+    )
 
 
 def skeleton(job: JobSpec) -> Any:

@@ -86,8 +86,6 @@ def render(
     """
     name = policy_name(job.parallel)
     optim, layout = job.optim, Layout.of(job)
-    # DeepSpeed names files by rank only and removes what it finds, so each run has a folder of its own.
-    swap_folder = f"{job.parallel.offload_path}/{job.name}"
     values = {
         # DeepSpeed counts every worker as one with a micro-batch of its own (see parallel.ulysses).
         "train_batch_size": optim.global_batch_size * layout.sequence_parallel_size,
@@ -104,8 +102,9 @@ def render(
         "optimizer.params.muon_lr": optim.muon_lr,
         "zero_optimization.offload_optimizer.pin_memory": device == "cuda",
         "zero_optimization.offload_param.pin_memory": device == "cuda",
-        "zero_optimization.offload_optimizer.nvme_path": swap_folder,
-        "zero_optimization.offload_param.nvme_path": swap_folder,
+        # Each worker has a folder of its own in it (see train.disk).
+        "zero_optimization.offload_optimizer.nvme_path": job.parallel.offload_path,
+        "zero_optimization.offload_param.nvme_path": job.parallel.offload_path,
     }
     policy = load_policy(name)
     if optim.optimizer == "muon":
@@ -124,6 +123,20 @@ def render(
         raise SpecError(*problems)
     filled: dict[str, Any] = rendered
     return filled
+
+
+def fit_buffers(ds_config: dict[str, Any], largest: int) -> None:
+    """Make the buffers through which parameters pass to and from a disk hold the largest.
+
+    DeepSpeed ends with an assertion where one does not fit.
+
+    Args:
+        ds_config: As `render` returns it; changed.
+        largest: Elements of the largest parameter's partition.
+    """
+    section = ds_config["zero_optimization"].get("offload_param", {})
+    if "buffer_size" in section:
+        section["buffer_size"] = max(section["buffer_size"], largest)
 
 
 def _with_muon(policy: dict[str, Any]) -> dict[str, Any]:

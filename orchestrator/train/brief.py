@@ -46,6 +46,7 @@ class Brief:
         device: Kind of device.
         ds_config: The rendered DeepSpeed configuration.
         host_memory_bytes: What each worker reserves of its node's memory; 0 where nothing is offloaded.
+        disk_bytes: What each worker writes at most to its node's disk; 0 where nothing goes to nvme.
         trial: Set where the run is one for its figures only.
     """
 
@@ -57,6 +58,7 @@ class Brief:
     device: Literal["cuda", "cpu"]
     ds_config: dict[str, Any]
     host_memory_bytes: int = 0
+    disk_bytes: int = 0
     trial: Trial | None = None
 
     @property

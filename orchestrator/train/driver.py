@@ -33,8 +33,9 @@ from orchestrator.errors import (
 from orchestrator.metrics.exporter import endpoint_error
 from orchestrator.model.base import identity
 from orchestrator.model.build import load_config, require_supported
-from orchestrator.parallel.deepspeed import render
+from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.parallel.layout import sequence_parallel_problem
+from orchestrator.plan.host_memory import disk_bytes
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
 from orchestrator.train import checkpoint, export, folder, placing, session, summary
 from orchestrator.train.brief import Brief, Trial
@@ -101,12 +102,15 @@ def _train(
     _require_shareable(job, device, note)
     dtype = folder.number_format(job, device)
     ds_config = render(job, dtype, device)
+    if count is not None:
+        fit_buffers(ds_config, -(-count.largest // job.parallel.workers))
     memory = placing.reserve_host_memory(job, device, ds_config, count, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
     folder.require_same_data(home, training, held_out)
     prepared = time.monotonic()
-    brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, trial)
+    on_disk = disk_bytes(ds_config, count, job.parallel.workers) if count is not None else 0
+    brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, on_disk, trial)
     folder.write_json(home / "deepspeed.json", brief.ds_config)
     checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
     recorder = _start_recorder(job, home, lease)

@@ -63,23 +63,32 @@ def _load_framework(brief: Brief) -> torch.device:
 
 
 def _train(brief: Brief, reporter: _Reporter, device: torch.device) -> None:
+    from orchestrator.train.disk import swap_folder
+    from orchestrator.train.engine import join_process_group
+    from orchestrator.train.ops import require_async_io
+
+    job = brief.job
+    join_process_group(job.run.collective_timeout_seconds)
+    if "nvme" in (job.parallel.offload_optimizer, job.parallel.offload_param):
+        require_async_io()
+    with swap_folder(job, brief.ds_config, brief.disk_bytes) as ds_config:
+        _train_with(brief, ds_config, reporter, device)
+
+
+def _train_with(brief: Brief, ds_config: dict[str, Any], reporter: _Reporter, device: torch.device) -> None:
     from orchestrator.model.adapters import adapter_parameters, adapts_last_product
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
     from orchestrator.model.loss import TiledHead
     from orchestrator.parallel import ulysses
-    from orchestrator.train.engine import join_process_group, start_engine
+    from orchestrator.train.engine import start_engine
     from orchestrator.train.loop import Course, train
-    from orchestrator.train.ops import require_async_io
 
     job, rank = brief.job, dist.get_rank()
-    join_process_group(job.run.collective_timeout_seconds)
-    if "nvme" in (job.parallel.offload_optimizer, job.parallel.offload_param):
-        require_async_io()
     saved = _agree(checkpoint.published(brief.checkpoints)[-1:])
     dtype = torch_dtype(brief.dtype)
-    model = build_model(job, dtype, brief.ds_config, load_weights=not saved)
-    engine = start_engine(model, brief.ds_config)
+    model = build_model(job, dtype, ds_config, load_weights=not saved)
+    engine = start_engine(model, ds_config)
     start = checkpoint.load(engine, saved[0]) if saved else 0
     loader, packs, steps = training_loader(job, *plan.load(brief.training))
     evaluation = evaluation_loader(job, *plan.load(brief.evaluation)) if brief.evaluation else None

@@ -20,6 +20,7 @@ from orchestrator.parallel import deepspeed
 from orchestrator.parallel.deepspeed import (
     BITSANDBYTES,
     KNOWN_KEYS,
+    fit_buffers,
     load_policy,
     policy_name,
     render,
@@ -57,16 +58,14 @@ each_policy = pytest.mark.parametrize("name", sorted(POLICIES))
 def job(name: str, workers: int = 4) -> JobSpec:
     """Return the job that the golden files are rendered from; no value in it is a default."""
     parallel = {"workers": workers, **POLICIES[name]}
-    # Disks are rendered, and refused by the rules.
-    plain = parse(
+    return parse(
         "name: golden\n"
         "model: {path: m}\n"
         "data: {train: [{path: d}]}\n"
-        f"parallel: {{workers: {workers}}}\n"
+        f"parallel: {json.dumps(parallel)}\n"
         "optim: {lr: 3e-4, micro_batch_size: 2, global_batch_size: 24, clip_norm: 0.5, betas: [0.8, 0.95], "
         "eps: 1e-6, weight_decay: 0.1}\n"
     )
-    return plain.model_copy(update={"parallel": ParallelSpec(**parallel)})
 
 
 def leaves(value: Any, dotted: str = "") -> Iterator[tuple[str, Any]]:
@@ -117,6 +116,24 @@ def test_every_value_is_filled_in(
     assert (rendered["bf16"]["enabled"], rendered["fp16"]["enabled"]) == (dtype == "bf16", dtype == "fp16")
     pinned = [value for key, value in leaves(rendered) if key.endswith("pin_memory")]
     assert pinned == [device == "cuda"] * (name.count("-cpu") + name.count("-nvme"))
+
+
+def test_buffers_for_parameters_on_a_disk_hold_the_largest() -> None:
+    rendered = render(job("zero3_params-nvme_optimizer-nvme"), "bf16", "cuda")
+    section = rendered["zero_optimization"]["offload_param"]
+    fit_buffers(rendered, 100_000_000)
+    assert section["buffer_size"] == 100_000_000
+    fit_buffers(rendered, 100_000_001)
+    assert section["buffer_size"] == 100_000_001
+
+
+@each_policy
+@pytest.mark.parametrize("largest", [1, 10**12])
+def test_only_parameters_on_a_disk_pass_through_buffers(name: str, largest: int) -> None:
+    rendered = render(job(name), "bf16", "cuda")
+    fit_buffers(rendered, largest)
+    changed = largest == 10**12 and "params-nvme" in name
+    assert (rendered != render(job(name), "bf16", "cuda")) == changed
 
 
 @each_policy

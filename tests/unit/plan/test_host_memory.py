@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.jobfile import parse
 from orchestrator.parallel.deepspeed import render
-from orchestrator.plan.host_memory import HostMemory, ParameterCount, host_memory
+from orchestrator.plan.host_memory import HostMemory, ParameterCount, disk_bytes, host_memory
 
 SEVEN_BILLION = 7_000_000_000
 WHOLE = ParameterCount(SEVEN_BILLION, SEVEN_BILLION)
@@ -16,15 +16,23 @@ OPTIMIZER_ON_CPU = {"offload_optimizer": "cpu"}
 ALL_ON_CPU = {"offload_optimizer": "cpu", "offload_param": "cpu"}
 
 
-def needed(
-    parallel: dict[str, Any], workers: int, count: ParameterCount = WHOLE, dtype: Any = "bf16"
-) -> HostMemory:
+OPTIMIZER_ON_DISK = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_path": "/disk"}
+ALL_ON_DISK = {**OPTIMIZER_ON_DISK, "offload_param": "nvme"}
+
+
+def rendered(parallel: dict[str, Any], workers: int, dtype: Any = "bf16") -> dict[str, Any]:
     section = json.dumps({"workers": workers, **parallel})
     job = parse(
         f"name: j\nmodel: {{path: m}}\ndata: {{train: [{{path: d}}]}}\nparallel: {section}\n"
         f"optim: {{global_batch_size: {workers}}}\n"
     )
-    return host_memory(render(job, dtype, "cuda"), count, workers)
+    return render(job, dtype, "cuda")
+
+
+def needed(
+    parallel: dict[str, Any], workers: int, count: ParameterCount = WHOLE, dtype: Any = "bf16"
+) -> HostMemory:
+    return host_memory(rendered(parallel, workers, dtype), count, workers)
 
 
 @pytest.mark.parametrize("workers", [1, 4, 8])
@@ -68,3 +76,31 @@ def test_each_worker_builds_the_whole_model_below_zero3() -> None:
 
 def test_shares_are_rounded_up() -> None:
     assert needed({"zero_stage": 3, **OPTIMIZER_ON_CPU}, 3, ParameterCount(100, 100)).optimizer == 16 * 34
+
+
+@pytest.mark.parametrize(("dtype", "weight_bytes"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
+def test_a_disk_holds_weights_and_state_gradients_and_moments_of_the_trained(
+    dtype: str, weight_bytes: int
+) -> None:
+    def on_disk(parallel: dict[str, Any], count: ParameterCount) -> int:
+        return disk_bytes(rendered(parallel, 3, dtype), count, 3)
+
+    count = ParameterCount(100, 40)
+    assert on_disk(OPTIMIZER_ON_DISK, count) == 16 * 14
+    assert on_disk(ALL_ON_DISK, count) == 16 * 14 + weight_bytes * 34
+    assert on_disk({**ALL_ON_DISK, "offload_optimizer": "cpu"}, count) == weight_bytes * 34
+    assert on_disk({"zero_stage": 3, **ALL_ON_CPU}, count) == 0
+
+
+def test_what_passes_through_memory_is_a_sub_group_that_its_last_weight_may_overfill() -> None:
+    def through(largest: int) -> int:
+        return needed(OPTIMIZER_ON_DISK, 2, ParameterCount(SEVEN_BILLION, SEVEN_BILLION, largest)).optimizer
+
+    assert through(0) == 4 * 4 * 100_000_000
+    assert through(500_000_000) == 4 * 4 * 350_000_000
+    assert needed(OPTIMIZER_ON_DISK, 2, ParameterCount(100, 100, 50)).optimizer == 4 * 4 * 50
+
+
+def test_parameters_on_a_disk_pass_through_buffers_to_and_fro() -> None:
+    buffers = needed(ALL_ON_DISK, 2, ParameterCount(SEVEN_BILLION, SEVEN_BILLION, 20)).parameters
+    assert buffers == 2 * (5 * 100_000_000 + 100_000_000 + 10)
