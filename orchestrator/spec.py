@@ -158,13 +158,13 @@ class ParallelSpec(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     """0 partitions nothing, 1 optimizer state, 2 gradients too, 3 the parameters too."""
     offload_optimizer: OffloadState = "none"
-    """cpu keeps optimizer state, and the step that uses it, in host memory; nvme, on a disk of the node,
-    is not in this version."""
+    """cpu keeps optimizer state in host memory, and steps there; nvme (zero_stage 3) keeps it on a disk of
+    the node, and passes it through host memory for the step."""
     offload_param: OffloadState = "none"
-    """cpu keeps the parameters in host memory (zero_stage 3 with offload_optimizer: cpu); nvme, on a
-    disk of the node, is not in this version."""
+    """cpu keeps the parameters in host memory, nvme on a disk of the node (zero_stage 3 with
+    offload_optimizer: cpu or nvme)."""
     offload_path: Place | None = None
-    """Folder on a fast disk that every node has, for what goes to nvme."""
+    """Folder on a fast disk that every node has, for what goes to nvme; a run removes what it wrote there."""
     offload_activations: Offload = "none"
     """cpu keeps each layer's input, all that gradient_checkpointing: full keeps, in host memory."""
     expandable_segments: bool = True

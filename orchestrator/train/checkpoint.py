@@ -16,12 +16,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
 
 from orchestrator.errors import TrainingError
+from orchestrator.train.swap import keeps_to_its_shards, restores_to_disk, whole_state
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
@@ -104,7 +106,8 @@ def load(engine: Any, checkpoint: Path) -> int:
         raise TrainingError(*found)
     # Frozen weights are not saved; they come from the base model.
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=SHARDS, load_module_strict=all_trained)
+    with restores_to_disk(engine):
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=SHARDS, load_module_strict=all_trained)
     if path is None:
         raise TrainingError(f"DeepSpeed finds no checkpoint in {checkpoint / SHARDS}; {_remedy(checkpoint)}")
     return step
@@ -169,13 +172,15 @@ def _write_shards(engine: Any, draft: Path, step: int) -> str | None:
     engine.checkpoint_engine = patient
     engine._copy_recovery_script = lambda folder: patient.attempt(lambda: copy_script(folder))
     try:
-        engine.save_checkpoint(
-            str(draft),
-            tag=SHARDS,
-            client_state={"step": step},
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
+        with keeps_to_its_shards(engine), ExitStack() as stack:
+            patient.attempt(lambda: stack.enter_context(whole_state(engine)))
+            engine.save_checkpoint(
+                str(draft),
+                tag=SHARDS,
+                client_state={"step": step},
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )
     finally:
         engine.checkpoint_engine, engine._copy_recovery_script = writer, copy_script
     return patient.failure
@@ -266,9 +271,7 @@ def _remedy(checkpoint: Path) -> str:
 
 def _describe_my_share(shards: Path) -> dict[str, Any]:
     """Flush, read back and hash this rank's share of the files, whoever wrote them."""
-    # What was offloaded to a disk lies in folders of its own.
-    files = [path.relative_to(shards).as_posix() for path in shards.rglob("*") if path.is_file()]
-    names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
+    names = sorted(path.name for path in shards.iterdir())[dist.get_rank() :: dist.get_world_size()]
     for name in names:
         _sync(shards / name)
     return {name: _describe(shards / name) for name in names}

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,8 +87,7 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
         _choose_newton_schulz_dtype(task.get("newton_schulz", "bf16"))
     ds_config["fp16"].update(task.get("fp16", {}))
     ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
-    if task.get("small_buffers"):
-        ds_config["zero_optimization"].get("offload_param", {}).update(buffer_size=2**20)
+    ds_config["zero_optimization"].get("offload_param", {}).update(task.get("offload_param", {}))
     return start_engine(build_model(job, torch_dtype(dtype), ds_config, load_weights), ds_config)
 
 
@@ -148,6 +148,7 @@ def run_training(task: Task) -> Answer:
     answer["optimizer"] = probe.optimizer_state(engine)
     if "swapped" in task:
         files = Path(task["swapped"]).rglob(f"rank{dist.get_rank()}/**/*")
+        answer["trained_of_rank"] = sum(getattr(engine.optimizer, "fp16_partitioned_groups_flat_numel", ()))
         answer["swapped_bytes"] = sum(file.stat().st_size for file in files if file.is_file())
     engine.destroy()
     arrays = {f"gradient {name}": value for name, value in gradients.items()}
@@ -175,6 +176,9 @@ def fail_to_save(task: Task) -> Answer:
     writer, copy_script = engine.checkpoint_engine.save, engine._copy_recovery_script
     found = {}
     for step, case in enumerate(task["cases"], start=1):
+        if "lose" in case and dist.get_rank() == 1:
+            for folder in list(Path(case["lose"]).rglob("rank1")):
+                shutil.rmtree(folder)
         engine.checkpoint_engine.save = _sabotaged(writer, case)
         if case.get("no_room_for_script"):
             engine._copy_recovery_script = _full

@@ -211,14 +211,15 @@ def test_gradient_checkpointing_takes_a_word_or_a_switch(written: object, meant:
 
 def test_a_disk_needs_stage_3_and_a_folder() -> None:
     on_disk: dict[str, Any] = {"parallel__offload_optimizer": "nvme", "parallel__offload_path": "/disk"}
-    refused = "parallel.{}=nvme is not available in this version; use cpu"
-    assert broken(**on_disk) == [refused.format("offload_optimizer")]
-    both = broken(**on_disk, parallel__offload_param="nvme")
-    assert both == [refused.format("offload_optimizer"), refused.format("offload_param")]
-    sentence, _ = broken(parallel__offload_optimizer="nvme")
+    for offload_param in ("none", "cpu", "nvme"):
+        assert broken(**on_disk, parallel__offload_param=offload_param) == []
+    (sentence,) = broken(parallel__offload_optimizer="nvme")
     assert "set parallel.offload_path, or use offload_optimizer: cpu" in sentence
-    sentence, _ = broken(**on_disk, parallel__zero_stage=2)
+    (sentence,) = broken(**on_disk, parallel__zero_stage=2)
     assert sentence.endswith("use zero_stage: 3 or offload_optimizer: cpu")
+    assert broken(**on_disk, method__type="lora", parallel__offload_param="cpu") == []
+    (sentence,) = broken(**on_disk, method__type="lora", parallel__offload_param="nvme")
+    assert sentence.endswith("use offload_param: cpu, or type: full")
     (sentence,) = broken(parallel__offload_path="/disk")
     assert "has no effect where nothing goes to nvme" in sentence
 
