@@ -12,7 +12,7 @@ from torch import nn
 
 from orchestrator.errors import SpecError
 from orchestrator.model import base
-from orchestrator.model.quantization import is_of_few_bits
+from orchestrator.model.quantization import is_of_few_bits, let_dora_read
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec, MethodSpec
 
@@ -63,6 +63,8 @@ def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # beside weights of few bits peft makes them fp32
+    if method.use_dora:
+        let_dora_read(adapted)
     return adapted
 
 

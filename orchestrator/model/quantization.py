@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from orchestrator.spec import JobSpec, MethodSpec
 
@@ -88,6 +92,37 @@ def dequantized(model: Any) -> Any:
         model.set_submodule(name, linear)
     model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+def let_dora_read(adapted: nn.Module) -> None:
+    """Let DoRA read quantised weights without making new ones of them.
+
+    On CPU peft (0.21) puts a copy in the place of the weight at every forward pass, after it has read what
+    the few bits stand for. An int8 copy loses its scales at the second pass, and ZeRO-3 does not know the
+    copies.
+    """
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    for module in adapted.modules():
+        if isinstance(module, DoraLinearLayer):
+            module.forward = partial(_with_whole_base, module.forward)
+
+
+def _with_whole_base(
+    forward: Callable[..., Tensor], *inputs: Tensor, base_layer: Any, **options: Any
+) -> Tensor:
+    return forward(*inputs, base_layer=_whole(base_layer), **options)
+
+
+def _whole(layer: Any) -> Any:
+    """Return what DoRA reads of a layer, with the weight that its few bits stand for."""
+    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+
+    weight = layer.weight
+    if not get_bnb_param_type(weight):
+        return layer
+    values = dequantize_bnb_weight(weight, state=getattr(layer, "state", None))
+    return SimpleNamespace(weight=nn.Parameter(values, requires_grad=False), bias=layer.bias)
 
 
 def quantization_problem(config: Any, job: JobSpec) -> str | None:

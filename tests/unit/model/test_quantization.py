@@ -1,12 +1,14 @@
 """What stands in the way of weights in few bits is told before they are loaded."""
 
 import importlib.util
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from orchestrator.model.adapters import adapt
 from orchestrator.model.quantization import quantization_config, quantization_problem
 from orchestrator.spec import DataSpec, JobSpec, MethodSpec, ModelSpec, ParallelSpec, SourceSpec
 
@@ -80,3 +82,26 @@ def test_weights_of_gptq_are_read_and_not_partitioned() -> None:
     assert str(quantization_problem(GPTQ, job(2, "random"))).endswith("use weights: pretrained")
     awq = SimpleNamespace(quantization_config={"quant_method": "awq", "bits": 4})
     assert "use a GPTQ checkpoint" in str(quantization_problem(awq, job(2)))
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_dora_reads_weights_of_few_bits_at_every_pass_and_leaves_them_where_they_are(
+    bits: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    chosen = method(quantization=bits, use_dora=True)
+    options = {"dtype": torch.float32, "quantization_config": quantization_config(chosen, torch.float32)}
+    adapted = adapt(AutoModelForCausalLM.from_pretrained(tmp_path, **options), chosen, torch.float32, seed=0)
+    adapted.train()
+    weights = {name: id(weight) for name, weight in adapted.named_parameters()}
+    ids = torch.arange(3, 40)[None]
+    with adapted.disable_adapter():
+        plain = adapted(ids).logits
+    for _ in range(3):
+        torch.testing.assert_close(adapted(ids).logits, plain, rtol=1e-3, atol=1e-4)
+    assert {name: id(weight) for name, weight in adapted.named_parameters()} == weights
