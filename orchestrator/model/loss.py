@@ -103,6 +103,9 @@ class TiledHead:
                     f"changes its logits afterwards ({name}={value}); use loss_tile_tokens: null"
                 )
         head = model.get_output_embeddings()  # type: ignore[operator]
+        # A trained copy beside the frozen head (peft's modules_to_save) is a module inside another. Were the
+        # outer one tiled, ZeRO-3 would gather the copy for each tile, and ranks differ in how many they have.
+        head = getattr(head, "modules_to_save", {"default": head})["default"]
         self._plain, self._tile_tokens = head.forward, tile_tokens
         self._labels: Tensor | None = None
         head.forward = self

@@ -10,9 +10,12 @@ import torch
 from orchestrator.data.loader import MicroBatch
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
+from orchestrator.model.adapters import adapt
 from orchestrator.model.loss import Inputs, TiledHead, loss_sum
+from orchestrator.spec import MethodSpec
 
 LENGTHS = (9, 4, 11)
+EVERY_OTHER = [3, 5, 7, 10, 12, 15, 17, 19, 21]
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +138,18 @@ def test_a_model_that_changes_its_logits_afterwards_is_refused(model: Any) -> No
     scaled.config.final_logit_softcapping = 30.0
     with pytest.raises(SpecError, match=r"final_logit_softcapping=30\.0.*use loss_tile_tokens: null"):
         TiledHead(scaled, 8)
+
+
+def test_of_a_trained_head_beside_a_frozen_one_the_trained_one_is_tiled(model: Any) -> None:
+    """ZeRO-3 gathers a module's weight where it is called, which must not depend on the number of tiles."""
+    method = MethodSpec(type="lora", train_embeddings=True)
+    adapted = adapt(copy.deepcopy(model), method, torch.float32, seed=0)
+    whole = loss_sum(adapted, inputs(EVERY_OTHER))
+    head = adapted.get_output_embeddings()
+    calls: list[int] = []
+    head.modules_to_save["default"].register_forward_pre_hook(lambda *_: calls.append(1))
+    tiled = loss_sum(adapted, inputs(EVERY_OTHER), TiledHead(adapted, 2))
+    assert tiled.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert len(calls) == 1
+    tiled.backward()
+    assert head.modules_to_save["default"].weight.grad.abs().sum() > 0
