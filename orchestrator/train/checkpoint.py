@@ -27,6 +27,7 @@ from orchestrator.train.swap import keeps_to_its_shards, restores_to_disk, whole
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+FP32_NAMES = "fp32_names"  # of the fp32 weights that DeepSpeed saves without names under ZeRO-0
 _PUBLISHED = re.compile(r"step-\d{8,}")
 
 
@@ -177,13 +178,22 @@ def _write_shards(engine: Any, draft: Path, step: int) -> str | None:
             engine.save_checkpoint(
                 str(draft),
                 tag=SHARDS,
-                client_state={"step": step},
+                client_state={"step": step, FP32_NAMES: _fp32_names(engine)},
                 save_latest=False,
                 exclude_frozen_parameters=True,
             )
     finally:
         engine.checkpoint_engine, engine._copy_recovery_script = writer, copy_script
     return patient.failure
+
+
+def _fp32_names(engine: Any) -> list[str]:
+    """Return the names of the fp32 weights that an optimizer without partitions keeps, in their order."""
+    if engine.zero_optimization_stage() > 0:
+        return []
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    groups = getattr(engine.optimizer, "fp16_groups", [])  # PyTorch's own optimizer has none
+    return [names[id(parameter)] for group in groups for parameter in group]
 
 
 def _begin(draft: Path) -> None:

@@ -128,10 +128,11 @@ def _unpartitioned_weights(saved: Path) -> dict[str, Any]:
     weights = {name: first.setdefault(tensor.data_ptr(), tensor) for name, tensor in state["module"].items()}
     if "fp32_groups" not in state["optimizer"]:
         return weights
-    buffers = set(state["buffer_names"])
-    trained = {id(tensor): tensor for name, tensor in weights.items() if name not in buffers}
-    exact = (tensor for group in state["optimizer"]["fp32_groups"] for tensor in group)
-    replaced = {number: weight.detach() for number, weight in zip(trained, exact, strict=True)}
+    # By name: Muon's weights come in groups of their own, and quantised layers save more than weights.
+    exact = (tensor.detach() for group in state["optimizer"]["fp32_groups"] for tensor in group)
+    replaced = {
+        id(weights[name]): tensor for name, tensor in zip(state[checkpoint.FP32_NAMES], exact, strict=True)
+    }
     return {name: replaced.get(id(tensor), tensor) for name, tensor in weights.items()}
 
 
