@@ -1,0 +1,250 @@
+"""What a user chooses, in every combination: how weights are trained, stored, optimized and shared.
+
+Which combinations are allowed is asked of the rules themselves; what a refusal says to do is read from its
+text, as a user does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from copy import deepcopy
+from functools import cache
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from allpairspy import AllPairs
+from pydantic import BaseModel
+
+from orchestrator import yamltext
+from orchestrator.errors import SpecError
+from orchestrator.model.build import require_supported
+from orchestrator.rules import broken_rules
+from orchestrator.spec import JobSpec
+from orchestrator.train.folder import number_format
+from tests.invariant import material
+
+Document = dict[str, Any]
+Choice = tuple[str, ...]
+"""The name of a value for each factor, in their order."""
+Pair = tuple[tuple[str, str], tuple[str, str]]
+
+LORA = {"type": "lora", "rank": 8, "alpha": 16.0}
+FACTORS: dict[str, dict[str, Document]] = {
+    "method": {
+        "full": {},
+        "lora": {"method": LORA},
+        "rslora": {"method": {**LORA, "use_rslora": True}},
+        "dora": {"method": {**LORA, "use_dora": True}},
+        "embeddings": {"method": {**LORA, "train_embeddings": True}},
+    },
+    "quantization": {
+        "none": {},
+        "nf4": {"method": {"quantization": "nf4", "double_quantization": False}},
+        "nf4-double": {"method": {"quantization": "nf4"}},
+        "int8": {"method": {"quantization": "int8"}},
+    },
+    "optimizer": {
+        "adamw": {},
+        "muon": {"optim": {"optimizer": "muon", "muon_lr": 0.01}},
+        "adamw_8bit": {"optim": {"optimizer": "adamw_8bit"}},
+        "paged_adamw": {"optim": {"optimizer": "paged_adamw"}},
+        "paged_adamw_8bit": {"optim": {"optimizer": "paged_adamw_8bit"}},
+    },
+    "dtype": {name: {"model": {"dtype": name}} for name in ("fp32", "bf16", "fp16")},
+    "zero": {f"zero{stage}": {"parallel": {"zero_stage": stage}} for stage in range(4)},
+    "offload": {
+        "on-device": {},
+        "optimizer-cpu": {"parallel": {"offload_optimizer": "cpu"}},
+        "all-cpu": {"parallel": {"offload_optimizer": "cpu", "offload_param": "cpu"}},
+    },
+    "sequence": {f"sp{size}": {"parallel": {"sequence_parallel_size": size}} for size in (1, 2)},
+    "packing": {name: {"data": {"packing": name}} for name in ("best_fit", "none", "concat")},
+    "memory": {
+        "keep-all": {},
+        "keep-inputs": {"model": {"gradient_checkpointing": "full"}},
+        "keep-products": {"model": {"gradient_checkpointing": "selective"}},
+        "inputs-cpu": {
+            "model": {"gradient_checkpointing": "full"},
+            "parallel": {"offload_activations": "cpu"},
+        },
+        "tiles": {"model": {"loss_tile_tokens": 16, "mlp_tile_tokens": 40}},
+    },
+}
+"""What each value writes into the job; two workers share the work in all of them."""
+WORKERS = 2
+STEPS = 2
+
+
+def document_of(choice: Choice, model: Path) -> Document:
+    """Return the job file of a choice."""
+    document = material.job(
+        model, WORKERS, {}, global_batch_size=2, max_steps=STEPS, lr=1e-2, warmup_ratio=0.0,
+        eval={"every_steps": None},
+    )  # fmt: skip
+    for section in document:
+        _write(document, section, choice)
+    return document
+
+
+def _write(document: Document, section: str, choice: Choice) -> None:
+    for values, name in zip(FACTORS.values(), choice, strict=True):
+        if section in values[name]:
+            document[section] = {**document[section], **values[name][section]}
+
+
+def spec_of(document: Document) -> JobSpec:
+    """Return the job of a job file."""
+    return JobSpec.model_validate_json(json.dumps(document))
+
+
+def refusals(document: Document) -> tuple[str, ...]:
+    """Return why a job is refused before a worker is started: as on CUDA, since fp16 is refused elsewhere."""
+    job = spec_of(document)
+    problems = tuple(sentence for _, sentence in broken_rules(job))
+    if problems:
+        return problems
+    try:
+        number_format(job, "cuda")
+        require_supported(job)
+    except SpecError as error:
+        return error.problems
+    return ()
+
+
+def allowed(model: Path) -> list[Choice]:
+    """Return every combination that is not refused.
+
+    A job is put together from sections, each made once, and the model is looked at once for all jobs that
+    say the same of it.
+    """
+    plain = spec_of(document_of(tuple(next(iter(values)) for values in FACTORS.values()), model))
+    writers = {section: _writers(section) for section in ("model", "data", "method", "parallel", "optim")}
+
+    @cache
+    def section(name: str, names: tuple[str, ...]) -> BaseModel:
+        values = {factor: names[writers[name].index(factor)] for factor in writers[name]}
+        choice = tuple(values.get(factor, next(iter(FACTORS[factor]))) for factor in FACTORS)
+        return getattr(spec_of(document_of(choice, model)), name)  # type: ignore[no-any-return]
+
+    @cache
+    def is_supported(model: BaseModel, method: BaseModel, optim: BaseModel) -> bool:
+        job = plain.model_copy(update={"model": model, "method": method, "optim": optim})
+        try:
+            require_supported(job)
+        except SpecError:
+            return False
+        return True
+
+    def is_allowed(choice: Choice) -> bool:
+        chosen = dict(zip(FACTORS, choice, strict=True))
+        sections = {name: section(name, tuple(chosen[each] for each in writers[name])) for name in writers}
+        job = plain.model_copy(update=sections)
+        if any(True for _ in broken_rules(job)):
+            return False
+        optim = job.optim if job.optim.optimizer == "muon" else plain.optim
+        return is_supported(job.model.model_copy(update={"dtype": "auto"}), job.method, optim)
+
+    return [choice for choice in product(*FACTORS.values()) if is_allowed(choice)]
+
+
+def _writers(section: str) -> list[str]:
+    """Return the factors that write into a section."""
+    return [name for name, values in FACTORS.items() if any(section in each for each in values.values())]
+
+
+def pairs_of(choice: Choice) -> Iterator[Pair]:
+    """Yield the pairs of values that meet in a choice."""
+    return combinations(zip(FACTORS, choice, strict=True), 2)
+
+
+def every_pair() -> set[Pair]:
+    """Return all pairs of values of two factors."""
+    return {
+        ((one, value), (other, another))
+        for one, other in combinations(FACTORS, 2)
+        for value, another in product(FACTORS[one], FACTORS[other])
+    }
+
+
+def cover(choices: Collection[Choice] | None = None) -> list[Choice]:
+    """Return combinations in which every two values meet that meet in any.
+
+    Args:
+        choices: Those to choose from; None for all.
+    """
+    values = [list(each) for each in FACTORS.values()]
+    if choices is None:
+        return [tuple(row) for row in AllPairs(values)]
+    beginnings = {choice[:length] for choice in choices for length in range(1, len(FACTORS) + 1)}
+    rows = [tuple(row) for row in AllPairs(values, filter_func=lambda row: tuple(row) in beginnings)]
+    # AllPairs ends where a combination that it comes upon next brings nothing new.
+    missing = {pair for choice in choices for pair in pairs_of(choice)}
+    missing -= {pair for row in rows for pair in pairs_of(row)}
+    while missing:
+        rows.append(max(choices, key=lambda choice: len(missing.intersection(pairs_of(choice)))))
+        missing -= set(pairs_of(rows[-1]))
+    return rows
+
+
+def remedies(sentence: str) -> list[tuple[str, Any]]:
+    """Return what a refusal says to write: dotted fields and values, and None for a field to leave out."""
+    found = [
+        (_dotted(name), yamltext.value_of(value))
+        for name, value in re.findall(r"\b([a-z]\w*(?:\.[a-z]\w*)?): ([\w.+-]*\w)", sentence)
+    ]
+    if "leave it out" in sentence:
+        found.append((re.match(r"[a-z_.0-9]+", sentence)[0], None))
+    return found
+
+
+def _dotted(name: str) -> str:
+    """Return the one field of that name."""
+    found = [field for field in _every_field() if field == name or field.endswith(f".{name}")]
+    assert len(found) == 1, f"{name} could be any of {found}"
+    return found[0]
+
+
+@cache
+def _every_field() -> tuple[str, ...]:
+    return tuple(
+        f"{section}.{name}"
+        for section, field in JobSpec.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for name in field.annotation.model_fields
+    )
+
+
+def remedied(document: Document, dotted: str, value: Any) -> Document:
+    """Return a job file in which a field is written as a remedy says."""
+    changed = deepcopy(document)
+    section, _, name = dotted.partition(".")
+    changed[section].pop(name, None)
+    if value is not None:
+        changed[section][name] = value
+    return changed
+
+
+def follow(document: Document) -> tuple[list[str], Document]:
+    """Do what refusals say, as a user would, until the job is accepted.
+
+    Of several remedies the first is taken, of those whose field has not been changed before.
+
+    Returns:
+        The fields that were changed, and the accepted job.
+
+    Raises:
+        AssertionError: A refusal names no remedy, or only such as undo what was done before.
+    """
+    changed: list[str] = []
+    while problems := refusals(document):
+        for sentence in problems:
+            if sentence not in refusals(document):
+                continue  # another remedy has done
+            new = [(field, value) for field, value in remedies(sentence) if field not in changed]
+            assert new, f"after {changed} nothing is left to do of: {sentence}"
+            document = remedied(document, *new[0])
+            changed.append(new[0][0])
+    return changed, document
