@@ -65,7 +65,9 @@ def number_format(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16
         SpecError: fp16 is asked for on CPU, where DeepSpeed does not offer it.
     """
     if job.model.dtype == "fp16" and device == "cpu":
-        raise SpecError("model.dtype=fp16 needs CUDA, and this job runs on CPU; use fp32, or bf16 for a try")
+        raise SpecError(
+            "model.dtype=fp16 needs CUDA, and this job runs on CPU; use dtype: fp32, or dtype: bf16 for a try"
+        )
     if job.model.dtype == "auto":
         return "bf16" if device == "cuda" else "fp32"
     return job.model.dtype

@@ -13,7 +13,7 @@ from copy import deepcopy
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from allpairspy import AllPairs
 from pydantic import BaseModel
@@ -100,14 +100,14 @@ def spec_of(document: Document) -> JobSpec:
     return JobSpec.model_validate_json(json.dumps(document))
 
 
-def refusals(document: Document) -> tuple[str, ...]:
-    """Return why a job is refused before a worker is started: as on CUDA, since fp16 is refused elsewhere."""
+def refusals(document: Document, device: Literal["cuda", "cpu"] = "cuda") -> tuple[str, ...]:
+    """Return why a job is refused before a worker is started; fp16 is on CPU."""
     job = spec_of(document)
     problems = tuple(sentence for _, sentence in broken_rules(job))
     if problems:
         return problems
     try:
-        number_format(job, "cuda")
+        number_format(job, device)
         require_supported(job)
     except SpecError as error:
         return error.problems
@@ -227,7 +227,7 @@ def remedied(document: Document, dotted: str, value: Any) -> Document:
     return changed
 
 
-def follow(document: Document) -> tuple[list[str], Document]:
+def follow(document: Document, device: Literal["cuda", "cpu"] = "cuda") -> tuple[list[str], Document]:
     """Do what refusals say, as a user would, until the job is accepted.
 
     Of several remedies the first is taken, of those whose field has not been changed before.
@@ -239,9 +239,9 @@ def follow(document: Document) -> tuple[list[str], Document]:
         AssertionError: A refusal names no remedy, or only such as undo what was done before.
     """
     changed: list[str] = []
-    while problems := refusals(document):
+    while problems := refusals(document, device):
         for sentence in problems:
-            if sentence not in refusals(document):
+            if sentence not in refusals(document, device):
                 continue  # another remedy has done
             new = [(field, value) for field, value in remedies(sentence) if field not in changed]
             assert new, f"after {changed} nothing is left to do of: {sentence}"

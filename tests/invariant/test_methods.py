@@ -6,7 +6,7 @@ Pairwise covers, of all combinations and of the allowed ones: every two values o
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 
@@ -91,12 +91,12 @@ def test_each_remedy_of_a_refusal_removes_it(bench: Bench) -> None:
 def test_remedies_lead_to_a_job_that_is_accepted(bench: Bench, allowed: list[Choice]) -> None:
     pairs = sorted(never(allowed))
     assert pairs
-    for choice in [*EVERYTHING, *map(with_pair, pairs)]:
+    for device, choice in product(("cuda", "cpu"), [*EVERYTHING, *map(with_pair, pairs)]):
         document = choices.document_of(choice, bench.model)
-        changed, accepted = choices.follow(document)
-        assert bool(changed) == bool(choices.refusals(document))
+        changed, accepted = choices.follow(document, device)
+        assert bool(changed) == bool(choices.refusals(document, device))
         assert len(changed) <= 5, f"{name_of(choice)} takes {changed}"
-        assert not choices.refusals(accepted)
+        assert not choices.refusals(accepted, device)
 
 
 def test_a_pair_that_never_trains_is_refused_by_itself(bench: Bench, allowed: list[Choice]) -> None:

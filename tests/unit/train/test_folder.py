@@ -9,6 +9,7 @@ from orchestrator.spec import CheckpointSpec, DataSpec, JobSpec, ModelSpec, Para
 from orchestrator.train.folder import (
     DATA,
     base_of,
+    number_format,
     open_run,
     record_job,
     require_same_base,
@@ -67,3 +68,12 @@ def test_a_run_that_met_its_limit_may_go_on_with_more_memory_saved(tmp_path: Pat
     open_run(job(tmp_path, gradient_checkpointing="selective"))
     with pytest.raises(SpecError, match=r"parallel\.zero_stage=2 \(the run has 3\)"):
         open_run(job(tmp_path, zero_stage=2))
+
+
+def test_fp16_is_refused_on_cpu_with_the_formats_that_work_there(tmp_path: Path) -> None:
+    half = job(tmp_path, dtype="fp16", zero_stage=2)
+    assert number_format(half, "cuda") == "fp16"
+    with pytest.raises(SpecError, match=r"model\.dtype=fp16 needs CUDA.*use dtype: fp32, or dtype: bf16"):
+        number_format(half, "cpu")
+    for written, on_cpu in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
+        assert number_format(job(tmp_path, dtype=written), "cpu") == on_cpu
