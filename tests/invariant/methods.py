@@ -98,10 +98,6 @@ class Bench:
             "dtype": document["model"]["dtype"],
             "newton_schulz": "fp32",
             "fp16": {"initial_scale_power": 8},
-            # Of a model this small ZeRO-3 would partition nothing.
-            "zero_optimization": (
-                {"stage3_param_persistence_threshold": 0} if document["parallel"]["zero_stage"] == 3 else {}
-            ),
             "data": str(self._home / "documents"),
             "held_out": str(self._home / "held-out"),
             "initial": True,

@@ -86,6 +86,8 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
     if job.optim.optimizer == "muon":
         _choose_newton_schulz_dtype(task.get("newton_schulz", "bf16"))
     ds_config["fp16"].update(task.get("fp16", {}))
+    if job.parallel.zero_stage == 3:  # DeepSpeed would keep all of a model this small on every rank
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
     ds_config["zero_optimization"].get("offload_param", {}).update(task.get("offload_param", {}))
     return start_engine(build_model(job, torch_dtype(dtype), ds_config, load_weights), ds_config)
