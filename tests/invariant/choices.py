@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
 from itertools import combinations, product
@@ -169,17 +169,20 @@ def every_pair() -> set[Pair]:
     }
 
 
-def cover(choices: Collection[Choice] | None = None) -> list[Choice]:
+def cover(choices: Collection[Choice] | None = None, begun: Sequence[Choice] = ()) -> list[Choice]:
     """Return combinations in which every two values meet that meet in any.
 
     Args:
         choices: Those to choose from; None for all.
+        begun: Combinations that are part of the answer in any case.
     """
     values = [list(each) for each in FACTORS.values()]
     if choices is None:
         return [tuple(row) for row in AllPairs(values)]
     beginnings = {choice[:length] for choice in choices for length in range(1, len(FACTORS) + 1)}
-    rows = [tuple(row) for row in AllPairs(values, filter_func=lambda row: tuple(row) in beginnings)]
+    before = [list(row) for row in begun]
+    found = AllPairs(values, filter_func=lambda row: tuple(row) in beginnings, previously_tested=before)
+    rows = [*begun, *(tuple(row) for row in found)]
     # AllPairs ends where a combination that it comes upon next brings nothing new.
     missing = {pair for choice in choices for pair in pairs_of(choice)}
     missing -= {pair for row in rows for pair in pairs_of(row)}

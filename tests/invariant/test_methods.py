@@ -6,7 +6,7 @@ Pairwise covers, of all combinations and of the allowed ones: every two values o
 
 from __future__ import annotations
 
-from itertools import chain, product
+from itertools import chain
 
 import pytest
 
@@ -39,7 +39,7 @@ def allowed(bench: Bench) -> list[Choice]:
 
 @pytest.fixture(scope="module")
 def verdicts(bench: Bench, allowed: list[Choice]) -> list[Verdict]:
-    return list(bench.verdicts([*choices.cover(allowed), *THREE]))
+    return list(bench.verdicts(choices.cover(allowed, THREE)))
 
 
 def with_pair(pair: Pair) -> Choice:
@@ -91,7 +91,9 @@ def test_each_remedy_of_a_refusal_removes_it(bench: Bench) -> None:
 def test_remedies_lead_to_a_job_that_is_accepted(bench: Bench, allowed: list[Choice]) -> None:
     pairs = sorted(never(allowed))
     assert pairs
-    for device, choice in product(("cuda", "cpu"), [*EVERYTHING, *map(with_pair, pairs)]):
+    jobs = [*EVERYTHING, *map(with_pair, pairs)]
+    on_cpu = [("cpu", choice) for choice in jobs if "fp16" in choice]
+    for device, choice in [*(("cuda", choice) for choice in jobs), *on_cpu]:
         document = choices.document_of(choice, bench.model)
         changed, accepted = choices.follow(document, device)
         assert bool(changed) == bool(choices.refusals(document, device))
