@@ -107,6 +107,9 @@ def fp32_weights(saved: Path, only_trained: bool = False) -> dict[str, Any]:
     Args:
         saved: A published checkpoint.
         only_trained: Whether frozen weights were left out of it.
+
+    Raises:
+        TrainingError: It is of an earlier version, which did not save all names.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -128,6 +131,11 @@ def _unpartitioned_weights(saved: Path) -> dict[str, Any]:
     weights = {name: first.setdefault(tensor.data_ptr(), tensor) for name, tensor in state["module"].items()}
     if "fp32_groups" not in state["optimizer"]:
         return weights
+    if checkpoint.FP32_NAMES not in state:
+        raise TrainingError(
+            f"{saved} does not say which of its fp32 weights is which, as an earlier version wrote it; "
+            "export it with that version"
+        )
     # By name: Muon's weights come in groups of their own, and quantised layers save more than weights.
     exact = (tensor.detach() for group in state["optimizer"]["fp32_groups"] for tensor in group)
     replaced = {
