@@ -159,6 +159,8 @@ def _problem_of_stored(kind: str, job: JobSpec) -> str | None:
         return (
             "is quantised already (gptq), and model.weights=random draws none such; use weights: pretrained"
         )
+    if job.method.use_dora:
+        return "is quantised already (gptq), which peft's DoRA cannot read; use use_dora: false"
     if job.parallel.zero_stage == 3:
         return (
             "is quantised already (gptq), and parallel.zero_stage=3 does not partition such weights; use "

@@ -80,6 +80,7 @@ def test_bits_are_stored_as_numbers_that_zero_3_can_partition() -> None:
 def test_weights_of_gptq_are_read_and_not_partitioned() -> None:
     assert str(quantization_problem(GPTQ, job(3))).endswith("use zero_stage: 2")
     assert str(quantization_problem(GPTQ, job(2, "random"))).endswith("use weights: pretrained")
+    assert str(quantization_problem(GPTQ, job(2, use_dora=True))).endswith("use use_dora: false")
     awq = SimpleNamespace(quantization_config={"quant_method": "awq", "bits": 4})
     assert "use a GPTQ checkpoint" in str(quantization_problem(awq, job(2)))
 
