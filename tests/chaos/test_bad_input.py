@@ -175,10 +175,15 @@ def test_dashboard_that_does_not_answer(tmp_path: Path) -> None:
 
 
 def test_submit_with_paths_that_do_not_travel(tmp_path: Path) -> None:
-    changes = {"data__train": [{"path": "../rows.json"}], "checkpoint__storage": "runs"}
+    (tmp_path / "model").mkdir()
+    changes = {
+        "data__train": [{"path": "../rows.json"}],
+        "checkpoint__storage": "runs",
+        "model__path": "./model",
+    }
     _write(tmp_path, job_text(tmp_path / "runs", **changes))
     done = orchestrator("submit", "job.yaml", "--address", "http://127.0.0.1:9", cwd=tmp_path)
-    _assert_clear(done, 2, "../rows.json", "checkpoint.storage=runs")
+    _assert_clear(done, 2, "../rows.json", "checkpoint.storage=runs", "model.path=./model")
 
 
 @pytest.fixture
