@@ -78,8 +78,8 @@ def _pack_working_dir(job: JobSpec, folder: Path) -> None:
     for field, path in (("model.path", job.model.path), ("method.adapter", job.method.adapter)):
         if path and not path.startswith(("builtin/", "/", "~")) and Path(path).exists():
             problems.append(
-                f"{field}={path} is a folder of this machine, and models do not travel; use the absolute path "
-                "of storage that every node sees"
+                f"{field}={path} is a folder of this machine, and models do not travel; use the absolute "
+                "path of storage that every node sees"
             )
     if not Path(job.checkpoint.storage).is_absolute():
         problems.append(
