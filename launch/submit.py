@@ -75,10 +75,10 @@ def _pack_working_dir(job: JobSpec, folder: Path) -> None:
         elif file.is_file():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, folder / file)
-    for field, path in (("model.path", job.model.path), ("method.adapter", job.method.adapter)):
-        if path and not path.startswith(("builtin/", "/", "~")) and Path(path).exists():
+    for field, place in (("model.path", job.model.path), ("method.adapter", job.method.adapter)):
+        if place and not place.startswith(("builtin/", "/", "~")) and Path(place).exists():
             problems.append(
-                f"{field}={path} is a folder of this machine, and models do not travel; use the absolute "
+                f"{field}={place} is a folder of this machine, and models do not travel; use the absolute "
                 "path of storage that every node sees"
             )
     if not Path(job.checkpoint.storage).is_absolute():
