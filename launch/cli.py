@@ -1,4 +1,4 @@
-"""The command `orchestrator`: validate, pack, train, bench, submit, export, render, report.
+"""The command `orchestrator`: validate, doctor, pack, train, bench, submit, export, render, report.
 
 Commands import what they need when they run, so that checking a job file answers in well under a second.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from orchestrator import jobfile
-from orchestrator.errors import OrchestratorError, SpecError, TrainingError
+from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
 
 app = typer.Typer(
     name="orchestrator",
@@ -100,6 +100,28 @@ def render(
         dtype = spec.model.dtype
         number_format = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
         _say(json.dumps(render_deepspeed(spec, number_format, kind), indent=2))
+
+
+@app.command(epilog="Example: orchestrator doctor --address auto --storage /mnt/shared/runs")
+def doctor(
+    address: Address = None,
+    storage: Annotated[
+        Path | None,
+        typer.Option(help="Folder that every node is to read and write, such as checkpoint.storage."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at every node before a job is given to it: GPUs, versions, storage, clocks, and an all-reduce."""
+    with _exit_codes():
+        from launch.examination import in_words
+        from orchestrator.train.doctor import examine
+
+        with redirect_stdout(sys.stderr):
+            found = examine(address, storage and storage.expanduser().absolute(), _tell)
+        _say(json.dumps(found.as_json()) if as_json else in_words(found))
+        problems = [each.sentence for each in found.findings if each.level == "problem"]
+        if problems:
+            raise ClusterError(*problems)
 
 
 @app.command(epilog="Example: orchestrator pack launch/jobs/quickstart.yaml --json")

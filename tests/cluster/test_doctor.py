@@ -1,0 +1,71 @@
+"""`orchestrator doctor` on two real Ray nodes: what it finds, and what it says of storage that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.testbed import Testbed, unavailable_reason
+from tests.conftest import ENVIRONMENT, ROOT
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[Testbed]:
+    reason = unavailable_reason()
+    if reason:
+        pytest.skip(reason)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with Testbed(nodes=2, cpus_per_node=1, env={"PATH": path, "PYTHONPATH": str(ROOT)}) as bed:
+        yield bed
+
+
+def doctor(bed: Testbed, *arguments: str, cwd: Path) -> tuple[int, str, str]:
+    """Run the command on the head, as a driver of the cluster."""
+    process = bed.run(
+        0,
+        [sys.executable, "-m", "launch.cli", "doctor", "--address", bed.gcs_address, *arguments],
+        cwd=cwd,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = process.communicate(timeout=240)
+    assert "Traceback" not in out + err, err
+    return process.returncode, out, err
+
+
+def test_two_nodes_are_looked_at_and_reduce_a_tensor(bed: Testbed, tmp_path: Path) -> None:
+    code, out, err = doctor(bed, "--storage", str(tmp_path / "shared"), "--json", cwd=tmp_path)
+    assert code == 0, err
+    found = json.loads(out)
+    assert sorted(node["node"] for node in found["nodes"]) == sorted(bed.addresses)
+    for node in found["nodes"]:
+        assert node["storage_problem"] is None
+        assert node["interface"] not in (None, "lo")
+        assert abs(node["skew_seconds"]) <= node["skew_error_seconds"] + 0.05, "it is one clock"
+        assert node["versions"]["torch"]
+    assert found["all_reduce"]["ranks"] == 2
+    assert found["all_reduce"]["backend"] == "gloo"
+    assert found["all_reduce"]["bus_gigabytes_per_second"] > 0
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_storage_that_cannot_be_written_is_a_problem_of_every_node(bed: Testbed, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, out, err = doctor(bed, "--storage", str(tmp_path / "file" / "runs"), cwd=tmp_path)
+    assert code == 3
+    assert "cluster error: 2 problems" in err
+    for address in bed.addresses:
+        assert address in err
+        assert address in out
+    assert "cannot be written (Not a directory)" in err
+    assert "all-reduce of 32 MiB over 2 ranks (gloo)" in out
