@@ -16,6 +16,8 @@ _PHASES = {"data": "#E69F00", "forward": "#56B4E9", "backward": "#0072B2", "opti
 _OTHER = "#CCCCCC"
 _LENGTH, _WORKERS = "data.max_length", "parallel.workers"
 _MOST_BARS = 40
+_LINE_INCHES = 0.18  # of a legend
+_LONGEST_OF_TWO = 48  # letters of a label that leave room for another beside it
 Series = Mapping[str, Sequence[Row]]
 
 
@@ -51,8 +53,11 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
             axes.spines[side].set_visible(False)
         paint(axes)
         figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
-        if axes.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower left", frameon=False, fontsize="small", ncols=2)
+        labels = axes.get_legend_handles_labels()[1]
+        if labels:
+            columns = 1 if max(map(len, labels)) > _LONGEST_OF_TWO else 2
+            figure.set_figheight(height + _LINE_INCHES * -(-len(labels) // columns))
+            figure.legend(loc="outside lower left", frameon=False, fontsize="small", ncols=columns)
         path = folder / f"{name}.svg"
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
@@ -135,7 +140,7 @@ def _memory(axes: Any, series: Series) -> None:
                 spot = {"marker": "X", "markersize": 9, "linestyle": "none", "markeredgecolor": "white"}
                 axes.plot([row.setting(_LENGTH)], [ceiling * 1.08], color=colour, label=label, **spot)
                 label = "_another"
-    axes.set_ylim(bottom=0.0)
+    axes.set_ylim(0.0, ceiling * 1.15 or None)
     _length_axis(axes, series)
     axes.set_ylabel("peak memory of the fullest worker, GiB")
 
@@ -149,7 +154,7 @@ def _rate(axes: Any, series: Series) -> None:
         axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(bottom=0.0)
     _length_axis(axes, series)
-    axes.set_ylabel("TGS, tokens/GPU/s (band: quartiles of the steps)")
+    axes.set_ylabel("TGS, tokens/GPU/s (band: quartiles)")
 
 
 def _scaling(axes: Any, series: Series) -> None:
