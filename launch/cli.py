@@ -201,14 +201,19 @@ def submit(
     job: JobFile,
     address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster, http://HEAD:8265.")],
     wait: Annotated[bool, typer.Option(help="Stream the log until the run ends.")] = True,
+    doctor: Annotated[bool, typer.Option(help="Look at every node before the training starts.")] = True,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Certificate of the authority that signed the dashboard's.")
+    ] = None,
     overrides: Overrides = [],
 ) -> None:
-    """Train a job on a cluster through Ray's job submission API."""
-    with _exit_codes("the job goes on; see it with `ray job status`, end it with `ray job stop`"):
+    """Train a job on a cluster through Ray's job submission API; a token is taken from RAY_AUTH_TOKEN."""
+    with _exit_codes("the job goes on; the commands above follow it and end it"):
         spec = jobfile.load(job, overrides)
+        from launch.submit import Head
         from launch.submit import submit as submit_job
 
-        raise typer.Exit(submit_job(spec, address, wait, _say))
+        raise typer.Exit(submit_job(spec, Head(address, certificate), wait, doctor, _say))
 
 
 @app.command(epilog="Example: orchestrator export runs/quickstart --to model")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from ray.exceptions import AuthenticationError
 
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, SpecError
@@ -18,23 +24,39 @@ from orchestrator.train.session import choose_auth_mode
 _PACKAGES = ("orchestrator", "cluster", "launch", "ds_configs")
 _LARGEST_DATA_BYTES = 64 * 2**20
 _POLL_SECONDS = 1.0
+_INTERRUPTED = 130
+_FAILURES = (ConnectionError, RuntimeError, ValueError, OSError, AuthenticationError)
 
 
-def submit(job: JobSpec, address: str, wait: bool, say: Callable[[str], None]) -> int:
+@dataclass(frozen=True)
+class Head:
+    """Where jobs are submitted.
+
+    Attributes:
+        address: Dashboard of the cluster, http://HEAD:8265 or https://HEAD.
+        certificate: File of the authority that signed the dashboard's certificate; None takes the system's.
+    """
+
+    address: str
+    certificate: Path | None = None
+
+
+def submit(job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable[[str], None]) -> int:
     """Submit a job and follow it.
 
     Args:
         job: The job. Data files with a relative path travel along; others must lie where nodes see them.
-        address: Dashboard of the cluster, http://HEAD:8265.
+        head: The cluster.
         wait: Whether to stream the log until the run ends.
+        look_first: Whether every node is looked at before the training starts, as `orchestrator doctor` does.
         say: Called with each line for the user.
 
     Returns:
         Exit code of the run; 0 at once where nothing waits for it.
 
     Raises:
-        ClusterError: The cluster cannot be reached.
-        SpecError: A data file is too large to travel.
+        ClusterError: The cluster cannot be reached, or does not let this user in.
+        SpecError: Something that the job names does not travel.
     """
     choose_auth_mode()
     from ray.job_submission import JobSubmissionClient
@@ -42,20 +64,48 @@ def submit(job: JobSpec, address: str, wait: bool, say: Callable[[str], None]) -
     with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
         _pack_working_dir(job, Path(folder))
         try:
-            client = JobSubmissionClient(address)
+            client = JobSubmissionClient(head.address, verify=str(head.certificate or "") or True)
             identity = client.submit_job(
-                entrypoint="python -m launch.cli train job.yaml --address auto",
+                entrypoint=entrypoint(job, look_first),
+                submission_id=f"{job.name}-{uuid.uuid4().hex[:8]}",
                 runtime_env={"working_dir": folder},
                 metadata={"orchestrator_run": job.name},
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ClusterError(
-                f"the Ray dashboard at {address} does not take the job ({reason}); check --address and that "
-                "the head is up"
-            ) from None
-    say(f"submitted {identity}; follow it with: ray job logs --address {address} --follow {identity}")
-    return _follow(client, identity, say) if wait else 0
+        except _FAILURES as error:
+            raise _refused(head.address, error) from None
+    say(f"submitted {identity}")
+    for what, words in (("follow", "logs --follow"), ("look", "status"), ("end", "stop")):
+        say(f"{what.ljust(6)} ray job {words} --address {head.address} {identity}")
+    return _follow(client, identity, head.address, say) if wait else 0
+
+
+def entrypoint(job: JobSpec, look_first: bool) -> str:
+    """Return the command that runs on the head, in the working directory that travelled there."""
+    train = "python -m launch.cli train job.yaml --address auto"
+    if not look_first:
+        return train
+    storage = shlex.quote(job.checkpoint.storage)
+    return f"python -m launch.cli doctor --address auto --storage {storage} && {train}"
+
+
+def _refused(address: str, error: Exception) -> ClusterError:
+    """Say why the dashboard does not take a job, and what to set."""
+    reason = " ".join(str(error).split())[:200]
+    if "Authentication" in reason:
+        return ClusterError(
+            f"the Ray dashboard at {address} asks for a token, and "
+            + ("has none" if "required" in reason else "does not know the one that it is given")
+            + "; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
+        )
+    if "CERTIFICATE" in reason.upper():
+        return ClusterError(
+            f"the certificate of the Ray dashboard at {address} is not trusted ({reason}); name the "
+            "authority's certificate with --certificate"
+        )
+    return ClusterError(
+        f"the Ray dashboard at {address} does not take the job ({reason}); check --address and that the head "
+        "is up"
+    )
 
 
 def _pack_working_dir(job: JobSpec, folder: Path) -> None:
@@ -90,26 +140,43 @@ def _pack_working_dir(job: JobSpec, folder: Path) -> None:
         raise SpecError(*problems)
 
 
-def _follow(client: Any, identity: str, say: Callable[[str], None]) -> int:
-    """Print the log as it grows, and return the exit code of the run."""
+def _follow(client: Any, identity: str, address: str, say: Callable[[str], None]) -> int:
+    """Print the log as it grows, and return the exit code of the run; Ctrl-C asks once whether to end it."""
     shown = 0
     while True:
         try:
             details = client.get_job_info(identity)
             log = client.get_job_logs(identity)
-        except (ConnectionError, RuntimeError, OSError) as error:
+            fresh = log[shown:]
+            if fresh:
+                say(fresh.rstrip("\n"))
+                shown = len(log)
+            if details.status.is_terminal():
+                break
+            time.sleep(_POLL_SECONDS)
+        except KeyboardInterrupt:
+            if not _wants_to_stop(identity):
+                raise
+            client.stop_job(identity)
+            say(f"{identity} is told to stop; it saves nothing more, and goes on when it is submitted again")
+        except _FAILURES as error:
             raise ClusterError(
                 f"lost the cluster while following {identity} ({' '.join(str(error).split())[:200]}); the "
-                "run may go on: submit the same job again to resume it"
+                f"run may go on: ray job logs --follow --address {address} {identity}, or submit the same "
+                "job again to resume it"
             ) from None
-        fresh = log[shown:]
-        if fresh:
-            say(fresh.rstrip("\n"))
-            shown = len(log)
-        if details.status.is_terminal():
-            break
-        time.sleep(_POLL_SECONDS)
     if details.status == "SUCCEEDED":
         return 0
+    if details.status == "STOPPED":
+        return _INTERRUPTED
     code = details.driver_exit_code
     return code if code else ClusterError.exit_code
+
+
+def _wants_to_stop(identity: str) -> bool:
+    """Ask a person whether the job is to end as well; nobody there means no, and so does another Ctrl-C."""
+    if not sys.stdin.isatty():
+        return False
+    sys.stderr.write(f"\nend {identity} as well? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

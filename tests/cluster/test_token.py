@@ -1,0 +1,55 @@
+"""A head that asks for a token: a job is taken with it, and without it the error says what to set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.testbed import Testbed, unavailable_reason
+from tests.conftest import job_text, orchestrator
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5f" * 32}
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[Testbed]:
+    reason = unavailable_reason()
+    if reason:
+        pytest.skip(reason)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with Testbed(nodes=1, cpus_per_node=2, env={"PATH": path, "PYTHONPATH": "", **TOKEN}) as bed:
+        yield bed
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token, and has none; set RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": "00" * 32}, "does not know the one that it is given; set RAY_AUTH_TOKEN"),
+    ],
+)
+def test_without_the_token_a_job_is_refused(
+    given: dict[str, str], words: str, bed: Testbed, tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs"))
+    done = orchestrator("submit", "job.yaml", "--address", bed.dashboard_url, cwd=tmp_path, **given)
+    assert done.code == 3
+    assert words in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_with_the_token_the_nodes_are_looked_at_and_the_job_trains(bed: Testbed, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs", optim__max_steps=2))
+    command = ("submit", "job.yaml", "--address", bed.dashboard_url)
+    done = orchestrator(*command, cwd=tmp_path, timeout=400, **TOKEN)
+    assert done.code == 0, f"{done.out[-4000:]}\n{done.err[-4000:]}"
+    lines = done.out.splitlines()
+    assert lines[0].startswith("submitted run-")
+    assert lines[1].startswith(f"follow ray job logs --follow --address {bed.dashboard_url} run-")
+    assert "ready" in lines, "what the doctor found comes first"
+    assert (tmp_path / "runs" / "run" / "report.json").exists()
