@@ -240,12 +240,17 @@ class RunSpec(Section):
 
 
 class MetricsSpec(Section):
-    """Where Prometheus finds the run."""
+    """Where the run's numbers are found, besides its folder."""
 
     port: Annotated[int, Field(ge=0, le=65535)] | None = 9400
     """Port of the endpoint on the driver's node; 0 takes a free one, null opens none."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address that the endpoint listens on; 0.0.0.0 for scraping from other machines."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """What else draws them: tensorboard into the run's folder; wandb and mlflow where their environment
+    variables say."""
+    project: Name = "orchestrator"
+    """Project of Weights & Biases, experiment of MLflow."""
 
 
 class JobSpec(Section):

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from orchestrator.errors import (
     TrainingError,
 )
 from orchestrator.metrics.exporter import endpoint_error
+from orchestrator.metrics.trackers import Trackers, require_packages
 from orchestrator.model.base import identity
 from orchestrator.model.build import load_config, require_supported
 from orchestrator.parallel.deepspeed import fit_buffers, render
@@ -96,6 +98,7 @@ def _train(
 ) -> dict[str, Any]:
     watch, note = tell
     require_bitsandbytes(job.optim.optimizer)
+    require_packages(job.metrics.trackers)
     count = require_supported(job)
     if job.method.type == "lora":
         folder.require_same_base(home, identity(job))
@@ -261,7 +264,7 @@ def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:
     recorder = (
         ray.remote(Recorder)
         .options(**options)
-        .remote(home, job.name, lease, job.metrics.host, job.metrics.port)
+        .remote(home, job.name, lease, job.metrics.host, job.metrics.port, _trackers(job, home))
     )
     try:
         _get(recorder.status.remote())
@@ -270,6 +273,12 @@ def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:
             f"the recorder cannot be started ({_first_line(error)}); see metrics.port"
         ) from None
     return recorder
+
+
+def _trackers(job: JobSpec, home: Path) -> Callable[[Note], Trackers]:
+    return partial(
+        Trackers, job.metrics.trackers, job.name, job.metrics.project, home, job.model_dump(mode="json")
+    )
 
 
 def _fit(brief: Brief, recorder: Any, watch: Watch) -> None:

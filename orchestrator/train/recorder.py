@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.metrics.exporter import Exporter, RankLabels
 from orchestrator.metrics.meter import RankStep, eta_seconds, rank_values, step_values
+from orchestrator.metrics.trackers import Trackers
 from orchestrator.train.lease import Lease
 
 STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
@@ -60,12 +61,23 @@ class Recorder:
         lease: The driver's lease, refreshed whenever the driver asks for the status.
         host: Address of the endpoint.
         port: Port of the endpoint; None opens none.
+        trackers: Makes what else draws the numbers, given where to complain.
     """
 
-    def __init__(self, folder: Path, run: str, lease: Lease, host: str, port: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: str,
+        lease: Lease,
+        host: str,
+        port: int | None,
+        trackers: Callable[[Callable[[str], None]], Trackers],
+    ) -> None:
         self._folder, self._lease = folder, lease
         self._exporter = Exporter(run, host, port) if port is not None else None
         self._status = Status(metrics_port=self._exporter.port if self._exporter else None)
+        self._notes: deque[str] = deque()  # trackers add to it from their thread
+        self._trackers = trackers(self._notes.append)
         self._workers: list[WorkerInfo] = []
         self._checkpoint_seconds = 0.0
         self._recent: deque[float] = deque(maxlen=20)
@@ -146,6 +158,7 @@ class Recorder:
         self._recent.append(seconds)
         self._status.step, self._status.latest = step, row
         self._status.eta_seconds = eta_seconds(step, self._status.steps, self._recent)
+        self._trackers.log(step, {name: value for name, value in row.items() if name != "step"})
         if self._exporter:
             each = [rank_values(rank, seconds, peak) for rank, peak in zip(ranks, peaks, strict=True)]
             self._exporter.set_ranks(each, [rank.flops_model for rank in ranks])
@@ -156,6 +169,7 @@ class Recorder:
         self._require_current(attempt)
         _append(self._folder / EVALUATIONS, {"step": step, "evaluation_loss": loss, "attempt": attempt})
         self._note(f"step {step}: evaluation loss {loss:.4f}")
+        self._trackers.log(step, {"evaluation_loss": loss})
         if self._exporter:
             self._exporter.set_run({"evaluation_loss": loss})
 
@@ -188,20 +202,21 @@ class Recorder:
         """Return where the run stands, and keep the driver's lease alive."""
         if self._lease.is_held(self._folder):
             self._lease.refresh(self._folder)
-        status, self._status.notes = Status(**vars(self._status)), ()
-        return status
+        notes = tuple(self._notes.popleft() for _ in range(len(self._notes)))
+        return Status(**{**vars(self._status), "notes": notes})
 
     def checkpoint_seconds(self) -> float:
         """Return the seconds that checkpoints took since the driver started."""
         return self._checkpoint_seconds
 
     def close(self) -> None:
-        """Stop serving metrics."""
+        """Stop serving metrics, and write what trackers have not."""
+        self._trackers.close()
         if self._exporter:
             self._exporter.close()
 
     def _note(self, text: str) -> None:
-        self._status.notes += (text,)
+        self._notes.append(text)
 
     def _announce(self) -> None:
         """Show the current attempt, and withdraw what the one before has shown."""
