@@ -1,0 +1,57 @@
+"""A submitted job that is stopped, and one whose whole cluster goes, go on when submitted again by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.testbed import Testbed, unavailable_reason
+from tests.conftest import Observed, job_text, losses, orchestrator, step_rows, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+
+
+def cluster() -> Testbed:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return Testbed(nodes=1, cpus_per_node=2, env={"PATH": path, "PYTHONPATH": ""})
+
+
+def submitted(bed: Testbed, folder: Path, *more: str) -> str:
+    """Submit the job, and return its identity."""
+    command = ("submit", "job.yaml", "--address", bed.dashboard_url, "--no-doctor", *more)
+    done = orchestrator(*command, cwd=folder, timeout=400)
+    assert done.code == 0, f"{done.out[-4000:]}\n{done.err[-4000:]}"
+    return done.out.splitlines()[0].removeprefix("submitted ")
+
+
+def test_a_job_goes_on_wherever_it_was_ended(undisturbed_run: Observed, tmp_path: Path) -> None:
+    reason = unavailable_reason()
+    if reason:
+        pytest.skip(reason)
+    from ray.job_submission import JobSubmissionClient
+
+    run = tmp_path / "runs" / "run"
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs", checkpoint__every_steps=2))
+    with cluster() as bed:
+        first = submitted(bed, tmp_path, "--no-wait")
+        wait_until(lambda: len(step_rows(run)) >= 3, 240, "three steps done")
+        client = JobSubmissionClient(bed.dashboard_url)
+        client.stop_job(first)  # its operator ends it
+        wait_until(lambda: client.get_job_status(first).is_terminal(), 60, "the job stopped")
+        assert client.get_job_status(first) == "STOPPED"
+        stopped_at = len(step_rows(run))
+        submitted(bed, tmp_path, "--no-wait")
+        wait_until(lambda: len(step_rows(run)) >= stopped_at + 3, 240, "three more steps done")
+    # A deadline has ended the cluster, with all that was on it.
+    with cluster() as bed:
+        submitted(bed, tmp_path)
+    report = json.loads((run / "report.json").read_text())
+    attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    assert len(attempts) == 3
+    assert 0 < attempts[1]["start_step"] < attempts[2]["start_step"]
+    assert report["restarts"] == 2
+    assert losses(run) == pytest.approx(losses(undisturbed_run.folder), rel=1e-5)
