@@ -1,0 +1,73 @@
+"""Parameters counted from config.json alone agree with the model that the driver builds to count them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.jobfile import parse
+from orchestrator.model.build import require_supported
+from orchestrator.plan.host_memory import ParameterCount
+from orchestrator.plan.parameters import parameter_count
+from orchestrator.spec import JobSpec, MethodSpec
+
+SIZES = {
+    "hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 2816, "vocab_size": 8000,
+}  # fmt: skip
+TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+
+
+def job_of(folder: Path, method: str) -> JobSpec:
+    return parse(
+        f"name: j\nmodel: {{path: {folder}, weights: random}}\nmethod: {method}\n"
+        "data: {train: [{path: d}], max_length: 512}\n"
+    )
+
+
+def saved(family: str, folder: Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    # What is written leaves out what the family has by default, as published models do.
+    AutoConfig.for_model(family, **SIZES, **TOKENS).save_pretrained(folder)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "{type: full}",
+        "{type: lora, rank: 16}",
+        "{type: lora, targets: attention, use_dora: true}",
+        "{type: lora, targets: [o_proj, up_proj]}",
+        "{type: lora, train_embeddings: true}",
+    ],
+)
+def test_a_llama_is_counted_to_the_parameter(method: str, tmp_path: Path) -> None:
+    config, job = saved("llama", tmp_path), job_of(tmp_path, method)
+    assert parameter_count(config, job.method) == require_supported(job)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "mistral", "olmo2", "phi3", "qwen2"])
+@pytest.mark.parametrize("method", ["{type: full}", "{type: lora}"])
+def test_other_families_are_counted_within_a_thousandth(family: str, method: str, tmp_path: Path) -> None:
+    config, job = saved(family, tmp_path), job_of(tmp_path, method)
+    mine, exact = parameter_count(config, job.method), require_supported(job)
+    assert mine is not None
+    assert exact is not None
+    assert mine.total == pytest.approx(exact.total, rel=1e-3)
+    assert mine.trained == pytest.approx(exact.trained, rel=1e-3)
+    assert mine.largest == exact.largest
+
+
+def test_a_family_that_is_not_known_is_not_counted() -> None:
+    assert parameter_count({"model_type": "gpt2"}, MethodSpec()) is None
+
+
+def test_names_that_are_not_known_may_stand_for_every_module(tmp_path: Path) -> None:
+    config = {"model_type": "llama", **SIZES}
+    unknown = parameter_count(config, MethodSpec(type="lora", targets=("wqkv",)))
+    assert unknown == parameter_count(config, MethodSpec(type="lora"))
+    assert isinstance(unknown, ParameterCount)
