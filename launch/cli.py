@@ -82,21 +82,62 @@ def validate(
     _say(f"{len(jobs)} job file{'s' if len(jobs) > 1 else ''} valid")
 
 
-@app.command(epilog="Example: orchestrator render --target deepspeed launch/jobs/quickstart.yaml")
+@app.command(
+    epilog="Example: orchestrator render --target deepspeed launch/jobs/quickstart.yaml; "
+    "orchestrator render --target rayjob job.yaml --gpus-per-node 8 > rayjob.yaml"
+)
 def render(
     job: JobFile,
-    target: Annotated[Literal["deepspeed"], typer.Option(help="What to print.")] = "deepspeed",
+    target: Annotated[
+        Literal["deepspeed", "rayjob"],
+        typer.Option(help="What to print: DeepSpeed's configuration, or a RayJob for Kubernetes."),
+    ] = "deepspeed",
     device: Annotated[
         Literal["cuda", "cpu"] | None, typer.Option(help="Device kind where the job says auto.")
     ] = None,
     overrides: Overrides = [],
+    image: Annotated[str | None, typer.Option(help="rayjob: image of all pods.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="rayjob: GPUs of a node, one worker each; 8 if not given.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="rayjob, on CPU: pods of workers; 1 if not given.")
+    ] = None,
+    cpus_per_node: Annotated[int | None, typer.Option(help="rayjob: processors of a pod of workers.")] = None,
+    memory_per_node: Annotated[
+        int | None, typer.Option(help="rayjob: GiB of memory of a pod of workers.")
+    ] = None,
+    claim: Annotated[str, typer.Option(help="rayjob: claim of the shared volume.")] = "orchestrator-shared",
+    mount: Annotated[str, typer.Option(help="rayjob: where it is mounted.")] = "/mnt/shared",
+    namespace: Annotated[str | None, typer.Option(help="rayjob: namespace of the objects.")] = None,
+    deadline_hours: Annotated[int, typer.Option(help="rayjob: hours after which a try is ended.")] = 168,
 ) -> None:
     """Print what would be used, and apply nothing."""
-    from orchestrator.parallel.deepspeed import render as render_deepspeed
-
     with _exit_codes():
         spec = jobfile.load(job, overrides)
         kind = device or ("cuda" if spec.parallel.device == "auto" else spec.parallel.device)
+        from launch.kubernetes_size import Wanted
+
+        wanted = Wanted(
+            image,
+            gpus_per_node,
+            nodes,
+            cpus_per_node,
+            memory_per_node,
+            claim,
+            mount,
+            namespace,
+            deadline_hours,
+        )
+        if target == "rayjob":
+            from launch.kubernetes import manifest
+
+            _say(manifest(spec, wanted, kind).rstrip("\n"))
+            return
+        if wanted != Wanted():
+            raise SpecError(f"target={target} takes no options of pods and nodes; add --target rayjob")
+        from orchestrator.parallel.deepspeed import render as render_deepspeed
+
         dtype = spec.model.dtype
         number_format = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
         _say(json.dumps(render_deepspeed(spec, number_format, kind), indent=2))

@@ -20,6 +20,7 @@ LIGHT_COMMANDS = [
     ["--help"],
     ["validate", str(QUICKSTART)],
     ["render", "--target", "deepspeed", str(QUICKSTART)],
+    ["render", "--target", "rayjob", str(QUICKSTART), "--set", "checkpoint.storage=/mnt/shared/runs"],
 ]
 PROBE = """
 import sys

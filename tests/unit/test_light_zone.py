@@ -21,6 +21,9 @@ LIGHT = [
     "orchestrator.metrics.flops",
     "orchestrator.metrics.meter",
     "orchestrator.bench.report",
+    "launch.kubernetes",
+    "launch.kubernetes_size",
+    "launch.kubernetes_lint",
     *(
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
         for file in (ROOT / "orchestrator/plan").glob("*.py")
