@@ -1,0 +1,82 @@
+"""Images are of the versions that everything else is of; no test builds them."""
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.kubernetes import IMAGES, RAY_VERSION, rayjob_spec
+from launch.kubernetes_size import Wanted, size_of
+from orchestrator import jobfile
+from tests.conftest import ROOT
+
+DOCKERFILES = {kind: ROOT / "k8s" / "images" / f"Dockerfile.{kind}" for kind in IMAGES}
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PINS = dict(
+    line.split("==") for line in (ROOT / "constraints" / "cpu.txt").read_text().split() if "==" in line
+)
+
+
+def lines_of(file: Path) -> list[str]:
+    """Return a Dockerfile's instructions, each on one line."""
+    text = re.sub(r"\\\n\s*", "", file.read_text())
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def test_ray_is_the_one_installed_and_pinned() -> None:
+    assert metadata.version("ray") == PINS["ray"] == RAY_VERSION
+
+
+def test_the_tags_are_those_of_this_version() -> None:
+    version = PROJECT["project"]["version"]
+    assert {kind: f"orchestrator:{version}-{kind}" for kind in ("cuda", "cpu")} == IMAGES
+    readme = (ROOT / "k8s" / "README.md").read_text()
+    for kind, file in DOCKERFILES.items():
+        command = rf"docker build -f {file.relative_to(ROOT)}\s+-t {re.escape(IMAGES[kind])}\s+\."
+        assert re.search(command, readme)
+        assert re.search(command, file.read_text())
+
+
+@pytest.mark.parametrize("kind", sorted(IMAGES))
+def test_versions_are_those_of_constraints_and_project(kind: str) -> None:
+    lines = lines_of(DOCKERFILES[kind])
+    assert f"ARG RAY_VERSION={PINS['ray']}" in lines
+    (base,) = [line for line in lines if line.startswith("FROM python:")]
+    assert base == f"FROM python:{PROJECT['tool']['mypy']['python_version']}-slim-bookworm"
+    (install,) = [line for line in lines if "pip install" in line]
+    assert "--constraint constraints/cpu.txt" in install
+    # Whatever version stands in a Dockerfile is one that a pin could contradict.
+    assert re.findall(r"[\w-]+==[\d.]+", "\n".join(lines)) == []
+
+
+@pytest.mark.parametrize("kind", sorted(IMAGES))
+def test_all_that_is_installed_is_copied_and_there(kind: str) -> None:
+    lines = lines_of(DOCKERFILES[kind])
+    copied = [
+        name
+        for line in lines
+        if line.startswith("COPY ") and "--from" not in line
+        for name in line.split()[1:-1]
+    ]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert {*packages, "constraints", "pyproject.toml", "README.md"} <= set(copied)
+    asked = re.findall(r"\.\[([\w,]+)\]|EXTRAS=([\w,]+)", "\n".join(lines))
+    extras = {extra for found in asked for part in found for extra in part.split(",") if extra}
+    assert extras
+    assert extras <= set(PROJECT["project"]["optional-dependencies"])
+
+
+@pytest.mark.parametrize("kind", sorted(IMAGES))
+def test_pods_run_as_the_user_of_the_image_in_its_home(kind: str) -> None:
+    job = jobfile.load(ROOT / "k8s" / "base" / "job.yaml")
+    head = rayjob_spec(job, Wanted(), size_of(job, Wanted(), "cpu"), "c")["rayClusterSpec"]["headGroupSpec"]
+    pod = head["template"]["spec"]
+    user, group = pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsGroup"]
+    home = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}["HOME"]
+    lines = lines_of(DOCKERFILES[kind])
+    assert f"USER {user}:{group}" in lines
+    assert f"WORKDIR {home}" in lines
