@@ -94,7 +94,7 @@ def _refused(address: str, error: Exception) -> ClusterError:
     if "Authentication" in reason:
         return ClusterError(
             f"the Ray dashboard at {address} asks for a token, and "
-            + ("has none" if "required" in reason else "does not know the one that it is given")
+            + ("has none" if "Authentication required" in reason else "does not know the one that it is given")
             + "; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
         )
     if "CERTIFICATE" in reason.upper():
