@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from cluster.auth import choose_auth_mode
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
 
@@ -53,6 +54,7 @@ def _fail(text: str, code: int) -> NoReturn:
 @contextmanager
 def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
     """Turn errors into one block on stderr and an exit code: 2 file, 3 machines, 4 run, 130 Ctrl-C."""
+    choose_auth_mode()  # before a command imports Ray
     try:
         yield
     except OrchestratorError as error:

@@ -19,7 +19,6 @@ from ray.exceptions import AuthenticationError
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.spec import JobSpec
-from orchestrator.train.session import choose_auth_mode
 
 _PACKAGES = ("orchestrator", "cluster", "launch", "ds_configs")
 _LARGEST_DATA_BYTES = 64 * 2**20
@@ -58,7 +57,6 @@ def submit(job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable
         ClusterError: The cluster cannot be reached, or does not let this user in.
         SpecError: Something that the job names does not travel.
     """
-    choose_auth_mode()
     from ray.job_submission import JobSubmissionClient
 
     with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
@@ -94,7 +92,7 @@ def _refused(address: str, error: Exception) -> ClusterError:
     if "Authentication" in reason:
         return ClusterError(
             f"the Ray dashboard at {address} asks for a token, and "
-            + ("has none" if "Authentication required" in reason else "does not know the one that it is given")
+            + ("has none" if "Authentication required" in reason else "does not know the one that it has")
             + "; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
         )
     if "CERTIFICATE" in reason.upper():

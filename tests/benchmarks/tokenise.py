@@ -101,7 +101,7 @@ def measure(rows: int, with_peers: bool) -> dict[str, Any]:
     """Return all figures of a run."""
     import ray
 
-    from orchestrator.train.session import choose_auth_mode
+    from cluster.auth import choose_auth_mode
 
     choose_auth_mode()
     home = Path(tempfile.mkdtemp(prefix="tokenise-"))

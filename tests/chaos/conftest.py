@@ -16,8 +16,8 @@ def tokenising() -> Iterator[ModuleType]:
     """Start a local Ray in this process, so that what the driver does can be got at."""
     import ray
 
+    from cluster.auth import choose_auth_mode
     from orchestrator.data import tokenize
-    from orchestrator.train.session import choose_auth_mode
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_AUTH_MODE", "")):

@@ -30,7 +30,7 @@ def bed() -> Iterator[Testbed]:
     ("given", "words"),
     [
         ({"RAY_AUTH_MODE": "disabled"}, "asks for a token, and has none; set RAY_AUTH_TOKEN"),
-        ({"RAY_AUTH_TOKEN": "00" * 32}, "does not know the one that it is given; set RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": "00" * 32}, "does not know the one that it has; set RAY_AUTH_TOKEN"),
     ],
 )
 def test_without_the_token_a_job_is_refused(

@@ -111,7 +111,7 @@ def test_the_nodes_are_looked_at_first_unless_told_otherwise() -> None:
     ("error", "words"),
     [
         (AuthenticationError("Authentication required: Unauthorized"), "has none; set RAY_AUTH_TOKEN"),
-        (AuthenticationError("Authentication failed: Forbidden. A token is required"), "does not know the one that it is given"),
+        (AuthenticationError("Authentication failed: a token is required"), "the one that it has"),
         (OSError("SSLError: CERTIFICATE_VERIFY_FAILED"), "with --certificate"),
         (ConnectionError("refused"), "check --address"),
     ],
