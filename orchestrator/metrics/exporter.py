@@ -3,24 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from threading import Thread
+from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+import numpy as np
 
 from orchestrator.errors import ClusterError
 from orchestrator.metrics import catalogue
+from orchestrator.metrics.catalogue import PREFIX
+from orchestrator.metrics.endpoint import Endpoint
+from orchestrator.metrics.exposition import Histogram, header, labelled, sample, samples
+from orchestrator.metrics.meter import FloatArray
+
+_RANK_GAUGES = tuple(
+    metric for metric in (*catalogue.STEP_METRICS, *catalogue.DEVICE_METRICS) if metric.scope == "rank"
+)
+_RUN_GAUGES = tuple(
+    metric for metric in (*catalogue.STEP_METRICS, *catalogue.RUN_METRICS) if metric.scope == "run"
+)
+_RUN_NAMES = frozenset(metric.name for metric in _RUN_GAUGES)
+_LASTING = frozenset(metric.name for metric in _RUN_GAUGES if metric.lasting)
 
 
 @dataclass(frozen=True)
 class RankLabels:
-    """Who a worker is, as the labels `node`, `rank` and `gpu` say it."""
+    """Who a worker is, as the labels `node`, `rank` and `gpu` say it, and the memory of its device."""
 
     node: str
     rank: str
     gpu: str
+    memory_limit_bytes: float | None = None
+
+
+@dataclass
+class _Attempt:
+    """What is shown of one attempt. Arrays are replaced, never changed: a scrape may be reading them."""
+
+    run: str
+    number: str
+    labels: tuple[str, ...] = ()
+    memory_limits: FloatArray | None = None
+    info: str | None = None
+    values: dict[str, float] = field(default_factory=dict)
+    columns: Mapping[str, FloatArray] = field(default_factory=dict)
+    rank_counters: dict[str, FloatArray] = field(default_factory=dict)
+    run_counters: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, Histogram] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """Return all series as text."""
+        who = (self.run, self.number)
+        of_run = labelled(catalogue.RUN_LABELS, who)
+        parts = []
+        for metric in _RUN_GAUGES:
+            if metric.name in self.values:
+                parts.append(header(PREFIX + metric.name, "gauge", metric.help))
+                parts.append(sample(PREFIX + metric.name, of_run, self.values[metric.name]))
+        for metric in _RANK_GAUGES:
+            if metric.name in self.columns:
+                parts.append(header(PREFIX + metric.name, "gauge", metric.help))
+                parts.append(samples(PREFIX + metric.name, self.labels, self.columns[metric.name]))
+        for metric in (*catalogue.COUNTERS, *catalogue.RUN_COUNTERS):
+            name = f"{PREFIX}{metric.name}_total"
+            if metric.name in self.rank_counters:
+                parts.append(header(name, "counter", metric.help))
+                parts.append(samples(name, self.labels, self.rank_counters[metric.name]))
+            if metric.name in self.run_counters:
+                parts.append(header(name, "counter", metric.help))
+                parts.append(sample(name, of_run, self.run_counters[metric.name]))
+        if self.phases:
+            name = PREFIX + catalogue.PHASE_SECONDS.name
+            parts.append(header(name, "histogram", catalogue.PHASE_SECONDS.help))
+            for phase, histogram in self.phases.items():
+                parts.append(histogram.text(name, catalogue.PHASE_LABELS, (*who, phase)))
+        if self.info is not None:
+            name = PREFIX + catalogue.INFO.name
+            parts.append(header(name, "gauge", catalogue.INFO.help) + sample(name, self.info, 1.0))
+        return "".join(parts)
 
 
 class Exporter:
@@ -36,34 +96,10 @@ class Exporter:
     """
 
     def __init__(self, run: str, host: str, port: int) -> None:
-        self._run = run
-        self._registry = CollectorRegistry(auto_describe=True)
-        self._ranks: tuple[RankLabels, ...] = ()
-        self._attempt = "0"
-        scopes = {"rank": catalogue.RANK_LABELS, "run": catalogue.RUN_LABELS}
-        self._gauges = {
-            metric.name: Gauge(
-                catalogue.PREFIX + metric.name, metric.help, scopes[metric.scope], registry=self._registry
-            )
-            for metric in (*catalogue.STEP_METRICS, *catalogue.RUN_METRICS)
-        }
-        self._scope = {m.name: m.scope for m in (*catalogue.STEP_METRICS, *catalogue.RUN_METRICS)}
-        self._counters = {
-            metric.name: Counter(
-                catalogue.PREFIX + metric.name, metric.help, catalogue.RANK_LABELS, registry=self._registry
-            )
-            for metric in catalogue.COUNTERS
-        }
-        self._info = Gauge(
-            catalogue.PREFIX + catalogue.INFO.name,
-            catalogue.INFO.help,
-            catalogue.INFO_LABELS,
-            registry=self._registry,
-        )
-        self._server: WSGIServer
-        self._thread: Thread
+        self._run, self._lock = run, Lock()
+        self._attempt = _Attempt(run, "0")
         try:
-            self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
+            self._endpoint = Endpoint(host, port, self.text)
         except (OSError, UnicodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "no host name"
             raise endpoint_error(host, port, reason) from None
@@ -71,41 +107,95 @@ class Exporter:
     @property
     def port(self) -> int:
         """Port that is served."""
-        return int(self._server.server_port)
+        return self._endpoint.port
+
+    def text(self) -> str:
+        """Return all series in Prometheus' text format."""
+        with self._lock:
+            now = self._attempt
+            copy = replace(now, values=dict(now.values), rank_counters=dict(now.rank_counters))
+        return copy.text()
 
     def begin_attempt(self, attempt: int, ranks: Sequence[RankLabels], info: Mapping[str, Any]) -> None:
-        """Withdraw the series of the attempt before, and say what this one is."""
-        for metric in (*self._gauges.values(), *self._counters.values(), self._info):
-            metric.clear()
-        self._attempt, self._ranks = str(attempt), tuple(ranks)
+        """Withdraw the series of the attempt before, and say what this one is.
+
+        Counters stand at 0 before the first step, so that Prometheus counts that step too: of a series that
+        appears with a value it takes this value for the past.
+        """
+        number = str(attempt)
         chosen = {name: str(info[name]) for name in catalogue.INFO_LABELS if name in info}
-        self._info.labels(**{**chosen, "run": self._run, "attempt": self._attempt}).set(1)
+        chosen |= {"run": self._run, "attempt": number}
+        shown = _Attempt(
+            self._run,
+            number,
+            labels=tuple(
+                labelled(catalogue.RANK_LABELS, (self._run, number, each.node, each.rank, each.gpu))
+                for each in ranks
+            ),
+            memory_limits=np.array(
+                [np.nan if each.memory_limit_bytes is None else each.memory_limit_bytes for each in ranks]
+            ),
+            info=labelled(tuple(chosen), tuple(chosen.values())),
+            rank_counters={metric.name: np.zeros(len(ranks)) for metric in catalogue.COUNTERS},
+            run_counters={metric.name: 0.0 for metric in catalogue.RUN_COUNTERS},
+            phases={phase: Histogram(catalogue.PHASE_BOUNDS_SECONDS) for phase in catalogue.PHASES},
+        )
+        with self._lock:
+            self._attempt = shown
+
+    def end_attempt(self) -> None:
+        """Withdraw what was true only while the workers of the attempt lived.
+
+        Counters stay, and stand still, until the next attempt begins: a scrape may not have seen them yet.
+        """
+        with self._lock:
+            self._attempt.columns = {}
+            self._attempt.values = {
+                name: value for name, value in self._attempt.values.items() if name in _LASTING
+            }
 
     def set_run(self, values: Mapping[str, float]) -> None:
         """Set series that stand for the whole run; others in `values` are passed over."""
-        for name, value in values.items():
-            if self._scope.get(name) == "run":
-                self._gauges[name].labels(self._run, self._attempt).set(value)
+        with self._lock:
+            self._attempt.values |= {name: value for name, value in values.items() if name in _RUN_NAMES}
 
-    def set_ranks(self, rows: Sequence[Mapping[str, float]], flops: Sequence[float]) -> None:
-        """Set each rank's series from its row and count its tokens and FLOPs."""
-        for labels, row, done in zip(self._ranks, rows, flops, strict=True):
-            who = (self._run, self._attempt, labels.node, labels.rank, labels.gpu)
-            for name, gauge in self._gauges.items():
-                if self._scope[name] != "rank":
-                    continue
-                if name in row:
-                    gauge.labels(*who).set(row[name])
-                else:  # what is not known of this step must not look as if it were
-                    gauge.remove_by_labels(dict(zip(catalogue.RANK_LABELS, who, strict=True)))
-            self._counters["processed_tokens"].labels(*who).inc(row["tokens"])
-            self._counters["processed_flops"].labels(*who).inc(done)
+    def set_ranks(self, columns: Mapping[str, FloatArray], flops: FloatArray) -> None:
+        """Set the series of all ranks, and count their tokens and FLOPs.
+
+        Args:
+            columns: Values by name and rank. What is NaN, or is not among them, is not shown: what is not
+                known of this step must not look as if it were.
+            flops: FLOPs of each rank's step.
+
+        Raises:
+            ValueError: There are not as many values as ranks.
+        """
+        shown = self._attempt
+        for name, column in {**columns, "processed_flops": flops}.items():
+            if len(column) != len(shown.labels):
+                raise ValueError(f"{name} has {len(column)} values for {len(shown.labels)} ranks")
+        if shown.memory_limits is not None:
+            columns = {**columns, "memory_limit_bytes": shown.memory_limits}
+        counted = shown.rank_counters
+        with self._lock:
+            shown.columns = columns
+            counted["processed_tokens"] = counted["processed_tokens"] + columns["tokens"]
+            counted["processed_flops"] = counted["processed_flops"] + flops
+
+    def count(self, amounts: Mapping[str, float]) -> None:
+        """Add to counters of the whole run."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._attempt.run_counters[name] += amount
+
+    def observe(self, phase: str, seconds: Sequence[float] | FloatArray) -> None:
+        """Add observations to the histogram of a phase."""
+        with self._lock:
+            self._attempt.phases[phase].observe(seconds)
 
     def close(self) -> None:
         """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(timeout=5)
+        self._endpoint.close()
 
 
 def endpoint_error(host: str, port: int, reason: str | None) -> ClusterError:

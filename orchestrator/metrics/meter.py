@@ -6,10 +6,14 @@ for all ranks, without evaluation and checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+from numpy.typing import NDArray
+
 Values = dict[str, float]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,40 @@ class RankStep:
         """Return the fields in order."""
         return [float(getattr(self, field.name)) for field in fields(self)]
 
+
+_FIELDS = tuple(field.name for field in fields(RankStep))
+
+
+@dataclass(frozen=True)
+class RankSteps:
+    """What every rank did in one step, as one array: thousands of ranks cost the loop no objects.
+
+    Attributes:
+        rows: One row a rank, its columns the fields of `RankStep`.
+    """
+
+    rows: FloatArray
+
     @classmethod
-    def of_vector(cls, vector: Sequence[float]) -> RankStep:
-        """Return what `vector` was made of."""
-        return cls(*vector)
+    def of(cls, steps: Iterable[RankStep]) -> RankSteps:
+        """Return steps that are given one by one."""
+        return cls(np.array([step.vector() for step in steps]).reshape(-1, len(_FIELDS)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[RankStep]:
+        return (RankStep(*row) for row in self.rows.tolist())
+
+    def column(self, name: str) -> FloatArray:
+        """Return a field of all ranks, by rank."""
+        return self.rows[:, _FIELDS.index(name)]
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy over the step's trained tokens; 0 where there is none."""
+        trained = self.column("trained_tokens").sum()
+        return float(self.column("loss_sum").sum() / trained) if trained else 0.0
 
 
 PHASES = ("data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
@@ -70,58 +104,66 @@ MEMORY = (
 )
 
 
-def rank_values(step: RankStep, seconds: float, peak_flops: float | None) -> Values:
-    """Return one rank's published numbers.
+def peaks(peak_flops: Iterable[float | None]) -> FloatArray:
+    """Return the dense peak of each rank's device in FLOP/s, NaN where it is not known."""
+    return np.array([np.nan if peak is None else peak for peak in peak_flops], dtype=np.float64)
+
+
+def rank_columns(steps: RankSteps, seconds: float, peak_flops: FloatArray) -> dict[str, FloatArray]:
+    """Return the published numbers of all ranks, by name and rank; NaN is what is not known.
 
     Args:
-        step: What the rank did.
+        steps: What each rank did.
         seconds: Wall seconds of the step.
-        peak_flops: Dense peak of the rank's device in FLOP/s; None leaves MFU and HFU out.
+        peak_flops: As `peaks` returns it; MFU and HFU are left out where it is NaN.
+
+    Raises:
+        ValueError: There are not as many peaks as ranks.
     """
-    values = {
-        "tgs": step.tokens / seconds,
-        "tgs_trained": step.trained_tokens / seconds,
-        "tgs_slots": step.slots / seconds,
-        "tokens": step.tokens,
-        "trained_tokens": step.trained_tokens,
-        **{name: getattr(step, name) for name in (*PHASES, *MEMORY)},
+    if len(steps) != len(peak_flops):
+        raise ValueError(f"{len(steps)} ranks and {len(peak_flops)} peaks: give one for each rank")
+    known = steps.column("flops_model") > 0
+    model, hardware = (
+        np.where(known, steps.column(name), np.nan) / seconds for name in ("flops_model", "flops_hardware")
+    )
+    return {
+        "tgs": steps.column("tokens") / seconds,
+        "tgs_trained": steps.column("trained_tokens") / seconds,
+        "tgs_slots": steps.column("slots") / seconds,
+        **{name: steps.column(name) for name in ("tokens", "trained_tokens", *PHASES, *MEMORY)},
+        "tflops_model": model / 1e12,
+        "tflops_hardware": hardware / 1e12,
+        "mfu": model / peak_flops,
+        "hfu": hardware / peak_flops,
     }
-    if step.flops_model:
-        values["tflops_model"] = step.flops_model / seconds / 1e12
-        values["tflops_hardware"] = step.flops_hardware / seconds / 1e12
-        if peak_flops:
-            values["mfu"] = step.flops_model / seconds / peak_flops
-            values["hfu"] = step.flops_hardware / seconds / peak_flops
-    return values
 
 
-def step_values(steps: Sequence[RankStep], seconds: float, peak_flops: Sequence[float | None]) -> Values:
+def step_values(steps: RankSteps, seconds: float, peak_flops: FloatArray) -> Values:
     """Return the step's numbers over all ranks.
 
     Rates are means over ranks, so that they stay per GPU; tokens are sums; phases and memory are those of the
     slowest and of the fullest rank, which a mean would hide.
 
     Args:
-        steps: What each rank did, by rank.
+        steps: What each rank did.
         seconds: Wall seconds of the step.
-        peak_flops: Dense peak of each rank's device, or None.
+        peak_flops: As `peaks` returns it.
     """
-    each = [rank_values(step, seconds, peak) for step, peak in zip(steps, peak_flops, strict=True)]
-    trained = sum(step.trained_tokens for step in steps)
+    each = rank_columns(steps, seconds, peak_flops)
     values = {
-        "loss": sum(step.loss_sum for step in steps) / trained if trained else 0.0,
+        "loss": steps.loss,
         "step_seconds": seconds,
-        "padding_fraction": 1.0 - sum(step.tokens for step in steps) / sum(step.slots for step in steps),
+        "padding_fraction": float(1.0 - each["tokens"].sum() / steps.column("slots").sum()),
     }
     # A rank whose packs lie past the end of the data did no work: it counts as 0 and hides no other.
-    busy = [rank for rank in each if rank["tokens"]]
+    busy = each["tokens"] > 0
     for name in ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu"):
-        if busy and all(name in rank for rank in busy):
-            values[name] = sum(rank.get(name, 0.0) for rank in each) / len(each)
+        if busy.any() and not np.isnan(each[name][busy]).any():
+            values[name] = float(np.nan_to_num(each[name]).mean())
     for name in ("tokens", "trained_tokens"):
-        values[name] = sum(rank[name] for rank in each)
+        values[name] = float(each[name].sum())
     for name in (*PHASES, *MEMORY):
-        values[name] = max(rank[name] for rank in each)
+        values[name] = float(each[name].max())
     return values
 
 

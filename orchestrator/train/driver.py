@@ -303,6 +303,7 @@ def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from orchestrator.train.watch import AttemptWatch
     from orchestrator.train.worker import run_worker
 
     job = brief.job
@@ -321,6 +322,7 @@ def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -
             worker_runtime_env={"env_vars": brief.worker_environment(os.environ)},
             failure_config=FailureConfig(max_failures=job.run.max_failures, controller_failure_limit=10),
             checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
+            callbacks=[AttemptWatch(recorder)],
         ),
     )
     try:

@@ -24,7 +24,7 @@ from orchestrator.metrics.flops import (
     model_flops,
     square_within,
 )
-from orchestrator.metrics.meter import RankStep
+from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.model.attention import Kernel
 from orchestrator.model.loss import Inputs, TiledHead, loss_sum
 from orchestrator.parallel.layout import Layout
@@ -101,13 +101,12 @@ class StepReport:
     learning_rate: float
     gradient_norm: float
     skipped: bool
-    ranks: Sequence[RankStep]
+    ranks: RankSteps
 
     @property
     def loss(self) -> float:
         """Mean cross-entropy over the step's trained tokens."""
-        trained = sum(rank.trained_tokens for rank in self.ranks)
-        return sum(rank.loss_sum for rank in self.ranks) / trained if trained else 0.0
+        return self.ranks.loss
 
 
 class Listener(Protocol):
@@ -224,12 +223,12 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
     )
 
 
-def gather(mine: RankStep, device: torch.device) -> list[RankStep]:
+def gather(mine: RankStep, device: torch.device) -> RankSteps:
     """Return what every rank did, by rank: one small collective a step, which also ends the step for all."""
     vector = torch.tensor(mine.vector(), dtype=torch.float64, device=device)
-    everyone = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, vector)
-    return [RankStep.of_vector(row) for row in torch.stack(everyone).tolist()]
+    everyone = vector.new_empty(dist.get_world_size() * len(vector))
+    dist.all_gather_into_tensor(everyone, vector)
+    return RankSteps(everyone.view(-1, len(vector)).cpu().numpy())
 
 
 def evaluate(engine: Any, course: Course) -> float:

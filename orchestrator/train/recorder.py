@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.metrics.exporter import Exporter, RankLabels
-from orchestrator.metrics.meter import RankStep, eta_seconds, rank_values, step_values
+from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, rank_columns, step_values
 from orchestrator.metrics.trackers import Trackers
 from orchestrator.train.lease import Lease
 
@@ -36,6 +36,7 @@ class WorkerInfo:
     gpu: str
     peak_flops: float | None
     attempt: int = 0
+    memory_limit_bytes: int | None = None
 
 
 @dataclass
@@ -81,6 +82,9 @@ class Recorder:
         self._workers: list[WorkerInfo] = []
         self._checkpoint_seconds = 0.0
         self._recent: deque[float] = deque(maxlen=20)
+        self._recent_tokens: deque[float] = deque(maxlen=20)
+        self._checkpoint_time: float | None = None
+        self._step_time = 0.0
         rows = read_lines(folder / STEPS)
         self._last_written = (int(rows[-1]["attempt"]), int(rows[-1]["step"])) if rows else (0, 0)
         self._past = read_lines(folder / ATTEMPTS)
@@ -129,57 +133,73 @@ class Recorder:
         _append(self._folder / ATTEMPTS, entry)
         self._status.attempt, self._status.step, self._status.steps = attempt, start, steps
         self._recent.clear()
+        self._recent_tokens.clear()
         self._announce()
         return attempt
 
-    def stepped(self, attempt: int, values: Mapping[str, float], vectors: Sequence[Sequence[float]]) -> None:
+    def stepped(self, attempt: int, values: Mapping[str, float], ranks: RankSteps) -> None:
         """Record a finished step.
 
         Args:
             attempt: Whose step it is; one that is not current is refused.
             values: step, epoch, seconds, learning_rate, gradient_norm, skipped.
-            vectors: `RankStep.vector` of every rank.
+            ranks: What every rank did.
         """
         self._require_current(attempt)
         step = int(values["step"])
         if (attempt, step) <= self._last_written:
             return  # the same message again, after the recorder was started anew
-        ranks = [RankStep.of_vector(vector) for vector in vectors]
-        peaks = [worker.peak_flops for worker in self._workers]
+        peak_flops = peaks(worker.peak_flops for worker in self._workers)
         seconds = values["seconds"]
         row = {
             **{name: values[name] for name in ("step", "epoch", "learning_rate", "gradient_norm", "skipped")},
-            **step_values(ranks, seconds, peaks),
+            **step_values(ranks, seconds, peak_flops),
             "attempt": attempt,
             "time": time.time(),
         }
         _append(self._folder / STEPS, row)
-        self._last_written = (attempt, step)
+        self._last_written, self._step_time = (attempt, step), row["time"]
         self._recent.append(seconds)
+        self._recent_tokens.append(row["tokens"])
         self._status.step, self._status.latest = step, row
         self._status.eta_seconds = eta_seconds(step, self._status.steps, self._recent)
         self._trackers.log(step, {name: value for name, value in row.items() if name != "step"})
         if self._exporter:
-            each = [rank_values(rank, seconds, peak) for rank, peak in zip(ranks, peaks, strict=True)]
-            self._exporter.set_ranks(each, [rank.flops_model for rank in ranks])
-            self._exporter.set_run({**row, "last_step_timestamp_seconds": row["time"]})
+            self._exporter.set_ranks(rank_columns(ranks, seconds, peak_flops), ranks.column("flops_model"))
+            for name in PHASES:
+                self._exporter.observe(name.removesuffix("_seconds"), ranks.column(name))
+            self._exporter.count({"skipped_steps": float(values["skipped"])})
+            self._exporter.set_run({**row, "last_step_timestamp_seconds": row["time"], **self._to_go()})
 
     def evaluated(self, attempt: int, step: int, loss: float) -> None:
-        """Record a loss on held-out rows."""
+        """Record a loss on held-out rows; the message comes right after that of the step, or after this."""
         self._require_current(attempt)
         _append(self._folder / EVALUATIONS, {"step": step, "evaluation_loss": loss, "attempt": attempt})
         self._note(f"step {step}: evaluation loss {loss:.4f}")
         self._trackers.log(step, {"evaluation_loss": loss})
         if self._exporter:
             self._exporter.set_run({"evaluation_loss": loss})
+            if self._step_time:
+                seconds = time.time() - self._step_time
+                self._exporter.set_run({"evaluation_seconds": seconds})
+                self._exporter.observe("evaluation", [seconds])
 
     def saved(self, attempt: int, step: int, seconds: float) -> None:
         """Record a published checkpoint."""
         self._require_current(attempt)
         self._checkpoint_seconds += seconds
+        self._checkpoint_time = time.time()
         self._note(f"step {step}: checkpoint saved in {seconds:.1f} s")
         if self._exporter:
-            self._exporter.set_run({"checkpoint_seconds": seconds})
+            self._exporter.set_run(
+                {"checkpoint_seconds": seconds, "last_checkpoint_timestamp_seconds": self._checkpoint_time}
+            )
+            self._exporter.observe("checkpoint", [seconds])
+
+    def attempt_ended(self) -> None:
+        """Withdraw what the workers of the current attempt have shown: they are no more."""
+        if self._exporter:
+            self._exporter.end_attempt()
 
     def permit(self, attempt: int) -> None:
         """Allow an attempt to publish a checkpoint.
@@ -197,6 +217,7 @@ class Recorder:
         """Note an error that starting again cannot mend; of an attempt that was replaced it means nothing."""
         if self._status.fatal is None and attempt in (None, self._status.attempt):
             self._status.fatal = error
+            self.attempt_ended()
 
     def status(self) -> Status:
         """Return where the run stands, and keep the driver's lease alive."""
@@ -222,15 +243,32 @@ class Recorder:
         """Show the current attempt, and withdraw what the one before has shown."""
         if self._exporter is None:
             return
-        labels = [RankLabels(worker.node, str(worker.rank), worker.gpu) for worker in self._workers]
-        self._exporter.begin_attempt(self._status.attempt, labels, self._past[-1])
+        labels = [
+            RankLabels(worker.node, str(worker.rank), worker.gpu, worker.memory_limit_bytes)
+            for worker in self._workers
+        ]
+        entry = self._past[-1]
+        self._exporter.begin_attempt(self._status.attempt, labels, entry)
         totals = {
             "step": self._status.step,
             "steps_planned": self._status.steps,
+            "steps_to_go": self._status.steps - self._status.step,
             "restarts": len(self._past) - 1,
-            "steps_lost": sum(entry["steps_lost"] for entry in self._past),
+            "steps_lost": sum(past["steps_lost"] for past in self._past),
+            "world_size": len(self._workers),
+            "attempt_start_timestamp_seconds": time.time(),
+            "checkpoint_every_steps": entry.get("checkpoint_every_steps"),
+            "last_checkpoint_timestamp_seconds": self._checkpoint_time,
         }
-        self._exporter.set_run(totals)
+        self._exporter.set_run({name: value for name, value in totals.items() if value is not None})
+
+    def _to_go(self) -> dict[str, float]:
+        steps = self._status.steps - self._status.step
+        return {
+            "steps_to_go": steps,
+            "tokens_to_go": steps * sum(self._recent_tokens) / len(self._recent_tokens),
+            "seconds_to_go": self._status.eta_seconds,
+        }
 
     def _require_current(self, attempt: int) -> None:
         if attempt != self._status.attempt:

@@ -136,6 +136,7 @@ def _describe(brief: Brief, device: torch.device) -> WorkerInfo:
         device=name,
         gpu=str(gpus[0]) if on_cuda and gpus else "",
         peak_flops=known.peak_flops(brief.dtype) if known else None,
+        memory_limit_bytes=torch.cuda.get_device_properties(device).total_memory if on_cuda else None,
     )
 
 
@@ -157,6 +158,7 @@ class _Reporter:
             "sequence_parallel_size": self._brief.layout.sequence_parallel_size,
             "dtype": self._brief.dtype,
             "device": everyone[0].device,
+            "checkpoint_every_steps": self._brief.job.checkpoint.every_steps,
         }
         begun = self._recorder.begin_attempt.remote(everyone, info, start, steps) if self._speaks else None
         self.attempt = int(_agree(ray.get(begun) if begun else None))
@@ -173,10 +175,9 @@ class _Reporter:
             "gradient_norm": report.gradient_norm,
             "skipped": report.skipped,
         }
-        vectors = [rank.vector() for rank in report.ranks]
         if len(self._sent) >= 8:  # an error that the recorder raised must not stay unseen
             ray.get(self._sent.pop(0))
-        self._sent.append(self._recorder.stepped.remote(self.attempt, values, vectors))
+        self._sent.append(self._recorder.stepped.remote(self.attempt, values, report.ranks))
 
     def evaluated(self, step: int, loss: float) -> None:
         """Send a loss on held-out rows."""

@@ -4,10 +4,19 @@ import re
 from dataclasses import fields
 
 from orchestrator.metrics import catalogue
-from orchestrator.metrics.meter import RankStep, rank_values, step_values
+from orchestrator.metrics.meter import RankStep, RankSteps, peaks, rank_columns, step_values
 
-STEP = RankStep(*[1.0] * len(fields(RankStep)))
-EVERY = (*catalogue.STEP_METRICS, *catalogue.RUN_METRICS, *catalogue.COUNTERS, catalogue.INFO)
+STEP = RankSteps.of([RankStep(*[1.0] * len(fields(RankStep)))])
+PEAKS = peaks([1e12])
+EVERY = (
+    *catalogue.STEP_METRICS,
+    *catalogue.DEVICE_METRICS,
+    *catalogue.RUN_METRICS,
+    *catalogue.COUNTERS,
+    *catalogue.RUN_COUNTERS,
+    catalogue.PHASE_SECONDS,
+    catalogue.INFO,
+)
 
 
 def test_names_are_unique_and_fit_for_prometheus() -> None:
@@ -26,18 +35,44 @@ def test_every_metric_says_what_it_is_in_one_sentence() -> None:
 def test_every_number_of_the_meter_is_in_the_catalogue() -> None:
     ranks = {metric.name for metric in catalogue.STEP_METRICS if metric.scope == "rank"}
     known = {metric.name for metric in catalogue.STEP_METRICS}
-    assert set(rank_values(STEP, 1.0, 1e12)) <= ranks
-    assert set(step_values([STEP], 1.0, [1e12])) <= known
+    assert set(rank_columns(STEP, 1.0, PEAKS)) <= ranks
+    assert set(step_values(STEP, 1.0, PEAKS)) <= known
 
 
 def test_every_rank_metric_is_given_by_the_meter() -> None:
     ranks = {metric.name for metric in catalogue.STEP_METRICS if metric.scope == "rank"}
-    assert ranks == set(rank_values(STEP, 1.0, 1e12))
+    assert ranks == set(rank_columns(STEP, 1.0, PEAKS))
 
 
 def test_labels() -> None:
     assert set(catalogue.RUN_LABELS) < set(catalogue.RANK_LABELS)
     assert catalogue.RANK_LABELS == ("run", "attempt", "node", "rank", "gpu")
-    for labels in (catalogue.RANK_LABELS, catalogue.RUN_LABELS, catalogue.INFO_LABELS):
+    for labels in (
+        catalogue.RANK_LABELS,
+        catalogue.RUN_LABELS,
+        catalogue.PHASE_LABELS,
+        catalogue.INFO_LABELS,
+    ):
         assert {"job", "instance"}.isdisjoint(labels)  # Prometheus writes these itself
         assert len(set(labels)) == len(labels)
+
+
+def test_only_what_counts_or_is_past_outlives_its_attempt() -> None:
+    """A rate, a loss or a size of memory would look as if workers still made steps."""
+    lasting = {metric.name for metric in EVERY if metric.lasting}
+    assert lasting.isdisjoint({metric.name for metric in EVERY if metric.scope == "rank"})
+    assert lasting.isdisjoint({"loss", "gradient_norm", "learning_rate", "step_seconds", "padding_fraction"})
+    assert {"last_step_timestamp_seconds", "world_size", "steps_to_go"} <= lasting
+
+
+def test_phases_of_a_step_have_a_gauge_and_a_place_in_the_histogram() -> None:
+    gauges = {metric.name for metric in catalogue.STEP_METRICS}
+    assert {f"{phase}_seconds" for phase in catalogue.PHASES[:4]} <= gauges
+    assert list(catalogue.PHASE_BOUNDS_SECONDS) == sorted(set(catalogue.PHASE_BOUNDS_SECONDS))
+
+
+def test_sample_names_are_those_of_the_wire() -> None:
+    names = catalogue.sample_names()
+    assert {"orchestrator_tgs", "orchestrator_run_info", "orchestrator_processed_tokens_total"} <= names
+    assert "orchestrator_step_phase_seconds_bucket" in names
+    assert "orchestrator_processed_tokens" not in names

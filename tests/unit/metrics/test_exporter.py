@@ -1,11 +1,16 @@
 """The endpoint as Prometheus sees it: scraped over HTTP."""
 
+import gzip
+import math
+import shutil
 import socket
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -15,7 +20,8 @@ from orchestrator.metrics.exporter import Exporter, RankLabels
 
 RANKS = (RankLabels("10.0.0.1", "0", "0"), RankLabels("10.0.0.2", "1", "3"))
 INFO = {"zero_stage": 3, "sequence_parallel_size": 1, "world_size": 2, "dtype": "bf16", "device": "H100"}
-ROWS = [{"tgs": 100.0, "tokens": 50.0}, {"tgs": 200.0, "tokens": 70.0}]
+ROWS = {"tgs": np.array([100.0, 200.0]), "tokens": np.array([50.0, 70.0])}
+FIRST = {name: column[:1] for name, column in ROWS.items()}
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -45,7 +51,7 @@ def labels(**of: str) -> tuple[tuple[str, str], ...]:
 
 def test_each_rank_has_its_series_with_all_labels(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, [1e12, 2e12])
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
     assert series(exporter, "tgs") == {
         labels(node="10.0.0.1", rank="0", gpu="0"): 100.0,
         labels(node="10.0.0.2", rank="1", gpu="3"): 200.0,
@@ -63,14 +69,14 @@ def test_run_series_stand_once_and_rank_values_among_them_are_passed_over(export
 
 def test_run_values_among_a_ranks_are_passed_over(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks([{**row, "loss": 1.0} for row in ROWS], [0.0, 0.0])
+    exporter.set_ranks({**ROWS, "loss": np.array([1.0, 1.0])}, np.array([0.0, 0.0]))
     assert series(exporter, "loss") == {}
 
 
 def test_counters_add_up_over_steps(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, [1e12, 2e12])
-    exporter.set_ranks(ROWS, [1e12, 3e12])
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
+    exporter.set_ranks(ROWS, np.array([1e12, 3e12]))
     assert sorted(series(exporter, "processed_tokens_total").values()) == [100.0, 140.0]
     assert sorted(series(exporter, "processed_flops_total").values()) == [2e12, 5e12]
 
@@ -83,17 +89,14 @@ def test_the_info_series_says_how_the_run_is_spread(exporter: Exporter) -> None:
 
 def test_a_new_attempt_withdraws_the_series_of_the_one_before(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, [1e12, 2e12])
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
     exporter.set_run({"loss": 2.5})
     exporter.begin_attempt(1, RANKS[:1], {**INFO, "world_size": 1})
-    assert (
-        series(exporter, "tgs")
-        == series(exporter, "loss")
-        == series(exporter, "processed_tokens_total")
-        == {}
-    )
+    assert series(exporter, "tgs") == series(exporter, "loss") == {}
+    only = labels(attempt="1", node="10.0.0.1", rank="0", gpu="0")
+    assert series(exporter, "processed_tokens_total") == {only: 0.0}
     assert len(series(exporter, "run_info")) == 1
-    exporter.set_ranks(ROWS[:1], [1e12])
+    exporter.set_ranks(FIRST, np.array([1e12]))
     exporter.set_run({"loss": 2.0})
     assert series(exporter, "loss") == {labels(attempt="1"): 2.0}
     ours = [sample for sample in scrape(exporter) if sample.name.startswith(catalogue.PREFIX)]
@@ -102,18 +105,131 @@ def test_a_new_attempt_withdraws_the_series_of_the_one_before(exporter: Exporter
 
 
 def test_every_metric_of_the_catalogue_can_be_set(exporter: Exporter) -> None:
-    exporter.begin_attempt(0, RANKS[:1], INFO)
-    every = {metric.name: 1.0 for metric in (*catalogue.STEP_METRICS, *catalogue.RUN_METRICS)}
-    exporter.set_run(every)
-    exporter.set_ranks([every], [1.0])
-    found = {sample.name.removeprefix(catalogue.PREFIX) for sample in scrape(exporter)}
-    assert set(every) <= found
+    exporter.begin_attempt(0, [RankLabels("10.0.0.1", "0", "0", 80e9)], INFO)
+    every = (*catalogue.STEP_METRICS, *catalogue.RUN_METRICS)
+    exporter.set_run({metric.name: 1.0 for metric in every})
+    exporter.set_ranks({metric.name: np.ones(1) for metric in every}, np.ones(1))
+    assert {sample.name for sample in scrape(exporter)} == catalogue.sample_names()
 
 
-def test_rows_must_match_ranks(exporter: Exporter) -> None:
+def test_columns_must_match_ranks(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    with pytest.raises(ValueError, match="zip"):
-        exporter.set_ranks(ROWS[:1], [1e12])
+    with pytest.raises(ValueError, match="tgs has 1 values for 2 ranks"):
+        exporter.set_ranks(FIRST, np.array([1e12, 1e12]))
+    assert series(exporter, "tgs") == {}
+
+
+def test_what_is_not_known_of_a_rank_has_no_series_and_what_was_known_before_is_withdrawn(
+    exporter: Exporter,
+) -> None:
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.set_ranks({**ROWS, "mfu": np.array([0.4, 0.5])}, np.zeros(2))
+    exporter.set_ranks({**ROWS, "mfu": np.array([0.4, math.nan])}, np.zeros(2))
+    assert list(series(exporter, "mfu").values()) == [0.4]
+    exporter.set_ranks(ROWS, np.zeros(2))
+    assert series(exporter, "mfu") == {}
+
+
+def test_a_loss_that_is_no_number_is_shown_as_such(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.set_run({"loss": math.nan, "gradient_norm": math.inf})
+    assert math.isnan(series(exporter, "loss")[labels()])
+    assert series(exporter, "gradient_norm") == {labels(): math.inf}
+
+
+def test_the_memory_of_a_device_is_shown_with_its_steps_where_it_is_known(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, [RankLabels("10.0.0.1", "0", "0", 80e9), RANKS[1]], INFO)
+    assert series(exporter, "memory_limit_bytes") == {}
+    exporter.set_ranks(ROWS, np.zeros(2))
+    limit = {labels(node="10.0.0.1", rank="0", gpu="0"): 80e9}
+    assert series(exporter, "memory_limit_bytes") == limit
+
+
+def test_counters_stand_at_nought_before_the_first_step(exporter: Exporter) -> None:
+    """Prometheus takes the first value of a series for the past, and would not count the first step."""
+    exporter.begin_attempt(0, RANKS, INFO)
+    assert list(series(exporter, "processed_tokens_total").values()) == [0.0, 0.0]
+    assert series(exporter, "skipped_steps_total") == {labels(): 0.0}
+    exporter.count({"skipped_steps": 1.0})
+    exporter.count({"skipped_steps": 0.0})
+    assert series(exporter, "skipped_steps_total") == {labels(): 1.0}
+
+
+def test_an_attempt_that_ended_shows_what_lasts_and_nothing_that_its_workers_did(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
+    exporter.set_run({"loss": 2.5, "step": 7, "world_size": 2, "last_step_timestamp_seconds": 1e9})
+    exporter.end_attempt()
+    assert series(exporter, "tgs") == series(exporter, "loss") == series(exporter, "tokens") == {}
+    assert series(exporter, "step") == {labels(): 7.0}
+    assert series(exporter, "world_size") == {labels(): 2.0}
+    assert series(exporter, "last_step_timestamp_seconds") == {labels(): 1e9}
+    assert sorted(series(exporter, "processed_tokens_total").values()) == [50.0, 70.0]
+
+
+def test_phases_are_counted_by_bucket_and_a_bound_belongs_to_its_own(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.observe("forward", np.array([0.1, 0.11]))
+    exporter.observe("forward", [1000.0])
+    buckets = {
+        dict(key)["le"]: value
+        for key, value in series(exporter, "step_phase_seconds_bucket").items()
+        if dict(key)["phase"] == "forward"
+    }
+    assert buckets["0.03"] == 0.0
+    assert buckets["0.1"] == 1.0
+    assert buckets["0.3"] == buckets["300.0"] == 2.0
+    assert buckets["+Inf"] == 3.0
+    key = labels(phase="forward")
+    assert series(exporter, "step_phase_seconds_count")[key] == 3.0
+    assert series(exporter, "step_phase_seconds_sum")[key] == pytest.approx(1000.21)
+    assert series(exporter, "step_phase_seconds_count")[labels(phase="data")] == 0.0
+
+
+def test_the_histogram_has_no_series_a_rank(exporter: Exporter) -> None:
+    many = [RankLabels("10.0.0.1", str(rank), "0") for rank in range(100)]
+    exporter.begin_attempt(0, many, INFO)
+    buckets = len(series(exporter, "step_phase_seconds_bucket"))
+    assert buckets == len(catalogue.PHASES) * (len(catalogue.PHASE_BOUNDS_SECONDS) + 1)
+
+
+def test_labels_with_quotes_backslashes_and_lines_come_back_as_they_were(exporter: Exporter) -> None:
+    odd = 'a"b\\c\nd'
+    exporter.begin_attempt(0, [RankLabels(odd, "0", "")], {**INFO, "device": odd})
+    exporter.set_ranks(FIRST, np.zeros(1))
+    assert series(exporter, "tgs") == {labels(node=odd, rank="0", gpu=""): 100.0}
+    assert [dict(key)["device"] for key in series(exporter, "run_info")] == [odd]
+
+
+def test_who_takes_gzip_gets_the_same_text_in_less(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.set_ranks(ROWS, np.zeros(2))
+    address = f"http://127.0.0.1:{exporter.port}/metrics"
+    request = urllib.request.Request(address, headers={"Accept-Encoding": "gzip"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.headers["Content-Encoding"] == "gzip"
+        body = answer.read()
+    text = gzip.decompress(body).decode()
+    assert text == exporter.text()
+    assert len(body) < len(text) / 3
+
+
+def test_any_other_page_is_not_found(exporter: Exporter) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/else", timeout=10)
+
+
+def test_prometheus_own_check_finds_nothing_but_names_that_were_chosen(exporter: Exporter) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is missing: apt-get install prometheus")
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.set_ranks(ROWS, np.zeros(2))
+    exporter.set_run({"loss": 2.5})
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=exporter.text(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_runs_do_not_share_series(exporter: Exporter) -> None:

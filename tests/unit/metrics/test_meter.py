@@ -1,10 +1,19 @@
 """The published numbers, calculated by hand."""
 
+import math
 from dataclasses import fields
 
 import pytest
 
-from orchestrator.metrics.meter import RankStep, eta_seconds, last_attempt, rank_values, step_values
+from orchestrator.metrics.meter import (
+    RankStep,
+    RankSteps,
+    eta_seconds,
+    last_attempt,
+    peaks,
+    rank_columns,
+    step_values,
+)
 
 STEP = RankStep(
     loss_sum=120.0,
@@ -43,8 +52,18 @@ SLOWER = RankStep(
 IDLE = RankStep(0, 0, 0, 1000, 0, 0, 0.1, 0.1, 0.1, 0.1, 5, 6, 7, 8, 9)
 
 
+def of_one(step: RankStep, seconds: float, peak_flops: float | None) -> dict[str, float]:
+    """Return what is published of a single rank."""
+    columns = rank_columns(RankSteps.of([step]), seconds, peaks([peak_flops]))
+    return {name: float(value) for name, (value,) in columns.items() if not math.isnan(value)}
+
+
+def of_all(steps: list[RankStep], seconds: float, peak_flops: list[float | None]) -> dict[str, float]:
+    return step_values(RankSteps.of(steps), seconds, peaks(peak_flops))
+
+
 def test_one_rank() -> None:
-    assert rank_values(STEP, seconds=2.0, peak_flops=1e13) == pytest.approx(
+    assert of_one(STEP, seconds=2.0, peak_flops=1e13) == pytest.approx(
         {
             "tgs": 450.0,
             "tgs_trained": 30.0,
@@ -69,7 +88,7 @@ def test_one_rank() -> None:
 
 
 def test_all_ranks() -> None:
-    assert step_values([STEP, SLOWER], seconds=2.0, peak_flops=[1e13, 1e13]) == pytest.approx(
+    assert of_all([STEP, SLOWER], seconds=2.0, peak_flops=[1e13, 1e13]) == pytest.approx(
         {
             "loss": 160.0 / 80.0,  # by token, and not the mean of the ranks' means
             "step_seconds": 2.0,
@@ -97,15 +116,15 @@ def test_all_ranks() -> None:
 
 
 def test_mfu_of_unlike_devices_is_the_mean_of_each_on_its_own_peak() -> None:
-    assert step_values([STEP, SLOWER], 2.0, [1e13, 2e13])["mfu"] == pytest.approx((0.3 + 0.1) / 2)
+    assert of_all([STEP, SLOWER], 2.0, [1e13, 2e13])["mfu"] == pytest.approx((0.3 + 0.1) / 2)
 
 
 def test_an_unknown_peak_leaves_mfu_out_and_is_not_guessed() -> None:
-    one = rank_values(STEP, 2.0, None)
+    one = of_one(STEP, 2.0, None)
     assert "mfu" not in one
     assert "hfu" not in one
     assert one["tflops_model"] == 3.0
-    every = step_values([STEP, SLOWER], 2.0, [1e13, None])
+    every = of_all([STEP, SLOWER], 2.0, [1e13, None])
     assert "mfu" not in every
     assert "hfu" not in every
     assert every["tflops_model"] == 2.5
@@ -113,13 +132,13 @@ def test_an_unknown_peak_leaves_mfu_out_and_is_not_guessed() -> None:
 
 def test_an_unknown_architecture_leaves_flops_out() -> None:
     unknown = RankStep(**{**vars(STEP), "flops_model": 0.0, "flops_hardware": 0.0})
-    values = step_values([unknown, unknown], 2.0, [1e13, 1e13])
+    values = of_all([unknown, unknown], 2.0, [1e13, 1e13])
     assert {"tflops_model", "tflops_hardware", "mfu", "hfu"}.isdisjoint(values)
     assert values["tgs"] == 450.0
 
 
 def test_a_rank_without_work_in_the_last_step_counts_as_nought_and_hides_nothing() -> None:
-    values = step_values([STEP, IDLE], 2.0, [1e13, 1e13])
+    values = of_all([STEP, IDLE], 2.0, [1e13, 1e13])
     assert values["tflops_model"] == pytest.approx(1.5)
     assert values["mfu"] == pytest.approx(0.15)
     assert values["tgs"] == pytest.approx(225.0)
@@ -128,17 +147,37 @@ def test_a_rank_without_work_in_the_last_step_counts_as_nought_and_hides_nothing
 
 
 def test_a_step_without_trained_tokens_has_a_loss_of_nought() -> None:
-    assert step_values([IDLE], 2.0, [None])["loss"] == 0.0
+    assert of_all([IDLE], 2.0, [None])["loss"] == 0.0
 
 
 def test_ranks_and_peaks_must_match() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        step_values([STEP, SLOWER], 2.0, [None])
+    with pytest.raises(ValueError, match="2 ranks and 1 peaks"):
+        of_all([STEP, SLOWER], 2.0, [None])
+
+
+def test_ranks_keep_their_order() -> None:
+    columns = rank_columns(RankSteps.of([STEP, SLOWER]), 2.0, peaks([1e13, None]))
+    assert columns["tgs"].tolist() == [450.0, 350.0]
+    assert columns["memory_peak_bytes"].tolist() == [30.0, 25.0]
+    assert math.isnan(columns["mfu"][1])
+    assert columns["mfu"][0] == pytest.approx(0.3)
+
+
+def test_a_rank_without_work_has_no_flops_of_its_own() -> None:
+    assert "tflops_model" not in of_one(IDLE, 2.0, 1e13)
+
+
+def test_a_loss_that_is_no_number_stays_none() -> None:
+    broken = RankStep(**{**vars(STEP), "loss_sum": math.nan})
+    assert math.isnan(of_all([STEP, broken], 2.0, [None, None])["loss"])
 
 
 def test_a_step_travels_as_a_vector() -> None:
     assert len(STEP.vector()) == len(fields(RankStep))
-    assert RankStep.of_vector(STEP.vector()) == STEP
+    both = RankSteps.of([STEP, SLOWER])
+    assert list(both) == [STEP, SLOWER]
+    assert len(both) == 2
+    assert both.column("slots").tolist() == [1000.0, 1000.0]
 
 
 @pytest.mark.parametrize(
