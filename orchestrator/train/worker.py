@@ -15,6 +15,7 @@ from torch import distributed as dist
 from cluster import hardware
 from orchestrator.data import plan
 from orchestrator.errors import MemoryExhaustedError, OrchestratorError
+from orchestrator.metrics.meter import RankSteps
 from orchestrator.plan.shape import ModelShape
 from orchestrator.train import checkpoint
 from orchestrator.train.brief import Brief, evaluation_loader, training_loader
@@ -140,6 +141,19 @@ def _describe(brief: Brief, device: torch.device) -> WorkerInfo:
     )
 
 
+def message(report: Any) -> tuple[dict[str, float], RankSteps]:
+    """Return what the recorder is told of a finished step."""
+    values = {
+        "step": report.step,
+        "epoch": report.epoch,
+        "seconds": report.seconds,
+        "learning_rate": report.learning_rate,
+        "gradient_norm": report.gradient_norm,
+        "skipped": report.skipped,
+    }
+    return values, report.ranks
+
+
 class _Reporter:
     """Tells the recorder from rank 0 what happened, and Ray Train of each checkpoint from every rank."""
 
@@ -167,17 +181,9 @@ class _Reporter:
         """Send one message with what all ranks did; nobody waits for it."""
         if not self._speaks:
             return
-        values = {
-            "step": report.step,
-            "epoch": report.epoch,
-            "seconds": report.seconds,
-            "learning_rate": report.learning_rate,
-            "gradient_norm": report.gradient_norm,
-            "skipped": report.skipped,
-        }
         if len(self._sent) >= 8:  # an error that the recorder raised must not stay unseen
             ray.get(self._sent.pop(0))
-        self._sent.append(self._recorder.stepped.remote(self.attempt, values, report.ranks))
+        self._sent.append(self._recorder.stepped.remote(self.attempt, *message(report)))
 
     def evaluated(self, step: int, loss: float) -> None:
         """Send a loss on held-out rows."""
