@@ -1,0 +1,201 @@
+"""A real Prometheus scrapes a recorder by the configuration that is shipped, and answers every panel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.metrics.endpoint import Endpoint
+from orchestrator.metrics.meter import RankStep, RankSteps
+from orchestrator.train.lease import Lease
+from orchestrator.train.recorder import Recorder, WorkerInfo
+from tests.conftest import wait_until
+from tests.unit.monitoring.test_dashboards import PANELS, substituted
+from tests.unit.monitoring.test_rules import HERE, RECORDED
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is missing: apt-get install prometheus"
+)
+# As NVIDIA's exporter writes its samples: the label gpu is the number of the device on its node.
+DCGM = "".join(
+    f'# TYPE {name} gauge\n{name}{{gpu="{gpu}",UUID="GPU-{gpu}",device="nvidia{gpu}",'
+    f'modelName="NVIDIA H100 80GB HBM3",Hostname="node-1"}} {value}\n'
+    for gpu in (0, 1, 2)
+    for name, value in {
+        "DCGM_FI_DEV_GPU_UTIL": 97 if gpu < 2 else 0,
+        "DCGM_FI_DEV_POWER_USAGE": 612.4,
+        "DCGM_FI_DEV_FB_USED": 70123,
+        "DCGM_FI_DEV_SM_CLOCK": 1980,
+        "DCGM_FI_DEV_GPU_TEMP": 61,
+        "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": 0.41,
+    }.items()
+)
+WORKERS = [
+    WorkerInfo(rank, "127.0.0.1", "node-1", 1, "NVIDIA H100 80GB HBM3", str(rank), 989e12, 1, 85_000_000_000)
+    for rank in range(2)
+]
+INFO = {
+    "zero_stage": 3,
+    "sequence_parallel_size": 1,
+    "dtype": "bf16",
+    "device": "H100",
+    "checkpoint_every_steps": 5,
+}
+
+
+@dataclass
+class Scene:
+    """A Prometheus, and the recorder that it scrapes."""
+
+    port: int
+    recorder: Recorder
+    attempt: int
+    step: int = 0
+
+    def ask(self, query: str) -> list[dict[str, Any]]:
+        """Return what a query finds now."""
+        text = urllib.parse.urlencode({"query": query})
+        address = f"http://127.0.0.1:{self.port}/api/v1/query?{text}"
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                found: list[dict[str, Any]] = json.loads(answer.read())["data"]["result"]
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"{query}: {error.read().decode()}")
+        return found
+
+    def train(self) -> None:
+        """Make a step, as a worker would tell of it."""
+        self.step += 1
+        one = RankStep(
+            **{**{field.name: 1.0 for field in fields(RankStep)}, "tokens": 900.0, "slots": 1000.0}
+        )
+        values = {
+            "step": self.step,
+            "epoch": 0.1,
+            "seconds": 0.2,
+            "learning_rate": 1e-4,
+            "gradient_norm": 1.0,
+            "skipped": False,
+        }
+        self.recorder.stepped(self.attempt, values, RankSteps.of([one, one]))
+        self.recorder.evaluated(self.attempt, self.step, 2.0)
+        self.recorder.saved(self.attempt, self.step, 0.1)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def configured(folder: Path, run_port: int, dcgm_port: int) -> Path:
+    """Copy the configuration, with addresses of this machine and a second for every interval."""
+    shutil.copytree(HERE, folder)
+    text = (folder / "prometheus.yml").read_text()
+    assert text.count(": 15s") == 2
+    text = text.replace(": 15s", ": 1s").replace("scrape_timeout: 10s", "scrape_timeout: 1s")
+    (folder / "prometheus.yml").write_text(text.replace("driver.example:9400", f"127.0.0.1:{run_port}"))
+    (folder / "targets" / "example.json").unlink()
+    targets = [{"targets": [f"127.0.0.1:{dcgm_port}"], "labels": {"cluster": "example"}}]
+    (folder / "targets" / "dcgm" / "example.json").write_text(json.dumps(targets))
+    return folder / "prometheus.yml"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    home = tmp_path_factory.mktemp("run")
+    recorder = Recorder(home, "my-run", Lease.acquire(home), "127.0.0.1", 0)
+    dcgm = Endpoint("127.0.0.1", 0, lambda: DCGM)
+    run_port, port = recorder.status().metrics_port, free_port()
+    assert run_port is not None
+    config = configured(tmp_path_factory.mktemp("prometheus") / "monitoring", run_port, dcgm.port)
+    process = subprocess.Popen(
+        [
+            "prometheus",
+            f"--config.file={config}",
+            f"--storage.tsdb.path={config.parent / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "GOMAXPROCS": "1"},
+    )
+    try:
+        wait_until(lambda: is_ready(port), 60, "Prometheus answers")
+        made = Scene(port, recorder, recorder.begin_attempt(WORKERS, INFO, 0, 10_000))
+        deadline = time.monotonic() + 8
+        while time.monotonic() < deadline:  # counters have to rise from one scrape to the next
+            made.train()
+            time.sleep(0.2)
+        yield made
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        recorder.close()
+        dcgm.close()
+
+
+def is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("panel", PANELS)
+def test_every_query_of_a_panel_finds_something(scene: Scene, panel: dict[str, Any]) -> None:
+    scene.train()
+    for target in panel["targets"]:
+        found = scene.ask(substituted(target["expr"]))
+        assert found, f"{target['expr']} finds nothing"
+        shown = target.get("legendFormat", "").replace("{{", "\0").split("\0")[1:]
+        labels = {part.split("}}")[0] for part in shown} - {"cluster"}
+        assert all(labels <= set(series["metric"]) for series in found)
+
+
+def test_every_recorded_rule_finds_something(scene: Scene) -> None:
+    scene.train()
+    assert [name for name in sorted(RECORDED) if not scene.ask(name)] == []
+
+
+def test_devices_are_joined_with_the_ranks_that_hold_them(scene: Scene) -> None:
+    (held,) = [panel.values[0] for panel in PANELS if panel.values[0]["title"] == "Devices held"]
+    (idle,) = [panel.values[0] for panel in PANELS if panel.values[0]["title"] == "Devices idle"]
+    assert [each["value"][1] for each in scene.ask(substituted(held["targets"][0]["expr"]))] == ["2"]
+    assert scene.ask(substituted(idle["targets"][0]["expr"]))[0]["value"][1] == "1"
+
+
+def test_no_alert_fires_while_all_is_well(scene: Scene) -> None:
+    scene.train()
+    assert scene.ask('ALERTS{alertstate="firing"}') == []
+
+
+def test_series_of_an_attempt_are_gone_from_prometheus_as_soon_as_it_ends(scene: Scene) -> None:
+    """Comes last: the attempt is over after it."""
+    assert scene.ask("orchestrator_tgs")
+    scene.recorder.attempt_ended()
+    wait_until(lambda: not scene.ask("orchestrator_tgs"), 20, "no rates any more")
+    missing = "run:orchestrator_ranks_missing:count"
+    wait_until(
+        lambda: [each["value"][1] for each in scene.ask(missing)] == ["2"], 20, "both ranks are missing"
+    )
+    wait_until(
+        lambda: scene.ask('ALERTS{alertname="OrchestratorRanksMissing", alertstate="pending"}'),
+        20,
+        "it is noticed",
+    )
+    assert scene.ask("orchestrator_last_step_timestamp_seconds")
