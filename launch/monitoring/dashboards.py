@@ -23,11 +23,14 @@ _HEIGHTS = {"graph": 8, "stat": 4, "table": 6}
 
 def files() -> dict[str, str]:
     """Return the text of each dashboard by the name of its file."""
-    return {
-        f"{board.uid}.json": json.dumps(_dashboard(board).build(), cls=JSONEncoder, indent=1, sort_keys=True)
-        + "\n"
-        for board in BOARDS
-    }
+    return {f"{board.uid}.json": _text(_dashboard(board).build()) for board in BOARDS}
+
+
+def _text(built: models.Dashboard) -> str:
+    for variable in built.templating.list_val or []:
+        # The SDK writes fields of interval variables into all of them; Grafana's own schema refuses them.
+        variable.auto = variable.auto_count = variable.auto_min = None
+    return json.dumps(built, cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 
 
 def _dashboard(board: Board) -> dashboard.Dashboard:

@@ -8,6 +8,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -264,3 +265,51 @@ def test_a_closed_endpoint_frees_its_port() -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
+
+
+def test_a_scrape_in_the_middle_of_updates_shows_one_step_of_all_ranks(exporter: Exporter) -> None:
+    many = [RankLabels("10.0.0.1", str(rank), "0") for rank in range(500)]
+    exporter.begin_attempt(0, many, INFO)
+    done = Event()
+
+    def update() -> None:
+        value = 0.0
+        while not done.is_set():
+            value += 1.0
+            exporter.set_ranks({"tgs": np.full(500, value), "tokens": np.ones(500)}, np.ones(500))
+
+    thread = Thread(target=update)
+    thread.start()
+    try:
+        seen = []
+        for _ in range(20):
+            lines = [line for line in exporter.text().splitlines() if line.startswith("orchestrator_tgs{")]
+            seen.append({line.rsplit(" ", 1)[1] for line in lines})
+    finally:
+        done.set()
+        thread.join()
+    assert all(len(values) <= 1 for values in seen)
+    assert len(set(map(frozenset, seen))) > 1, "the values never changed, so nothing was shown"
+
+
+def test_a_scrape_that_the_attempt_ends_under_sees_all_of_it_or_nothing(exporter: Exporter) -> None:
+    done = Event()
+
+    def turn_over() -> None:
+        number = 0
+        while not done.is_set():
+            number += 1
+            exporter.begin_attempt(number, RANKS, INFO)
+            exporter.set_ranks(ROWS, np.zeros(2))
+            exporter.end_attempt()
+
+    thread = Thread(target=turn_over)
+    thread.start()
+    try:
+        for _ in range(200):
+            samples = [s for f in text_string_to_metric_families(exporter.text()) for s in f.samples]
+            assert len({sample.labels["attempt"] for sample in samples}) <= 1
+            assert sum(sample.name == "orchestrator_tgs" for sample in samples) in (0, 2)
+    finally:
+        done.set()
+        thread.join()
