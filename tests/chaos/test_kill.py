@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -46,6 +48,12 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+def _metrics(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
 def _assert_same_curve(run: Path, undisturbed: Observed) -> None:
     expected = losses(undisturbed.folder)
     assert sorted(losses(run)) == list(range(1, 13))
@@ -54,7 +62,11 @@ def _assert_same_curve(run: Path, undisturbed: Observed) -> None:
 
 def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_path: Path) -> None:
     run, marker = _job(tmp_path), uuid.uuid4().hex
-    process = start("train", "job.yaml", "--json", cwd=tmp_path, TEST_MARKER=marker)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start(
+        "train", "job.yaml", "--json", "--set", f"metrics.port={port}", cwd=tmp_path, TEST_MARKER=marker
+    )
     wait_until(lambda: len(step_rows(run)) >= 2, 200, "two steps done")
     (recorder,) = [
         pid for pid in processes_of(f"TEST_MARKER={marker}") if _command(pid).startswith(b"ray::Recorder")
@@ -62,7 +74,11 @@ def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_p
     os.kill(recorder, signal.SIGKILL)
     wait_until(lambda: len(step_rows(run)) >= 6, 200, "six steps done")
     victim = json.loads((run / "workers.json").read_text())[1]
+    wait_until(lambda: "orchestrator_tgs{" in _metrics(port), 30, "rates are shown")
     os.kill(victim["pid"], signal.SIGKILL)
+    wait_until(lambda: "orchestrator_tgs{" not in _metrics(port), 60, "rates withdrawn with their workers")
+    left = _metrics(port)
+    assert 'orchestrator_world_size{run="run",attempt="1"} 2.0' in left, "before another attempt has begun"
     done = finish(process)
 
     assert done.code == 0, done.err
