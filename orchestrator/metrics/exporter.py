@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
 import numpy as np
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from orchestrator.errors import ClusterError
 from orchestrator.metrics import catalogue
 from orchestrator.metrics.catalogue import PREFIX
 from orchestrator.metrics.endpoint import Endpoint
-from orchestrator.metrics.exposition import Histogram, header, labelled, sample, samples
+from orchestrator.metrics.exposition import Histogram, header, labelled, samples
 from orchestrator.metrics.meter import FloatArray
 
 _RANK_GAUGES = tuple(
@@ -36,15 +39,15 @@ class RankLabels:
     memory_limit_bytes: float | None = None
 
 
-@dataclass
-class _Attempt:
+@dataclass(eq=False)
+class _Attempt(Collector):
     """What is shown of one attempt. Arrays are replaced, never changed: a scrape may be reading them."""
 
     run: str
     number: str
     labels: tuple[str, ...] = ()
     memory_limits: FloatArray | None = None
-    info: str | None = None
+    info: Mapping[str, str] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     columns: Mapping[str, FloatArray] = field(default_factory=dict)
     rank_counters: dict[str, FloatArray] = field(default_factory=dict)
@@ -52,35 +55,47 @@ class _Attempt:
     phases: dict[str, Histogram] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Return all series as text."""
+        """Return all series as text: those of the run by the client library, those of ranks by ours."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry).decode() + "".join(self._of_ranks())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the series of the run; this makes an attempt a collector of the client library."""
         who = (self.run, self.number)
-        of_run = labelled(catalogue.RUN_LABELS, who)
-        parts = []
         for metric in _RUN_GAUGES:
             if metric.name in self.values:
-                parts.append(header(PREFIX + metric.name, "gauge", metric.help))
-                parts.append(sample(PREFIX + metric.name, of_run, self.values[metric.name]))
+                gauge = GaugeMetricFamily(PREFIX + metric.name, metric.help, labels=catalogue.RUN_LABELS)
+                gauge.add_metric(who, self.values[metric.name])
+                yield gauge
+        for metric in catalogue.RUN_COUNTERS:
+            if metric.name in self.run_counters:
+                counter = CounterMetricFamily(PREFIX + metric.name, metric.help, labels=catalogue.RUN_LABELS)
+                counter.add_metric(who, self.run_counters[metric.name])
+                yield counter
+        if self.phases:
+            phases = catalogue.PHASE_SECONDS
+            family = HistogramMetricFamily(PREFIX + phases.name, phases.help, labels=catalogue.PHASE_LABELS)
+            for phase, histogram in self.phases.items():
+                family.add_metric((*who, phase), histogram.buckets(), histogram.sum)
+            yield family
+        if self.info:
+            info = GaugeMetricFamily(
+                PREFIX + catalogue.INFO.name, catalogue.INFO.help, labels=tuple(self.info)
+            )
+            info.add_metric(tuple(self.info.values()), 1.0)
+            yield info
+
+    def _of_ranks(self) -> Iterator[str]:
         for metric in _RANK_GAUGES:
             if metric.name in self.columns:
-                parts.append(header(PREFIX + metric.name, "gauge", metric.help))
-                parts.append(samples(PREFIX + metric.name, self.labels, self.columns[metric.name]))
-        for metric in (*catalogue.COUNTERS, *catalogue.RUN_COUNTERS):
-            name = f"{PREFIX}{metric.name}_total"
+                yield header(PREFIX + metric.name, "gauge", metric.help)
+                yield samples(PREFIX + metric.name, self.labels, self.columns[metric.name])
+        for metric in catalogue.COUNTERS:
             if metric.name in self.rank_counters:
-                parts.append(header(name, "counter", metric.help))
-                parts.append(samples(name, self.labels, self.rank_counters[metric.name]))
-            if metric.name in self.run_counters:
-                parts.append(header(name, "counter", metric.help))
-                parts.append(sample(name, of_run, self.run_counters[metric.name]))
-        if self.phases:
-            name = PREFIX + catalogue.PHASE_SECONDS.name
-            parts.append(header(name, "histogram", catalogue.PHASE_SECONDS.help))
-            for phase, histogram in self.phases.items():
-                parts.append(histogram.text(name, catalogue.PHASE_LABELS, (*who, phase)))
-        if self.info is not None:
-            name = PREFIX + catalogue.INFO.name
-            parts.append(header(name, "gauge", catalogue.INFO.help) + sample(name, self.info, 1.0))
-        return "".join(parts)
+                name = f"{PREFIX}{metric.name}_total"
+                yield header(name, "counter", metric.help)
+                yield samples(name, self.labels, self.rank_counters[metric.name])
 
 
 class Exporter:
@@ -135,7 +150,7 @@ class Exporter:
             memory_limits=np.array(
                 [np.nan if each.memory_limit_bytes is None else each.memory_limit_bytes for each in ranks]
             ),
-            info=labelled(tuple(chosen), tuple(chosen.values())),
+            info=chosen,
             rank_counters={metric.name: np.zeros(len(ranks)) for metric in catalogue.COUNTERS},
             run_counters={metric.name: 0.0 for metric in catalogue.RUN_COUNTERS},
             phases={phase: Histogram(catalogue.PHASE_BOUNDS_SECONDS) for phase in catalogue.PHASES},

@@ -1,8 +1,8 @@
-"""Prometheus' text format, written for thousands of ranks at once.
+"""The series of thousands of ranks in Prometheus' text format.
 
-One series a rank as an object of its own costs more than a step may take; here a metric of all ranks is one
-array, and text is made of it when somebody asks. The format is version 0.0.4 of
-https://prometheus.io/docs/instrumenting/exposition_formats/.
+The client library holds one object a series, which at thousands of ranks costs more than a step may take
+(docs/adr/0007); here a metric of all ranks is one array, and text is made of it when somebody asks. The
+format is version 0.0.4 of https://prometheus.io/docs/instrumenting/exposition_formats/.
 """
 
 from __future__ import annotations
@@ -23,15 +23,10 @@ def labelled(names: Sequence[str], values: Sequence[str]) -> str:
     return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs) + "}"
 
 
-def header(name: str, kind: Literal["gauge", "counter", "histogram"], meaning: str) -> str:
+def header(name: str, kind: Literal["gauge", "counter"], meaning: str) -> str:
     """Return the two lines that stand before the samples of a metric."""
     text = meaning.replace("\\", "\\\\").replace("\n", "\\n")
     return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
-
-
-def sample(name: str, labels: str, value: float) -> str:
-    """Return one sample."""
-    return f"{name}{labels} {_number(value)}\n"
 
 
 def samples(name: str, labels: Sequence[str], values: FloatArray) -> str:
@@ -39,7 +34,7 @@ def samples(name: str, labels: Sequence[str], values: FloatArray) -> str:
     pairs = zip(labels, values.tolist(), strict=True)
     if np.isfinite(values).all():
         return "".join([f"{name}{label} {value!r}\n" for label, value in pairs])
-    return "".join([sample(name, label, value) for label, value in pairs if not math.isnan(value)])
+    return "".join([f"{name}{label} {_number(value)}\n" for label, value in pairs if not math.isnan(value)])
 
 
 class Histogram:
@@ -60,20 +55,15 @@ class Histogram:
         self._counts = self._counts + np.bincount(places, minlength=len(self._counts))
         self._sum += float(np.sum(values))
 
-    def text(self, name: str, names: Sequence[str], values: Sequence[str]) -> str:
-        """Return its samples under a name and labels."""
+    @property
+    def sum(self) -> float:
+        """Sum of all observations."""
+        return self._sum
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return each upper bound with the number of observations up to it."""
         bounds = [*(repr(bound) for bound in self._bounds.tolist()), "+Inf"]
-        counted = list(accumulate(self._counts.tolist()))
-        buckets = [
-            f"{name}_bucket{labelled((*names, 'le'), (*values, bound))} {count}\n"
-            for bound, count in zip(bounds, counted, strict=True)
-        ]
-        labels = labelled(names, values)
-        return (
-            "".join(buckets)
-            + sample(f"{name}_sum", labels, self._sum)
-            + f"{name}_count{labels} {counted[-1]}\n"
-        )
+        return list(zip(bounds, accumulate(self._counts.tolist()), strict=True))
 
 
 def _escaped(value: str) -> str:
@@ -81,8 +71,6 @@ def _escaped(value: str) -> str:
 
 
 def _number(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
     if math.isinf(value):
         return "+Inf" if value > 0 else "-Inf"
     return repr(float(value))

@@ -132,6 +132,11 @@ class Trackers:
             self._note(f"{name} is left out from here on: {type(error).__name__}: {reason}")
 
 
+def no_trackers(note: Callable[[str], None]) -> Trackers:
+    """Return trackers that write nowhere."""
+    return Trackers((), "", "", Path(), {}, note)
+
+
 class _TensorBoard:
     def __init__(self, run: str, project: str, folder: Path, job: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter

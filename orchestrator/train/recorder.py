@@ -18,7 +18,7 @@ from typing import Any
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.metrics.exporter import Exporter, RankLabels
 from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, rank_columns, step_values
-from orchestrator.metrics.trackers import Trackers
+from orchestrator.metrics.trackers import Trackers, no_trackers
 from orchestrator.train.lease import Lease
 
 STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
@@ -72,7 +72,7 @@ class Recorder:
         lease: Lease,
         host: str,
         port: int | None,
-        trackers: Callable[[Callable[[str], None]], Trackers],
+        trackers: Callable[[Callable[[str], None]], Trackers] = no_trackers,
     ) -> None:
         self._folder, self._lease = folder, lease
         self._exporter = Exporter(run, host, port) if port is not None else None
