@@ -142,10 +142,11 @@ THROUGHPUT = Section(
         ),
         graph(
             "Tokens per GPU per second, counted",
-            "Over five minutes of wall time: evaluations, checkpoints and restarts cost here, and a run that "
-            "hangs falls to 0.",
+            "Over five minutes of steps, as report.json counts, and of wall time: there pauses "
+            "and restarts cost, and a run that hangs falls to 0.",
             TOKENS_A_SECOND,
-            (f"run:orchestrator_tgs:rate5m{RUN}", "{{run}}"),
+            (f"run:orchestrator_tgs:steps5m{RUN}", "{{run}} steps"),
+            (f"run:orchestrator_tgs:rate5m{RUN}", "{{run}} wall"),
         ),
         graph(
             "TFLOP/s per GPU",

@@ -125,6 +125,11 @@ COUNTERS: tuple[Metric, ...] = (
 
 RUN_COUNTERS: tuple[Metric, ...] = (
     Metric(
+        "processed_seconds",
+        "Wall seconds of optimizer steps since the attempt began, without evaluation and checkpoints.",
+        "run",
+    ),
+    Metric(
         "skipped_steps",
         "Steps since the attempt began whose update was left out because the loss scale was too high.",
         "run",

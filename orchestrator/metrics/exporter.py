@@ -129,6 +129,7 @@ class Exporter:
         with self._lock:
             now = self._attempt
             copy = replace(now, values=dict(now.values), rank_counters=dict(now.rank_counters))
+            copy.run_counters = dict(now.run_counters)
         return copy.text()
 
     def begin_attempt(self, attempt: int, ranks: Sequence[RankLabels], info: Mapping[str, Any]) -> None:
@@ -174,13 +175,14 @@ class Exporter:
         with self._lock:
             self._attempt.values |= {name: value for name, value in values.items() if name in _RUN_NAMES}
 
-    def set_ranks(self, columns: Mapping[str, FloatArray], flops: FloatArray) -> None:
-        """Set the series of all ranks, and count their tokens and FLOPs.
+    def set_ranks(self, columns: Mapping[str, FloatArray], flops: FloatArray, seconds: float) -> None:
+        """Set the series of all ranks, and count their tokens and FLOPs with the seconds that they took.
 
         Args:
             columns: Values by name and rank. What is NaN, or is not among them, is not shown: what is not
                 known of this step must not look as if it were.
             flops: FLOPs of each rank's step.
+            seconds: Wall seconds of the step.
 
         Raises:
             ValueError: There are not as many values as ranks.
@@ -196,6 +198,7 @@ class Exporter:
             shown.columns = columns
             counted["processed_tokens"] = counted["processed_tokens"] + columns["tokens"]
             counted["processed_flops"] = counted["processed_flops"] + flops
+            shown.run_counters["processed_seconds"] += seconds
 
     def count(self, amounts: Mapping[str, float]) -> None:
         """Add to counters of the whole run."""

@@ -165,7 +165,8 @@ class Recorder:
         self._status.eta_seconds = eta_seconds(step, self._status.steps, self._recent)
         self._trackers.log(step, {name: value for name, value in row.items() if name != "step"})
         if self._exporter:
-            self._exporter.set_ranks(rank_columns(ranks, seconds, peak_flops), ranks.column("flops_model"))
+            columns = rank_columns(ranks, seconds, peak_flops)
+            self._exporter.set_ranks(columns, ranks.column("flops_model"), seconds)
             for name in PHASES:
                 self._exporter.observe(name.removesuffix("_seconds"), ranks.column(name))
             self._exporter.count({"skipped_steps": float(values["skipped"])})

@@ -78,7 +78,7 @@ def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_p
     os.kill(victim["pid"], signal.SIGKILL)
     wait_until(lambda: "orchestrator_tgs{" not in _metrics(port), 60, "rates withdrawn with their workers")
     left = _metrics(port)
-    assert 'orchestrator_world_size{run="run",attempt="1"} 2.0' in left, "before another attempt has begun"
+    assert 'orchestrator_world_size{attempt="1",run="run"} 2.0' in left, "before another attempt has begun"
     done = finish(process)
 
     assert done.code == 0, done.err

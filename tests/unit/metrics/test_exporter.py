@@ -52,7 +52,7 @@ def labels(**of: str) -> tuple[tuple[str, str], ...]:
 
 def test_each_rank_has_its_series_with_all_labels(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)
     assert series(exporter, "tgs") == {
         labels(node="10.0.0.1", rank="0", gpu="0"): 100.0,
         labels(node="10.0.0.2", rank="1", gpu="3"): 200.0,
@@ -70,14 +70,14 @@ def test_run_series_stand_once_and_rank_values_among_them_are_passed_over(export
 
 def test_run_values_among_a_ranks_are_passed_over(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks({**ROWS, "loss": np.array([1.0, 1.0])}, np.array([0.0, 0.0]))
+    exporter.set_ranks({**ROWS, "loss": np.array([1.0, 1.0])}, np.array([0.0, 0.0]), 2.0)
     assert series(exporter, "loss") == {}
 
 
 def test_counters_add_up_over_steps(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
-    exporter.set_ranks(ROWS, np.array([1e12, 3e12]))
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)
+    exporter.set_ranks(ROWS, np.array([1e12, 3e12]), 2.0)
     assert sorted(series(exporter, "processed_tokens_total").values()) == [100.0, 140.0]
     assert sorted(series(exporter, "processed_flops_total").values()) == [2e12, 5e12]
 
@@ -90,14 +90,14 @@ def test_the_info_series_says_how_the_run_is_spread(exporter: Exporter) -> None:
 
 def test_a_new_attempt_withdraws_the_series_of_the_one_before(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)
     exporter.set_run({"loss": 2.5})
     exporter.begin_attempt(1, RANKS[:1], {**INFO, "world_size": 1})
     assert series(exporter, "tgs") == series(exporter, "loss") == {}
     only = labels(attempt="1", node="10.0.0.1", rank="0", gpu="0")
     assert series(exporter, "processed_tokens_total") == {only: 0.0}
     assert len(series(exporter, "run_info")) == 1
-    exporter.set_ranks(FIRST, np.array([1e12]))
+    exporter.set_ranks(FIRST, np.array([1e12]), 2.0)
     exporter.set_run({"loss": 2.0})
     assert series(exporter, "loss") == {labels(attempt="1"): 2.0}
     ours = [sample for sample in scrape(exporter) if sample.name.startswith(catalogue.PREFIX)]
@@ -109,14 +109,14 @@ def test_every_metric_of_the_catalogue_can_be_set(exporter: Exporter) -> None:
     exporter.begin_attempt(0, [RankLabels("10.0.0.1", "0", "0", 80e9)], INFO)
     every = (*catalogue.STEP_METRICS, *catalogue.RUN_METRICS)
     exporter.set_run({metric.name: 1.0 for metric in every})
-    exporter.set_ranks({metric.name: np.ones(1) for metric in every}, np.ones(1))
+    exporter.set_ranks({metric.name: np.ones(1) for metric in every}, np.ones(1), 2.0)
     assert {sample.name for sample in scrape(exporter)} == catalogue.sample_names()
 
 
 def test_columns_must_match_ranks(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     with pytest.raises(ValueError, match="tgs has 1 values for 2 ranks"):
-        exporter.set_ranks(FIRST, np.array([1e12, 1e12]))
+        exporter.set_ranks(FIRST, np.array([1e12, 1e12]), 2.0)
     assert series(exporter, "tgs") == {}
 
 
@@ -124,10 +124,10 @@ def test_what_is_not_known_of_a_rank_has_no_series_and_what_was_known_before_is_
     exporter: Exporter,
 ) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks({**ROWS, "mfu": np.array([0.4, 0.5])}, np.zeros(2))
-    exporter.set_ranks({**ROWS, "mfu": np.array([0.4, math.nan])}, np.zeros(2))
+    exporter.set_ranks({**ROWS, "mfu": np.array([0.4, 0.5])}, np.zeros(2), 2.0)
+    exporter.set_ranks({**ROWS, "mfu": np.array([0.4, math.nan])}, np.zeros(2), 2.0)
     assert list(series(exporter, "mfu").values()) == [0.4]
-    exporter.set_ranks(ROWS, np.zeros(2))
+    exporter.set_ranks(ROWS, np.zeros(2), 2.0)
     assert series(exporter, "mfu") == {}
 
 
@@ -141,7 +141,7 @@ def test_a_loss_that_is_no_number_is_shown_as_such(exporter: Exporter) -> None:
 def test_the_memory_of_a_device_is_shown_with_its_steps_where_it_is_known(exporter: Exporter) -> None:
     exporter.begin_attempt(0, [RankLabels("10.0.0.1", "0", "0", 80e9), RANKS[1]], INFO)
     assert series(exporter, "memory_limit_bytes") == {}
-    exporter.set_ranks(ROWS, np.zeros(2))
+    exporter.set_ranks(ROWS, np.zeros(2), 2.0)
     limit = {labels(node="10.0.0.1", rank="0", gpu="0"): 80e9}
     assert series(exporter, "memory_limit_bytes") == limit
 
@@ -156,9 +156,18 @@ def test_counters_stand_at_nought_before_the_first_step(exporter: Exporter) -> N
     assert series(exporter, "skipped_steps_total") == {labels(): 1.0}
 
 
+def test_seconds_of_steps_are_counted_beside_tokens_so_that_their_ratio_is_a_rate(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.set_ranks(ROWS, np.zeros(2), 2.0)
+    exporter.set_ranks(ROWS, np.zeros(2), 3.0)
+    assert series(exporter, "processed_seconds_total") == {labels(): 5.0}
+    exporter.begin_attempt(1, RANKS, INFO)
+    assert series(exporter, "processed_seconds_total") == {labels(attempt="1"): 0.0}
+
+
 def test_an_attempt_that_ended_shows_what_lasts_and_nothing_that_its_workers_did(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, np.array([1e12, 2e12]))
+    exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)
     exporter.set_run({"loss": 2.5, "step": 7, "world_size": 2, "last_step_timestamp_seconds": 1e9})
     exporter.end_attempt()
     assert series(exporter, "tgs") == series(exporter, "loss") == series(exporter, "tokens") == {}
@@ -197,14 +206,14 @@ def test_the_histogram_has_no_series_a_rank(exporter: Exporter) -> None:
 def test_labels_with_quotes_backslashes_and_lines_come_back_as_they_were(exporter: Exporter) -> None:
     odd = 'a"b\\c\nd'
     exporter.begin_attempt(0, [RankLabels(odd, "0", "")], {**INFO, "device": odd})
-    exporter.set_ranks(FIRST, np.zeros(1))
+    exporter.set_ranks(FIRST, np.zeros(1), 2.0)
     assert series(exporter, "tgs") == {labels(node=odd, rank="0", gpu=""): 100.0}
     assert [dict(key)["device"] for key in series(exporter, "run_info")] == [odd]
 
 
 def test_who_takes_gzip_gets_the_same_text_in_less(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, np.zeros(2))
+    exporter.set_ranks(ROWS, np.zeros(2), 2.0)
     address = f"http://127.0.0.1:{exporter.port}/metrics"
     request = urllib.request.Request(address, headers={"Accept-Encoding": "gzip"})
     with urllib.request.urlopen(request, timeout=10) as answer:
@@ -225,7 +234,7 @@ def test_prometheus_own_check_finds_nothing_but_names_that_were_chosen(exporter:
     if promtool is None:
         pytest.skip("promtool is missing: apt-get install prometheus")
     exporter.begin_attempt(0, RANKS, INFO)
-    exporter.set_ranks(ROWS, np.zeros(2))
+    exporter.set_ranks(ROWS, np.zeros(2), 2.0)
     exporter.set_run({"loss": 2.5})
     done = subprocess.run(
         [promtool, "check", "metrics"], input=exporter.text(), capture_output=True, text=True, check=False
@@ -276,7 +285,7 @@ def test_a_scrape_in_the_middle_of_updates_shows_one_step_of_all_ranks(exporter:
         value = 0.0
         while not done.is_set():
             value += 1.0
-            exporter.set_ranks({"tgs": np.full(500, value), "tokens": np.ones(500)}, np.ones(500))
+            exporter.set_ranks({"tgs": np.full(500, value), "tokens": np.ones(500)}, np.ones(500), 2.0)
 
     thread = Thread(target=update)
     thread.start()
@@ -300,7 +309,7 @@ def test_a_scrape_that_the_attempt_ends_under_sees_all_of_it_or_nothing(exporter
         while not done.is_set():
             number += 1
             exporter.begin_attempt(number, RANKS, INFO)
-            exporter.set_ranks(ROWS, np.zeros(2))
+            exporter.set_ranks(ROWS, np.zeros(2), 2.0)
             exporter.end_attempt()
 
     thread = Thread(target=turn_over)

@@ -14,9 +14,10 @@ import yaml
 from launch.monitoring import devices, panels
 from launch.monitoring.manifests import TARGET, prometheus_rule
 from orchestrator.metrics import catalogue
-from tests.unit.monitoring.test_rules import HERE, RECORDED, labels_in, names_in, promtool
+from tests.prometheus import MONITORING
+from tests.unit.monitoring.test_rules import RECORDED, labels_in, names_in, promtool
 
-FOLDER = HERE / "grafana" / "dashboards"
+FOLDER = MONITORING / "grafana" / "dashboards"
 DASHBOARDS = {file.name: json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))}
 PANELS = [
     pytest.param(panel, id=f"{name}: {panel['title']}")
@@ -140,12 +141,12 @@ def test_the_operators_manifest_holds_the_rules() -> None:
 
 
 def test_provisioning_points_at_what_is_there() -> None:
-    source = yaml.safe_load((HERE / "grafana/provisioning/datasources/prometheus.yaml").read_text())
-    scraped = yaml.safe_load((HERE / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    source = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yaml").read_text())
+    scraped = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["global"]["scrape_interval"]
     assert source["datasources"][0]["jsonData"]["timeInterval"] == scraped
-    provider = yaml.safe_load((HERE / "grafana/provisioning/dashboards/orchestrator.yaml").read_text())
+    provider = yaml.safe_load((MONITORING / "grafana/provisioning/dashboards/orchestrator.yaml").read_text())
     assert provider["providers"][0]["type"] == "file"
-    kustomization = yaml.safe_load((HERE / "kustomization.yaml").read_text())
+    kustomization = yaml.safe_load((MONITORING / "kustomization.yaml").read_text())
     listed = {Path(file).name for file in kustomization["configMapGenerator"][0]["files"]}
     assert listed == set(DASHBOARDS)
-    assert all((HERE / file).exists() for file in kustomization["resources"])
+    assert all((MONITORING / file).exists() for file in kustomization["resources"])

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import socket
-import subprocess
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +14,11 @@ from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.train.lease import Lease
 from orchestrator.train.recorder import Recorder, WorkerInfo
 from tests.conftest import wait_until
+from tests.prometheus import Prometheus, needs_prometheus
 from tests.unit.monitoring.test_dashboards import PANELS, substituted
-from tests.unit.monitoring.test_rules import HERE, RECORDED
+from tests.unit.monitoring.test_rules import RECORDED
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="prometheus is missing: apt-get install prometheus"
-)
+pytestmark = needs_prometheus
 # As NVIDIA's exporter writes its samples: the label gpu is the number of the device on its node.
 DCGM = "".join(
     f'# TYPE {name} gauge\n{name}{{gpu="{gpu}",UUID="GPU-{gpu}",device="nvidia{gpu}",'
@@ -60,21 +50,14 @@ INFO = {
 class Scene:
     """A Prometheus, and the recorder that it scrapes."""
 
-    port: int
+    prometheus: Prometheus
     recorder: Recorder
     attempt: int
     step: int = 0
 
     def ask(self, query: str) -> list[dict[str, Any]]:
         """Return what a query finds now."""
-        text = urllib.parse.urlencode({"query": query})
-        address = f"http://127.0.0.1:{self.port}/api/v1/query?{text}"
-        try:
-            with urllib.request.urlopen(address, timeout=10) as answer:
-                found: list[dict[str, Any]] = json.loads(answer.read())["data"]["result"]
-        except urllib.error.HTTPError as error:
-            pytest.fail(f"{query}: {error.read().decode()}")
-        return found
+        return self.prometheus.ask(query)
 
     def train(self) -> None:
         """Make a step, as a worker would tell of it."""
@@ -95,65 +78,24 @@ class Scene:
         self.recorder.saved(self.attempt, self.step, 0.1)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
-
-
-def configured(folder: Path, run_port: int, dcgm_port: int) -> Path:
-    """Copy the configuration, with addresses of this machine and a second for every interval."""
-    shutil.copytree(HERE, folder)
-    text = (folder / "prometheus.yml").read_text()
-    assert text.count(": 15s") == 2
-    text = text.replace(": 15s", ": 1s").replace("scrape_timeout: 10s", "scrape_timeout: 1s")
-    (folder / "prometheus.yml").write_text(text.replace("driver.example:9400", f"127.0.0.1:{run_port}"))
-    (folder / "targets" / "example.json").unlink()
-    targets = [{"targets": [f"127.0.0.1:{dcgm_port}"], "labels": {"cluster": "example"}}]
-    (folder / "targets" / "dcgm" / "example.json").write_text(json.dumps(targets))
-    return folder / "prometheus.yml"
-
-
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     home = tmp_path_factory.mktemp("run")
     recorder = Recorder(home, "my-run", Lease.acquire(home), "127.0.0.1", 0)
     dcgm = Endpoint("127.0.0.1", 0, lambda: DCGM)
-    run_port, port = recorder.status().metrics_port, free_port()
-    assert run_port is not None
-    config = configured(tmp_path_factory.mktemp("prometheus") / "monitoring", run_port, dcgm.port)
-    process = subprocess.Popen(
-        [
-            "prometheus",
-            f"--config.file={config}",
-            f"--storage.tsdb.path={config.parent / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "GOMAXPROCS": "1"},
-    )
+    run_port = recorder.status().metrics_port
+    targets = {"runs.json": [f"127.0.0.1:{run_port}"], "dcgm/nodes.json": [f"127.0.0.1:{dcgm.port}"]}
     try:
-        wait_until(lambda: is_ready(port), 60, "Prometheus answers")
-        made = Scene(port, recorder, recorder.begin_attempt(WORKERS, INFO, 0, 10_000))
-        deadline = time.monotonic() + 8
-        while time.monotonic() < deadline:  # counters have to rise from one scrape to the next
-            made.train()
-            time.sleep(0.2)
-        yield made
+        with Prometheus(tmp_path_factory.mktemp("prometheus"), targets, "example") as prometheus:
+            made = Scene(prometheus, recorder, recorder.begin_attempt(WORKERS, INFO, 0, 10_000))
+            deadline = time.monotonic() + 8
+            while time.monotonic() < deadline:  # counters have to rise from one scrape to the next
+                made.train()
+                time.sleep(0.2)
+            yield made
     finally:
-        process.terminate()
-        process.wait(timeout=30)
         recorder.close()
         dcgm.close()
-
-
-def is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=1) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("panel", PANELS)

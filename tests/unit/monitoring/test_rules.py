@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from orchestrator.metrics import catalogue
+from tests.conftest import ROOT
+from tests.prometheus import MONITORING
 
-ROOT = Path(__file__).resolve().parents[3]
-HERE = ROOT / "k8s" / "monitoring"
 RULES = [
     {**rule, "group": group["name"]}
-    for file in sorted((HERE / "rules").glob("*.yml"))
+    for file in sorted((MONITORING / "rules").glob("*.yml"))
     for group in yaml.safe_load(file.read_text())["groups"]
     for rule in group["rules"]
 ]
@@ -49,22 +49,22 @@ def labels_in(expression: str) -> set[str]:
 
 
 def test_configuration_is_valid() -> None:
-    assert "SUCCESS" in promtool("check", "config", str(HERE / "prometheus.yml"))
+    assert "SUCCESS" in promtool("check", "config", str(MONITORING / "prometheus.yml"))
 
 
 def test_rules_are_valid() -> None:
-    said = promtool("check", "rules", *map(str, sorted((HERE / "rules").glob("*.yml"))))
+    said = promtool("check", "rules", *map(str, sorted((MONITORING / "rules").glob("*.yml"))))
     assert f"{len(ALERTS)} rules found" in said
     assert "duplicate" not in said
 
 
-@pytest.mark.parametrize("file", sorted((HERE / "tests").glob("*.yml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted((MONITORING / "tests").glob("*.yml")), ids=lambda file: file.name)
 def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
     assert "SUCCESS" in promtool("test", "rules", str(file))
 
 
 def test_every_alert_is_seen_firing_and_not_firing() -> None:
-    text = "".join(file.read_text() for file in (HERE / "tests").glob("*.yml"))
+    text = "".join(file.read_text() for file in (MONITORING / "tests").glob("*.yml"))
     scenarios = re.split(r"(?m)^  - name: ", text)[1:]
     for alert in (rule["alert"] for rule in ALERTS):
         fires = [scenario for scenario in scenarios if f'alertname="{alert}"' in scenario]

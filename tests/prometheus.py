@@ -1,0 +1,97 @@
+"""A Prometheus that reads the configuration that is shipped, for tests that ask it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from tests.conftest import ROOT, wait_until
+
+MONITORING = ROOT / "k8s" / "monitoring"
+needs_prometheus = pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is missing: apt-get install prometheus"
+)
+
+
+class Prometheus:
+    """A server with the shipped rules, that scrapes every second; a context manager.
+
+    Args:
+        folder: Where its configuration and data go.
+        targets: Files of targets by their names in `targets/`, each a list of addresses.
+        cluster: Label of all targets.
+    """
+
+    def __init__(self, folder: Path, targets: Mapping[str, list[str]], cluster: str) -> None:
+        self._folder = folder / "monitoring"
+        shutil.copytree(MONITORING, self._folder)
+        text = (self._folder / "prometheus.yml").read_text()
+        assert text.count(": 15s") == 2
+        assert text.count("localhost:9400") == 1
+        text = text.replace(": 15s", ": 1s").replace("scrape_timeout: 10s", "scrape_timeout: 1s")
+        (self._folder / "prometheus.yml").write_text(text.replace("localhost:9400", "localhost:9"))
+        for name, addresses in targets.items():
+            entry = {"targets": addresses, "labels": {"cluster": cluster}}
+            (self._folder / "targets" / name).write_text(json.dumps([entry]))
+        self.port = free_port()
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={self._folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={self._folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{self.port}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "GOMAXPROCS": "1"},
+        )
+        wait_until(self._is_ready, 60, "Prometheus answers")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+    def ask(self, query: str, at: float | None = None) -> list[dict[str, Any]]:
+        """Return the series that a query finds, now or at a Unix time, each with one value."""
+        return self._result("query", {"query": query} | ({} if at is None else {"time": at}))
+
+    def range(self, query: str, begin: float, end: float, step: float) -> list[dict[str, Any]]:
+        """Return the series that a query finds between two times, each with values every so many seconds."""
+        return self._result("query_range", {"query": query, "start": begin, "end": end, "step": step})
+
+    def _result(self, kind: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        address = f"http://127.0.0.1:{self.port}/api/v1/{kind}?{urllib.parse.urlencode(arguments)}"
+        try:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                found: list[dict[str, Any]] = json.loads(answer.read())["data"]["result"]
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"{arguments['query']}: {error.read().decode()}")
+        return found
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
