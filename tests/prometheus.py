@@ -67,19 +67,25 @@ class Prometheus:
 
     def ask(self, query: str, at: float | None = None) -> list[dict[str, Any]]:
         """Return the series that a query finds, now or at a Unix time, each with one value."""
-        return self._result("query", {"query": query} | ({} if at is None else {"time": at}))
+        asked = {"query": query} if at is None else {"query": query, "time": at}
+        return list(self._data("query", asked)["result"])
 
     def range(self, query: str, begin: float, end: float, step: float) -> list[dict[str, Any]]:
         """Return the series that a query finds between two times, each with values every so many seconds."""
-        return self._result("query_range", {"query": query, "start": begin, "end": end, "step": step})
+        asked = {"query": query, "start": begin, "end": end, "step": step}
+        return list(self._data("query_range", asked)["result"])
 
-    def _result(self, kind: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def rules(self) -> list[dict[str, Any]]:
+        """Return all rules, as they were last evaluated."""
+        return [rule for group in self._data("rules", {})["groups"] for rule in group["rules"]]
+
+    def _data(self, kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         address = f"http://127.0.0.1:{self.port}/api/v1/{kind}?{urllib.parse.urlencode(arguments)}"
         try:
             with urllib.request.urlopen(address, timeout=30) as answer:
-                found: list[dict[str, Any]] = json.loads(answer.read())["data"]["result"]
+                found: dict[str, Any] = json.loads(answer.read())["data"]
         except urllib.error.HTTPError as error:
-            pytest.fail(f"{arguments['query']}: {error.read().decode()}")
+            pytest.fail(f"{address}: {error.read().decode()}")
         return found
 
     def _is_ready(self) -> bool:

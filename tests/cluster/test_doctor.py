@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed, unavailable_reason
+from cluster.testbed import Testbed
+from tests.cluster.beds import new_bed
 from tests.conftest import ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
@@ -19,11 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Testbed]:
-    reason = unavailable_reason()
-    if reason:
-        pytest.skip(reason)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with Testbed(nodes=2, cpus_per_node=1, env={"PATH": path, "PYTHONPATH": str(ROOT)}) as bed:
+    with new_bed(2, 1, PYTHONPATH=str(ROOT)) as bed:
         yield bed
 
 

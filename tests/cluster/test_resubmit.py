@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed, unavailable_reason
+from cluster.testbed import Testbed
+from tests.cluster.beds import new_bed
 from tests.conftest import Observed, job_text, losses, orchestrator, step_rows, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
-
-
-def cluster() -> Testbed:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return Testbed(nodes=1, cpus_per_node=2, env={"PATH": path, "PYTHONPATH": ""})
 
 
 def submitted(bed: Testbed, folder: Path, *more: str) -> str:
@@ -29,14 +23,11 @@ def submitted(bed: Testbed, folder: Path, *more: str) -> str:
 
 
 def test_a_job_goes_on_wherever_it_was_ended(undisturbed_run: Observed, tmp_path: Path) -> None:
-    reason = unavailable_reason()
-    if reason:
-        pytest.skip(reason)
     from ray.job_submission import JobSubmissionClient
 
     run = tmp_path / "runs" / "run"
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs", checkpoint__every_steps=2))
-    with cluster() as bed:
+    with new_bed(1, 2) as bed:
         first = submitted(bed, tmp_path, "--no-wait")
         wait_until(lambda: len(step_rows(run)) >= 3, 240, "three steps done")
         client = JobSubmissionClient(bed.dashboard_url)
@@ -47,7 +38,7 @@ def test_a_job_goes_on_wherever_it_was_ended(undisturbed_run: Observed, tmp_path
         submitted(bed, tmp_path, "--no-wait")
         wait_until(lambda: len(step_rows(run)) >= stopped_at + 3, 240, "three more steps done")
     # A deadline has ended the cluster, with all that was on it.
-    with cluster() as bed:
+    with new_bed(1, 2) as bed:
         submitted(bed, tmp_path)
     report = json.loads((run / "report.json").read_text())
     attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]

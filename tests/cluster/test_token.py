@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed, unavailable_reason
+from cluster.testbed import Testbed
+from tests.cluster.beds import new_bed
 from tests.conftest import job_text, orchestrator
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
@@ -18,11 +17,7 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5f" * 32}
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Testbed]:
-    reason = unavailable_reason()
-    if reason:
-        pytest.skip(reason)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with Testbed(nodes=1, cpus_per_node=2, env={"PATH": path, "PYTHONPATH": "", **TOKEN}) as bed:
+    with new_bed(1, 2, **TOKEN) as bed:
         yield bed
 
 

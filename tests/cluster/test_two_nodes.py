@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed, unavailable_reason
+from tests.cluster.beds import new_bed
 from tests.conftest import Observed, job_text, losses, orchestrator
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
 
 def test_submitted_run_on_two_nodes_equals_the_run_on_one(undisturbed_run: Observed, tmp_path: Path) -> None:
-    reason = unavailable_reason()
-    if reason:
-        pytest.skip(reason)
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs"))
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with Testbed(nodes=2, cpus_per_node=1, env={"PATH": path, "PYTHONPATH": ""}) as bed:
+    with new_bed(2, 1) as bed:
         done = orchestrator("submit", "job.yaml", "--address", bed.dashboard_url, cwd=tmp_path, timeout=400)
         assert done.code == 0, f"{done.out[-4000:]}\n{done.err[-4000:]}"
         run = tmp_path / "runs" / "run"

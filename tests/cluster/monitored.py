@@ -1,0 +1,82 @@
+"""A run on two nodes that a Prometheus watches from outside, and that loses a worker on its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.cluster.beds import new_bed
+from tests.conftest import finish, job_text, start, step_rows, wait_until
+from tests.prometheus import Prometheus
+
+CLUSTER = "two-nodes"
+_TGS_OF_RANK_1 = 'orchestrator_tgs{run="run", rank="1"}'
+
+
+@dataclass(frozen=True)
+class Monitored:
+    """What is left of it: its folder, and a Prometheus that remembers.
+
+    Attributes:
+        prometheus: The server; the run's target is gone.
+        folder: The run's folder.
+        nodes: Addresses of the nodes.
+        begun: Unix time before the job was submitted.
+        steady: Unix time when everything had been seen, before the kill.
+        killed: Unix time when worker 1 was killed.
+        withdrawn: Unix time when Prometheus had no rate of worker 1 any more.
+        ended: Unix time after the job.
+    """
+
+    prometheus: Prometheus
+    folder: Path
+    nodes: list[str]
+    begun: float
+    steady: float
+    killed: float
+    withdrawn: float
+    ended: float
+
+    def report(self) -> dict[str, Any]:
+        """Return the run's own summary."""
+        found: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
+        return found
+
+
+@contextmanager
+def monitored_run(home: Path, steps: int = 60) -> Iterator[Monitored]:
+    """Submit a job of so many steps, kill worker 1 when a third of them is done, and wait for its end."""
+    job = job_text(
+        home / "runs",
+        optim__max_steps=steps,
+        checkpoint__every_steps=5,
+        eval__every_steps=10,
+        metrics__host="0.0.0.0",
+        metrics__port=9400,
+    )
+    (home / "job.yaml").write_text(job)
+    run, begun = home / "runs" / "run", time.time()
+    with new_bed(2, 1) as bed:
+        nodes = bed.addresses
+        with Prometheus(home, {"runs.json": [f"{nodes[0]}:9400"]}, CLUSTER) as prometheus:
+            process = start("submit", "job.yaml", "--address", bed.dashboard_url, "--no-doctor", cwd=home)
+            wait_until(lambda: len(step_rows(run)) >= steps // 3, 300, "a third of the steps done")
+            # What is worked out from others comes an evaluation of the rules later.
+            wait_until(lambda: prometheus.ask("run:orchestrator_tgs:steps5m"), 30, "rates are recorded")
+            time.sleep(3)
+            steady = time.time()
+            victim = json.loads((run / "workers.json").read_text())[1]
+            killed = time.time()
+            os.kill(victim["pid"], signal.SIGKILL)
+            wait_until(lambda: not prometheus.ask(_TGS_OF_RANK_1), 60, "no rate of the dead worker")
+            withdrawn = time.time()
+            done = finish(process, timeout=400)
+            assert done.code == 0, f"{done.out[-4000:]}\n{done.err[-4000:]}"
+            yield Monitored(prometheus, run, nodes, begun, steady, killed, withdrawn, time.time())

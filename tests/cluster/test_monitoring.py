@@ -1,0 +1,88 @@
+"""Two nodes, a training run and a Prometheus: what dashboards ask for is there, right, and gone in time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.cluster.monitored import CLUSTER, Monitored, monitored_run
+from tests.cluster.pictures import draw
+from tests.prometheus import needs_prometheus
+from tests.unit.monitoring.test_dashboards import PANELS, substituted
+from tests.unit.monitoring.test_rules import ALERTS, RECORDED
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, needs_prometheus]
+# A CPU has no peak in the catalogue, no memory of its own and no DCGM; tests/unit/monitoring asks for these.
+NEEDS_A_GPU = re.compile(r"orchestrator_(mfu|hfu|memory_limit_bytes)|DCGM_")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
+    with monitored_run(tmp_path_factory.mktemp("monitored")) as seen:
+        yield seen
+
+
+@pytest.mark.parametrize("panel", PANELS)
+def test_every_query_of_a_panel_returns_data(seen: Monitored, panel: dict[str, Any]) -> None:
+    for target in panel["targets"]:
+        query = substituted(target["expr"])
+        found = seen.prometheus.ask(query, at=seen.steady)
+        assert bool(found) != bool(NEEDS_A_GPU.search(query)), f"{query} finds {found}"
+        assert all(series["metric"].get("cluster", CLUSTER) == CLUSTER for series in found)
+
+
+def test_every_recorded_rule_returns_data(seen: Monitored) -> None:
+    empty = {name for name in RECORDED if not seen.prometheus.ask(name, at=seen.steady)}
+    assert empty == {"run:orchestrator_mfu:avg"}, "a CPU has no peak to compare with"
+
+
+def test_every_alert_can_be_evaluated_and_none_fires_on_a_run_that_is_well(seen: Monitored) -> None:
+    rules = seen.prometheus.rules()
+    assert {rule["name"]: rule["health"] for rule in rules if rule["type"] == "alerting"} == {
+        alert["alert"]: "ok" for alert in ALERTS
+    }
+    assert seen.prometheus.ask('ALERTS{alertstate="firing"}', at=seen.steady) == []
+
+
+def test_tgs_in_prometheus_is_that_of_the_report(seen: Monitored) -> None:
+    hour = f"[{seen.ended - seen.begun:.0f}s]"
+    tokens = f"sum(max_over_time(orchestrator_processed_tokens_total{hour}))"
+    seconds = f"sum(max_over_time(orchestrator_processed_seconds_total{hour}))"
+    (found,) = seen.prometheus.ask(f"{tokens} / {seconds} / 2", at=seen.ended)
+    report = seen.report()
+    assert float(found["value"][1]) == pytest.approx(report["tgs"], rel=0.02)
+    recorded = seen.prometheus.range("run:orchestrator_tgs:steps5m", seen.begun, seen.ended, 1.0)
+    assert float(recorded[0]["values"][-1][1]) == pytest.approx(report["tgs"], rel=0.1), "of its last minutes"
+
+
+def test_ranks_of_both_nodes_are_told_apart(seen: Monitored) -> None:
+    found = seen.prometheus.ask("orchestrator_tgs", at=seen.steady)
+    assert {(each["metric"]["rank"], each["metric"]["attempt"]) for each in found} == {("0", "0"), ("1", "0")}
+    assert {each["metric"]["node"] for each in found} == set(seen.nodes)
+
+
+def test_series_of_a_killed_worker_end_and_restarts_rise(seen: Monitored) -> None:
+    assert seen.withdrawn - seen.killed < 20
+    killed = seen.prometheus.range('orchestrator_tgs{attempt="0"}', seen.begun, seen.ended, 1.0)
+    assert len(killed) == 2
+    assert max(float(series["values"][-1][0]) for series in killed) <= seen.withdrawn
+    assert seen.prometheus.ask('orchestrator_tgs{attempt="0"}', at=seen.withdrawn) == []
+    (restarts,) = seen.prometheus.range("max(orchestrator_restarts)", seen.begun, seen.ended, 1.0)
+    values = [float(value) for _, value in restarts["values"]]
+    assert (values[0], values[-1]) == (0.0, 1.0)
+    (missing,) = seen.prometheus.ask(
+        f"max_over_time(run:orchestrator_ranks_missing:count[{seen.ended - seen.killed:.0f}s])", at=seen.ended
+    )
+    assert missing["value"][1] == "2"
+    again = seen.prometheus.range('orchestrator_tgs{attempt="1"}', seen.killed, seen.ended, 1.0)
+    assert {series["metric"]["rank"] for series in again} == {"0", "1"}
+    assert seen.report()["restarts"] == 1
+
+
+def test_the_panels_can_be_drawn(seen: Monitored) -> None:
+    picture = draw(seen)
+    assert picture.count("no data") == 0
+    assert "Tokens per GPU per second, last step" in picture
