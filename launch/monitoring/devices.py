@@ -72,7 +72,8 @@ CLUSTER = Board(
                     "Devices of DCGM that are used less than 5 % and that no rank of the chosen runs holds.",
                     "short",
                     f"count by (cluster) (max by (cluster, node, gpu) (DCGM_FI_DEV_GPU_UTIL{NODE}) < 5 "
-                    f"unless on (cluster, node, gpu) {_HOLDERS}) or vector(0)",
+                    f"unless on (cluster, node, gpu) {_HOLDERS}) "
+                    f"or count by (cluster) (DCGM_FI_DEV_GPU_UTIL{NODE}) * 0",
                     "{{cluster}}",
                 ),
             ),

@@ -21,21 +21,31 @@ from tests.unit.monitoring.test_dashboards import DASHBOARDS, substituted
 TARGET = ROOT / "docs" / "figures" / "dashboard.svg"
 _BACKGROUND, _PANEL, _TEXT, _QUIET = "#111217", "#181b1f", "#ccccdc", "#8e8e99"
 _COLOURS = ("#73bf69", "#f2cc0c", "#8ab8ff", "#ff780a", "#f2495c", "#5794f2", "#b877d9", "#fade2a")
-_UNITS = {"s": "s", "bytes": "B", "percentunit": "%", "short": "", "none": "", "sci": ""}
+_UNITS = {
+    "s": ("s", 1.0),
+    "bytes": ("MiB", 2.0**-20),
+    "percentunit": ("%", 100.0),
+    "short": ("", 1.0),
+    "none": ("", 1.0),
+    "sci": ("", 1.0),
+}
+_STEP_SECONDS = 2.0
+_Found = list[tuple[str, list[tuple[float, float]]]]
 
 
 def draw(seen: Monitored) -> str:
-    """Return the panels that had data, as SVG."""
+    """Return the panels as SVG; one that had no data says so."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
     drawn = [
-        (panel, found)
+        (panel, _series(seen, panel))
         for panel in DASHBOARDS["orchestrator-runs.json"]["panels"]
-        if panel["type"] in {"timeseries", "stat"} and (found := _series(seen, panel))
+        if panel["type"] in {"timeseries", "stat"}
     ]
+    first = min(points[0][0] for _, found in drawn for _, points in found) - 3.0
     rows = sorted({panel["gridPos"]["y"] for panel, _ in drawn})
     height = sum(_height(drawn, row) for row in rows)
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dashboard", "font.size": 7.5}):
@@ -48,7 +58,11 @@ def draw(seen: Monitored) -> str:
                     place = panel["gridPos"]
                     left, wide = place["x"] / 24, place["w"] / 24
                     box = (left + 0.028, (top - size + 0.42) / height, wide - 0.036, (size - 0.85) / height)
-                    _panel(figure.add_axes(box), panel, found, seen)
+                    axes = _framed(figure.add_axes(box), panel)
+                    if panel["type"] == "stat":
+                        _latest(axes, panel, found, seen)
+                    else:
+                        _lines(axes, panel, found, seen, first)
             top -= size
         text = io.StringIO()
         figure.savefig(text, format="svg", facecolor=_BACKGROUND, metadata={"Date": None})
@@ -61,11 +75,11 @@ def _height(drawn: list[tuple[dict[str, Any], Any]], row: int) -> float:
     return 0.3 * float(tallest) + 0.3
 
 
-def _series(seen: Monitored, panel: dict[str, Any]) -> list[tuple[str, list[tuple[float, float]]]]:
+def _series(seen: Monitored, panel: dict[str, Any]) -> _Found:
     found = []
     for target in panel["targets"]:
         query = substituted(target["expr"])
-        for series in seen.prometheus.range(query, seen.begun, seen.ended, 1.0):
+        for series in seen.prometheus.range(query, seen.begun, seen.ended, _STEP_SECONDS):
             name = target.get("legendFormat", "")
             for label, value in series["metric"].items():
                 name = name.replace("{{" + label + "}}", value)
@@ -74,49 +88,65 @@ def _series(seen: Monitored, panel: dict[str, Any]) -> list[tuple[str, list[tupl
     return found
 
 
-def _panel(axes: Any, panel: dict[str, Any], found: list[tuple[str, Any]], seen: Monitored) -> None:
+def _framed(axes: Any, panel: dict[str, Any]) -> Any:
     axes.set_facecolor(_PANEL)
-    axes.set_title(panel["title"], loc="left", color=_TEXT, fontsize=9)
-    unit = panel["fieldConfig"]["defaults"]["unit"].removeprefix("suffix: ")
-    unit = _UNITS.get(unit, unit)
-    scale = 100.0 if unit == "%" else 1.0
+    unit, _ = _unit(panel)
+    axes.set_title(panel["title"] + (f" [{unit}]" if unit else ""), loc="left", color=_TEXT, fontsize=9)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if panel["type"] == "stat":
-        name, points = found[0]
-        before = [value for at, value in points if at <= seen.steady - seen.begun]
+    return axes
+
+
+def _unit(panel: dict[str, Any]) -> tuple[str, float]:
+    """Return the unit that is written beside a panel's numbers, and what they are multiplied with."""
+    name = panel["fieldConfig"]["defaults"]["unit"].removeprefix("suffix: ")
+    return _UNITS.get(name, (name, 1.0))
+
+
+def _latest(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored) -> None:
+    """Write the value that a panel of latest values showed before the kill."""
+    unit, scale = _unit(panel)
+    _, points = found[0]
+    value = [value for at, value in points if at <= seen.steady - seen.begun][-1] * scale
+    axes.set_xticks([])
+    axes.set_yticks([])
+    text = f"{value:,.0f} {unit}" if value >= 100 or value == int(value) else f"{value:,.3g} {unit}"
+    axes.text(0.5, 0.45, text, ha="center", va="center", color=_COLOURS[0], fontsize=19)
+
+
+def _lines(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored, first: float) -> None:
+    """Draw a panel over time; the dotted line is the kill."""
+    if not found:
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.text(0.5, 0.45, f"{before[-1] * scale:,.4g} {unit}", ha="center", va="center", color=_COLOURS[0])
-        axes.texts[-1].set_fontsize(19)
+        axes.text(0.5, 0.5, "No data (trained on CPU)", ha="center", va="center", color=_QUIET)
         return
+    unit, scale = _unit(panel)
     for number, (name, points) in enumerate(found):
-        # A second apart is one line; where nothing was known there is a gap, as in Grafana.
-        at = [points[0][0]]
-        values = [points[0][1] * scale]
-        for (earlier, _), (later, value) in itertools.pairwise(points):
-            if later - earlier > 1.5:
-                at.append(earlier + 1)
-                values.append(float("nan"))
-            at.append(later)
-            values.append(value * scale)
-        label = textwrap.shorten(name, 44)
-        axes.plot(at, values, color=_COLOURS[number % len(_COLOURS)], linewidth=1.1, label=label)
+        at, values = _with_gaps(points)
+        scaled = [value * scale for value in values]
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.plot(at, scaled, color=colour, linewidth=1.1, label=textwrap.shorten(name, 44))
     axes.axvline(seen.killed - seen.begun, color="#f2495c", linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, seen.ended - seen.begun)
-    if unit == "s" or min(axes.get_ylim()) > 0:
-        axes.set_ylim(bottom=0)
-    axes.set_ylabel(unit, color=_QUIET)
+    axes.set_xlim(first, seen.ended - seen.begun)
+    axes.set_ylim(bottom=0)
     axes.tick_params(colors=_QUIET, length=0)
     axes.grid(color="#2c3235", linewidth=0.5)
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.09),
-        ncols=min(len(found), 4 if panel["gridPos"]["w"] > 8 else 3),
-        frameon=False,
-        labelcolor=_TEXT,
-        fontsize=6.5,
-    )
+    columns = min(len(found), 4 if panel["gridPos"]["w"] > 8 else 3)
+    legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": columns, "frameon": False}
+    axes.legend(**legend, labelcolor=_TEXT, fontsize=6.5)
+
+
+def _with_gaps(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Return times and values, with a NaN where nothing was known: a gap there, as in Grafana."""
+    at, values = [points[0][0]], [points[0][1]]
+    for (earlier, _), (later, value) in itertools.pairwise(points):
+        if later - earlier > 1.5 * _STEP_SECONDS:
+            at.append(earlier + _STEP_SECONDS)
+            values.append(float("nan"))
+        at.append(later)
+        values.append(value)
+    return at, values
 
 
 def main() -> None:
