@@ -105,12 +105,12 @@ def _unit(panel: dict[str, Any]) -> tuple[str, float]:
 
 def _latest(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored) -> None:
     """Write the value that a panel of latest values showed before the kill."""
-    unit, scale = _unit(panel)
+    _, scale = _unit(panel)
     _, points = found[0]
     value = [value for at, value in points if at <= seen.steady - seen.begun][-1] * scale
     axes.set_xticks([])
     axes.set_yticks([])
-    text = f"{value:,.0f} {unit}" if value >= 100 or value == int(value) else f"{value:,.3g} {unit}"
+    text = f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.3g}"
     axes.text(0.5, 0.45, text, ha="center", va="center", color=_COLOURS[0], fontsize=19)
 
 
@@ -121,7 +121,7 @@ def _lines(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored, fir
         axes.set_yticks([])
         axes.text(0.5, 0.5, "No data (trained on CPU)", ha="center", va="center", color=_QUIET)
         return
-    unit, scale = _unit(panel)
+    _, scale = _unit(panel)
     for number, (name, points) in enumerate(found):
         at, values = _with_gaps(points)
         scaled = [value * scale for value in values]

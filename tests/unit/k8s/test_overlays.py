@@ -78,13 +78,13 @@ def test_the_readme_lists_every_overlay_and_its_components() -> None:
     }
 
 
-@pytest.mark.parametrize("folder", BUILT)
+@pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
 def test_custom_objects_are_valid_to_their_strict_schemas(build: Any, folder: str) -> None:
     for document in build(folder):
         assert not is_custom(document) or list(custom_problems(document)) == []
 
 
-@pytest.mark.parametrize("folder", BUILT)
+@pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
 def test_other_objects_are_valid_to_kubernetes_own_schema(build: Any, folder: str) -> None:
     for document in build(folder):
         assert is_custom(document) or core_problem(document) is None
