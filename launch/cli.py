@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from cluster.auth import choose_auth_mode
+from launch.summary import read_report, side_by_side, summary, table
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
 
@@ -182,7 +183,7 @@ def pack(
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
             figures = prepare(spec, address, _tell)
         sources = figures.pop("sources") if not as_json else []
-        _say(json.dumps(figures) if as_json else _table(figures))
+        _say(json.dumps(figures) if as_json else table(figures))
         for source in sources if len(sources) > 1 else []:
             _say(f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}")
 
@@ -203,7 +204,7 @@ def train(
         progress = Progress(sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
             report = run(spec, address, progress, progress.note)
-        _say(json.dumps(report) if as_json else _summary(report))
+        _say(json.dumps(report) if as_json else summary(report))
 
 
 @app.command(epilog="Example: orchestrator bench launch/jobs/published/xtuner-toy.yaml")
@@ -308,73 +309,13 @@ def report(
                 found, _ = load(run, layout)
                 _say((found.json() if as_json else found.markdown()).rstrip())
             return
-        reports = [_read_report(run) for run in runs]
+        reports = [read_report(run) for run in runs]
         if as_json:
             _say(json.dumps(reports))
         elif len(reports) == 1:
-            _say(_summary(reports[0]))
+            _say(summary(reports[0]))
         else:
-            _say(_side_by_side(reports))
-
-
-def _read_report(run: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise SpecError(
-            f"{run} has no readable report.json; name the folder STORAGE/NAME of a run that has finished"
-        ) from None
-    return found
-
-
-def _summary(report: dict[str, Any]) -> str:
-    """Return the numbers that a person looks for first."""
-    mfu = f"{report['mfu']:.1%}" if "mfu" in report else "not known for this device"
-    evaluation = report["evaluation_loss"]
-    rows = {
-        "run": report["name"],
-        "steps": f"{report['steps']} ({report['epoch']:.2f} epochs)",
-        "loss": f"{report['first_loss']:.4f} -> {report['loss']:.4f}",
-        "evaluation loss": "no held-out data" if evaluation is None else f"{evaluation:.4f}",
-        "TGS": f"{report['tgs']:.1f} tokens/GPU/s ({report['tgs_trained']:.1f} trained, "
-        f"{report['tgs_slots']:.1f} slots)",
-        "TFLOPs": f"{report['tflops_model']:.4f} model, {report['tflops_hardware']:.4f} hardware, per GPU"
-        if "tflops_model" in report
-        else "not known for this architecture",
-        "MFU": mfu,
-        "workers": f"{report['world_size']} on {', '.join(report['nodes'])}",
-        "restarts": f"{report['restarts']} ({report['steps_lost']} steps done again)",
-        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()),
-    }
-    return _table(rows)
-
-
-def _side_by_side(reports: list[dict[str, Any]]) -> str:
-    names = (
-        "loss",
-        "evaluation_loss",
-        "tgs",
-        "tflops_model",
-        "mfu",
-        "step_seconds",
-        "world_size",
-        "restarts",
-    )
-    header = ["".ljust(18), *(str(report["name"]).rjust(14) for report in reports)]
-    lines = ["  ".join(header)]
-    for name in names:
-        values = [report.get(name) for report in reports]
-        cells = ["-" if value is None else f"{value:.5g}" for value in values]
-        lines.append("  ".join([name.ljust(18), *(cell.rjust(14) for cell in cells)]))
-    return "\n".join(lines)
-
-
-def _table(rows: dict[str, Any]) -> str:
-    width = max(len(name) for name in rows)
-    return "\n".join(
-        f"{name.ljust(width)}  {value:.4f}" if isinstance(value, float) else f"{name.ljust(width)}  {value}"
-        for name, value in rows.items()
-    )
+            _say(side_by_side(reports))
 
 
 if __name__ == "__main__":
