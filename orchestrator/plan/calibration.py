@@ -1,9 +1,9 @@
 """Two constants a software stack for memory and two for time, fitted to a few measured steps.
 
 What formulas of sizes cannot know is the same for all that one stack trains: what libraries and allocator
-hold beside the tensors (an offset) and how many copies its layers and its loss keep (a factor on activations).
-Fits are regularised: without measurements the constants are those of no calibration, and one row moves them
-little.
+hold beside the tensors (an offset), how many copies its layers and its loss keep (a factor on activations),
+how well its kernels use a GPU (an efficiency), and how fast its hosts launch them, or, between nodes, its
+network is. Fits are regularised: without measurements the constants are those of no calibration.
 """
 
 from __future__ import annotations
@@ -13,13 +13,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from orchestrator.plan.memory import GIB, GpuMemory
+from orchestrator.plan.throughput import EXPOSED, MicroSteps, TimeConstants
 
 Verdict = Literal["fits", "tight", "does not fit"]
 MARGIN = 0.10
 """Nine in ten published rows are predicted within it: what fits has it to spare."""
 TOLERANCE = 0.02
 """Above the capacity by this much, nothing published has run: less is a question of readings."""
+Seconds = npt.NDArray[np.float64]
+_EFFICIENCIES = 1.02 ** np.arange(-45.0, 31.0)
+_OVERHEADS = 1.15 ** np.arange(-10.0, 26.0)
+_EFFICIENCY_SPREAD = 0.35
+_LAUNCH_SPREAD = 0.3
+_NETWORK_SPREAD = 1.5
+_TIME_NOISE = 0.08
 _FACTORS = tuple(1.02**step for step in range(-48, 41))
 _NOISE = 0.03
 """Relative error that measured memory has in itself: its units, and how pages read it (3 to 7 %)."""
@@ -97,6 +108,56 @@ def fit_memory(
         if cost < best_cost:
             best, best_cost = MemoryConstants(offset, factor), cost
     return best
+
+
+def predicted_seconds(steps: MicroSteps, spans_nodes: bool) -> Seconds:
+    """Return a step's seconds for each pair of constants that a fit tries.
+
+    Args:
+        steps: A step's parts.
+        spans_nodes: Whether the stack's second constant is that of the network, or of launches.
+
+    Returns:
+        An array of efficiencies by factors.
+    """
+    parts, work = steps.parts, _EFFICIENCIES[:, None]
+    factor = _OVERHEADS[None, :]
+    network = parts.network * (factor if spans_nodes else 1.0)
+    launches = parts.launch * (1.0 if spans_nodes else factor)
+    kernels = (parts.linear + parts.attention + parts.elementwise) / work
+    waits = (kernels**4 + launches**4) ** 0.25 + network + parts.ulysses + parts.dequantization / work
+    waits = waits + np.maximum(0.0, parts.fetch - kernels)
+    waits = waits + np.maximum(EXPOSED * parts.zero, parts.zero - kernels)
+    found: Seconds = steps.count * waits + (parts.offload + parts.optimizer) / work
+    return found
+
+
+def fit_time(
+    rows: Sequence[tuple[Seconds, float]],
+    spans_nodes: bool,
+    start: TimeConstants = TimeConstants(),
+    spread: float = 1.0,
+) -> TimeConstants:
+    """Return the constants that fit measured seconds of a step best, ratios squared.
+
+    Args:
+        rows: From `predicted_seconds`, and what was measured.
+        spans_nodes: As there.
+        start: Constants without any row.
+        spread: How far from them the constants may lie, in units of what stacks differ by.
+    """
+    begin = start.network_factor if spans_nodes else start.launch_factor
+    wide = spread * (_NETWORK_SPREAD if spans_nodes else _LAUNCH_SPREAD)
+    cost = (np.log(_EFFICIENCIES / start.efficiency) / (spread * _EFFICIENCY_SPREAD))[:, None] ** 2
+    cost = cost + (np.log(_OVERHEADS / begin) / wide)[None, :] ** 2
+    for seconds, measured in rows:
+        away = np.abs(np.log(seconds / measured)) / _TIME_NOISE
+        cost = cost + np.where(away <= 1.5, away**2, 3.0 * away - 2.25)
+    row, column = np.unravel_index(int(np.argmin(cost)), cost.shape)
+    efficiency, factor = float(_EFFICIENCIES[row]), float(_OVERHEADS[column])
+    if spans_nodes:
+        return TimeConstants(efficiency, start.launch_factor, factor)
+    return TimeConstants(efficiency, factor, start.network_factor)
 
 
 def _ridge(wanted: Iterable[tuple[float, float]], start: float, spread: float) -> float:

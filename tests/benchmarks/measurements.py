@@ -33,6 +33,7 @@ class Stack:
         full_stage: Stage of ZeRO for full parameters where it is not stated; adapters run without DeepSpeed.
         full_masters: Whether full parameters have fp32 copies.
         mean_tokens: Mean length of rows before they are cut; None where every row is as long as can be.
+        cut_tokens: Mean length of rows after they are cut, where that is stated.
         quantized_dtype: Number format beside a quantised base, where it is not the stated one.
         has_context: Whether memory figures have what CUDA itself takes.
         rank: Of adapters where it is not stated.
@@ -43,6 +44,7 @@ class Stack:
     full_stage: int = 3
     full_masters: bool = True
     mean_tokens: float | None = None
+    cut_tokens: float | None = None
     quantized_dtype: str | None = None
     has_context: bool = True
     rank: int = 8
@@ -58,7 +60,7 @@ STACKS: Mapping[str, Stack] = {
     # 16-bit AdamW without fp32 copies; rows of 3,200 tokens on average; torch's max reserved.
     "ms-swift-benchmark": Stack(full_stage=0, full_masters=False, mean_tokens=3200.0, has_context=False),
     # Rows of 725 tokens after a cut at 1,024; QLoRA's own targets.
-    "llm-action-throughput": Stack(mean_tokens=800.0, targets="all-linear"),
+    "llm-action-throughput": Stack(mean_tokens=800.0, cut_tokens=725.0, targets="all-linear"),
     "xtuner-speed-benchmark": Stack(),
 }
 
@@ -130,7 +132,14 @@ class Measurement:
         kind = self.text("quantization") or "none"
         quantized = kind if kind == "none" else kind.split("-")[0]
         copies = " with embeddings" if self.text("trains_embeddings") == "yes" else ""
-        return f"{self.source}, {quantized} {self.text('method')}{copies}"
+        # DeepSpeed's launcher over several nodes, where a page has runs without it as well.
+        apart = " between nodes" if self.spans_nodes and self.text("method") != "full" else ""
+        return f"{self.source}, {quantized} {self.text('method')}{copies}{apart}"
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether its workers are on several nodes."""
+        return self.whole("num_nodes", 1) > 1
 
 
 def read(path: Path) -> list[Measurement]:
@@ -186,6 +195,22 @@ def work_of(row: Measurement) -> Work:
         return replace(work, logit_bytes=8.0)
     # A head in fp32, as peft prepares models for bitsandbytes, makes all four of them 4 bytes.
     return replace(work, logit_bytes=16.0) if quantization in ("nf4", "int8") else work
+
+
+def timed_work_of(row: Measurement) -> tuple[Work, float]:
+    """Return what a row computed on, and the tokens of a worker's micro-batch that its TGS counts.
+
+    Rows of a batch are padded to the longest of them. Of b rows below a limit, the longest is taken to be as
+    near to it as a b-th of what the mean lies below.
+
+    Raises:
+        UnusableRow: As for `work_of`.
+    """
+    work, mean = work_of(row), STACKS.get(row.source, Stack()).cut_tokens
+    if mean is None or mean >= work.length_tokens:
+        return work, float(work.tokens)
+    longest = work.length_tokens - (work.length_tokens - mean) / work.micro_batch_size
+    return replace(work, length_tokens=int(longest)), mean * work.micro_batch_size
 
 
 def context_bytes(row: Measurement) -> float:
