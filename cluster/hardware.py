@@ -48,6 +48,10 @@ class Device(BaseModel):
         memory_bandwidth_gb_per_second: Bandwidth of the device memory in 10^9 bytes a second.
         interconnect: The fastest link between devices of one node.
         interconnect_gb_per_second: Bandwidth of that link, both directions added, in 10^9 bytes a second.
+        host_link_gb_per_second: Bandwidth to the host's memory, both directions added.
+        network_gb_per_second: Bandwidth between nodes for each device, in one direction.
+        host_memory_gib: Share of a node's memory for each device.
+        system: The machine that network and host memory are read from.
         cuda_names: Whole names as CUDA reports them.
         peak_tflops: Dense peak rates by data type.
         source: The data sheet the numbers come from.
@@ -60,6 +64,10 @@ class Device(BaseModel):
     memory_bandwidth_gb_per_second: PositiveFloat | None = None
     interconnect: Literal["nvlink", "pcie"] | None = None
     interconnect_gb_per_second: PositiveFloat | None = None
+    host_link_gb_per_second: PositiveFloat | None = None
+    network_gb_per_second: PositiveFloat | None = None
+    host_memory_gib: PositiveFloat | None = None
+    system: str = ""
     cuda_names: tuple[str, ...] = ()
     peak_tflops: PeakTflops = PeakTflops()
     source: str

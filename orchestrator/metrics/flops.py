@@ -26,6 +26,7 @@ class ForwardFlops:
         head: The LM head.
         last_product: The part of `linear` that ends each layer, the MLP's way back to the hidden size.
         adapters: Products with the matrices of LoRA.
+        mlp_products: Products of an MLP, each as large as the last.
     """
 
     linear: float
@@ -33,6 +34,7 @@ class ForwardFlops:
     head: float
     last_product: float = 0.0
     adapters: float = 0.0
+    mlp_products: int = 3
 
     @property
     def total(self) -> float:
@@ -41,8 +43,8 @@ class ForwardFlops:
 
     @property
     def mlp(self) -> float:
-        """The part of `linear` in the MLPs, each of three matrices of the same size."""
-        return 3.0 * self.last_product
+        """The part of `linear` in the MLPs, whose matrices are of one size."""
+        return self.mlp_products * self.last_product
 
 
 def square_within(lengths: Iterable[int], window: int) -> float:
@@ -79,6 +81,7 @@ def forward_flops(
         head=2.0 * shape.hidden_size * shape.vocab_size * scored_tokens,
         last_product=2.0 * shape.layers * shape.hidden_size * shape.intermediate_size * tokens,
         adapters=2.0 * adapter_parameters * tokens,
+        mlp_products=shape.mlp_matrices,
     )
 
 

@@ -6,31 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Families whose layers hold q, k, v, o and three MLP matrices, and nothing else that is a matrix.
-_GATED = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi3",
-        "olmo2",
-        "granite",
-        "smollm3",
-    }
-)
-
-
-# Of these, the families that apply `sliding_window` to every layer; the others name each layer's type.
-_ALL_LAYERS_WINDOWED = frozenset({"mistral", "phi3"})
+from orchestrator.plan.families import FAMILIES, Family, sizes
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a gated (SwiGLU-type) decoder.
+    """Sizes of a decoder.
 
     Attributes:
         hidden_size: Width of the residual stream, h.
@@ -42,6 +23,7 @@ class ModelShape:
         vocab_size: Rows of the embedding and of the LM head, V.
         windowed_layers: Layers whose tokens see `window` tokens only.
         window: Tokens that a token of such a layer sees, itself included; 0 where there is none.
+        mlp_matrices: Matrices of an MLP: three where it is gated (SwiGLU and its like), else two.
     """
 
     hidden_size: int
@@ -53,38 +35,44 @@ class ModelShape:
     vocab_size: int
     windowed_layers: int = 0
     window: int = 0
+    mlp_matrices: int = 3
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape | None:
         """Return the shape that a Hugging Face config.json describes; None for a family that is not known."""
-        if config.get("model_type") not in _GATED:
+        family = FAMILIES.get(str(config.get("model_type")))
+        if family is None:
             return None
-        heads = config["num_attention_heads"]
+        found = sizes(config)
         return cls(
             hidden_size=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            intermediate_size=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            **_windows(config),
+            layers=found.layers,
+            heads=found.heads,
+            kv_heads=found.kv_heads,
+            head_dim=found.head_dim,
+            intermediate_size=found.intermediate_size,
+            vocab_size=found.vocab_size,
+            mlp_matrices=3 if family.gated else 2,
+            **_windows(config, family, found.layers),
         )
 
     @property
     def linear_parameters_per_layer(self) -> int:
-        """Weights of one layer's matrices: q and o, k and v, and three of the MLP."""
+        """Weights of one layer's matrices: q and o, k and v, and those of the MLP."""
         attention = 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        return attention + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
 
-def _windows(config: Mapping[str, Any]) -> dict[str, int]:
+def _windows(config: Mapping[str, Any], family: Family, layers: int) -> dict[str, int]:
     """Return how many layers have a sliding window, and its size, in the form of the fields."""
-    window = config.get("sliding_window")
+    window, types = config.get("sliding_window"), config.get("layer_types")
     if not window:
         return {}
-    if config["model_type"] in _ALL_LAYERS_WINDOWED:
-        count = config["num_hidden_layers"]
+    pattern = config.get("sliding_window_pattern") or family.window_pattern
+    if family.windowed == "all":
+        count = layers
+    elif types:
+        count = list(types).count("sliding_attention")
     else:
-        count = list(config.get("layer_types") or ()).count("sliding_attention")
+        count = layers - layers // pattern if pattern else 0
     return {"windowed_layers": count, "window": window} if count else {}

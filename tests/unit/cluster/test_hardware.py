@@ -46,6 +46,12 @@ def test_every_accelerator_is_described_in_full(name: str) -> None:
     assert entry.interconnect
     assert entry.interconnect_gb_per_second
     assert entry.source
+    assert entry.host_link_gb_per_second in (64, 128)  # sixteen lanes of PCIe 4 or 5
+    assert entry.network_gb_per_second
+    assert entry.network_gb_per_second < entry.interconnect_gb_per_second
+    assert entry.host_memory_gib
+    assert entry.host_memory_gib >= 64
+    assert entry.system
     bf16, fp16, tf32, fp32 = (entry.peak_flops(dtype) for dtype in ("bf16", "fp16", "tf32", "fp32"))
     assert bf16
     assert tf32

@@ -229,3 +229,12 @@ def test_xtuners_formula_by_hand() -> None:
     assert flops_per_token_xtuner(shape, 10) == 4 * 2 * 1440 + 6 * 8 * 100
     assert flops_per_token_xtuner(shape, 10, checkpointing=False) == 3 * 2 * 1440 + 6 * 8 * 100
     assert flops_per_token_xtuner(shape, 10, causal=False) == 4 * 2 * 1600 + 6 * 8 * 100
+
+
+def test_an_mlp_without_a_gate_is_two_products() -> None:
+    shape = ModelShape(
+        2, 1, 1, 1, 2, 3, 5, mlp_matrices=2
+    )  # 4 x (2 x 2) + 2 x (2 x 3) = 28 weights in a layer
+    forward = forward_flops(shape, tokens=1, square_tokens=0.0, scored_tokens=0)
+    assert forward.linear == 2 * 28
+    assert forward.mlp == 2 * 2 * (2 * 3)

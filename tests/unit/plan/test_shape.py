@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from orchestrator.paths import resolve
-from orchestrator.plan import shape as module
+from orchestrator.plan.families import FAMILIES
 from orchestrator.plan.shape import ModelShape
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 24, "intermediate_size": 96, "vocab_size": 160,
 }  # fmt: skip
+
+# Their code lies beside their weights, and is not in transformers.
+OUTSIDE = {"baichuan", "chatglm", "internlm", "internlm2", "qwen"}
 
 
 def test_a_configuration_gives_its_shape() -> None:
@@ -48,20 +51,22 @@ def test_the_builtin_model_has_a_shape() -> None:
     assert ModelShape.from_config(config) == ModelShape(256, 4, 8, 2, 32, 688, 2048)
 
 
-@pytest.mark.parametrize("family", sorted(module._GATED))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - OUTSIDE))
 def test_each_family_has_the_matrices_that_are_counted(family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    if family == "phi3":  # has no field for it
+    if family in ("bloom", "gpt_neox", "phi3", "stablelm"):  # have no field for it
         sizes["head_dim"] = 16
     config = AutoConfig.for_model(family, **sizes, pad_token_id=0)
     shape = ModelShape.from_config(config.to_dict())
     assert shape is not None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name}
-    assert sum(p.numel() for p in matrices.values()) == shape.layers * shape.linear_parameters_per_layer
+    layers = next(part for part in model.modules() if isinstance(part, torch.nn.ModuleList))
+    counted = sum(weight.numel() for weight in layers.parameters() if weight.dim() == 2)
+    assert counted == len(layers) * shape.linear_parameters_per_layer
+    assert len(layers) == shape.layers
     assert tuple(model.get_output_embeddings().weight.shape) == (shape.vocab_size, shape.hidden_size)
 
 
@@ -94,3 +99,20 @@ def test_layers_with_a_window_are_those_that_transformers_gives_one(
             layers = AutoModelForCausalLM.from_config(config).model.layers
         found = [layer.self_attn.sliding_window for layer in layers]
         assert found.count(16) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("gemma2", {"num_hidden_layers": 26}, 13),
+        ("gemma3_text", {"num_hidden_layers": 26}, 22),
+        ("gemma3_text", {"num_hidden_layers": 8, "sliding_window_pattern": 2}, 4),
+        ("qwen2", {"use_sliding_window": False, "max_window_layers": 1}, 0),
+    ],
+)
+def test_windows_of_files_that_do_not_name_each_layer(
+    family: str, changes: dict[str, Any], expected: int
+) -> None:
+    shape = ModelShape.from_config({**LLAMA, "model_type": family, "sliding_window": 16, **changes})
+    assert shape is not None
+    assert shape.windowed_layers == expected

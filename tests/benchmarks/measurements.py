@@ -1,0 +1,250 @@
+"""Published measurements in one CSV schema, and what has to be assumed where a page does not say.
+
+What is assumed follows from the software behind a page (`STACKS`), never from a row: whether DeepSpeed ran,
+which number format the loss has, what of lengths is known, and whether memory was read from torch or from
+nvidia-smi, which has CUDA's own on top.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.plan.memory import CONTEXT_BYTES
+from orchestrator.plan.models import require_bundled
+from orchestrator.plan.work import Model, Work
+
+_UNKNOWN = ("", "unknown")
+_QUANTIZATIONS = {"none": "none", "bnb-nf4": "nf4", "bnb-int8": "int8", "nf4": "nf4", "int8": "int8",
+                  "gptq-int4": "gptq-int4", "gptq-int8": "gptq-int8"}  # fmt: skip
+_ATTENTION_IN = {"qwen": ("c_attn",), "chatglm": ("query_key_value",), "baichuan": ("W_pack",),
+                 "bloom": ("query_key_value",), "phi3": ("qkv_proj",)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What the software behind a page does where its rows do not say.
+
+    Attributes:
+        full_stage: Stage of ZeRO for full parameters where it is not stated; adapters run without DeepSpeed.
+        full_masters: Whether full parameters have fp32 copies.
+        mean_tokens: Mean length of rows before they are cut; None where every row is as long as can be.
+        cut_tokens: Mean length of rows after they are cut, where that is stated.
+        quantized_dtype: Number format beside a quantised base, where it is not the stated one.
+        has_context: Whether memory figures have what CUDA itself takes.
+        rank: Of adapters where it is not stated.
+        targets: Of adapters where they are not stated.
+        whole_rows_attend: Whether tokens attend to the whole row: so in all of these pages.
+    """
+
+    full_stage: int = 3
+    full_masters: bool = True
+    mean_tokens: float | None = None
+    cut_tokens: float | None = None
+    quantized_dtype: str | None = None
+    has_context: bool = True
+    rank: int = 8
+    targets: str | tuple[str, ...] = "attention inputs"
+    whole_rows_attend: bool = True
+
+
+STACKS: Mapping[str, Stack] = {
+    # peft and transformers, on one GPU; memory as nvidia-smi shows it.
+    "llama2-lora-3090": Stack(targets=("q_proj", "v_proj")),
+    # transformers' Trainer; Q-LoRA runs in fp16, as the page says.
+    "qwen-finetune": Stack(quantized_dtype="fp16"),
+    # 16-bit AdamW without fp32 copies; rows of 3,200 tokens on average; torch's max reserved.
+    "ms-swift-benchmark": Stack(full_stage=0, full_masters=False, mean_tokens=3200.0, has_context=False),
+    # Rows of 725 tokens after a cut at 1,024; QLoRA's own targets.
+    "llm-action-throughput": Stack(mean_tokens=800.0, cut_tokens=725.0, targets="all-linear"),
+    "xtuner-speed-benchmark": Stack(),
+}
+
+
+class UnusableRow(ValueError):
+    """A row cannot be predicted: its model, GPU or settings are not known."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row of the CSV.
+
+    Attributes:
+        fields: The row as it is written.
+    """
+
+    fields: Mapping[str, str]
+
+    def text(self, name: str) -> str | None:
+        """Return a field; None where it is empty or unknown."""
+        found = (self.fields.get(name) or "").strip()
+        return None if found in _UNKNOWN else found
+
+    def number(self, name: str) -> float | None:
+        """Return a field as a number; None where it is empty or unknown.
+
+        Raises:
+            UnusableRow: It is no number.
+        """
+        found = self.text(name)
+        try:
+            return None if found is None else float(found)
+        except ValueError as error:
+            raise UnusableRow(f"{name}={found!r} is no number") from error
+
+    def whole(self, name: str, default: int) -> int:
+        """Return a field as a whole number."""
+        found = self.number(name)
+        return default if found is None else int(found)
+
+    @property
+    def name(self) -> str:
+        """The row's id."""
+        return self.text("id") or "?"
+
+    @property
+    def source(self) -> str:
+        """The page."""
+        return self.text("source") or "?"
+
+    @property
+    def memory_gib(self) -> float | None:
+        """Memory of a GPU."""
+        return self.number("memory_per_gpu_gib")
+
+    @property
+    def tgs(self) -> float | None:
+        """Tokens a GPU and second."""
+        return self.number("tgs")
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it did not run for want of memory."""
+        return self.text("out_of_memory") == "yes"
+
+    @property
+    def stack(self) -> str:
+        """The software that two constants belong to: the page, and what holds its weights."""
+        kind = self.text("quantization") or "none"
+        quantized = kind if kind == "none" else kind.split("-")[0]
+        copies = " with embeddings" if self.text("trains_embeddings") == "yes" else ""
+        # DeepSpeed's launcher over several nodes, where a page has runs without it as well.
+        apart = " between nodes" if self.spans_nodes and self.text("method") != "full" else ""
+        return f"{self.source}, {quantized} {self.text('method')}{copies}{apart}"
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether its workers are on several nodes."""
+        return self.whole("num_nodes", 1) > 1
+
+
+def read(path: Path) -> list[Measurement]:
+    """Return the rows of a file in the schema."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        return [Measurement(row) for row in csv.DictReader(lines)]
+
+
+def work_of(row: Measurement) -> Work:
+    """Return what a row trained, with what is assumed where it does not say.
+
+    Raises:
+        UnusableRow: Its model, quantisation or sizes are not known.
+    """
+    stack = STACKS.get(row.source, Stack(targets="all-linear"))
+    config = _config(row)
+    model = Model.of(config)
+    if model is None:
+        raise UnusableRow(f"the layers of model {row.text('model')!r} are not known")
+    quantization = _QUANTIZATIONS.get(row.text("quantization") or "none")
+    length = row.whole("max_length", 0)
+    if quantization is None or length < 1:
+        raise UnusableRow(f"quantization={row.text('quantization')!r}, max_length={length}: not known")
+    per_node = row.whole("gpus_per_node", 1)
+    world = row.whole("num_nodes", 1) * per_node
+    full = row.text("method") == "full"
+    stage = row.whole("zero_stage", stack.full_stage if full else 0)
+    work = Work(
+        model=model,
+        length_tokens=length,
+        micro_batch_size=row.whole("micro_batch_size", 1),
+        gradient_accumulation_steps=row.whole("gradient_accumulation_steps", 1),
+        world_size=world,
+        gpus_per_node=per_node,
+        sequence_parallel_size=row.whole("sequence_parallel_size", 1),
+        method="full" if full else "lora",
+        rank=row.whole("lora_rank", stack.rank),
+        targets=_targets(row, stack, str(config["model_type"])),
+        train_embeddings=row.text("trains_embeddings") == "yes",
+        quantization=quantization,  # type: ignore[arg-type]
+        element_bytes=4 if row.text("dtype") == "fp32" else 2,
+        master_weights=full and stack.full_masters,
+        zero_stage=stage,
+        offload_optimizer="optimizer" in (row.text("offload") or ""),
+        offload_param="param" in (row.text("offload") or ""),
+        checkpointing="none" if row.text("gradient_checkpointing") == "no" else "full",
+        flash=row.text("flash_attention") == "yes",
+        varying=varying(stack.mean_tokens, length),
+    )
+    dtype = (stack.quantized_dtype if quantization != "none" else None) or row.text("dtype")
+    # DeepSpeed's fp16 engine has no autocast: logits, a shifted copy, log-softmax and gradient in 2 bytes.
+    if stage and dtype == "fp16":
+        return replace(work, logit_bytes=8.0)
+    # A head in fp32, as peft prepares models for bitsandbytes, makes all four of them 4 bytes.
+    return replace(work, logit_bytes=16.0) if quantization in ("nf4", "int8") else work
+
+
+def timed_work_of(row: Measurement) -> tuple[Work, float]:
+    """Return what a row computed on, and the tokens of a worker's micro-batch that its TGS counts.
+
+    Rows of a batch are padded to the longest of them. Of b rows below a limit, the longest is taken to be as
+    near to it as a b-th of what the mean lies below.
+
+    Raises:
+        UnusableRow: As for `work_of`.
+    """
+    work, mean = work_of(row), STACKS.get(row.source, Stack()).cut_tokens
+    if mean is None or mean >= work.length_tokens:
+        return work, float(work.tokens)
+    longest = work.length_tokens - (work.length_tokens - mean) / work.micro_batch_size
+    return replace(work, length_tokens=int(longest)), mean * work.micro_batch_size
+
+
+def context_bytes(row: Measurement) -> float:
+    """Return what CUDA takes, where a row's figure has it."""
+    return CONTEXT_BYTES if STACKS.get(row.source, Stack()).has_context else 0.0
+
+
+def varying(mean_tokens: float | None, limit: int) -> float:
+    """Return the share of rows shorter than a limit, if lengths are log-normal and spread by a half.
+
+    Args:
+        mean_tokens: Their mean before they are cut; None where all are as long as the limit.
+        limit: Where they are cut.
+    """
+    if mean_tokens is None:
+        return 0.0
+    spread = 0.5
+    above = math.log(limit / mean_tokens) / spread + spread / 2
+    return 0.5 * (1.0 + math.erf(above / math.sqrt(2.0)))
+
+
+def _config(row: Measurement) -> Mapping[str, Any]:
+    try:
+        return require_bundled(row.text("model") or "")
+    except ValueError as error:
+        raise UnusableRow(str(error)) from error
+
+
+def _targets(row: Measurement, stack: Stack, family: str) -> str | tuple[str, ...]:
+    stated = row.text("lora_targets")
+    if stated == "all-linear":
+        return stated
+    if stated is None or stated.startswith("framework default"):
+        if stack.targets != "attention inputs":
+            return stack.targets
+        return _ATTENTION_IN.get(family, ("q_proj", "k_proj", "v_proj"))
+    return tuple(name.strip() for name in stated.split(","))
