@@ -207,6 +207,34 @@ def train(
         _say(json.dumps(report) if as_json else summary(report))
 
 
+@app.command(
+    epilog="Example: orchestrator plan launch/jobs/published/xtuner/llama2-7b-32k.yaml --gpus 8xA100-80G-SXM"
+)
+def plan(
+    job: JobFile,
+    gpus: Annotated[
+        str, typer.Option(metavar="NODESxGPUSxDEVICE", help="The machines, e.g. 4x8xA100-80G-SXM.")
+    ],
+    overrides: Overrides = [],
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print memory and time by part, and why every other way loses.")
+    ] = False,
+    catalogue: Annotated[
+        Path | None, typer.Option(help="A catalogue of devices of your own (TOML), beside that which ships.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict what fits and how fast, choose how to spread the job, and say why; nothing is started."""
+    with _exit_codes():
+        spec = jobfile.load(job, overrides)
+        from launch import planning
+
+        found, remedies = planning.planned(spec, gpus, catalogue)
+        _say(planning.as_json(found, remedies) if as_json else planning.text(found, remedies, explain))
+        if found.best is None:
+            raise ClusterError(f"{spec.name} fits on {found.machines} in none of {found.considered:,} ways")
+
+
 @app.command(epilog="Example: orchestrator bench launch/jobs/published/xtuner-toy.yaml")
 def bench(
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP", help="The sweep file (YAML).")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from orchestrator.errors import SpecError
 from orchestrator.parallel.deepspeed import fit_buffers, render
-from orchestrator.paths import resolve
+from orchestrator.plan.configs import local_config
 from orchestrator.plan.host_memory import disk_bytes, host_memory
 from orchestrator.plan.parameters import parameter_count
 from orchestrator.plan.shape import ModelShape
@@ -266,7 +265,7 @@ def _offloaded(job: JobSpec, device: Literal["cuda", "cpu"]) -> tuple[int, int |
     parallel = job.parallel
     if {parallel.offload_optimizer, parallel.offload_param, parallel.offload_activations} == {"none"}:
         return 0, None, []
-    config = _config(job.model.path)
+    config = local_config(job.model.path)
     count = None if config is None else parameter_count(config, job.method)
     if config is None or count is None:
         reason = "has no config.json here" if config is None else "is of an architecture that is not known"
@@ -293,15 +292,6 @@ def _activation_bytes(job: JobSpec, config: Mapping[str, Any], element_bytes: in
         return 0
     tokens = job.data.max_length * job.optim.micro_batch_size // job.parallel.sequence_parallel_size
     return shape.layers * shape.hidden_size * tokens * element_bytes
-
-
-def _config(path: str) -> dict[str, Any] | None:
-    """Return a model's config.json, where it lies on this machine."""
-    try:
-        found = json.loads((resolve(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _whole_gib(size_bytes: int) -> int:

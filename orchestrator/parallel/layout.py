@@ -53,6 +53,16 @@ class Layout:
         return self.world_size
 
 
+def sequence_parallel_degrees(heads: int, kv_heads: int) -> list[int]:
+    """Return how many workers can share a row of a model.
+
+    Args:
+        heads: Query heads.
+        kv_heads: Key and value heads.
+    """
+    return [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+
+
 def sequence_parallel_problem(size: int, heads: int, kv_heads: int) -> str | None:
     """Return why a model's heads cannot be shared by so many workers, and which numbers would do.
 
@@ -64,7 +74,7 @@ def sequence_parallel_problem(size: int, heads: int, kv_heads: int) -> str | Non
         heads: Query heads.
         kv_heads: Key and value heads.
     """
-    able = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    able = sequence_parallel_degrees(heads, kv_heads)
     if size in able:
         return None
     *others, last = map(str, able)

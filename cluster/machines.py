@@ -1,0 +1,69 @@
+"""The machines that a plan is made for, named by a short text such as ``4x8xA100-80G-SXM``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.hardware import Device, device
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FORM = re.compile(r"(?:(?:(?P<nodes>\d+)x)?(?P<each>\d+)x)?(?P<device>[^x\d].*)")
+
+
+class MachinesError(ValueError):
+    """A text names no machines."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Nodes that are all alike.
+
+    Attributes:
+        nodes: How many there are.
+        gpus_per_node: Devices of each.
+        device: The device.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    device: Device
+
+    @classmethod
+    def parse(cls, text: str, extra: Path | None = None) -> Machines:
+        """Return the machines that a text names.
+
+        Args:
+            text: ``NODESxGPUSxDEVICE``, ``GPUSxDEVICE`` for one node, or ``DEVICE`` for one GPU.
+            extra: A catalogue of the user's own, beside the one that ships.
+
+        Raises:
+            MachinesError: The text has another form, or a number is 0.
+            UnknownDevice: The device is in no catalogue.
+            CatalogueError: A catalogue cannot be read.
+        """
+        found = _FORM.fullmatch(text.strip())
+        if found is None or "0" in (found["nodes"], found["each"]):
+            raise MachinesError(
+                f"{text!r} names no machines; write NODESxGPUSxDEVICE, such as 4x8xA100-80G-SXM, or 8xDEVICE "
+                "for one node"
+            )
+        return cls(int(found["nodes"] or 1), int(found["each"] or 1), device(found["device"], extra))
+
+    @property
+    def gpus(self) -> int:
+        """Devices of all nodes."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def host_bytes_per_node(self) -> float | None:
+        """Main memory of a node; None where the catalogue does not say."""
+        each = self.device.host_memory_gib
+        return None if each is None else each * self.gpus_per_node * 2**30
+
+    def __str__(self) -> str:
+        """Return the text that names them."""
+        return f"{self.nodes}x{self.gpus_per_node}x{self.device.name}"
