@@ -22,8 +22,8 @@ from orchestrator.plan.throughput import EXPOSED, MicroSteps, TimeConstants
 Verdict = Literal["fits", "tight", "does not fit"]
 MARGIN = 0.10
 """Nine in ten published rows are predicted within it: what fits has it to spare."""
-TOLERANCE = 0.02
-"""Above the capacity by this much, nothing published has run: less is a question of readings."""
+TOLERANCE = 0.015
+"""Nothing published has run with more than this above what its GPU has: less is a question of readings."""
 Seconds = npt.NDArray[np.float64]
 _EFFICIENCIES = 1.02 ** np.arange(-45.0, 31.0)
 _OVERHEADS = 1.15 ** np.arange(-10.0, 26.0)
@@ -82,7 +82,7 @@ class Spread:
     """
 
     offset_bytes: float = 3 * GIB
-    log_factor: float = 0.12
+    log_factor: float = 0.06
 
 
 def fit_memory(
@@ -176,13 +176,14 @@ def _bounded(deviations: float) -> float:
     return size**2 if size <= 2 else 4 * size - 4
 
 
-def verdict(needed_bytes: float, capacity_bytes: float) -> Verdict:
+def verdict(needed_bytes: float, capacity_bytes: float, margin: float = MARGIN) -> Verdict:
     """Return whether a predicted need fits: with a margin, without one, or not.
 
     Args:
         needed_bytes: From `MemoryConstants.needed`.
         capacity_bytes: What a process can have.
+        margin: Part of the need that is to be spare.
     """
     if needed_bytes > capacity_bytes * (1 + TOLERANCE):
         return "does not fit"
-    return "fits" if needed_bytes * (1 + MARGIN) <= capacity_bytes else "tight"
+    return "fits" if needed_bytes * (1 + margin) <= capacity_bytes else "tight"

@@ -15,8 +15,8 @@ from orchestrator.plan.work import Quantization, Work
 GIB = 2**30
 CONTEXT_BYTES = 0.6 * GIB
 """What CUDA, cuBLAS and the kernels take before the first tensor: 0.4 to 0.8 GiB as nvidia-smi shows it."""
-COLLECTIVES_BYTES = 0.5 * GIB
-"""NCCL's channels and DeepSpeed's streams, which makes its process group for a single worker too."""
+COLLECTIVES_BYTES = 1.0 * GIB
+"""NCCL's channels, and workspaces of the streams beside them, where there are several workers."""
 BITS: dict[Quantization, float] = {
     "none": 16.0,
     "nf4": 4.127,
@@ -67,7 +67,7 @@ class GpuMemory:
         quantization: The weight that is dequantised for a product.
         context: CUDA and NCCL.
         fragmentation: What the allocator wastes of activations where lengths vary.
-        retained: What it still holds of the smaller of loss and step.
+        retained: What it still holds of the smaller of loss and step, and of ZeRO-3's gradients.
     """
 
     weights: float
@@ -150,7 +150,7 @@ def gpu_memory(work: Work, context_bytes: float = CONTEXT_BYTES) -> GpuMemory:
     kept, layer, logits = kept_bytes(work), layer_bytes(work), loss_bytes(work)
     moment, step = kept + max(layer, logits), _step(work)
     shared = work.world_size if work.zero_stage >= 1 else 1
-    many = work.world_size > 1 or work.zero_stage > 0
+    many = work.world_size > 1
     return GpuMemory(
         weights=weight_bytes(work),
         gradients=gradient_bytes(work),
@@ -164,7 +164,7 @@ def gpu_memory(work: Work, context_bytes: float = CONTEXT_BYTES) -> GpuMemory:
         quantization=0.0 if work.quantization == "none" else 2.0 * work.element_bytes * _largest_linear(work),
         context=context_bytes + (COLLECTIVES_BYTES if many and context_bytes else 0.0),
         fragmentation=FRAGMENTATION * work.varying**2 * moment,
-        retained=RETAINED * min(step, moment),
+        retained=RETAINED * min(step, moment) + _reserved_gradients(work),
     )
 
 
@@ -204,9 +204,7 @@ def gradient_bytes(work: Work) -> float:
     """Return the bytes of gradients that stay on the GPU between micro-batches."""
     if work.offload_optimizer and work.zero_stage >= 2:
         return 0.0
-    # DeepSpeed's own estimator has fp32 gradients in ZeRO-3, where the step does not make them.
-    plain = 4 if work.zero_stage == 3 and work.master_weights else work.element_bytes
-    size = work.adapter_bytes * work.adapters + plain * (work.trained - work.adapters)
+    size = work.adapter_bytes * work.adapters + work.element_bytes * (work.trained - work.adapters)
     return float(size) / (work.world_size if work.zero_stage >= 2 else 1)
 
 
@@ -307,8 +305,8 @@ def _window(work: Work) -> float:
 
 
 def _buffers(work: Work) -> float:
-    if work.zero_stage == 0:
-        return 0.0
+    if work.zero_stage == 0:  # PyTorch's DistributedDataParallel copies gradients into buckets
+        return gradient_bytes(work) if work.world_size > 1 else 0.0
     return 2.0 * work.element_bytes * min(REDUCE_BUCKET, work.trained)
 
 
@@ -320,6 +318,17 @@ def _step(work: Work) -> float:
     if not (work.master_weights and work.element_bytes < 4):
         return work.element_bytes * share
     return 8.0 * min(share, SUB_GROUP) if work.zero_stage == 3 else 4.0 * share
+
+
+def _reserved_gradients(work: Work) -> float:
+    """Return what ZeRO-3 is seen to hold for gradients beside their 16 bits.
+
+    DeepSpeed's own estimator counts 18 bytes a parameter with gradients in fp32. Its code keeps 16; the rest
+    is in what Qwen's runs of full parameters had reserved.
+    """
+    if work.zero_stage < 3 or not work.master_weights or work.offload_optimizer or work.element_bytes == 4:
+        return 0.0
+    return 2.0 * (work.trained - work.adapters) / work.world_size
 
 
 def _largest_linear(work: Work) -> float:

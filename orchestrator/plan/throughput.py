@@ -253,7 +253,7 @@ def _elementwise_bytes(work: Work) -> float:
         + 8 * shape.kv_heads * shape.head_dim
         + inner
     )
-    passes = LAYER_TRAFFIC * (1.0 if work.checkpointing == "full" else 0.75)
+    passes = LAYER_TRAFFIC * (0.75 if work.checkpointing == "none" else 1.0)
     beside = ADAPTER_TRAFFIC * sum(2 * each.inputs + each.outputs for each in work.adapted)
     layers = passes * shape.layers * (width + beside) * work.element_bytes / 2
     return work.tokens * (layers + LOSS_TRAFFIC * work.logit_bytes * shape.vocab_size)
@@ -266,7 +266,7 @@ def _dequantized_bytes(work: Work) -> float:
 
 
 def _launch_seconds(work: Work) -> float:
-    passes = 4.0 if work.checkpointing == "full" else 3.0
+    passes = 3.0 if work.checkpointing == "none" else 4.0
     seconds = LAUNCH_SECONDS + ADAPTER_LAUNCH_SECONDS * len(work.adapted)
     if work.zero_stage == 3:
         seconds += ZERO_3_LAUNCH_SECONDS

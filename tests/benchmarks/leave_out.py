@@ -1,8 +1,8 @@
 """Predictions of published rows: as they are, and with two constants a stack from all rows but some.
 
-A stack's constants are fitted to its own rows and start from those of its page, which start from none. The
-row that is predicted is in neither fit, nor, in stricter checks, is any row of its page with the same model,
-length or method.
+A stack's constants are fitted to its own rows and start from those of its page (of memory, from those for
+full parameters or for adapters), which start from none. The row that is predicted is in neither fit, nor, in
+stricter checks, is any row of its page with the same model, length or method.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.plan.work import Work
 from tests.benchmarks.measurements import Measurement, context_bytes, timed_work_of, work_of
 
 Same = Callable[["Case", "Case"], bool]
-_WITHIN_A_PAGE = Spread(offset_bytes=3 * GIB, log_factor=0.12)
+_WITHIN_A_PAGE = Spread(offset_bytes=3 * GIB, log_factor=0.06)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def alike(field: str) -> Same:
 def memory_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> MemoryConstants:
     """Return the constants of a case's stack, from the cases that are not left out."""
     rows = [each for each in cases if each.row.memory_gib and not same(case, each)]
-    page = fit_memory([_measured(each) for each in rows if each.row.source == case.row.source])
+    page = fit_memory([_measured(each) for each in rows if _related(each, case)])
     own = [_measured(each) for each in rows if each.row.stack == case.row.stack]
     return fit_memory(own, page, _WITHIN_A_PAGE)
 
@@ -110,6 +110,10 @@ def time_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> Ti
     page = fit_time(near, case.spans_nodes)
     own = [(each.seconds, each.measured_seconds) for each in rows if each.row.stack == case.row.stack]
     return fit_time(own, case.spans_nodes, page, 0.7)
+
+
+def _related(case: Case, other: Case) -> bool:
+    return (case.row.source, case.work.method) == (other.row.source, other.work.method)
 
 
 def _measured(case: Case) -> tuple[GpuMemory, float]:

@@ -132,8 +132,12 @@ class Measurement:
         kind = self.text("quantization") or "none"
         quantized = kind if kind == "none" else kind.split("-")[0]
         copies = " with embeddings" if self.text("trains_embeddings") == "yes" else ""
-        # DeepSpeed's launcher over several nodes, where a page has runs without it as well.
-        apart = " between nodes" if self.spans_nodes and self.text("method") != "full" else ""
+        # DeepSpeed's launcher over several nodes and its ZeRO-3, where a page has runs without them as well.
+        apart = ""
+        if self.text("method") != "full":
+            apart = (" between nodes" if self.spans_nodes else "") + (
+                " in ZeRO-3" if self.text("zero_stage") == "3" else ""
+            )
         return f"{self.source}, {quantized} {self.text('method')}{copies}{apart}"
 
     @property
@@ -167,10 +171,11 @@ def work_of(row: Measurement) -> Work:
     world = row.whole("num_nodes", 1) * per_node
     full = row.text("method") == "full"
     stage = row.whole("zero_stage", stack.full_stage if full else 0)
+    rows = row.whole("micro_batch_size", 1)  # padded to the longest of them
     work = Work(
         model=model,
         length_tokens=length,
-        micro_batch_size=row.whole("micro_batch_size", 1),
+        micro_batch_size=rows,
         gradient_accumulation_steps=row.whole("gradient_accumulation_steps", 1),
         world_size=world,
         gpus_per_node=per_node,
@@ -187,12 +192,13 @@ def work_of(row: Measurement) -> Work:
         offload_param="param" in (row.text("offload") or ""),
         checkpointing="none" if row.text("gradient_checkpointing") == "no" else "full",
         flash=row.text("flash_attention") == "yes",
-        varying=varying(stack.mean_tokens, length),
+        varying=varying(stack.mean_tokens, length) ** rows,
     )
     dtype = (stack.quantized_dtype if quantization != "none" else None) or row.text("dtype")
-    # DeepSpeed's fp16 engine has no autocast: logits, a shifted copy, log-softmax and gradient in 2 bytes.
+    # DeepSpeed's fp16 engine has no autocast: logits, a shifted copy, log-softmax and gradient in 2 bytes, of
+    # which the copy goes before the gradient comes: between 6 and 8.
     if stage and dtype == "fp16":
-        return replace(work, logit_bytes=8.0)
+        return replace(work, logit_bytes=7.0)
     # A head in fp32, as peft prepares models for bitsandbytes, makes all four of them 4 bytes.
     return replace(work, logit_bytes=16.0) if quantization in ("nf4", "int8") else work
 

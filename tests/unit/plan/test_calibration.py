@@ -29,7 +29,7 @@ def test_nothing_measured_leaves_predictions_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "planted", [MemoryConstants(2 * GIB, 1.0), MemoryConstants(0.0, 1.2), MemoryConstants(-GIB, 0.9)]
+    "planted", [MemoryConstants(2 * GIB, 1.0), MemoryConstants(0.0, 1.1), MemoryConstants(-GIB, 0.9)]
 )
 def test_planted_constants_are_found(planted: MemoryConstants) -> None:
     found = fit_memory([(memory, planted.peak(memory)) for memory in rows_of()])

@@ -83,7 +83,7 @@ def test_a_pages_software_says_what_its_rows_do_not() -> None:
     assert 0 < swift.varying < 1
     assert {each.name for each in swift.adapted} == {"c_attn"}
     half = work_of(row(source="qwen-finetune", zero_stage=2, quantization="gptq-int4"))
-    assert half.logit_bytes == 8
+    assert half.logit_bytes == 7
 
 
 @pytest.mark.parametrize(
