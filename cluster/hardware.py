@@ -77,6 +77,11 @@ class Device(BaseModel):
         """Memory that a process can see, in bytes."""
         return int(self.memory_gib * 2**30)
 
+    @property
+    def is_processor(self) -> bool:
+        """Whether it stands for workers on a CPU, whose memory is their node's."""
+        return self.name == "cpu"
+
     def peak_flops(self, dtype: str) -> float | None:
         """Return the dense peak rate for a data type in operations a second.
 

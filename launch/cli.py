@@ -34,6 +34,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Train although the plan says that it cannot fit.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use, e.g. auto; none starts a local Ray.")]
 
 
@@ -193,6 +194,7 @@ def train(
     job: JobFile,
     address: Address = None,
     overrides: Overrides = [],
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a job through Ray Train; run it again after a failure and it goes on from its last checkpoint."""
@@ -203,7 +205,7 @@ def train(
 
         progress = Progress(sys.stderr if as_json else sys.stdout)
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
-            report = run(spec, address, progress, progress.note)
+            report = run(spec, address, progress, progress.note, force=force)
         _say(json.dumps(report) if as_json else summary(report))
 
 
@@ -278,6 +280,7 @@ def submit(
         Path | None, typer.Option(help="Certificate of the authority that signed the dashboard's.")
     ] = None,
     overrides: Overrides = [],
+    force: Force = False,
 ) -> None:
     """Train a job on a cluster through Ray's job submission API; a token is taken from RAY_AUTH_TOKEN."""
     with _exit_codes("the job goes on; the commands above follow it and end it"):
@@ -285,7 +288,7 @@ def submit(
         from launch.submit import Head
         from launch.submit import submit as submit_job
 
-        raise typer.Exit(submit_job(spec, Head(address, certificate), wait, doctor, _say))
+        raise typer.Exit(submit_job(spec, Head(address, certificate), wait, doctor, _say, force))
 
 
 @app.command(epilog="Example: orchestrator export runs/quickstart --to model")

@@ -12,10 +12,10 @@ from cluster.machines import Machines, MachinesError
 from orchestrator.errors import SpecError
 from orchestrator.plan.configs import config_of
 from orchestrator.plan.planner import FIELDS, Candidate, Plan, Remedy, best_plan, cheapest_changes
-from orchestrator.plan.prediction import MEMORY_RANGE, TIME_RANGE, Constants, Prediction
+from orchestrator.plan.prediction import Constants
+from orchestrator.plan.wording import GIB, changed, figures, remedy_lines, seconds_text, word
 from orchestrator.spec import JobSpec
 
-GIB = 2**30
 _PARTS = {
     "weights": "weights that stay",
     "gradients": "gradients that stay",
@@ -60,7 +60,8 @@ def planned(job: JobSpec, gpus: str, catalogue: Path | None) -> tuple[Plan, list
     except (MachinesError, UnknownDevice, CatalogueError) as error:
         raise SpecError(f"--gpus {gpus}: {error}") from None
     found = best_plan(job, config, machines)
-    fits = found.asked.prediction.verdict != "does not fit"
+    enough = job.parallel.workers <= machines.gpus
+    fits = enough and found.asked.prediction.verdict != "does not fit"
     return found, [] if fits else cheapest_changes(job, config, machines, Constants())
 
 
@@ -88,12 +89,12 @@ def text(plan: Plan, remedies: Sequence[Remedy], explain: bool, rows: int = 8) -
         explain: Whether parts and reasons follow.
         rows: How many ways that lose are listed; all of them where they are explained.
     """
-    lines = [_heading(plan), "", f"as written  {_figures(plan.asked.prediction)}"]
+    lines = [_heading(plan), "", f"as written  {figures(plan.asked.prediction)}"]
     if plan.best is None:
         lines += ["planned     nothing fits", "", *remedy_lines(remedies)]
         return "\n".join(lines)
     changes = plan.asked.changes_to(plan.best)
-    lines += [f"planned     {_figures(plan.best.prediction)}", f"            {_changes(changes)}"]
+    lines += [f"planned     {figures(plan.best.prediction)}", f"            {changed(changes)}"]
     lines += list(_idle(plan))
     if remedies:
         lines += ["", *remedy_lines(remedies)]
@@ -109,15 +110,6 @@ def text(plan: Plan, remedies: Sequence[Remedy], explain: bool, rows: int = 8) -
     return "\n".join(lines)
 
 
-def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
-    """Return what would make a job fit, a line each."""
-    if not remedies:
-        return ["nothing that could be tried makes it fit"]
-    return ["it would fit with:"] + [
-        f"  {_changes(each.changes)}: {_figures(each.candidate.prediction)}" for each in remedies
-    ]
-
-
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     return {"settings": candidate.settings, **candidate.prediction.as_json()}
 
@@ -130,38 +122,6 @@ def _heading(plan: Plan) -> str:
         f"{work.trained:,} trained, packs of {work.length_tokens:,} tokens, "
         f"{job.optim.global_batch_size} a step, attention over {seen}"
     )
-
-
-def _figures(prediction: Prediction) -> str:
-    off, slow = MEMORY_RANGE[prediction.calibrated], TIME_RANGE[prediction.calibrated]
-    capacity = prediction.capacity_bytes / GIB
-    said = f"{prediction.verdict}: {prediction.peak_bytes / GIB:.1f} GiB ± {off:.0%} of {capacity:.1f}"
-    if prediction.host_bytes_per_node > GIB:
-        host = prediction.host_capacity_bytes
-        said += f", host {prediction.host_bytes_per_node / GIB:.0f} GiB a node"
-        said += f" of {host / GIB:.0f}" if host else ""
-    if prediction.time is None:
-        return said + "; no time, as the catalogue has no peak for this device"
-    said += f"; {_seconds(prediction.time.total)} s a step ± {slow:.0%}, TGS {prediction.tgs:,.0f}"
-    said += f", {prediction.tflops:.0f} TFLOP/s"
-    return said + (f", MFU {prediction.mfu:.0%}" if prediction.mfu is not None else "")
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
-
-
-def _changes(changes: Mapping[str, Any]) -> str:
-    if not changes:
-        return "as written"
-    return " ".join(
-        f"--set {name}={_word(value)}" if "." in name else f"{name} {value}"
-        for name, value in changes.items()
-    )
-
-
-def _word(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 def _idle(plan: Plan) -> Iterator[str]:
@@ -197,7 +157,7 @@ def _row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
         {"full": "inputs", "selective": "products", "none": "all"}[job.model.gradient_checkpointing],
         f"{found.needed_bytes / GIB:.1f}",
         f"{found.host_bytes_per_node / GIB:.0f}",
-        "-" if found.seconds is None else _seconds(found.seconds),
+        "-" if found.seconds is None else seconds_text(found.seconds),
         "-" if found.tgs is None else f"{found.tgs:,.0f}",
         "taken" if candidate is best else _why_not(candidate, best),
     )
@@ -228,7 +188,7 @@ def _why_not(candidate: Candidate, best: Candidate) -> str:
 
 def _more(candidate: Candidate, best: Candidate) -> str:
     changes = best.changes_to(candidate)
-    return ", ".join(f"{name.rpartition('.')[2]}={_word(value)}" for name, value in changes.items())
+    return ", ".join(f"{name.rpartition('.')[2]}={word(value)}" for name, value in changes.items())
 
 
 def _explained(best: Candidate) -> Iterator[str]:
@@ -241,7 +201,7 @@ def _explained(best: Candidate) -> Iterator[str]:
     if found.time is not None:
         yield "seconds of a step"
         yield from _parts(found.time.by_part(), 1.0)
-    yield "settings: " + ", ".join(f"{name}={_word(best.settings[name])}" for name in FIELDS)
+    yield "settings: " + ", ".join(f"{name}={word(best.settings[name])}" for name in FIELDS)
 
 
 def _parts(parts: Mapping[str, float], scale: float) -> Iterator[str]:

@@ -40,7 +40,9 @@ class Head:
     certificate: Path | None = None
 
 
-def submit(job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable[[str], None]) -> int:
+def submit(
+    job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable[[str], None], force: bool = False
+) -> int:
     """Submit a job and follow it.
 
     Args:
@@ -49,6 +51,7 @@ def submit(job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable
         wait: Whether to stream the log until the run ends.
         look_first: Whether every node is looked at before the training starts, as `orchestrator doctor` does.
         say: Called with each line for the user.
+        force: Whether it is trained although the plan says that it cannot fit.
 
     Returns:
         Exit code of the run; 0 at once where nothing waits for it.
@@ -64,7 +67,7 @@ def submit(job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable
         try:
             client = JobSubmissionClient(head.address, verify=str(head.certificate or "") or True)
             identity = client.submit_job(
-                entrypoint=entrypoint(job, look_first),
+                entrypoint=entrypoint(job, look_first, force),
                 submission_id=f"{job.name}-{uuid.uuid4().hex[:8]}",
                 runtime_env={"working_dir": folder},
                 metadata={"orchestrator_run": job.name},
@@ -77,9 +80,9 @@ def submit(job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable
     return _follow(client, identity, head.address, say) if wait else 0
 
 
-def entrypoint(job: JobSpec, look_first: bool) -> str:
+def entrypoint(job: JobSpec, look_first: bool, force: bool = False) -> str:
     """Return the command that runs on the head, in the working directory that travelled there."""
-    train = "python -m launch.cli train job.yaml --address auto"
+    train = "python -m launch.cli train job.yaml --address auto" + (" --force" if force else "")
     if not look_first:
         return train
     storage = shlex.quote(job.checkpoint.storage)

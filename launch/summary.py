@@ -42,11 +42,19 @@ def summary(report: dict[str, Any]) -> str:
         if "tflops_model" in report
         else "not known for this architecture",
         "MFU": mfu,
+        "memory": _memory(report),
         "workers": f"{report['world_size']} on {', '.join(report['nodes'])}",
         "restarts": f"{report['restarts']} ({report['steps_lost']} steps done again)",
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()),
     }
     return table(rows)
+
+
+def _memory(report: dict[str, Any]) -> str:
+    """Return the measured peak beside the predicted one."""
+    said = f"{report['memory_peak_bytes'] / 2**30:.2f} GiB on the fullest worker"
+    expected = report.get("predicted")
+    return f"{said}, {expected['memory_peak_bytes'] / 2**30:.2f} predicted" if expected else said
 
 
 def side_by_side(reports: list[dict[str, Any]]) -> str:

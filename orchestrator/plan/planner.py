@@ -191,10 +191,12 @@ def _other_remedies(
     for factor in (2, 4, 8, 16, 32, 64):
         larger = replace(machines, nodes=machines.nodes * factor)
         best = best_plan(job, config, larger, constants).best
-        if best:
+        if best and best.job.parallel.workers > machines.gpus:
             asked = _Search(job, config, machines, constants).candidate(job)
             yield Remedy({"--gpus": str(larger), **asked.changes_to(best)}, best)
             break
+    if job.parallel.workers > machines.gpus:
+        return  # whatever is learnt
     length = job.data.max_length // 2
     while length >= 512:
         shorter = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
@@ -247,7 +249,7 @@ class _Search:
             )
         self._job, self._config, self._model = job, config, model
         self._machines, self._constants = machines, constants
-        self._device: Any = "cpu" if machines.device.name.startswith("cpu") else "cuda"
+        self._device: Any = "cpu" if machines.device.is_processor else "cuda"
 
     def candidate(self, job: JobSpec) -> Candidate:
         """Return a job with its prediction."""

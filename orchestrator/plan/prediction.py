@@ -183,6 +183,8 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         constants: What is known of the stack.
     """
     memory, host = gpu_memory(work), host_memory_of(work)
+    # A processor's worker has both in one memory.
+    beside = host.optimizer + host.parameters + host.activations if machines.device.is_processor else 0.0
     try:
         time = step_time(work, machines.device, constants.time)
     except NoPeak:
@@ -190,12 +192,12 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
     return Prediction(
         work=work,
         memory=memory,
-        peak_bytes=constants.memory.peak(memory),
-        needed_bytes=constants.memory.needed(memory),
+        peak_bytes=constants.memory.peak(memory) + beside,
+        needed_bytes=constants.memory.needed(memory) + beside,
         capacity_bytes=machines.device.memory_bytes,
         host=host,
         host_bytes_per_node=host.total * min(work.world_size, machines.gpus_per_node),
-        host_capacity_bytes=machines.host_bytes_per_node,
+        host_capacity_bytes=None if machines.device.is_processor else machines.host_bytes_per_node,
         time=time,
         peak_flops=machines.device.peak_flops("fp32" if work.element_bytes == 4 else "bf16"),
         calibrated=constants.calibrated,

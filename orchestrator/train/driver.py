@@ -39,7 +39,7 @@ from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.plan.host_memory import disk_bytes
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
-from orchestrator.train import checkpoint, export, folder, placing, session, summary
+from orchestrator.train import checkpoint, export, folder, forecast, placing, session, summary
 from orchestrator.train.brief import Brief, Trial
 from orchestrator.train.lease import Lease
 from orchestrator.train.optimizers import require_bitsandbytes
@@ -51,7 +51,12 @@ _KILLED_FOR_MEMORY = "running low on memory"  # what Ray writes where its memory
 
 
 def run(
-    job: JobSpec, address: str | None, watch: Watch, note: Note, trial: Trial | None = None
+    job: JobSpec,
+    address: str | None,
+    watch: Watch,
+    note: Note,
+    trial: Trial | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Train a job from wherever its run stands to the end.
 
@@ -60,7 +65,9 @@ def run(
         address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
         watch: Called about twice a second while workers run.
         note: Told in a sentence what happens before that.
-        trial: Given for a run for its figures only, which saves and exports nothing.
+        trial: Given for a run for its figures only, which saves and exports nothing, and is tried whatever it
+            is predicted to need.
+        force: Train although the plan says that it cannot fit.
 
     Returns:
         The run's report, also written to report.json.
@@ -82,6 +89,7 @@ def run(
             device = placing.place(job)
             folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
+            forecast.require_fit(job, device, home, force or trial is not None, note)
             return _train(job, device, home, lease, (watch, note), started, trial)
     finally:
         lease.release(home)

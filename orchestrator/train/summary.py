@@ -14,6 +14,7 @@ from orchestrator.data.packing import Packs, lower_bound
 from orchestrator.metrics.meter import last_attempt
 from orchestrator.spec import JobSpec
 from orchestrator.train.brief import training_loader
+from orchestrator.train.forecast import predicted
 from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS, read_lines
 
 REPORT = "report.json"
@@ -109,7 +110,7 @@ def report(
         "device": attempts[-1]["device"],
         "restarts": len(attempts) - 1,
         "steps_lost": sum(attempt["steps_lost"] for attempt in attempts),
-        "predicted": None,
+        "predicted": predicted(folder),
         "seconds": dict(seconds),
         "versions": {name: version(name) for name in _PACKAGES},
     }

@@ -1,0 +1,84 @@
+"""A job is planned on the cluster that there is: kept with the run, and refused where it cannot fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.topology import Node
+from orchestrator import jobfile
+from orchestrator.errors import ClusterError
+from orchestrator.plan.planner import FIELDS
+from orchestrator.spec import JobSpec
+from orchestrator.train import forecast, session
+
+GIB = 2**30
+
+
+def job(length: int = 512, model: str = "builtin/tiny-llama") -> JobSpec:
+    return jobfile.parse(
+        json.dumps(
+            {
+                "name": "planned",
+                "model": {"path": model, "weights": "random"},
+                "data": {"train": [{"path": "builtin/alpaca_sample"}], "max_length": length},
+                "parallel": {"workers": 2, "zero_stage": 3, "device": "cpu"},
+                "optim": {"global_batch_size": 4},
+            }
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = tuple(
+        Node(node_id=str(k), address=f"10.0.0.{k}", hostname=f"n{k}", cpus=1, gpus=0, memory_bytes=8 * GIB)
+        for k in (1, 2)
+    )
+    monkeypatch.setattr(session, "live_nodes", lambda: nodes)
+
+
+def test_what_fits_is_noted_and_kept_with_the_run(tmp_path: Path) -> None:
+    notes: list[str] = []
+    forecast.require_fit(job(), "cpu", tmp_path, False, notes.append)
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    assert kept["verdict"] == "fits"
+    assert kept["machines"] == "2x1xcpu"
+    assert kept["memory_capacity_bytes"] == pytest.approx(8 * GIB, rel=1e-6)
+    assert set(kept["settings"]) == set(FIELDS)
+    assert notes[0].startswith("planned: fits: ")
+    expected = forecast.predicted(tmp_path)
+    assert expected is not None
+    assert expected["memory_peak_bytes"] == kept["memory_peak_bytes"]
+
+
+def test_what_cannot_fit_is_refused_with_the_cheapest_changes(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError) as refused:
+        forecast.require_fit(job(196_608), "cpu", tmp_path, False, lambda note: None)
+    said = str(refused.value)
+    assert "planned on 2x1xcpu does not fit: " in said
+    assert "of 8.0" in said
+    assert "(1) --set model.loss_tile_tokens=8192 (" in said
+    assert "(2) " in said
+    assert "--force" in said
+    assert json.loads((tmp_path / "plan.json").read_text())["verdict"] == "does not fit"
+
+
+def test_who_forces_it_is_told_and_goes_on(tmp_path: Path) -> None:
+    notes: list[str] = []
+    forecast.require_fit(job(196_608), "cpu", tmp_path, True, notes.append)
+    assert notes[0].startswith("planned, and forced: does not fit: ")
+
+
+def test_a_family_that_is_not_known_is_not_planned_and_not_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    notes: list[str] = []
+    forecast.require_fit(job(model=str(model)), "cpu", tmp_path, False, notes.append)
+    assert notes == ["not planned: the sizes of the family 'gpt2' are not known"]
+    assert forecast.predicted(tmp_path) is None
