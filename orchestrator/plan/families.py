@@ -144,6 +144,7 @@ class Sizes:
     """What config.json calls by several names.
 
     Attributes:
+        hidden_size: Width of the residual stream.
         layers: Decoder layers.
         heads: Query heads.
         kv_heads: Key and value heads.
@@ -152,6 +153,7 @@ class Sizes:
         vocab_size: Rows of the embedding.
     """
 
+    hidden_size: int
     layers: int
     heads: int
     kv_heads: int
@@ -162,22 +164,23 @@ class Sizes:
 
 def sizes(config: Mapping[str, Any]) -> Sizes:
     """Return the sizes that a configuration of a known family states under its own names."""
-    hidden, family = config["hidden_size"], config["model_type"]
+    hidden, family = config.get("hidden_size") or config["n_embed"], config["model_type"]
     heads = config.get("num_attention_heads") or config["n_head"]
     if family == "chatglm":
         kv_heads = config["multi_query_group_num"] if config.get("multi_query_attention") else heads
         return Sizes(
-            config["num_layers"], heads, kv_heads, config["kv_channels"], config["ffn_hidden_size"],
+            hidden, config["num_layers"], heads, kv_heads, config["kv_channels"], config["ffn_hidden_size"],
             config["padded_vocab_size"],
         )  # fmt: skip
     if family == "bloom":
         layers = config.get("num_hidden_layers") or config["n_layer"]
-        return Sizes(layers, heads, heads, hidden // heads, 4 * hidden, config["vocab_size"])
+        return Sizes(hidden, layers, heads, heads, hidden // heads, 4 * hidden, config["vocab_size"])
     # Qwen's first generation states both halves of what enters its MLP.
     inner = config["intermediate_size"] // (2 if family == "qwen" else 1)
     grouped = family != "gpt_neox" and config.get("num_key_value_heads")
     wide = family not in ("gpt_neox", "stablelm") and config.get("head_dim")
     return Sizes(
+        hidden_size=hidden,
         layers=config["num_hidden_layers"],
         heads=heads,
         kv_heads=grouped or heads,

@@ -121,7 +121,7 @@ class GpuMemory:
 
 
 @dataclass(frozen=True)
-class HostMemory:
+class HostParts:
     """Bytes of a worker in its node's memory.
 
     Attributes:
@@ -168,7 +168,7 @@ def gpu_memory(work: Work, context_bytes: float = CONTEXT_BYTES) -> GpuMemory:
     )
 
 
-def host_memory_of(work: Work) -> HostMemory:
+def host_memory_of(work: Work) -> HostParts:
     """Return what a worker needs in its node's memory for what is offloaded.
 
     Args:
@@ -176,7 +176,7 @@ def host_memory_of(work: Work) -> HostMemory:
     """
     share = work.world_size if work.zero_stage >= 1 else 1
     gradients = 4.0 * work.trained / share  # CPU Adam takes them in fp32
-    return HostMemory(
+    return HostParts(
         optimizer=optimizer_bytes(work) / share + gradients if work.offload_optimizer else 0.0,
         parameters=work.element_bytes * work.model.parameters.total / share if work.offload_param else 0.0,
         activations=_inputs(work) if work.offload_activations else 0.0,
@@ -323,8 +323,8 @@ def _step(work: Work) -> float:
 def _reserved_gradients(work: Work) -> float:
     """Return what ZeRO-3 is seen to hold for gradients beside their 16 bits.
 
-    DeepSpeed's own estimator counts 18 bytes a parameter with gradients in fp32. Its code keeps 16; the rest
-    is in what Qwen's runs of full parameters had reserved.
+    DeepSpeed's own estimator counts 18 bytes a parameter, with gradients in fp32. Its code keeps 16; the
+    other two are in what Qwen's runs of full parameters had reserved.
     """
     if work.zero_stage < 3 or not work.master_weights or work.offload_optimizer or work.element_bytes == 4:
         return 0.0

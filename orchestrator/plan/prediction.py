@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cluster.machines import Machines
 from orchestrator.plan.calibration import MARGIN, MemoryConstants, Verdict, verdict
-from orchestrator.plan.memory import GpuMemory, HostMemory, gpu_memory, host_memory_of
+from orchestrator.plan.memory import GpuMemory, HostParts, gpu_memory, host_memory_of
 from orchestrator.plan.throughput import (
     NoPeak,
     StepTime,
@@ -28,7 +28,8 @@ TIME_RANGE = {True: 0.20, False: 0.35}
 """The same for seconds."""
 MARGINS = {True: MARGIN, False: 0.15}
 """Part of the need that has to be spare; more where no step of the stack was measured."""
-_OPTIMIZER_BYTES = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "muon": 4.0}
+_OPTIMIZER_BYTES = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
+"""Two moments of a byte each; other optimizers are counted as Adam in fp32, and Muon needs less."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Prediction:
     peak_bytes: float
     needed_bytes: float
     capacity_bytes: float
-    host: HostMemory
+    host: HostParts
     host_bytes_per_node: float
     host_capacity_bytes: float | None
     time: StepTime | None

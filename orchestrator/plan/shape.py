@@ -45,7 +45,7 @@ class ModelShape:
             return None
         found = sizes(config)
         return cls(
-            hidden_size=config["hidden_size"],
+            hidden_size=found.hidden_size,
             layers=found.layers,
             heads=found.heads,
             kv_heads=found.kv_heads,

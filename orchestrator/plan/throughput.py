@@ -46,7 +46,7 @@ LAUNCH_SECONDS = 0.0005
 """To launch a layer's forward pass from Python; the backward pass is two of them."""
 ADAPTER_LAUNCH_SECONDS = 0.0002
 """The same for an adapter; a fit to Qwen's LoRA rows of 256 tokens, where 1.8B, 7B and 14B have the same."""
-QUANTIZED_LAUNCH_SECONDS: dict[Quantization, float] = {"nf4": 0.0006, "int8": 0.0001}
+QUANTIZED_LAUNCH_SECONDS: dict[Quantization, float] = {"nf4": 0.00075, "int8": 0.0001}
 """The same for a matrix of bitsandbytes, whose nf4 scales are quantised again; a fit to llm-action's rows."""
 ZERO_3_LAUNCH_SECONDS = 0.0023
 """The same for ZeRO-3's hooks about a layer's modules; a fit to Qwen's rows of full parameters."""
@@ -230,7 +230,8 @@ def attention_flops(work: Work) -> float:
     """Return the FLOPs of one causal forward pass of attention over a worker's micro-batch."""
     shape = work.model.shape
     seen = work.seen_tokens
-    windowed = min(seen, 2.0 * shape.window) if shape.window else seen
+    window = float(shape.window)
+    windowed = 2.0 * window - window**2 / seen if 0 < window < seen else seen
     squares = (shape.layers - shape.windowed_layers) * seen + shape.windowed_layers * windowed
     return 2.0 * shape.heads * shape.head_dim * squares * work.tokens
 

@@ -148,7 +148,7 @@ class Measurement:
 
 def read(path: Path) -> list[Measurement]:
     """Return the rows of a file in the schema."""
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         return [Measurement(row) for row in csv.DictReader(lines)]
 
 

@@ -39,6 +39,11 @@ def test_a_family_that_is_not_known_has_no_shape(family: str | None) -> None:
     assert ModelShape.from_config({}) is None
 
 
+def test_bloom_may_have_names_of_its_own() -> None:
+    config = {"model_type": "bloom", "n_embed": 64, "n_layer": 3, "num_attention_heads": 4, "vocab_size": 160}
+    assert ModelShape.from_config(config) == ModelShape(64, 3, 4, 4, 16, 256, 160, mlp_matrices=2)
+
+
 def test_linear_parameters_by_hand() -> None:
     shape = ModelShape(64, 3, 4, 2, 24, 96, 160)
     q = o = 64 * 4 * 24
