@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.plan.memory import GIB, GpuMemory
-from orchestrator.plan.throughput import EXPOSED, MicroSteps, TimeConstants
+from orchestrator.plan.throughput import MicroSteps, TimeConstants
 
 Verdict = Literal["fits", "tight", "does not fit"]
 MARGIN = 0.10
@@ -120,16 +120,21 @@ def predicted_seconds(steps: MicroSteps, spans_nodes: bool) -> Seconds:
     Returns:
         An array of efficiencies by factors.
     """
-    parts, work = steps.parts, _EFFICIENCIES[:, None]
-    factor = _OVERHEADS[None, :]
-    network = parts.network * (factor if spans_nodes else 1.0)
-    launches = parts.launch * (1.0 if spans_nodes else factor)
-    kernels = (parts.linear + parts.attention + parts.elementwise) / work
-    waits = (kernels**4 + launches**4) ** 0.25 + network + parts.ulysses + parts.dequantization / work
-    waits = waits + np.maximum(0.0, parts.fetch - kernels)
-    waits = waits + np.maximum(EXPOSED * parts.zero, parts.zero - kernels)
-    found: Seconds = steps.count * waits + (parts.offload + parts.optimizer) / work
-    return found
+    return np.array(
+        [
+            [steps.step(_constants(efficiency, factor, spans_nodes)).total for factor in _OVERHEADS]
+            for efficiency in _EFFICIENCIES
+        ]
+    )
+
+
+def _constants(
+    efficiency: float, factor: float, spans_nodes: bool, start: TimeConstants = TimeConstants()
+) -> TimeConstants:
+    """Return a stack's constants: its second is that of its network, or of its launches."""
+    if spans_nodes:
+        return TimeConstants(efficiency, start.launch_factor, factor)
+    return TimeConstants(efficiency, factor, start.network_factor)
 
 
 def fit_time(
@@ -154,10 +159,7 @@ def fit_time(
         away = np.abs(np.log(seconds / measured)) / _TIME_NOISE
         cost = cost + np.where(away <= 1.5, away**2, 3.0 * away - 2.25)
     row, column = np.unravel_index(int(np.argmin(cost)), cost.shape)
-    efficiency, factor = float(_EFFICIENCIES[row]), float(_OVERHEADS[column])
-    if spans_nodes:
-        return TimeConstants(efficiency, start.launch_factor, factor)
-    return TimeConstants(efficiency, factor, start.network_factor)
+    return _constants(float(_EFFICIENCIES[row]), float(_OVERHEADS[column]), spans_nodes, start)
 
 
 def _ridge(wanted: Iterable[tuple[float, float]], start: float, spread: float) -> float:
