@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cluster.machines import Machines
 from orchestrator.plan.calibration import MARGIN, MemoryConstants, Verdict, verdict
-from orchestrator.plan.memory import GpuMemory, HostParts, gpu_memory, host_memory_of
+from orchestrator.plan.memory import GIB, GpuMemory, HostParts, gpu_memory, host_memory_of
 from orchestrator.plan.throughput import (
     NoPeak,
     StepTime,
@@ -26,6 +26,9 @@ MEMORY_RANGE = {True: 0.10, False: 0.25}
 from what `tests.benchmarks.planner` prints."""
 TIME_RANGE = {True: 0.20, False: 0.35}
 """The same for seconds."""
+PROCESS_BYTES = 0.67 * GIB
+"""Of a worker on a CPU, libraries included, before it holds anything: what is left of the twelve jobs of
+tests/benchmarks/toy_jobs.yaml when the parts are taken off."""
 MARGINS = {True: MARGIN, False: 0.15}
 """Part of the need that has to be spare; more where no step of the stack was measured."""
 _OPTIMIZER_BYTES = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
@@ -183,9 +186,12 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         machines: On what.
         constants: What is known of the stack.
     """
-    memory, host = gpu_memory(work), host_memory_of(work)
-    # A processor's worker has both in one memory.
-    beside = host.optimizer + host.parameters + host.activations if machines.device.is_processor else 0.0
+    host, beside = host_memory_of(work), 0.0
+    if machines.device.is_processor:  # a process, and both in one memory
+        memory = gpu_memory(work, context_bytes=0.0)
+        beside = PROCESS_BYTES + host.optimizer + host.parameters + host.activations
+    else:
+        memory = gpu_memory(work)
     try:
         time = step_time(work, machines.device, constants.time)
     except NoPeak:
