@@ -140,12 +140,15 @@ class HostParts:
         return HOST_FACTOR * (self.optimizer + self.parameters) + self.activations
 
 
-def gpu_memory(work: Work, context_bytes: float = CONTEXT_BYTES) -> GpuMemory:
+def gpu_memory(
+    work: Work, context_bytes: float = CONTEXT_BYTES, collectives_bytes: float = COLLECTIVES_BYTES
+) -> GpuMemory:
     """Return what a worker needs on its GPU.
 
     Args:
         work: What is trained and how.
         context_bytes: What CUDA takes; 0 to compare with torch's own figures.
+        collectives_bytes: What collectives take beside it, where there are any.
     """
     kept, layer, logits = kept_bytes(work), layer_bytes(work), loss_bytes(work)
     moment, step = kept + max(layer, logits), _step(work)
@@ -162,7 +165,7 @@ def gpu_memory(work: Work, context_bytes: float = CONTEXT_BYTES) -> GpuMemory:
         logits=logits,
         step=step,
         quantization=0.0 if work.quantization == "none" else 2.0 * work.element_bytes * _largest_linear(work),
-        context=context_bytes + (COLLECTIVES_BYTES if many and context_bytes else 0.0),
+        context=context_bytes + (collectives_bytes if many and context_bytes else 0.0),
         fragmentation=FRAGMENTATION * work.varying**2 * moment,
         retained=RETAINED * min(step, moment) + _reserved_gradients(work),
     )

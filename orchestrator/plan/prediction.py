@@ -188,8 +188,8 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
     """
     host, beside = host_memory_of(work), 0.0
     if machines.device.is_processor:  # a process, and both in one memory
-        memory = gpu_memory(work, context_bytes=0.0)
-        beside = PROCESS_BYTES + host.optimizer + host.parameters + host.activations
+        memory = gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0)
+        beside = host.optimizer + host.parameters + host.activations
     else:
         memory = gpu_memory(work)
     try:

@@ -1,0 +1,145 @@
+"""Twelve small jobs predicted and measured on this machine, each by constants from the other eleven.
+
+    python -m tests.benchmarks.toy_jobs [--json]
+
+Runs the sweep toy_jobs.yaml (some ten minutes on two cores; a second call uses the rows that are there),
+measures the speed of the processors, and fits the planner's two constants for memory and two for time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from cluster.hardware import Device
+from orchestrator import jobfile
+from orchestrator.bench.runner import run_cells
+from orchestrator.bench.sweep import load
+from orchestrator.plan.calibration import MemoryConstants, fit_memory, fit_time, predicted_seconds
+from orchestrator.plan.configs import config_of
+from orchestrator.plan.memory import GpuMemory, gpu_memory, host_memory_of
+from orchestrator.plan.prediction import PROCESS_BYTES, work_of
+from orchestrator.plan.probe import processor
+from orchestrator.plan.throughput import MicroSteps, micro_steps
+from orchestrator.plan.work import Model
+from tests.benchmarks.environment import describe, say
+
+SWEEP = Path(__file__).with_suffix(".yaml")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A job, its parts, and what was measured.
+
+    Attributes:
+        name: What it differs by.
+        memory: Its memory by part.
+        beside: Bytes of what is offloaded, which lie in the same memory here.
+        steps: Its time by part.
+        peak_bytes: Measured: the fullest worker's resident memory.
+        seconds: Measured: the median step.
+    """
+
+    name: str
+    memory: GpuMemory
+    beside: float
+    steps: MicroSteps
+    peak_bytes: float
+    seconds: float
+
+
+def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping[int, Device]) -> Cell:
+    """Return a cell with its parts."""
+    job = jobfile.parse(job_text)
+    config = config_of(job.model.path)
+    model = Model.of(config)
+    assert model is not None
+    work = work_of(job, config, model, job.parallel.workers, "cpu")
+    host = host_memory_of(work)
+    return Cell(
+        name=", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in fields.items()),
+        memory=gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0),
+        beside=host.optimizer + host.parameters + host.activations,
+        steps=micro_steps(work, devices[job.parallel.workers]),
+        peak_bytes=row.peaks["memory_peak_bytes"],
+        seconds=median(row.samples["step_seconds"]),
+    )
+
+
+def predicted(cell: Cell, others: list[Cell]) -> tuple[float, float]:
+    """Return bytes and seconds of a cell, by constants from others."""
+    memory = fit_memory([(each.memory, each.peak_bytes - each.beside) for each in others])
+    time = fit_time([(predicted_seconds(each.steps, False), each.seconds) for each in others], False)
+    return memory.peak(cell.memory) + cell.beside, cell.steps.step(time).total
+
+
+def compare(cells: list[Cell]) -> dict[str, Any]:
+    """Return each cell's figures and the errors, each cell left out of its own fit."""
+    rows = []
+    for cell in cells:
+        size, seconds = predicted(cell, [each for each in cells if each is not cell])
+        plain = MemoryConstants().peak(cell.memory) + cell.beside
+        rows.append(
+            {
+                "cell": cell.name,
+                "memory_mib": cell.peak_bytes / MIB,
+                "memory_predicted_mib": size / MIB,
+                "memory_error": size / cell.peak_bytes - 1,
+                "memory_error_uncalibrated": plain / cell.peak_bytes - 1,
+                "step_seconds": cell.seconds,
+                "step_predicted_seconds": seconds,
+                "step_error": seconds / cell.seconds - 1,
+            }
+        )
+    errors = {
+        f"{name}_median_error": median(abs(row[f"{name}_error"]) for row in rows)
+        for name in ("memory", "step")
+    }
+    return {"rows": rows, **errors}
+
+
+def main() -> None:
+    """Measure what is missing, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    wanted = load(SWEEP, [])
+    rows = run_cells(wanted, None, _tell, False)
+    devices = {workers: processor(workers, 8.0) for workers in (1, 2)}
+    found = compare([cell_of(row.fields, yaml.safe_dump(row.job), row, devices) for row in rows])
+    rates = {workers: _rates(device) for workers, device in devices.items()}
+    if arguments.json:
+        say(json.dumps({**found, "processors": rates, "environment": describe("numpy", "torch")}))
+        return
+    for row in found["rows"]:
+        memory = _beside(row["memory_mib"], row["memory_predicted_mib"], "MiB")
+        say(f"{memory}  {_beside(row['step_seconds'], row['step_predicted_seconds'], 's')}  {row['cell']}")
+    errors = [f"{name} {found[f'{name}_median_error']:.1%}" for name in ("memory", "step")]
+    say(f"median errors, each cell left out of its own fit: {', '.join(errors)}")
+    say(f"with so many at a time a process has: {rates}; {describe('numpy', 'torch')}")
+
+
+def _rates(device: Device) -> str:
+    flops, moved = device.peak_flops("fp32") or 0.0, device.memory_bandwidth_gb_per_second
+    return f"{flops / 1e9:.0f} GFLOP/s, {moved:.1f} GB/s"
+
+
+def _beside(measured: float, predicted: float, unit: str) -> str:
+    return f"{measured:7.4g} {unit}, predicted {predicted:7.4g} ({predicted / measured - 1:+4.0%})"
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
