@@ -11,8 +11,8 @@ from cluster.hardware import CatalogueError, UnknownDevice
 from cluster.machines import Machines, MachinesError
 from orchestrator.errors import SpecError
 from orchestrator.plan.configs import config_of
-from orchestrator.plan.planner import FIELDS, Candidate, Plan, Remedy, best_plan, cheapest_changes
-from orchestrator.plan.prediction import Constants
+from orchestrator.plan.planner import FIELDS, Candidate, Plan, Remedy, asked_of, best_plan, cheapest_changes
+from orchestrator.plan.store import constants_of, stack_of
 from orchestrator.plan.wording import GIB, changed, figures, remedy_lines, seconds_text, word
 from orchestrator.spec import JobSpec
 
@@ -59,10 +59,12 @@ def planned(job: JobSpec, gpus: str, catalogue: Path | None) -> tuple[Plan, list
         machines = Machines.parse(gpus, catalogue)
     except (MachinesError, UnknownDevice, CatalogueError) as error:
         raise SpecError(f"--gpus {gpus}: {error}") from None
-    found = best_plan(job, config, machines)
+    stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
+    constants = constants_of(stack)
+    found = best_plan(job, config, machines, constants)
     enough = job.parallel.workers <= machines.gpus
     fits = enough and found.asked.prediction.verdict != "does not fit"
-    return found, [] if fits else cheapest_changes(job, config, machines, Constants())
+    return found, [] if fits else cheapest_changes(job, config, machines, constants)
 
 
 def as_json(plan: Plan, remedies: Sequence[Remedy]) -> str:

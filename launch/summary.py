@@ -37,7 +37,7 @@ def summary(report: dict[str, Any]) -> str:
         "loss": f"{report['first_loss']:.4f} -> {report['loss']:.4f}",
         "evaluation loss": "no held-out data" if evaluation is None else f"{evaluation:.4f}",
         "TGS": f"{report['tgs']:.1f} tokens/GPU/s ({report['tgs_trained']:.1f} trained, "
-        f"{report['tgs_slots']:.1f} slots)",
+        f"{report['tgs_slots']:.1f} slots{_expected(report, 'tgs')})",
         "TFLOPs": f"{report['tflops_model']:.4f} model, {report['tflops_hardware']:.4f} hardware, per GPU"
         if "tflops_model" in report
         else "not known for this architecture",
@@ -50,11 +50,17 @@ def summary(report: dict[str, Any]) -> str:
     return table(rows)
 
 
+def _expected(report: dict[str, Any], name: str) -> str:
+    """Return what was predicted of a figure, where something was."""
+    found = (report.get("predicted") or {}).get(name)
+    return "" if found is None else f"; {found:.1f} predicted"
+
+
 def _memory(report: dict[str, Any]) -> str:
     """Return the measured peak beside the predicted one."""
-    said = f"{report['memory_peak_bytes'] / 2**30:.2f} GiB on the fullest worker"
+    said = f"{report['memory_reserved_peak_bytes'] / 2**30:.2f} GiB held by the fullest worker"
     expected = report.get("predicted")
-    return f"{said}, {expected['memory_peak_bytes'] / 2**30:.2f} predicted" if expected else said
+    return f"{said}, {expected['memory_reserved_peak_bytes'] / 2**30:.2f} predicted" if expected else said
 
 
 def side_by_side(reports: list[dict[str, Any]]) -> str:

@@ -60,6 +60,8 @@ class Prediction:
         peak_bytes: What a GPU's allocator holds at the peak.
         needed_bytes: What has to fit.
         capacity_bytes: What a GPU has.
+        beside_bytes: Of the peak, what is offloaded, where host and device have one memory.
+        unseen_bytes: Of the peak, what torch's allocator does not see: CUDA's own.
         host: Bytes of a worker in its node's memory.
         host_bytes_per_node: Of all workers of a node.
         host_capacity_bytes: What a node has; None where that is not known.
@@ -73,6 +75,8 @@ class Prediction:
     peak_bytes: float
     needed_bytes: float
     capacity_bytes: float
+    beside_bytes: float
+    unseen_bytes: float
     host: HostParts
     host_bytes_per_node: float
     host_capacity_bytes: float | None
@@ -119,6 +123,7 @@ class Prediction:
                 round(self.peak_bytes * (1 - off)),
                 round(self.peak_bytes * (1 + off)),
             ],
+            "memory_reserved_peak_bytes": round(self.peak_bytes - self.unseen_bytes),
             "memory_needed_bytes": round(self.needed_bytes),
             "memory_capacity_bytes": round(self.capacity_bytes),
             "memory_bytes_by_part": {name: round(size) for name, size in self.memory.by_part().items()},
@@ -202,6 +207,8 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         peak_bytes=constants.memory.peak(memory) + beside,
         needed_bytes=constants.memory.needed(memory) + beside,
         capacity_bytes=machines.device.memory_bytes,
+        beside_bytes=beside,
+        unseen_bytes=0.0 if machines.device.is_processor else memory.context,
         host=host,
         host_bytes_per_node=host.total * min(work.world_size, machines.gpus_per_node),
         host_capacity_bytes=None if machines.device.is_processor else machines.host_bytes_per_node,

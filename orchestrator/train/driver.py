@@ -89,8 +89,7 @@ def run(
             device = placing.place(job)
             folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
-            forecast.require_fit(job, device, home, force or trial is not None, note)
-            return _train(job, device, home, lease, (watch, note), started, trial)
+            return _train(job, device, home, lease, (watch, note), started, trial, force)
     finally:
         lease.release(home)
 
@@ -103,6 +102,7 @@ def _train(
     tell: tuple[Watch, Note],
     started: float,
     trial: Trial | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     watch, note = tell
     require_bitsandbytes(job.optim.optimizer)
@@ -116,9 +116,12 @@ def _train(
     if count is not None:
         fit_buffers(ds_config, -(-count.largest // job.parallel.workers))
     memory = placing.reserve_host_memory(job, device, ds_config, count, note)
+    planned = forecast.require_fit(job, device, home, force or trial is not None, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
     folder.require_same_data(home, training, held_out)
+    if planned:
+        planned = planned.with_documents(home, packing["mean_square_tokens"])
     prepared = time.monotonic()
     on_disk = disk_bytes(ds_config, count, job.parallel.workers) if count is not None else 0
     brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, on_disk, trial)
@@ -140,6 +143,8 @@ def _train(
     }
     report = summary.report(job, home, packing, seconds)
     folder.write_json(home / summary.REPORT, report)
+    if planned:
+        planned.remember(report)
     _get(recorder.close.remote())
     return report
 

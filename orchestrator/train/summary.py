@@ -49,6 +49,7 @@ def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any
         "max_length": job.data.max_length,
         "non_padding_fraction": account.tokens_kept / (len(packs) * job.data.max_length),
         "lower_bound": lower_bound(corpus.lengths, job.data.max_length),
+        "mean_square_tokens": float(squares.sum() / account.tokens_kept),
         "attention_cost_cv": float(squares.std() / squares.mean()),
         "wait_factor_by_chance": by_chance,
         "wait_factor": ordered,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from cluster.topology import Node
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError
 from orchestrator.plan.planner import FIELDS
+from orchestrator.plan.prediction import Constants
 from orchestrator.spec import JobSpec
 from orchestrator.train import forecast, session
 
@@ -47,11 +49,12 @@ def test_what_fits_is_noted_and_kept_with_the_run(tmp_path: Path) -> None:
     assert kept["verdict"] == "fits"
     assert kept["machines"] == "2x1xcpu"
     assert kept["memory_capacity_bytes"] == pytest.approx(8 * GIB, rel=1e-6)
-    assert set(kept["settings"]) == set(FIELDS)
+    assert kept["stack"].startswith("cpu between nodes, none full, torch ")
     assert notes[0].startswith("planned: fits: ")
     expected = forecast.predicted(tmp_path)
     assert expected is not None
-    assert expected["memory_peak_bytes"] == kept["memory_peak_bytes"]
+    assert expected["memory_reserved_peak_bytes"] == kept["memory_reserved_peak_bytes"]
+    assert set(kept["settings"]) == set(FIELDS)
 
 
 def test_what_cannot_fit_is_refused_with_the_cheapest_changes(tmp_path: Path) -> None:
@@ -70,6 +73,37 @@ def test_who_forces_it_is_told_and_goes_on(tmp_path: Path) -> None:
     notes: list[str] = []
     forecast.require_fit(job(196_608), "cpu", tmp_path, True, notes.append)
     assert notes[0].startswith("planned, and forced: does not fit: ")
+
+
+def report(peak_bytes: float) -> dict[str, Any]:
+    return {"memory_reserved_peak_bytes": peak_bytes, "medians": {"step_seconds": 1.5}}
+
+
+def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
+    first = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert first is not None
+    before = forecast.predicted(tmp_path)
+    assert before is not None
+    assert not before["calibrated"]
+    measured = before["memory_reserved_peak_bytes"] * 1.3
+    for _ in range(3):
+        first.remember(report(measured))
+    forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    after = forecast.predicted(tmp_path)
+    assert after is not None
+    assert after["calibrated"]
+    assert after["memory_reserved_peak_bytes"] == pytest.approx(measured, rel=0.05)
+
+
+def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
+    first = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert first is not None
+    known = first.with_documents(tmp_path, 150.0)
+    assert first.prediction(Constants()).work.seen_tokens == 512
+    assert known.prediction(Constants()).work.seen_tokens == 150
 
 
 def test_a_family_that_is_not_known_is_not_planned_and_not_refused(tmp_path: Path) -> None:

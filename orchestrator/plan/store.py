@@ -1,0 +1,146 @@
+"""What runs on this machine measured, kept so that later plans are calibrated.
+
+One line a finished run, in a file of the user's; `ORCHESTRATOR_CALIBRATION` names another one, or none where
+it is empty. A stack is a device with the method and libraries that it ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cluster.machines import Machines
+from orchestrator.plan.calibration import fit_memory, fit_time, predicted_seconds
+from orchestrator.plan.memory import GpuMemory
+from orchestrator.plan.prediction import Constants, Prediction
+from orchestrator.plan.throughput import MicroSteps, StepTime
+from orchestrator.plan.work import Work
+
+PLACE = "ORCHESTRATOR_CALIBRATION"
+_DEFAULT = "~/.cache/orchestrator/calibration.jsonl"
+_KEPT = 40
+"""Runs of a stack that are used: the last ones."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A run's parts as predicted without constants, and what it measured.
+
+    Attributes:
+        stack: From `stack_of`.
+        memory: Bytes by part.
+        peak_bytes: What a worker held at its peak, without what is offloaded into the same memory.
+        steps: Seconds by part; None where they could not be predicted.
+        seconds: Of a step; None where they were not measured on the same work.
+        spans_nodes: Whether there were several nodes.
+    """
+
+    stack: str
+    memory: GpuMemory
+    peak_bytes: float
+    steps: MicroSteps | None
+    seconds: float | None
+    spans_nodes: bool
+
+
+def stack_of(work: Work, machines: Machines) -> str:
+    """Return the name of a stack: what two constants for memory and two for time belong to."""
+    libraries = ", ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed"))
+    network = " between nodes" if work.world_size > machines.gpus_per_node else ""
+    return f"{machines.device.name}{network}, {work.quantization} {work.method}, {libraries}"
+
+
+def remember(observation: Observation) -> None:
+    """Add a run to those of this machine; a place that cannot be written is passed over."""
+    place = _place()
+    if place is None:
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(observation)) + "\n")
+    except OSError:
+        return
+
+
+def recall(stack: str) -> list[Observation]:
+    """Return the last runs of a stack; lines that cannot be read are passed over."""
+    place, found = _place(), deque[Observation](maxlen=_KEPT)
+    try:
+        lines = place.read_text(encoding="utf-8").splitlines() if place else []
+    except (OSError, UnicodeError):
+        return []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            if entry["stack"] == stack:
+                found.append(_observation(entry))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return list(found)
+
+
+def constants_of(stack: str) -> Constants:
+    """Return what is known of a stack: constants fitted to its runs here, or those of none."""
+    runs = recall(stack)
+    if not runs:
+        return Constants()
+    timed = [(each.steps, each.seconds) for each in runs if each.steps and each.seconds]
+    spans = any(each.spans_nodes for each in runs)
+    return Constants(
+        memory=fit_memory([(each.memory, each.peak_bytes) for each in runs]),
+        time=fit_time([(predicted_seconds(steps, spans), seconds) for steps, seconds in timed], spans),
+        calibrated=True,
+    )
+
+
+def observed(
+    stack: str, plain: Prediction, steps: MicroSteps | None, measured: Mapping[str, Any]
+) -> Observation:
+    """Return a finished run as an observation.
+
+    Args:
+        stack: Its stack.
+        plain: Its prediction without constants, for the documents that it really had.
+        steps: Its seconds by part.
+        measured: Its report.
+    """
+    on_device = measured["memory_reserved_peak_bytes"]
+    return Observation(
+        stack=stack,
+        memory=plain.memory,
+        peak_bytes=on_device - plain.beside_bytes + plain.unseen_bytes,
+        steps=steps,
+        seconds=measured["medians"]["step_seconds"] if steps else None,
+        spans_nodes=plain.work.world_size > plain.work.gpus_per_node,
+    )
+
+
+def _observation(entry: Mapping[str, Any]) -> Observation:
+    steps = entry["steps"]
+    return Observation(
+        stack=entry["stack"],
+        memory=GpuMemory(**entry["memory"]),
+        peak_bytes=float(entry["peak_bytes"]),
+        steps=steps and MicroSteps(steps["count"], StepTime(**steps["parts"])),
+        seconds=entry["seconds"],
+        spans_nodes=bool(entry["spans_nodes"]),
+    )
+
+
+def _place() -> Path | None:
+    named = os.environ.get(PLACE, _DEFAULT)
+    return Path(named).expanduser() if named else None
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,126 @@
+"""What runs measured is kept, read again, and makes the next prediction of the same stack better."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster.machines import Machines
+from orchestrator import jobfile
+from orchestrator.plan.memory import GIB
+from orchestrator.plan.models import require_bundled
+from orchestrator.plan.planner import asked_of
+from orchestrator.plan.prediction import Constants, Prediction, predict
+from orchestrator.plan.store import Observation, constants_of, observed, recall, remember, stack_of
+from orchestrator.plan.throughput import micro_steps
+
+NODE = Machines.parse("8xA100-80G-SXM")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "folder" / "calibration.jsonl"))
+    return tmp_path / "folder" / "calibration.jsonl"
+
+
+def prediction(length: int = 4096, constants: Constants = Constants()) -> Prediction:
+    job = jobfile.parse(
+        json.dumps(
+            {
+                "name": "planned",
+                "model": {"path": "llama2-7b", "dtype": "bf16"},
+                "data": {"train": [{"path": "rows.json"}], "max_length": length},
+                "parallel": {"workers": 8},
+            }
+        )
+    )
+    return asked_of(job, require_bundled("llama2-7b"), NODE, constants).prediction
+
+
+def run(length: int, heavier_bytes: float = 0.0, slower: float = 1.0) -> Observation:
+    plain = prediction(length)
+    assert plain.time is not None
+    report = {
+        "memory_reserved_peak_bytes": plain.peak_bytes - plain.unseen_bytes + heavier_bytes,
+        "medians": {"step_seconds": plain.time.total * slower},
+    }
+    return observed(stack_of(plain.work, NODE), plain, micro_steps(plain.work, NODE.device), report)
+
+
+def test_what_is_kept_is_read_again() -> None:
+    kept = [run(2048), run(4096)]
+    for each in kept:
+        remember(each)
+    assert recall(kept[0].stack) == kept
+    assert recall("another stack") == []
+
+
+def test_runs_make_the_next_prediction_of_their_stack_better() -> None:
+    stack = run(2048).stack
+    assert constants_of(stack) == Constants()
+    for length in (1024, 2048, 4096):
+        remember(run(length, heavier_bytes=4 * GIB, slower=1.4))
+    found = constants_of(stack)
+    assert found.calibrated
+    plain, better = prediction(8192), prediction(8192, found)
+    assert plain.time is not None
+    assert better.time is not None
+    assert better.peak_bytes - plain.peak_bytes == pytest.approx(4 * GIB, rel=0.25)
+    assert better.time.total / plain.time.total == pytest.approx(1.4, rel=0.1)
+    assert better.calibrated
+
+
+def test_a_stack_is_told_by_device_network_method_and_libraries() -> None:
+    work = prediction().work
+    names = {
+        stack_of(work, NODE),
+        stack_of(work, Machines.parse("8xL40S-48G")),
+        stack_of(replace(work, world_size=16), NODE),
+        stack_of(replace(work, method="lora"), NODE),
+        stack_of(replace(work, method="lora", quantization="nf4"), NODE),
+    }
+    assert len(names) == 5
+    assert all("torch 2." in name and "deepspeed 0." in name for name in names)
+
+
+def test_lines_that_are_damaged_are_passed_over(place: Path) -> None:
+    kept = run(2048)
+    remember(kept)
+    with place.open("a") as lines:
+        lines.write("not JSON\n{}\n" + json.dumps({"stack": kept.stack}) + "\n")
+    assert recall(kept.stack) == [kept]
+
+
+def test_only_the_last_runs_of_a_stack_count() -> None:
+    for _ in range(41):
+        remember(run(1024))
+    remember(run(2048))
+    found = recall(run(1024).stack)
+    assert len(found) == 40
+    assert found[-1] == run(2048)
+
+
+def test_nothing_is_kept_where_that_is_switched_off(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", "")
+    remember(run(2048))
+    assert recall(run(2048).stack) == []
+    assert not place.exists()
+
+
+def test_a_place_that_cannot_be_written_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "file" / "calibration.jsonl"))
+    remember(run(2048))
+    assert recall(run(2048).stack) == []
+
+
+def test_predictions_without_constants_are_what_is_kept() -> None:
+    """Otherwise each run would be fitted against constants of the one before."""
+    plain = prediction()
+    assert run(4096).memory == plain.memory
+    assert predict(plain.work, NODE).memory == plain.memory
