@@ -256,6 +256,18 @@ def test_offloading_more_than_the_nodes_have_memory_for(
 
 
 @pytest.mark.ray
+def test_a_job_that_cannot_fit_is_refused_before_data_are_read(
+    tmp_path: Path, watched: Callable[..., Finished]
+) -> None:
+    _write(tmp_path, job_text(tmp_path / "runs", data__max_length=4_194_304))
+    done = watched("train", "job.yaml")
+    _assert_clear(done, 3, "does not fit: ", "it would with (1) --set ", "data.max_length=", "--force")
+    run = tmp_path / "runs" / "run"
+    assert json.loads((run / "plan.json").read_text())["verdict"] == "does not fit"
+    assert not (run / "data.json").exists()
+
+
+@pytest.mark.ray
 def test_number_format_that_the_device_does_not_have(
     tmp_path: Path, watched: Callable[..., Finished]
 ) -> None:
