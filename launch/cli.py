@@ -224,6 +224,9 @@ def plan(
     catalogue: Annotated[
         Path | None, typer.Option(help="A catalogue of devices of your own (TOML), beside that which ships.")
     ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Folder for plots of memory by part and TGS over max_length.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict what fits and how fast, choose how to spread the job, and say why; nothing is started."""
@@ -231,7 +234,7 @@ def plan(
         spec = jobfile.load(job, overrides)
         from launch import planning
 
-        found, remedies = planning.planned(spec, gpus, catalogue)
+        found, remedies = planning.planned(spec, gpus, catalogue, plots)
         _say(planning.as_json(found, remedies) if as_json else planning.text(found, remedies, explain))
         if found.best is None:
             raise ClusterError(f"{spec.name} fits on {found.machines} in none of {found.considered:,} ways")

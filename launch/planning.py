@@ -43,13 +43,16 @@ _PARTS = {
 }
 
 
-def planned(job: JobSpec, gpus: str, catalogue: Path | None) -> tuple[Plan, list[Remedy]]:
+def planned(
+    job: JobSpec, gpus: str, catalogue: Path | None, plots: Path | None = None
+) -> tuple[Plan, list[Remedy]]:
     """Return the plan of a job, and what would make it fit where it does not as it is written.
 
     Args:
         job: The job.
         gpus: Machines, as `Machines.parse` takes them.
         catalogue: The user's own devices.
+        plots: A folder for plots over max_length; None draws none.
 
     Raises:
         SpecError: The machines, a device or the model are not known.
@@ -62,6 +65,10 @@ def planned(job: JobSpec, gpus: str, catalogue: Path | None) -> tuple[Plan, list
     stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
     constants = constants_of(stack)
     found = best_plan(job, config, machines, constants)
+    if plots:
+        from launch.planning_plots import draw
+
+        draw(job, config, machines, constants, plots)
     enough = job.parallel.workers <= machines.gpus
     fits = enough and found.asked.prediction.verdict != "does not fit"
     return found, [] if fits else cheapest_changes(job, config, machines, constants)

@@ -65,8 +65,11 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     return files
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(otherwise: str = "leave the plots out with --no-plots") -> None:
     """Find out that plots cannot be drawn before anything is paid for.
+
+    Args:
+        otherwise: What to do without it.
 
     Raises:
         SpecError: matplotlib is not installed.
@@ -74,7 +77,7 @@ def require_matplotlib() -> None:
     if find_spec("matplotlib") is None:
         raise SpecError(
             'plots need matplotlib, which is not installed; install this package with its extra "plots", or '
-            "leave the plots out with --no-plots"
+            + otherwise
         )
 
 

@@ -121,6 +121,29 @@ def test_a_model_in_a_folder_is_planned_by_its_own_sizes(tmp_path: Path) -> None
     assert found["parameters"] == 1000 * 64 + 2 * layer + 64
 
 
+def test_plots_show_the_plan_over_lengths(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    job = str(JOBS / "llama2-7b-32k.yaml")
+    code, _, err = plan(job, "--gpus", "8xA100-80G-SXM", "--plots", str(tmp_path / "plots"))
+    assert code == 0, err
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {
+        "memory_by_part.svg",
+        "tgs_over_length.svg",
+    }
+    for file in (tmp_path / "plots").iterdir():
+        assert file.read_text().count("<path") > 20
+
+
+def test_parts_that_are_drawn_are_those_of_the_peak() -> None:
+    from launch.planning import planned
+    from launch.planning_plots import moments
+    from orchestrator import jobfile
+
+    found, _ = planned(jobfile.load(JOBS / "llama2-7b-32k.yaml"), "8xA100-80G-SXM", None)
+    for each in (found.asked, *found.others):
+        assert sum(moments(each).values()) == pytest.approx(each.prediction.memory.required / 2**30)
+
+
 def test_planning_loads_no_framework() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom launch.cli import app\n"

@@ -1,0 +1,122 @@
+"""Plots of a plan over max_length: memory by part, and TGS with its range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.machines import Machines
+from orchestrator.bench.plots import require_matplotlib
+from orchestrator.plan.planner import Candidate, best_plan
+from orchestrator.plan.prediction import TIME_RANGE, Constants
+from orchestrator.plan.wording import GIB
+from orchestrator.spec import JobSpec
+
+_SHORTEST = 512
+_PARTS = {
+    "weights": "#0072B2", "gradients": "#56B4E9", "optimizer": "#009E73", "window": "#E69F00",
+    "buffers": "#F0E442", "context": "#999999", "activations": "#CC79A7", "the largest moment": "#D55E00",
+}  # fmt: skip
+
+
+def draw(
+    job: JobSpec, config: Mapping[str, Any], machines: Machines, constants: Constants, folder: Path
+) -> list[Path]:
+    """Write memory_by_part.svg and tgs_over_length.svg: the best plan at each of some lengths.
+
+    Args:
+        job: The job; lengths are its own, and others by powers of two.
+        config: Its model's config.json.
+        machines: What there is.
+        constants: What is known of the stack.
+        folder: Where the files go.
+
+    Raises:
+        SpecError: matplotlib is not installed.
+    """
+    require_matplotlib("leave out --plots")
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    own = job.data.max_length
+    lengths = [length for length in (own * 2**power // 8 for power in range(7)) if length >= _SHORTEST]
+    planned = {}
+    for length in lengths:
+        other = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
+        best = best_plan(other, config, machines, constants).best
+        if best is not None:
+            planned[length] = best
+    title = f"{job.model.path} on {machines}, {job.optim.global_batch_size} packs a step"
+    files = []
+    for name, paint in (("memory_by_part", _memory), ("tgs_over_length", _tgs)):
+        figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        paint(axes, planned, machines)
+        axes.set_xticks(range(len(planned)), [f"{length:,}" for length in planned])
+        axes.set_xlabel("max_length" + ("; longer ones do not fit" if len(planned) < len(lengths) else ""))
+        figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
+        files.append(folder / f"{name}.svg")
+        figure.savefig(files[-1], metadata={"Date": None})
+        pyplot.close(figure)
+    return files
+
+
+def moments(candidate: Candidate) -> dict[str, float]:
+    """Return the parts that make up the required memory, in GiB: states, and the largest of three moments."""
+    found = candidate.prediction.memory
+    parts = {
+        name: getattr(found, name)
+        for name in ("weights", "gradients", "optimizer", "window", "buffers", "context")
+    }
+    backward = found.layer + found.quantization
+    if found.step_peak >= max(found.loss_peak, found.backward_peak):
+        parts["the largest moment"] = found.step
+    else:
+        parts["activations"] = found.activations
+        parts["the largest moment"] = max(found.logits, backward)
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def _memory(axes: Any, planned: Mapping[int, Candidate], machines: Machines) -> None:
+    bottoms = [0.0] * len(planned)
+    stacks = [moments(each) for each in planned.values()]
+    for name, colour in _PARTS.items():
+        sizes = [stack.get(name, 0.0) for stack in stacks]
+        axes.bar(range(len(sizes)), sizes, bottom=bottoms, color=colour, label=name, width=0.7)
+        bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
+    axes.axhline(machines.device.memory_gib, color="#333333", linestyle="--", linewidth=1)
+    axes.text(-0.4, machines.device.memory_gib, "the device's", va="bottom", fontsize="small")
+    axes.set_ylabel("GiB required on a GPU")
+    axes.legend(frameon=False, fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
+def _tgs(axes: Any, planned: Mapping[int, Candidate], machines: Machines) -> None:
+    rates = [each.prediction.tgs or 0.0 for each in planned.values()]
+    off = TIME_RANGE[any(each.prediction.calibrated for each in planned.values())]
+    places = range(len(rates))
+    axes.fill_between(
+        places,
+        [rate / (1 + off) for rate in rates],
+        [rate / (1 - off) for rate in rates],
+        color="#56B4E9",
+        alpha=0.3,
+    )
+    axes.plot(places, rates, color="#0072B2", marker="o")
+    for place, each in zip(places, planned.values(), strict=True):
+        parallel = each.job.parallel
+        label = f"ZeRO-{parallel.zero_stage}, sp {parallel.sequence_parallel_size}"
+        axes.annotate(
+            label,
+            (place, rates[place]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize="small",
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("TGS, tokens a GPU and second")
