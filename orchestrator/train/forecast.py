@@ -89,7 +89,7 @@ def require_fit(
         note: Told what is predicted.
 
     Returns:
-        What is predicted; None for a model of a family that is not known.
+        What is predicted; None for a model of a family that is not known, and on nodes that offer no memory.
 
     Raises:
         ClusterError: It does not fit, and is not forced; the changes that would help most are named.
@@ -99,6 +99,9 @@ def require_fit(
         note(f"not planned: the sizes of the family {config.get('model_type')!r} are not known")
         return None
     machines = _machines(job, device)
+    if machines is None:
+        note("not planned: the nodes do not say how much memory they offer")
+        return None
     stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
     forecast = Forecast(job, config, machines, stack)
     found = forecast.keep(home)
@@ -127,8 +130,8 @@ def predicted(home: Path) -> dict[str, Any] | None:
     return {name: found[name] for name in _REPORTED}
 
 
-def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> Machines:
-    """Return the nodes that the job is spread over, all taken to be like the one that offers least."""
+def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> Machines | None:
+    """Return the nodes that the job is spread over, all like the one that offers least; None if none says."""
     nodes, workers = session.live_nodes(), job.parallel.workers
     if device == "cuda":
         each = max(int(node.gpus) for node in nodes)
@@ -136,6 +139,8 @@ def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> Machines:
     places = {node.address: int(node.cpus) // job.parallel.cpus_per_worker for node in nodes}
     each = min(workers, max(places.values()))
     memory = min(node.memory_bytes for node in nodes if places[node.address] >= 1)
+    if not memory:
+        return None
     known = hardware.device("cpu").model_dump()
     gib = memory / each / _GIB
     return Machines(-(-workers // each), each, Device(**{**known, "memory_gib": gib, "host_memory_gib": gib}))

@@ -75,6 +75,16 @@ def test_who_forces_it_is_told_and_goes_on(tmp_path: Path) -> None:
     assert notes[0].startswith("planned, and forced: does not fit: ")
 
 
+def test_nodes_that_do_not_say_what_they_offer_refuse_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = Node(node_id="1", address="10.0.0.1", hostname="n1", cpus=2, gpus=0, memory_bytes=0)
+    monkeypatch.setattr(session, "live_nodes", lambda: (silent,))
+    notes: list[str] = []
+    assert forecast.require_fit(job(4_194_304), "cpu", tmp_path, False, notes.append) is None
+    assert notes == ["not planned: the nodes do not say how much memory they offer"]
+
+
 def report(peak_bytes: float) -> dict[str, Any]:
     return {"memory_reserved_peak_bytes": peak_bytes, "medians": {"step_seconds": 1.5}}
 
