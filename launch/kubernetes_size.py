@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.errors import SpecError
 from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.plan.configs import local_config
-from orchestrator.plan.host_memory import disk_bytes, host_memory
+from orchestrator.plan.host_memory import disk_bytes
+from orchestrator.plan.memory import host_memory_of
 from orchestrator.plan.parameters import parameter_count
-from orchestrator.plan.shape import ModelShape
+from orchestrator.plan.prediction import work_of
+from orchestrator.plan.work import Model
 from orchestrator.spec import JobSpec
 
 GPUS_PER_NODE = 8
@@ -267,7 +269,8 @@ def _offloaded(job: JobSpec, device: Literal["cuda", "cpu"]) -> tuple[int, int |
         return 0, None, []
     config = local_config(job.model.path)
     count = None if config is None else parameter_count(config, job.method)
-    if config is None or count is None:
+    model = None if config is None else Model.of(config)
+    if config is None or count is None or model is None:
         reason = "has no config.json here" if config is None else "is of an architecture that is not known"
         note = (
             f"what is offloaded is NOT in it: model.path={job.model.path} {reason}, so it cannot be counted; "
@@ -277,21 +280,10 @@ def _offloaded(job: JobSpec, device: Literal["cuda", "cpu"]) -> tuple[int, int |
     dtype = job.model.dtype if job.model.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
     ds_config = render(job, dtype, device)
     fit_buffers(ds_config, -(-count.largest // parallel.workers))
-    memory = host_memory(ds_config, count, parallel.workers).total
+    memory = host_memory_of(work_of(job, config, model, parallel.workers, device)).total
     notes = [f"what is offloaded is counted of {count.total:,} parameters, {count.trained:,} of them trained"]
-    if parallel.offload_activations != "none":
-        memory += _activation_bytes(job, config, 4 if dtype == "fp32" else 2)
     on_disk = disk_bytes(ds_config, count, parallel.workers) or None
     return memory, on_disk, notes
-
-
-def _activation_bytes(job: JobSpec, config: Mapping[str, Any], element_bytes: int) -> int:
-    """Return the bytes of the layers' inputs of one micro-batch, a worker's share of each row."""
-    shape = ModelShape.from_config(config)
-    if shape is None:
-        return 0
-    tokens = job.data.max_length * job.optim.micro_batch_size // job.parallel.sequence_parallel_size
-    return shape.layers * shape.hidden_size * tokens * element_bytes
 
 
 def _whole_gib(size_bytes: int) -> int:

@@ -8,8 +8,9 @@ optimizer's step do not stand at one time: the largest of these three moments is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+from orchestrator.plan.host_memory import HostMemory, ParameterCount, offloaded
 from orchestrator.plan.work import Quantization, Work
 
 GIB = 2**30
@@ -39,8 +40,6 @@ PREFETCH = 50_000_000
 """Elements of ds_configs' `stage3_prefetch_bucket_size`."""
 SUB_GROUP = 1_000_000_000
 """Elements of ds_configs' `sub_group_size`: what ZeRO-3 steps at once."""
-HOST_FACTOR = 1.5
-"""DeepSpeed's `additional_buffer_factor` for states in host memory."""
 FRAGMENTATION = 0.75
 """What the allocator wastes of activations where every micro-batch has another length; a fit to the LoRA rows
 of ms-swift's benchmark from 512 to 8192 tokens, whose rows are 3,200 long on average."""
@@ -120,26 +119,6 @@ class GpuMemory:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-@dataclass(frozen=True)
-class HostParts:
-    """Bytes of a worker in its node's memory.
-
-    Attributes:
-        optimizer: The optimizer's state and fp32 copies.
-        parameters: Parameters.
-        activations: What checkpointing keeps.
-    """
-
-    optimizer: float
-    parameters: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """All parts, with DeepSpeed's allowance for its buffers."""
-        return HOST_FACTOR * (self.optimizer + self.parameters) + self.activations
-
-
 def gpu_memory(
     work: Work, context_bytes: float = CONTEXT_BYTES, collectives_bytes: float = COLLECTIVES_BYTES
 ) -> GpuMemory:
@@ -171,19 +150,17 @@ def gpu_memory(
     )
 
 
-def host_memory_of(work: Work) -> HostParts:
+def host_memory_of(work: Work) -> HostMemory:
     """Return what a worker needs in its node's memory for what is offloaded.
 
     Args:
         work: What is trained and how.
     """
-    share = work.world_size if work.zero_stage >= 1 else 1
-    gradients = 4.0 * work.trained / share  # CPU Adam takes them in fp32
-    return HostParts(
-        optimizer=optimizer_bytes(work) / share + gradients if work.offload_optimizer else 0.0,
-        parameters=work.element_bytes * work.model.parameters.total / share if work.offload_param else 0.0,
-        activations=_inputs(work) if work.offload_activations else 0.0,
-    )
+    found = work.model.parameters
+    count = ParameterCount(found.total + work.adapters + work.copies, work.trained, found.largest)
+    shared = work.world_size if work.zero_stage >= 1 else 1
+    states = offloaded(work.offload, work.zero_stage, work.element_bytes, count, shared)
+    return replace(states, activations=round(_inputs(work))) if work.offload_activations else states
 
 
 def weight_bytes(work: Work) -> float:
@@ -215,10 +192,13 @@ def optimizer_bytes(work: Work) -> float:
     """Return the bytes of the optimizer's state over all workers, wherever it is."""
     wide = work.adapters if work.adapter_bytes == 4 else 0
     narrow = work.trained - wide
-    copies = 4.0 if work.master_weights and work.element_bytes < 4 else 0.0
+    # ZeRO copies its partition even where the weights are fp32 themselves.
+    partition = 4.0 if work.zero_stage >= 1 else 0.0
+    copies = 4.0 if work.master_weights else 0.0
     # Without fp32 copies the moments have the weights' own format.
     moments = work.optimizer_bytes if copies or work.element_bytes == 4 else work.optimizer_bytes / 2
-    return (moments + copies) * narrow + work.optimizer_bytes * wide
+    copies = partition if work.element_bytes == 4 else copies
+    return (moments + copies) * narrow + (work.optimizer_bytes + partition) * wide
 
 
 def kept_bytes(work: Work) -> float:

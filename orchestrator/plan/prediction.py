@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cluster.machines import Machines
+from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.plan.calibration import MARGIN, MemoryConstants, Verdict, verdict
-from orchestrator.plan.memory import GIB, GpuMemory, HostParts, gpu_memory, host_memory_of
+from orchestrator.plan.host_memory import HostMemory, Offload
+from orchestrator.plan.memory import GIB, GpuMemory, gpu_memory, host_memory_of
 from orchestrator.plan.throughput import (
     NoPeak,
     StepTime,
@@ -77,7 +79,7 @@ class Prediction:
     capacity_bytes: float
     beside_bytes: float
     unseen_bytes: float
-    host: HostParts
+    host: HostMemory
     host_bytes_per_node: float
     host_capacity_bytes: float | None
     time: StepTime | None
@@ -174,8 +176,7 @@ def work_of(
         adapter_bytes=size,
         optimizer_bytes=_OPTIMIZER_BYTES.get(optim.optimizer, 8.0),
         zero_stage=parallel.zero_stage,
-        offload_optimizer=parallel.offload_optimizer != "none",
-        offload_param=parallel.offload_param != "none",
+        offload=_offload(job, model, wide, device),
         offload_activations=parallel.offload_activations != "none",
         checkpointing=spec.gradient_checkpointing,
         loss_tile_tokens=spec.loss_tile_tokens or 0,
@@ -194,7 +195,7 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
     host, beside = host_memory_of(work), 0.0
     if machines.device.is_processor:  # a process, and both in one memory
         memory = gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0)
-        beside = host.optimizer + host.parameters + host.activations
+        beside = float(host.held)
     else:
         memory = gpu_memory(work)
     try:
@@ -222,6 +223,16 @@ def model_flops(work: Work) -> float:
     """Return the FLOPs of a worker's micro-batch that were asked for, with nothing computed twice."""
     once = replace(work, checkpointing="none", loss_tile_tokens=0)
     return linear_flops(once) + 3.0 * attention_flops(once)
+
+
+def _offload(job: JobSpec, model: Model, wide: bool, device: Literal["cuda", "cpu"]) -> Offload:
+    """Return where a job's states are; the buffers of a disk are those of the configuration that will run."""
+    parallel = job.parallel
+    if "nvme" not in (parallel.offload_optimizer, parallel.offload_param):
+        return Offload(parallel.offload_optimizer, parallel.offload_param)
+    ds_config = render(job, "fp32" if wide else "bf16", device)
+    fit_buffers(ds_config, -(-model.parameters.largest // parallel.workers))
+    return Offload.of(ds_config)
 
 
 def _quantization(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from orchestrator.plan.host_memory import NOTHING, Offload
 from orchestrator.plan.parameters import Linear, Parameters, chosen_linears, parameters
 from orchestrator.plan.shape import ModelShape
 
@@ -55,9 +56,8 @@ class Work:
         adapter_bytes: Of a weight of an adapter.
         optimizer_bytes: Of the optimizer's state of a parameter, without the fp32 copy.
         zero_stage: Stage of ZeRO.
-        offload_optimizer: Whether the optimizer's state is in host memory.
-        offload_param: Whether the parameters are.
-        offload_activations: Whether what checkpointing keeps is.
+        offload: Where the optimizer's state and the parameters are.
+        offload_activations: Whether what checkpointing keeps is in host memory.
         checkpointing: What is kept of each layer, as in a job file.
         flash: Whether attention never holds the scores.
         loss_tile_tokens: Tokens scored at a time; 0 for all.
@@ -86,8 +86,7 @@ class Work:
     adapter_bytes: int = 4
     optimizer_bytes: float = 8.0
     zero_stage: int = 0
-    offload_optimizer: bool = False
-    offload_param: bool = False
+    offload: Offload = NOTHING
     offload_activations: bool = False
     checkpointing: Literal["full", "selective", "none"] = "full"
     flash: bool = True
@@ -101,6 +100,16 @@ class Work:
     def tokens(self) -> int:
         """Tokens of a worker's micro-batch."""
         return self.micro_batch_size * self.length_tokens // self.sequence_parallel_size
+
+    @property
+    def offload_optimizer(self) -> bool:
+        """Whether the optimizer's state is off the GPU."""
+        return self.offload.optimizer != "none"
+
+    @property
+    def offload_param(self) -> bool:
+        """Whether the parameters are."""
+        return self.offload.parameters != "none"
 
     @property
     def adapted(self) -> tuple[Linear, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.plan.host_memory import Offload
 from orchestrator.plan.memory import CONTEXT_BYTES
 from orchestrator.plan.models import require_bundled
 from orchestrator.plan.work import Model, Work
@@ -188,8 +189,10 @@ def work_of(row: Measurement) -> Work:
         element_bytes=4 if row.text("dtype") == "fp32" else 2,
         master_weights=full and stack.full_masters,
         zero_stage=stage,
-        offload_optimizer="optimizer" in (row.text("offload") or ""),
-        offload_param="param" in (row.text("offload") or ""),
+        offload=Offload(
+            "cpu" if "optimizer" in (row.text("offload") or "") else "none",
+            "cpu" if "param" in (row.text("offload") or "") else "none",
+        ),
         checkpointing="none" if row.text("gradient_checkpointing") == "no" else "full",
         flash=row.text("flash_attention") == "yes",
         varying=varying(stack.mean_tokens, length) ** rows,

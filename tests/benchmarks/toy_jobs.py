@@ -64,11 +64,10 @@ def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping
     model = Model.of(config)
     assert model is not None
     work = work_of(job, config, model, job.parallel.workers, "cpu")
-    host = host_memory_of(work)
     return Cell(
         name=", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in fields.items()),
         memory=gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0),
-        beside=host.optimizer + host.parameters + host.activations,
+        beside=host_memory_of(work).held,
         steps=micro_steps(work, devices[job.parallel.workers]),
         peak_bytes=row.peaks["memory_peak_bytes"],
         seconds=median(row.samples["step_seconds"]),

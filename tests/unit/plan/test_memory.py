@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.jobfile import parse
-from orchestrator.parallel.deepspeed import render
+from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.plan.host_memory import ParameterCount, host_memory
 from orchestrator.plan.memory import (
     GIB,
@@ -18,6 +18,7 @@ from orchestrator.plan.memory import (
     weight_bytes,
 )
 from orchestrator.plan.models import require_bundled
+from orchestrator.plan.prediction import work_of
 from orchestrator.plan.work import Model, Work
 
 P = 6_738_415_616
@@ -68,20 +69,34 @@ def test_fp32_has_no_copies() -> None:
     assert gpu(element_bytes=4).states == 16 * P
 
 
-@pytest.mark.parametrize(("stage", "param"), [(2, "none"), (3, "none"), (3, "cpu")])
-def test_host_memory_is_that_of_deepspeeds_estimators(stage: int, param: str) -> None:
+def test_zero_copies_its_partition_of_fp32_weights_too() -> None:
+    alone, shared = gpu(element_bytes=4), gpu(element_bytes=4, zero_stage=1, world_size=8)
+    assert alone.optimizer == 8 * P
+    assert shared.optimizer == 12 * P / 8
+
+
+OFFLOADED = [
+    ("cpu", "none", 2), ("cpu", "none", 3), ("cpu", "cpu", 3), ("nvme", "none", 3), ("nvme", "nvme", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("optimizer", "param", "stage"), OFFLOADED)
+def test_a_plan_counts_the_host_memory_that_workers_reserve(
+    optimizer: Any, param: Any, stage: int, dtype: Any
+) -> None:
     job = parse(
-        "name: j\nmodel: {path: m, dtype: bf16}\ndata: {train: [{path: d}], max_length: 2048}\n"
-        f"parallel: {{workers: 8, zero_stage: {stage}, offload_optimizer: cpu, offload_param: {param}}}\n"
+        f"name: j\nmodel: {{path: m, dtype: {dtype}}}\ndata: {{train: [{{path: d}}], max_length: 2048}}\n"
+        f"parallel: {{workers: 8, zero_stage: {stage}, offload_optimizer: {optimizer}, "
+        f"offload_param: {param}, offload_path: {'/disk' if 'nvme' in (optimizer, param) else 'null'}}}\n"
     )
-    work = replace(FULL, world_size=8, zero_stage=stage, offload_optimizer=True, offload_param=param == "cpu")
-    wanted = host_memory(render(job, "bf16", "cuda"), ParameterCount(P, P, EMBEDDING), 8)
-    found = host_memory_of(work)
-    assert found.optimizer == pytest.approx(wanted.optimizer, rel=1e-6)
-    assert found.parameters == pytest.approx(wanted.parameters, rel=1e-6)
+    work = work_of(job, require_bundled("llama2-7b"), LLAMA, 8, "cuda")
+    ds_config = render(job, dtype, "cuda")
+    fit_buffers(ds_config, EMBEDDING // 8)
+    assert host_memory_of(work) == host_memory(ds_config, ParameterCount(P, P, EMBEDDING), 8)
     moved = gpu_memory(work)
     assert moved.optimizer == moved.gradients == moved.step == 0
-    assert (moved.weights == 0) == (param == "cpu")
+    assert (moved.weights == 0) == (param != "none")
 
 
 def test_activations_by_hand() -> None:

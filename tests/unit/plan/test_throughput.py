@@ -8,6 +8,7 @@ import pytest
 from cluster.hardware import Device, device
 from orchestrator.metrics.flops import Frozen, Recomputation, forward_flops, hardware_flops
 from orchestrator.plan.calibration import fit_time, predicted_seconds
+from orchestrator.plan.host_memory import Offload
 from orchestrator.plan.models import require_bundled
 from orchestrator.plan.throughput import (
     LINEAR_EFFICIENCY,
@@ -96,11 +97,11 @@ def test_zero_1_and_2_move_less_than_zero_3() -> None:
 
 
 def test_offloaded_states_cost_a_step_on_the_host_and_copies() -> None:
-    here, there = seconds(), seconds(offload_optimizer=True)
+    here, there = seconds(), seconds(offload=Offload("cpu"))
     assert here.offload == 0
     assert there.optimizer == 0
     assert there.offload > 32 * LLAMA.parameters.total / 40e9
-    short = seconds(length_tokens=64, offload_optimizer=True, offload_param=True)
+    short = seconds(length_tokens=64, offload=Offload("cpu", "cpu"))
     assert short.fetch > 0  # too little to compute behind the copies
 
 

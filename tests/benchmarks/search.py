@@ -1,0 +1,124 @@
+"""What a plan costs: the search over all ways to spread a job, and the whole command, against their limits.
+
+    python -m tests.benchmarks.search [--json]
+
+The search is to stay under a second for 10,000 GPUs, and the command under two with Python's start. What it
+is set beside in the same run is a plain import of torch, which planning does without. Ratios above 1 are over
+the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cluster.machines import Machines
+from orchestrator import jobfile
+from orchestrator.plan.configs import config_of
+from orchestrator.plan.planner import best_plan
+from orchestrator.plan.store import PLACE
+from tests.benchmarks.environment import describe, say
+
+SEARCH_LIMIT_SECONDS = 1.0
+COMMAND_LIMIT_SECONDS = 2.0
+JOBS = Path(__file__).parents[2] / "launch/jobs/published/xtuner"
+LARGE, SMALL = "llama2-70b-1m", "llama2-7b-8k"
+CASES = (
+    (LARGE, "8x8xA100-80G-SXM"),
+    (LARGE, "1250x8xH100-80G-SXM"),
+    (SMALL, "1x8xA100-80G-SXM"),
+    (SMALL, "64x8xH100-80G-SXM"),
+    (SMALL, "1250x8xH100-80G-SXM"),
+)
+"""The smaller a model, the more ways to spread it fit, and are looked at."""
+PACKS = 10_000
+"""Of a step: a multiple of what the largest cluster deals out, so that no number of workers is left out."""
+_TIMES = 5
+
+
+def searches() -> list[dict[str, Any]]:
+    """Return the seconds of a search for each job and cluster, and how many plans it predicted."""
+    rows = []
+    for name, text in CASES:
+        job, machines = jobfile.load(JOBS / f"{name}.yaml"), Machines.parse(text)
+        many = job.model_copy(update={"optim": job.optim.model_copy(update={"global_batch_size": PACKS})})
+        config = config_of(job.model.path)
+        plan = best_plan(many, config, machines)
+        seconds = _median_seconds(partial(best_plan, many, config, machines))
+        rows.append(
+            {
+                "job": name,
+                "machines": text,
+                "gpus": machines.gpus,
+                "plans": plan.considered,
+                "seconds": seconds,
+                "of_limit": seconds / SEARCH_LIMIT_SECONDS,
+            }
+        )
+    return rows
+
+
+def commands() -> list[dict[str, Any]]:
+    """Return the seconds of the whole command for each, beside those of importing torch."""
+    torch = _median_seconds(partial(_run, "-c", "import torch"))
+    rows = []
+    for name, text in CASES:
+        job = str(JOBS / f"{name}.yaml")
+        batch = ("--set", f"optim.global_batch_size={PACKS}")
+        arguments = ("-m", "launch.cli", "plan", job, "--gpus", text, "--explain", *batch)
+        seconds = _median_seconds(partial(_run, *arguments))
+        rows.append(
+            {
+                "job": name,
+                "machines": text,
+                "seconds": seconds,
+                "of_limit": seconds / COMMAND_LIMIT_SECONDS,
+                "of_importing_torch": seconds / torch,
+            }
+        )
+    return rows
+
+
+def _run(*arguments: str) -> None:
+    environment = {**os.environ, PLACE: ""}
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(_TIMES):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return median(taken)
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = {"searches": searches(), "commands": commands(), "environment": describe("numpy", "pydantic")}
+    if arguments.json:
+        say(json.dumps(found))
+        return
+    for row in found["searches"]:
+        counted = f"{row['plans']:,} plans of {row['job']} for {row['machines']}"
+        say(f"search   {row['seconds']:6.3f} s, {row['of_limit']:.2f} of its limit: {counted}")
+    for row in found["commands"]:
+        ratios = f"{row['of_limit']:.2f} of its limit, {row['of_importing_torch']:.2f} of importing torch"
+        say(f"command  {row['seconds']:6.3f} s, {ratios}: {row['job']} on {row['machines']}")
+    say(str(found["environment"]))
+
+
+if __name__ == "__main__":
+    main()
