@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 MODELS = Path(__file__).with_name("models.toml")
-_NO_SIZE = re.compile(r"hf|chat|base|instruct|it|meta|v0\.[12]|\d+k|gptq|int[48]|awq")
+_NO_SIZE = re.compile(r"hf|chat|base|instruct|it|meta|v0\.1|\d+k|gptq|int[48]|awq")
 """What names add that changes no parameter: tuning, repository, context length, numbers of bits."""
 
 
