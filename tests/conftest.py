@@ -142,6 +142,7 @@ class Observed:
     folder: Path
     report: dict[str, Any]
     polls: list[tuple[float, int]] = field(default_factory=list)
+    said: str = ""
 
 
 @pytest.fixture(scope="session")
@@ -151,11 +152,12 @@ def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
     (home / "job.yaml").write_text(job_text(home / "runs"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = start("train", "job.yaml", "--json", "--set", f"metrics.port={port}", cwd=home)
+    calibration = {"ORCHESTRATOR_CALIBRATION": str(home / "calibration.jsonl")}
+    process = start("train", "job.yaml", "--json", "--set", f"metrics.port={port}", cwd=home, **calibration)
     polls = list(_poll_steps(process, port))
     done = finish(process)
     assert done.code == 0, done.err
-    return Observed(home / "runs" / "run", json.loads(done.out), polls)
+    return Observed(home / "runs" / "run", json.loads(done.out), polls, done.err)
 
 
 def _poll_steps(process: subprocess.Popen[str], port: int) -> Iterator[tuple[float, int]]:

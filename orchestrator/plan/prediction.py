@@ -16,6 +16,7 @@ from orchestrator.plan.throughput import (
     StepTime,
     TimeConstants,
     attention_flops,
+    dtype_of,
     linear_flops,
     step_time,
     tokens_per_gpu_second,
@@ -67,8 +68,9 @@ class Prediction:
         host: Bytes of a worker in its node's memory.
         host_bytes_per_node: Of all workers of a node.
         host_capacity_bytes: What a node has; None where that is not known.
-        time: Seconds of a step by part; None where the catalogue lacks the device's rates.
-        peak_flops: Dense peak of the device; None where the catalogue has none.
+        time: Seconds of a step by part; None where the catalogue lacks the device's rates, and on processors
+            until a run there has calibrated them.
+        peak_flops: Dense peak of the device; None where the catalogue has none, and on processors.
         calibrated: Whether constants of this stack were used.
     """
 
@@ -192,8 +194,9 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         machines: On what.
         constants: What is known of the stack.
     """
+    processor = machines.device.is_processor
     host, beside = host_memory_of(work), 0.0
-    if machines.device.is_processor:  # a process, and both in one memory
+    if processor:  # a process, and both in one memory
         memory = gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0)
         beside = float(host.held)
     else:
@@ -202,6 +205,8 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         time = step_time(work, machines.device, constants.time)
     except NoPeak:
         time = None
+    if processor and not constants.calibrated:
+        time = None  # the general constants are those of GPUs
     return Prediction(
         work=work,
         memory=memory,
@@ -209,12 +214,12 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         needed_bytes=constants.memory.needed(memory) + beside,
         capacity_bytes=machines.device.memory_bytes,
         beside_bytes=beside,
-        unseen_bytes=0.0 if machines.device.is_processor else memory.context,
+        unseen_bytes=0.0 if processor else memory.context,
         host=host,
         host_bytes_per_node=host.total * min(work.world_size, machines.gpus_per_node),
-        host_capacity_bytes=None if machines.device.is_processor else machines.host_bytes_per_node,
+        host_capacity_bytes=None if processor else machines.host_bytes_per_node,
         time=time,
-        peak_flops=machines.device.peak_flops("fp32" if work.element_bytes == 4 else "bf16"),
+        peak_flops=None if processor else machines.device.peak_flops(dtype_of(work)),
         calibrated=constants.calibrated,
     )
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,32 +23,57 @@ _SIDE = 768  # three matrices of it are larger than the caches that belong to on
 _COPIED = 64 * 2**20
 
 
-def processor(workers: int, memory_gib: float) -> Device:
-    """Return this machine's processors as seen by one of several workers, each with one thread.
+@dataclass(frozen=True)
+class ProcessorRates:
+    """What one of several processes has of this machine's processors.
+
+    Attributes:
+        flops: Operations a second in fp32, of products of matrices.
+        bytes: Read and written a second by copies.
+    """
+
+    flops: float
+    bytes: float
+
+
+def measure(workers: int, threads: int = 1) -> ProcessorRates:
+    """Return the rates of one of several processes, in a second or so.
 
     Args:
         workers: How many work at the same time: they share caches, memory and often cores.
-        memory_gib: What each may take.
+        threads: Of each.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "orchestrator.plan.probe"]
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(workers)
     ]
     said = [json.loads(process.communicate(timeout=60)[0]) for process in running]
     flops, moved = (float(np.mean([each[name] for each in said])) for name in ("flops", "bytes"))
-    known = hardware.device("cpu").model_dump()
+    return ProcessorRates(flops, moved)
+
+
+def processor(memory_gib: float, rates: ProcessorRates | None = None) -> Device:
+    """Return this machine's processors as one worker sees them.
+
+    Args:
+        memory_gib: What each worker may take.
+        rates: From `measure`; without them, nothing is known of its speed.
+    """
+    memory = {"memory_gib": memory_gib, "host_memory_gib": memory_gib}
+    known = {**hardware.device("cpu").model_dump(), **memory}
+    if rates is None:
+        return Device(**known)
+    moved = rates.bytes / 1e9
     return Device(
         **{
             **known,
-            "memory_gib": memory_gib,
-            "host_memory_gib": memory_gib,
-            "memory_bandwidth_gb_per_second": moved / 1e9,
-            "peak_tflops": PeakTflops(fp32=flops / 1e12),
+            "memory_bandwidth_gb_per_second": moved,
+            "peak_tflops": PeakTflops(fp32=rates.flops / 1e12),
             "interconnect": "pcie",  # shared memory: what one process writes, another one reads
-            "interconnect_gb_per_second": moved / 1e9,
-            "host_link_gb_per_second": 2 * moved / 1e9,
-            "source": f"measured on this machine with {workers} at a time",
+            "interconnect_gb_per_second": moved,
+            "host_link_gb_per_second": 2 * moved,
+            "source": "measured on this machine",
         }
     )
 

@@ -1,15 +1,16 @@
 """What runs on this machine measured, kept so that later plans are calibrated.
 
-One line a finished run, in a file of the user's; `ORCHESTRATOR_CALIBRATION` names another one, or none where
-it is empty. A stack is a device with the method and libraries that it ran.
+Lines of JSON in a file of the user's; `ORCHESTRATOR_CALIBRATION` names another one, or none where it is
+empty. A run has a line after its first steps and another one at its end, of which the last counts. A stack is
+a device with the method and libraries that it ran.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ from cluster.machines import Machines
 from orchestrator.plan.calibration import fit_memory, fit_time, predicted_seconds
 from orchestrator.plan.memory import GpuMemory
 from orchestrator.plan.prediction import Constants, Prediction
+from orchestrator.plan.probe import ProcessorRates
 from orchestrator.plan.throughput import MicroSteps, StepTime
 from orchestrator.plan.work import Work
 
@@ -33,6 +35,7 @@ class Observation:
     """A run's parts as predicted without constants, and what it measured.
 
     Attributes:
+        run: Which run it is.
         stack: From `stack_of`.
         memory: Bytes by part.
         peak_bytes: What a worker held at its peak, without what is offloaded into the same memory.
@@ -41,6 +44,7 @@ class Observation:
         spans_nodes: Whether there were several nodes.
     """
 
+    run: str
     stack: str
     memory: GpuMemory
     peak_bytes: float
@@ -58,32 +62,45 @@ def stack_of(work: Work, machines: Machines) -> str:
 
 def remember(observation: Observation) -> None:
     """Add a run to those of this machine; a place that cannot be written is passed over."""
-    place = _place()
-    if place is None:
-        return
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(asdict(observation)) + "\n")
-    except OSError:
-        return
+    _append(asdict(observation))
 
 
 def recall(stack: str) -> list[Observation]:
     """Return the last runs of a stack; lines that cannot be read are passed over."""
-    place, found = _place(), deque[Observation](maxlen=_KEPT)
-    try:
-        lines = place.read_text(encoding="utf-8").splitlines() if place else []
-    except (OSError, UnicodeError):
-        return []
-    for line in lines:
+    found: dict[str, Observation] = {}
+    for entry in _entries():
         try:
-            entry = json.loads(line)
             if entry["stack"] == stack:
-                found.append(_observation(entry))
-        except (ValueError, KeyError, TypeError):
+                seen = _observation(entry)
+                found.pop(seen.run, None)
+                found[seen.run] = seen
+        except (KeyError, TypeError, ValueError):
             continue
-    return list(found)
+    return list(found.values())[-_KEPT:]
+
+
+def rates_of_processor(
+    workers: int, threads: int, measure: Callable[[int, int], ProcessorRates]
+) -> ProcessorRates | None:
+    """Return how fast this machine's processors are, measured once; None where nothing is kept.
+
+    Args:
+        workers: Processes at a time.
+        threads: Of each.
+        measure: Measures it.
+    """
+    if _place() is None:
+        return None
+    key = {"processor": socket.gethostname(), "workers": workers, "threads": threads}
+    for entry in _entries():
+        try:
+            if {name: entry[name] for name in key} == key:
+                return ProcessorRates(**entry["rates"])
+        except (KeyError, TypeError):
+            continue
+    rates = measure(workers, threads)
+    _append({**key, "rates": asdict(rates)})
+    return rates
 
 
 def constants_of(stack: str) -> Constants:
@@ -101,18 +118,20 @@ def constants_of(stack: str) -> Constants:
 
 
 def observed(
-    stack: str, plain: Prediction, steps: MicroSteps | None, measured: Mapping[str, Any]
+    run: str, stack: str, plain: Prediction, steps: MicroSteps | None, measured: Mapping[str, Any]
 ) -> Observation:
-    """Return a finished run as an observation.
+    """Return a run as an observation.
 
     Args:
+        run: Which it is.
         stack: Its stack.
         plain: Its prediction without constants, for the documents that it really had.
         steps: Its seconds by part.
-        measured: Its report.
+        measured: Its report, or as much of one as its first steps give.
     """
     on_device = measured["memory_reserved_peak_bytes"]
     return Observation(
+        run=run,
         stack=stack,
         memory=plain.memory,
         peak_bytes=on_device - plain.beside_bytes + plain.unseen_bytes,
@@ -125,6 +144,7 @@ def observed(
 def _observation(entry: Mapping[str, Any]) -> Observation:
     steps = entry["steps"]
     return Observation(
+        run=entry["run"],
         stack=entry["stack"],
         memory=GpuMemory(**entry["memory"]),
         peak_bytes=float(entry["peak_bytes"]),
@@ -132,6 +152,31 @@ def _observation(entry: Mapping[str, Any]) -> Observation:
         seconds=entry["seconds"],
         spans_nodes=bool(entry["spans_nodes"]),
     )
+
+
+def _entries() -> Iterator[Any]:
+    place = _place()
+    try:
+        lines = place.read_text(encoding="utf-8").splitlines() if place else []
+    except (OSError, UnicodeError):
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _append(entry: Mapping[str, Any]) -> None:
+    place = _place()
+    if place is None:
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(entry) + "\n")
+    except OSError:
+        return
 
 
 def _place() -> Path | None:

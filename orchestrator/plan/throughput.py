@@ -9,6 +9,7 @@ GPU and add up; where they are short, launching them takes longer. Communication
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from cluster.hardware import Device
 from orchestrator.plan.memory import weight_bytes
@@ -346,8 +347,13 @@ def _host_link(device: Device) -> float:
     return HOST_LINK_EFFICIENCY * device.host_link_gb_per_second / 2 * 1e9
 
 
+def dtype_of(work: Work) -> Literal["fp32", "bf16"]:
+    """Return the number format whose peak bounds the work."""
+    return "fp32" if work.element_bytes == 4 else "bf16"
+
+
 def _rates(work: Work, device: Device) -> tuple[float, float]:
-    dtype = "fp32" if work.element_bytes == 4 else "bf16"
+    dtype = dtype_of(work)
     peak, bandwidth = device.peak_flops(dtype), device.memory_bandwidth_gb_per_second
     if peak is None or bandwidth is None:
         raise NoPeak(

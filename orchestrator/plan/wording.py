@@ -23,7 +23,8 @@ def figures(prediction: Prediction) -> str:
     if prediction.time is None:
         return said  # the catalogue has no peak of this device
     said += f"; {seconds_text(prediction.time.total)} s a step ± {slow:.0%}, TGS {prediction.tgs:,.0f}"
-    said += f", {prediction.tflops:.0f} TFLOP/s"
+    tflops = prediction.tflops or 0.0
+    said += f", {tflops:.0f} TFLOP/s" if tflops >= 10 else f", {tflops:.2g} TFLOP/s"
     return said + (f", MFU {prediction.mfu:.0%}" if prediction.mfu is not None else "")
 
 

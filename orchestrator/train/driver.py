@@ -128,7 +128,10 @@ def _train(
     folder.write_json(home / "deepspeed.json", brief.ds_config)
     checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
     recorder = _start_recorder(job, home, lease)
-    _fit(brief, recorder, watch)
+    watches: list[Watch] = [watch]
+    if planned:
+        watches.append(forecast.FirstSteps(planned, home, note))
+    _fit(brief, recorder, watches)
     trained = time.monotonic()
     if trial is None:
         saved = checkpoint.published(brief.checkpoints)[-1]
@@ -144,7 +147,7 @@ def _train(
     report = summary.report(job, home, packing, seconds)
     folder.write_json(home / summary.REPORT, report)
     if planned:
-        planned.remember(report)
+        planned.remember(home, report)
     _get(recorder.close.remote())
     return report
 
@@ -294,15 +297,16 @@ def _trackers(job: JobSpec, home: Path) -> Callable[[Note], Trackers]:
     )
 
 
-def _fit(brief: Brief, recorder: Any, watch: Watch) -> None:
-    """Run the worker group to its end, and show where it stands."""
+def _fit(brief: Brief, recorder: Any, watches: Sequence[Watch]) -> None:
+    """Run the worker group to its end, and show where it stands to all who watch."""
     box: dict[str, BaseException] = {}
     thread = threading.Thread(target=_fit_in_thread, args=(brief, recorder, box), daemon=True)
     thread.start()
     while True:
         thread.join(timeout=_POLL_SECONDS)
         status: Status = _get(recorder.status.remote())
-        watch(status)
+        for watch in watches:
+            watch(status)
         if status.fatal is not None:
             raise status.fatal
         if not thread.is_alive():

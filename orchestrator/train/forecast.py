@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import ray
@@ -16,15 +17,21 @@ from cluster.machines import Machines
 from orchestrator.errors import ClusterError
 from orchestrator.model.build import load_config
 from orchestrator.plan.planner import asked_of, cheapest_changes
-from orchestrator.plan.prediction import Constants, Prediction, predict
-from orchestrator.plan.store import constants_of, observed, remember, stack_of
-from orchestrator.plan.throughput import micro_steps
+from orchestrator.plan.prediction import TIME_RANGE, Constants, Prediction, predict
+from orchestrator.plan.probe import measure, processor
+from orchestrator.plan.store import constants_of, observed, rates_of_processor, remember, stack_of
+from orchestrator.plan.throughput import NoPeak, micro_steps
 from orchestrator.plan.wording import changed, figures
 from orchestrator.plan.work import Model
 from orchestrator.spec import JobSpec
 from orchestrator.train import session
+from orchestrator.train.recorder import STEPS, Status, read_lines
 
 PLAN = "plan.json"
+WARM_UP_STEPS = 2
+"""Steps that are not measured: kernels are chosen and buffers made in them."""
+FIRST_STEPS = 5
+"""Steps that are."""
 _REPORTED = ("memory_reserved_peak_bytes", "step_seconds", "tgs", "tflops_model", "mfu", "calibrated")
 _GIB = 2**30
 
@@ -69,11 +76,79 @@ class Forecast:
         known.keep(home)
         return known
 
-    def remember(self, report: Mapping[str, Any]) -> None:
-        """Keep what a finished run measured, so that later plans of its stack are calibrated."""
+    def remember(self, home: Path, measured: Mapping[str, Any]) -> None:
+        """Keep what a run measured, so that later plans of its stack are calibrated.
+
+        Args:
+            home: The run's folder; what is measured later replaces what it measured before.
+            measured: Its report, or as much of one as its first steps give.
+        """
         plain = self.prediction(Constants())
-        steps = micro_steps(plain.work, self.machines.device) if plain.time else None
-        remember(observed(self.stack, plain, steps, report))
+        try:
+            steps = micro_steps(plain.work, self.machines.device)
+        except NoPeak:
+            steps = None
+        remember(observed(str(home), self.stack, plain, steps, measured))
+
+
+class FirstSteps:
+    """Holds a prediction against a run's first steps as soon as they are made, and calibrates by them.
+
+    A run that takes days so helps the plans of all that is started beside it, and one that is slower than it
+    should be is told of within minutes.
+
+    Args:
+        forecast: What was predicted.
+        home: The run's folder.
+        note: Told what was measured.
+    """
+
+    def __init__(self, forecast: Forecast, home: Path, note: Callable[[str], None]) -> None:
+        self._forecast, self._home, self._note = forecast, home, note
+        self._attempt, self._due = 0, 0
+        self._done = False
+
+    def __call__(self, status: Status) -> None:
+        """Look whether enough steps of an attempt are made."""
+        if self._done:
+            return
+        if status.attempt != self._attempt:
+            self._attempt, self._due = status.attempt, status.step + WARM_UP_STEPS + FIRST_STEPS
+        if self._attempt and status.step >= self._due:
+            self._take()
+
+    def _take(self) -> None:
+        rows = [row for row in read_lines(self._home / STEPS) if row["attempt"] == self._attempt]
+        rows = rows[WARM_UP_STEPS:]
+        if not rows:
+            return
+        self._done = True
+        seconds = median(row["step_seconds"] for row in rows)
+        held = max(row["memory_reserved_peak_bytes"] for row in rows)
+        expected = predicted(self._home)
+        self._forecast.remember(
+            self._home, {"memory_reserved_peak_bytes": held, "medians": {"step_seconds": seconds}}
+        )
+        if expected:
+            self._note(first_steps_text(len(rows), seconds, held, expected))
+
+
+def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Mapping[str, Any]) -> str:
+    """Return what first steps measured beside what was predicted, and what lies outside its range.
+
+    Args:
+        count: How many steps.
+        seconds: Of the median step.
+        held_bytes: By the fullest worker.
+        expected: From `predicted`.
+    """
+    usual, held = expected["step_seconds"], expected["memory_reserved_peak_bytes"] / _GIB
+    time = f"{seconds:.3g} s a step" + (f" ({usual:.3g} predicted)" if usual else "")
+    said = f"the {count} steps after the first {WARM_UP_STEPS}: {time}, "
+    said += f"{held_bytes / _GIB:.2f} GiB held ({held:.2f} predicted); later plans are calibrated by them"
+    if usual and seconds > usual * (1 + TIME_RANGE[expected["calibrated"]]):
+        said += f"; that is slower than the range that was predicted, whose seconds by part are in {PLAN}"
+    return said
 
 
 def require_fit(
@@ -141,9 +216,8 @@ def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> Machines | None:
     memory = min(node.memory_bytes for node in nodes if places[node.address] >= 1)
     if not memory:
         return None
-    known = hardware.device("cpu").model_dump()
-    gib = memory / each / _GIB
-    return Machines(-(-workers // each), each, Device(**{**known, "memory_gib": gib, "host_memory_gib": gib}))
+    rates = rates_of_processor(each, job.parallel.cpus_per_worker, measure)
+    return Machines(-(-workers // each), each, processor(memory / each / _GIB, rates))
 
 
 def _gpu() -> Device:

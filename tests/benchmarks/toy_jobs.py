@@ -27,7 +27,7 @@ from orchestrator.plan.calibration import MemoryConstants, fit_memory, fit_time,
 from orchestrator.plan.configs import config_of
 from orchestrator.plan.memory import GpuMemory, gpu_memory, host_memory_of
 from orchestrator.plan.prediction import PROCESS_BYTES, work_of
-from orchestrator.plan.probe import processor
+from orchestrator.plan.probe import measure, processor
 from orchestrator.plan.throughput import MicroSteps, micro_steps
 from orchestrator.plan.work import Model
 from tests.benchmarks.environment import describe, say
@@ -113,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = load(SWEEP, [])
     rows = run_cells(wanted, None, _tell, False)
-    devices = {workers: processor(workers, 8.0) for workers in (1, 2)}
+    devices = {workers: processor(8.0, measure(workers)) for workers in (1, 2)}
     found = compare([cell_of(row.fields, yaml.safe_dump(row.job), row, devices) for row in rows])
     rates = {workers: _rates(device) for workers, device in devices.items()}
     if arguments.json:

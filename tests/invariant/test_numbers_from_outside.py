@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.conftest import Observed, step_rows
@@ -35,3 +37,16 @@ def test_every_step_has_every_promised_field(undisturbed_run: Observed) -> None:
         slowest = max(row[f"{phase}_seconds"] for phase in ("data", "forward", "backward", "optimizer"))
         assert 0 < slowest < row["step_seconds"]
         assert "mfu" not in row, "the peak of a CPU is not known, so MFU is absent and not guessed"
+
+
+def test_first_steps_are_told_of_and_the_whole_run_calibrates(undisturbed_run: Observed) -> None:
+    assert "the 5 steps after the first 2: " in undisturbed_run.said
+    kept = undisturbed_run.folder.parents[1] / "calibration.jsonl"
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    runs = [line for line in lines if "run" in line]
+    assert [line["run"] for line in runs] == [str(undisturbed_run.folder)] * 2
+    assert runs[-1]["seconds"] == undisturbed_run.report["medians"]["step_seconds"]
+    rows = step_rows(undisturbed_run.folder)[2:]
+    assert min(row["step_seconds"] for row in rows) <= runs[0]["seconds"]
+    assert runs[0]["seconds"] <= max(row["step_seconds"] for row in rows)
+    assert [line["workers"] for line in lines if "processor" in line] == [2]

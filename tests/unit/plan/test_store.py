@@ -14,7 +14,16 @@ from orchestrator.plan.memory import GIB
 from orchestrator.plan.models import require_bundled
 from orchestrator.plan.planner import asked_of
 from orchestrator.plan.prediction import Constants, Prediction, predict
-from orchestrator.plan.store import Observation, constants_of, observed, recall, remember, stack_of
+from orchestrator.plan.probe import ProcessorRates
+from orchestrator.plan.store import (
+    Observation,
+    constants_of,
+    observed,
+    rates_of_processor,
+    recall,
+    remember,
+    stack_of,
+)
 from orchestrator.plan.throughput import micro_steps
 
 NODE = Machines.parse("8xA100-80G-SXM")
@@ -40,14 +49,15 @@ def prediction(length: int = 4096, constants: Constants = Constants()) -> Predic
     return asked_of(job, require_bundled("llama2-7b"), NODE, constants).prediction
 
 
-def run(length: int, heavier_bytes: float = 0.0, slower: float = 1.0) -> Observation:
+def run(length: int, heavier_bytes: float = 0.0, slower: float = 1.0, name: str = "") -> Observation:
     plain = prediction(length)
     assert plain.time is not None
     report = {
         "memory_reserved_peak_bytes": plain.peak_bytes - plain.unseen_bytes + heavier_bytes,
         "medians": {"step_seconds": plain.time.total * slower},
     }
-    return observed(stack_of(plain.work, NODE), plain, micro_steps(plain.work, NODE.device), report)
+    steps = micro_steps(plain.work, NODE.device)
+    return observed(name or f"run-{length}", stack_of(plain.work, NODE), plain, steps, report)
 
 
 def test_what_is_kept_is_read_again() -> None:
@@ -56,6 +66,28 @@ def test_what_is_kept_is_read_again() -> None:
         remember(each)
     assert recall(kept[0].stack) == kept
     assert recall("another stack") == []
+
+
+def test_what_a_run_measures_later_replaces_its_first_steps() -> None:
+    first, other, last = run(2048, slower=3.0), run(4096), run(2048)
+    for each in (first, other, last):
+        remember(each)
+    assert recall(first.stack) == [other, last]
+
+
+def test_processors_are_measured_once_for_each_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def measure(workers: int, threads: int) -> ProcessorRates:
+        asked.append((workers, threads))
+        return ProcessorRates(1e10 / workers, 1e9)
+
+    found = [rates_of_processor(workers, 1, measure) for workers in (1, 2, 1, 2)]
+    assert asked == [(1, 1), (2, 1)]
+    assert found[2:] == [ProcessorRates(1e10, 1e9), ProcessorRates(5e9, 1e9)]
+    assert recall(run(2048).stack) == []
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", "")
+    assert rates_of_processor(1, 1, measure) is None
 
 
 def test_runs_make_the_next_prediction_of_their_stack_better() -> None:
@@ -95,8 +127,8 @@ def test_lines_that_are_damaged_are_passed_over(place: Path) -> None:
 
 
 def test_only_the_last_runs_of_a_stack_count() -> None:
-    for _ in range(41):
-        remember(run(1024))
+    for number in range(41):
+        remember(run(1024, name=f"run-{number}"))
     remember(run(2048))
     found = recall(run(1024).stack)
     assert len(found) == 40

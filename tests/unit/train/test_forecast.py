@@ -13,8 +13,11 @@ from orchestrator import jobfile
 from orchestrator.errors import ClusterError
 from orchestrator.plan.planner import FIELDS
 from orchestrator.plan.prediction import Constants
+from orchestrator.plan.probe import ProcessorRates
+from orchestrator.plan.store import recall
 from orchestrator.spec import JobSpec
 from orchestrator.train import forecast, session
+from orchestrator.train.recorder import Status
 
 GIB = 2**30
 
@@ -99,13 +102,75 @@ def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
     assert before is not None
     assert not before["calibrated"]
     measured = before["memory_reserved_peak_bytes"] * 1.3
-    for _ in range(3):
-        first.remember(report(measured))
+    for number in range(3):
+        first.remember(tmp_path / str(number), report(measured))
     forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     after = forecast.predicted(tmp_path)
     assert after is not None
     assert after["calibrated"]
     assert after["memory_reserved_peak_bytes"] == pytest.approx(measured, rel=0.05)
+
+
+def made(home: Path, attempt: int, step: int, seconds: float, held: float = 2 * GIB) -> None:
+    row = {"attempt": attempt, "step": step, "step_seconds": seconds, "memory_reserved_peak_bytes": held}
+    with (home / "steps.jsonl").open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
+    planned = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert planned is not None
+    notes: list[str] = []
+    watch = forecast.FirstSteps(planned, tmp_path, notes.append)
+    watch(Status(attempt=1, step=0))
+    made(tmp_path, 1, 1, 50.0)
+    watch(Status(attempt=1, step=1))
+    # A worker was killed: the attempt that follows is measured from where it begins.
+    watch(Status(attempt=2, step=0))
+    for step, seconds in enumerate((60.0, 40.0, 2.0, 2.0, 3.0, 2.0), 1):
+        made(tmp_path, 2, step, seconds)
+        watch(Status(attempt=2, step=step))
+    assert notes == []
+    assert recall(planned.stack) == []
+    for step in (7, 8, 9):
+        made(tmp_path, 2, step, 4.0 if step == 7 else 999.0)
+        watch(Status(attempt=2, step=step))
+    (note,) = notes
+    assert note.startswith("the 5 steps after the first 2: 2 s a step, 2.00 GiB held (")
+    (seen,) = recall(planned.stack)
+    assert (seen.run, seen.seconds) == (str(tmp_path), 2.0)
+    assert seen.peak_bytes == 2 * GIB
+    planned.remember(tmp_path, report(3 * GIB))  # at its end
+    assert [each.peak_bytes for each in recall(planned.stack)] == [3 * GIB]
+
+
+def test_a_processor_has_a_predicted_time_once_its_steps_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
+    monkeypatch.setattr(forecast, "measure", lambda workers, threads: ProcessorRates(5e10, 8e9))
+    first = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert first is not None
+    before = forecast.predicted(tmp_path)
+    assert before is not None
+    assert before["step_seconds"] is None
+    first.remember(tmp_path, report(before["memory_reserved_peak_bytes"]))
+    forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    after = forecast.predicted(tmp_path)
+    assert after is not None
+    assert after["step_seconds"] == pytest.approx(1.5, rel=0.2)
+    assert after["mfu"] is None
+
+
+@pytest.mark.parametrize(("seconds", "is_slow"), [(1.0, False), (1.19, False), (1.21, True)])
+def test_steps_slower_than_the_range_are_told_of(seconds: float, is_slow: bool) -> None:
+    expected = {"step_seconds": 1.0, "memory_reserved_peak_bytes": GIB, "calibrated": True}
+    said = forecast.first_steps_text(5, seconds, GIB, expected)
+    assert f"{seconds:.3g} s a step (1 predicted), 1.00 GiB held (1.00 predicted)" in said
+    assert ("slower than the range" in said) == is_slow
 
 
 def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
