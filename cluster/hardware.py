@@ -39,6 +39,15 @@ class PeakTflops(BaseModel):
     fp32: PositiveFloat | None = None
 
 
+class ReachedTflops(BaseModel):
+    """What others measured a device to reach in bf16, in 10^12 operations a second; None where nobody has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    matmul: PositiveFloat | None = None
+    flash_attention: PositiveFloat | None = None
+
+
 class Device(BaseModel):
     """One accelerator of the catalogue.
 
@@ -54,6 +63,7 @@ class Device(BaseModel):
         system: The machine that network and host memory are read from.
         cuda_names: Whole names as CUDA reports them.
         peak_tflops: Dense peak rates by data type.
+        reached_tflops: What is reached of the peak in bf16: power and kernels differ by device.
         source: The data sheet the numbers come from.
     """
 
@@ -70,6 +80,7 @@ class Device(BaseModel):
     system: str = ""
     cuda_names: tuple[str, ...] = ()
     peak_tflops: PeakTflops = PeakTflops()
+    reached_tflops: ReachedTflops = ReachedTflops()
     source: str
 
     @property
@@ -93,6 +104,12 @@ class Device(BaseModel):
         """
         tflops: float | None = self.peak_tflops.model_dump().get(dtype)
         return None if tflops is None else tflops * 1e12
+
+    def reached_share(self, kernel: Literal["matmul", "flash_attention"]) -> float | None:
+        """Return the share of the bf16 peak that a kernel was measured to reach; None where none was."""
+        reached: float | None = self.reached_tflops.model_dump()[kernel]
+        peak = self.peak_tflops.bf16
+        return None if reached is None or peak is None else reached / peak
 
 
 def catalogue(extra: Path | None = None) -> dict[str, Device]:

@@ -32,6 +32,8 @@ _LAUNCH_SPREAD = 0.3
 _NETWORK_SPREAD = 1.5
 _TIME_NOISE = 0.08
 _FACTORS = tuple(1.02**step for step in range(-48, 41))
+_REACH = 2.0
+"""How far an offset may lie from where a fit begins, in standard deviations."""
 _NOISE = 0.03
 """Relative error that measured memory has in itself: its units, and how pages read it (3 to 7 %)."""
 
@@ -103,6 +105,9 @@ def fit_memory(
         plain = MemoryConstants(0.0, factor)
         wanted = [(measured - plain.peak(memory), _NOISE * measured) for memory, measured in rows]
         offset = _ridge(wanted, start.offset_bytes, spread.offset_bytes)
+        # Libraries hold a few GiB: what a fit asks for beyond says that formulas do not describe these runs.
+        reach = _REACH * spread.offset_bytes
+        offset = min(max(offset, start.offset_bytes - reach), start.offset_bytes + reach)
         cost = away + ((offset - start.offset_bytes) / spread.offset_bytes) ** 2
         cost += sum(_bounded((offset - gap) / noise) for gap, noise in wanted)
         if cost < best_cost:

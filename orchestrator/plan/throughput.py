@@ -15,13 +15,17 @@ from cluster.hardware import Device
 from orchestrator.plan.memory import weight_bytes
 from orchestrator.plan.work import Quantization, Work
 
-LINEAR_EFFICIENCY = 0.78
-"""Of the dense peak, that products of thousands of tokens reach. This and the next five are one fit to the
+MATMUL_SHARE = 0.859
+"""Of the dense peak, that the best product reaches on a device of which nobody measured it: the A100's."""
+FLASH_SHARE = 0.654
+"""The same of flash attention."""
+LINEAR_EFFICIENCY = 0.91
+"""Of the best product, that products of thousands of tokens reach. This and the next five are one fit to the
 rows of llama2-lora-3090, qwen-finetune and xtuner-speed-benchmark, held to what such kernels can reach."""
 TILE_TOKENS = 128
 """Tokens that a product takes on top of its own: tiles that are not full, and waves that end early."""
-ATTENTION_EFFICIENCY = 0.57
-"""Of the dense peak, that flash attention reaches."""
+ATTENTION_EFFICIENCY = 0.87
+"""Of the best flash attention, that a model's reaches."""
 LAYER_TRAFFIC = 25.0
 """How often what a layer keeps is read or written, much of it in fp32, by norms, rotation, gates and sums
 that are kernels of their own, in a step with recomputation."""
@@ -175,21 +179,21 @@ def micro_steps(work: Work, device: Device) -> MicroSteps:
     Raises:
         NoPeak: The catalogue lacks what the prediction needs.
     """
-    peak, bandwidth = _rates(work, device)
+    rates = _rates(work, device)
     zero, ulysses, network = _traffic(work, device)
     shared = work.world_size if work.zero_stage >= 1 else 1
     parts = StepTime(
-        linear=(1 + TILE_TOKENS / work.tokens) * linear_flops(work) / (LINEAR_EFFICIENCY * peak),
-        attention=_attention_seconds(work, peak, bandwidth),
-        elementwise=_elementwise_bytes(work) / bandwidth,
-        dequantization=_dequantized_bytes(work) / bandwidth,
+        linear=(1 + TILE_TOKENS / work.tokens) * linear_flops(work) / rates.products,
+        attention=_attention_seconds(work, rates),
+        elementwise=_elementwise_bytes(work) / rates.bandwidth,
+        dequantization=_dequantized_bytes(work) / rates.bandwidth,
         launch=_launch_seconds(work),
         zero=zero,
         ulysses=ulysses,
         network=network,
         fetch=_fetch_seconds(work, device),
         offload=_offload_seconds(work, device),
-        optimizer=0.0 if work.offload_optimizer else STEP_BYTES * work.trained / shared / bandwidth,
+        optimizer=0.0 if work.offload_optimizer else STEP_BYTES * work.trained / shared / rates.bandwidth,
     )
     return MicroSteps(work.gradient_accumulation_steps, parts)
 
@@ -237,13 +241,13 @@ def attention_flops(work: Work) -> float:
     return 2.0 * shape.heads * shape.head_dim * squares * work.tokens
 
 
-def _attention_seconds(work: Work, peak: float, bandwidth: float) -> float:
+def _attention_seconds(work: Work, rates: _Rates) -> float:
     forward, again = attention_flops(work), 1.0 if work.checkpointing == "full" else 0.0
     if work.flash:
-        return (1.0 + again + FLASH_PASSES) * forward / (ATTENTION_EFFICIENCY * peak)
+        return (1.0 + again + FLASH_PASSES) * forward / rates.attention
     scores = float(work.tokens) * work.model.shape.heads * work.length_tokens * work.model.shape.layers
-    traffic = SCORE_TRAFFIC_BYTES * (3.0 + again) / 4.0 * scores / bandwidth
-    return traffic + (3.0 + again) * 2.0 * forward / (LINEAR_EFFICIENCY * peak)  # the whole square
+    traffic = SCORE_TRAFFIC_BYTES * (3.0 + again) / 4.0 * scores / rates.bandwidth
+    return traffic + (3.0 + again) * 2.0 * forward / rates.products  # the whole square
 
 
 def _elementwise_bytes(work: Work) -> float:
@@ -352,7 +356,16 @@ def dtype_of(work: Work) -> Literal["fp32", "bf16"]:
     return "fp32" if work.element_bytes == 4 else "bf16"
 
 
-def _rates(work: Work, device: Device) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Rates:
+    """What a device does in a second: operations of products and of attention, bytes of its memory."""
+
+    products: float
+    attention: float
+    bandwidth: float
+
+
+def _rates(work: Work, device: Device) -> _Rates:
     dtype = dtype_of(work)
     peak, bandwidth = device.peak_flops(dtype), device.memory_bandwidth_gb_per_second
     if peak is None or bandwidth is None:
@@ -360,7 +373,9 @@ def _rates(work: Work, device: Device) -> tuple[float, float]:
             f"device {device.name} has no {dtype} peak or no memory bandwidth in the catalogue, so its speed "
             "cannot be predicted; add them in an extra catalogue"
         )
-    return peak, bandwidth * 1e9
+    matmul = device.reached_share("matmul") or MATMUL_SHARE
+    flash = device.reached_share("flash_attention") or FLASH_SHARE
+    return _Rates(LINEAR_EFFICIENCY * matmul * peak, ATTENTION_EFFICIENCY * flash * peak, bandwidth * 1e9)
 
 
 def _links(device: Device) -> tuple[float, float]:

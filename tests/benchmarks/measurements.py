@@ -22,6 +22,7 @@ from orchestrator.plan.work import Model, Work
 _UNKNOWN = ("", "unknown")
 _QUANTIZATIONS = {"none": "none", "bnb-nf4": "nf4", "bnb-int8": "int8", "nf4": "nf4", "int8": "int8",
                   "gptq-int4": "gptq-int4", "gptq-int8": "gptq-int8"}  # fmt: skip
+_CHECKPOINTING = {"no": "none", "selective": "selective"}
 _ATTENTION_IN = {"qwen": ("c_attn",), "chatglm": ("query_key_value",), "baichuan": ("W_pack",),
                  "bloom": ("query_key_value",), "phi3": ("qkv_proj",)}  # fmt: skip
 
@@ -63,6 +64,17 @@ STACKS: Mapping[str, Stack] = {
     # Rows of 725 tokens after a cut at 1,024; QLoRA's own targets.
     "llm-action-throughput": Stack(mean_tokens=800.0, cut_tokens=725.0, targets="all-linear"),
     "xtuner-speed-benchmark": Stack(),
+    # Pages that no constant was chosen with (docs/benchmarks.md). AdamW in 16 bits, and torch's figures.
+    "litgpt-resource-tables": Stack(full_masters=False, has_context=False, targets="all-linear"),
+    "torchtune-readme": Stack(full_masters=False, has_context=False, targets="all-linear"),
+    "peft-method-comparison": Stack(full_masters=False, has_context=False, targets="all-linear"),
+    # Adapters, or throughput only.
+    "fsdp-qlora-benchmarks": Stack(has_context=False, targets="all-linear"),
+    "hf-ulysses-blog": Stack(has_context=False),
+    "fms-fsdp": Stack(full_masters=False),
+    "pytorch-fsdp-blog": Stack(full_masters=False),
+    "vectorlm-reference-throughput": Stack(full_masters=False),
+    "universal-llm-trainer-gpu-test": Stack(full_masters=False, targets="all-linear"),
 }
 
 
@@ -193,7 +205,7 @@ def work_of(row: Measurement) -> Work:
             "cpu" if "optimizer" in (row.text("offload") or "") else "none",
             "cpu" if "param" in (row.text("offload") or "") else "none",
         ),
-        checkpointing="none" if row.text("gradient_checkpointing") == "no" else "full",
+        checkpointing=_CHECKPOINTING.get(row.text("gradient_checkpointing") or "", "full"),  # type: ignore[arg-type]
         flash=row.text("flash_attention") == "yes",
         varying=varying(stack.mean_tokens, length) ** rows,
     )

@@ -12,18 +12,19 @@ On 120 rows of five pages (tests/benchmarks/measurements.py says what they are),
 
 | | memory | TGS | out of memory missed | ran and refused |
 |---|---|---|---|---|
-| two constants a stack, leave-one-out | 2.7 %, 7.4 % | 4.4 %, 18.2 % | 0 of 2 | 0 of 118 |
-| uncalibrated | 5.5 %, 24.3 % | 11.2 %, 29.5 % | 1 | 0 |
-| rows of the same model left out | 3.3 %, 14.9 % | 11.9 %, 34.4 % | 1 | 0 |
-| rows of the same length left out | 2.9 %, 12.5 % | 5.5 %, 16.6 % | 1 | 0 |
-| rows of the same method left out | 5.5 %, 24.3 % | 25.0 %, 40.5 % | 1 | 0 |
+| two constants a stack, leave-one-out | 2.6 %, 7.4 % | 4.2 %, 16.2 % | 0 of 2 | 0 of 118 |
+| uncalibrated | 4.6 %, 24.1 % | 10.8 %, 29.5 % | 1 | 0 |
+| rows of the same model left out | 2.6 %, 14.8 % | 10.9 %, 34.3 % | 1 | 0 |
+| rows of the same length left out | 2.7 %, 12.5 % | 4.9 %, 14.8 % | 1 | 0 |
+| rows of the same method left out | 4.6 %, 24.1 % | 24.1 %, 40.5 % | 1 | 0 |
 
-Of 60 rows drawn from these (30 draws) leave-one-out gives 2.8 % and 8.9 %, 5.8 % and 22.2 % on
-average: with fewer rows a stack less is learned, and a row within 2 % of its GPU's memory may be
+Of 60 rows drawn from these (20 draws) leave-one-out gives 2.6 % and 8.8 %, 6.5 % and 23.7 % on
+average: with fewer rows a stack less is learned, and a row within 3 % of its GPU's memory may be
 called wrongly.
 
 The general constants of orchestrator/plan were chosen with these rows in sight, which leaving rows out does
-not undo. Pages of one model (two of the five) are uncalibrated where that model is left out.
+not undo. Pages of one model (two of the five) are uncalibrated where that model is left out. Pages that no
+constant was chosen with, uncalibrated: docs/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -51,6 +51,13 @@ def test_one_row_moves_the_constants_towards_it_and_no_further() -> None:
     assert memory.peak < found.peak(memory) <= memory.peak + GIB
 
 
+def test_runs_that_formulas_do_not_describe_move_the_offset_a_few_gib_at_most() -> None:
+    rows = rows_of()
+    found = fit_memory([(memory, 0.2 * memory.peak) for memory in rows])
+    assert found.offset_bytes == -6 * GIB
+    assert fit_memory([(memory, memory.peak + 40 * GIB) for memory in rows]).offset_bytes == 6 * GIB
+
+
 def test_verdicts_leave_a_margin() -> None:
     assert verdict(70 * GIB, 80 * GIB) == "fits"
     assert verdict(75 * GIB, 80 * GIB) == "tight"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.hardware import Device, device
+from cluster.hardware import Device, ReachedTflops, device
 from orchestrator.metrics.flops import Frozen, Recomputation, forward_flops, hardware_flops
 from orchestrator.plan.calibration import fit_time, predicted_seconds
 from orchestrator.plan.host_memory import Offload
@@ -53,9 +53,23 @@ def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any
     assert linear_flops(work) + passes * attention_flops(work) == pytest.approx(canon, rel=1e-6)
 
 
-def test_products_take_their_flops_over_a_part_of_the_peak() -> None:
-    ideal = linear_flops(FULL) / 312e12
+def test_products_take_their_flops_over_a_part_of_what_the_best_one_reaches() -> None:
+    ideal = linear_flops(FULL) / 267.9e12
     assert seconds().linear == pytest.approx(ideal / LINEAR_EFFICIENCY * (1 + 128 / 4096))
+
+
+def test_kernels_reach_another_part_of_the_peak_on_another_device() -> None:
+    """From A100 to H100 products scale nearly with the peak, and the same kernels of attention far less."""
+    here, there = step_time(FULL, A100), step_time(FULL, device("H100-80G-SXM"))
+    assert here.linear / there.linear == pytest.approx(794.5 / 267.9)
+    assert here.attention / there.attention == pytest.approx(335 / 204)
+
+
+def test_where_nobody_measured_it_the_shares_of_an_a100_are_taken() -> None:
+    plain = A100.model_copy(update={"reached_tflops": ReachedTflops()})
+    known, assumed = step_time(FULL, A100), step_time(FULL, plain)
+    assert assumed.linear == pytest.approx(known.linear, rel=1e-3)
+    assert assumed.attention == pytest.approx(known.attention, rel=1e-3)
 
 
 def test_parts_add_up_and_accumulation_repeats_them() -> None:
