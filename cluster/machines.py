@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.hardware import Device, device
@@ -52,6 +52,15 @@ class Machines:
                 "for one node"
             )
         return cls(int(found["nodes"] or 1), int(found["each"] or 1), device(found["device"], extra))
+
+    def with_network(self, gbit_per_second: float) -> Machines:
+        """Return the same with another network than the catalogue's.
+
+        Args:
+            gbit_per_second: Of a whole node, in one direction: what its network cards add up to.
+        """
+        each = gbit_per_second / 8 / self.gpus_per_node
+        return replace(self, device=self.device.model_copy(update={"network_gb_per_second": each}))
 
     @property
     def gpus(self) -> int:

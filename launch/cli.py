@@ -227,6 +227,20 @@ def plan(
     plots: Annotated[
         Path | None, typer.Option(help="Folder for plots of memory by part and TGS over max_length.")
     ] = None,
+    document_tokens: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Tokens of the document that a token is in, on average: `mean_square_tokens` of `pack`. "
+            "Without it attention is counted over whole packs, an upper limit.",
+        ),
+    ] = 0.0,
+    network_gbits: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, help="Gbit/s of a node's network; the catalogue's, eight fast ports, by default."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict what fits and how fast, choose how to spread the job, and say why; nothing is started."""
@@ -234,7 +248,7 @@ def plan(
         spec = jobfile.load(job, overrides)
         from launch import planning
 
-        found, remedies = planning.planned(spec, gpus, catalogue, plots)
+        found, remedies = planning.planned(spec, gpus, catalogue, plots, document_tokens, network_gbits)
         _say(planning.as_json(found, remedies) if as_json else planning.text(found, remedies, explain))
         if found.best is None:
             raise ClusterError(f"{spec.name} fits on {found.machines} in none of {found.considered:,} ways")
@@ -291,7 +305,7 @@ def submit(
         from launch.submit import Head
         from launch.submit import submit as submit_job
 
-        raise typer.Exit(submit_job(spec, Head(address, certificate), wait, doctor, _say, force))
+        raise typer.Exit(submit_job(spec, Head(address, certificate), wait, doctor, (_say, _tell), force))
 
 
 @app.command(epilog="Example: orchestrator export runs/quickstart --to model")

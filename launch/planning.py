@@ -44,7 +44,12 @@ _PARTS = {
 
 
 def planned(
-    job: JobSpec, gpus: str, catalogue: Path | None, plots: Path | None = None
+    job: JobSpec,
+    gpus: str,
+    catalogue: Path | None = None,
+    plots: Path | None = None,
+    document_tokens: float = 0.0,
+    network_gbits: float | None = None,
 ) -> tuple[Plan, list[Remedy]]:
     """Return the plan of a job, and what would make it fit where it does not as it is written.
 
@@ -53,6 +58,8 @@ def planned(
         gpus: Machines, as `Machines.parse` takes them.
         catalogue: The user's own devices.
         plots: A folder for plots over max_length; None draws none.
+        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
+        network_gbits: Gbit/s of a node's network; None takes the catalogue's.
 
     Raises:
         SpecError: The machines, a device or the model are not known.
@@ -62,16 +69,18 @@ def planned(
         machines = Machines.parse(gpus, catalogue)
     except (MachinesError, UnknownDevice, CatalogueError) as error:
         raise SpecError(f"--gpus {gpus}: {error}") from None
+    if network_gbits is not None:
+        machines = machines.with_network(network_gbits)
     stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
     constants = constants_of(stack)
-    found = best_plan(job, config, machines, constants)
+    found = best_plan(job, config, machines, constants, document_tokens)
     if plots:
         from launch.planning_plots import draw
 
-        draw(job, config, machines, constants, plots)
+        draw(job, config, machines, constants, plots, document_tokens)
     enough = job.parallel.workers <= machines.gpus
     fits = enough and found.asked.prediction.verdict != "does not fit"
-    return found, [] if fits else cheapest_changes(job, config, machines, constants)
+    return found, [] if fits else cheapest_changes(job, config, machines, constants, document_tokens)
 
 
 def as_json(plan: Plan, remedies: Sequence[Remedy]) -> str:
@@ -126,6 +135,8 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 def _heading(plan: Plan) -> str:
     job, work = plan.asked.job, plan.asked.prediction.work
     seen = "whole packs" if job.data.cross_document_attention else "whole packs, an upper limit"
+    if work.mean_square_tokens:
+        seen = f"documents of {work.mean_square_tokens:,.0f} tokens"
     return (
         f"{job.model.path} on {plan.machines}: {work.model.parameters.total:,} parameters, "
         f"{work.trained:,} trained, packs of {work.length_tokens:,} tokens, "

@@ -21,7 +21,12 @@ _PARTS = {
 
 
 def draw(
-    job: JobSpec, config: Mapping[str, Any], machines: Machines, constants: Constants, folder: Path
+    job: JobSpec,
+    config: Mapping[str, Any],
+    machines: Machines,
+    constants: Constants,
+    folder: Path,
+    document_tokens: float = 0.0,
 ) -> list[Path]:
     """Write memory_by_part.svg and tgs_over_length.svg: the best plan at each of some lengths.
 
@@ -31,6 +36,7 @@ def draw(
         machines: What there is.
         constants: What is known of the stack.
         folder: Where the files go.
+        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
 
     Raises:
         SpecError: matplotlib is not installed.
@@ -47,7 +53,7 @@ def draw(
     planned = {}
     for length in lengths:
         other = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
-        best = best_plan(other, config, machines, constants).best
+        best = best_plan(other, config, machines, constants, document_tokens).best
         if best is not None:
             planned[length] = best
     title = f"{job.model.path} on {machines}, {job.optim.global_batch_size} packs a step"

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray.exceptions import AuthenticationError
 
+from launch.remote import require_fit
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.spec import JobSpec
@@ -41,31 +42,39 @@ class Head:
 
 
 def submit(
-    job: JobSpec, head: Head, wait: bool, look_first: bool, say: Callable[[str], None], force: bool = False
+    job: JobSpec,
+    head: Head,
+    wait: bool,
+    look_first: bool,
+    tell: tuple[Callable[[str], None], Callable[[str], None]],
+    force: bool = False,
 ) -> int:
-    """Submit a job and follow it.
+    """Plan a job for a cluster, submit it and follow it.
 
     Args:
         job: The job. Data files with a relative path travel along; others must lie where nodes see them.
         head: The cluster.
         wait: Whether to stream the log until the run ends.
         look_first: Whether every node is looked at before the training starts, as `orchestrator doctor` does.
-        say: Called with each line for the user.
+        tell: Called with each line of what the cluster says, and with what is predicted before that.
         force: Whether it is trained although the plan says that it cannot fit.
 
     Returns:
         Exit code of the run; 0 at once where nothing waits for it.
 
     Raises:
-        ClusterError: The cluster cannot be reached, or does not let this user in.
+        ClusterError: The cluster cannot be reached, does not let this user in, or the job cannot fit on it.
         SpecError: Something that the job names does not travel.
     """
     from ray.job_submission import JobSubmissionClient
 
+    say, note = tell
     with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
         _pack_working_dir(job, Path(folder))
         try:
             client = JobSubmissionClient(head.address, verify=str(head.certificate or "") or True)
+            # The client's own way to ask, so that its token and certificate are used.
+            require_fit(job, lambda path: client._do_request("GET", path).json(), force, note)
             identity = client.submit_job(
                 entrypoint=entrypoint(job, look_first, force),
                 submission_id=f"{job.name}-{uuid.uuid4().hex[:8]}",

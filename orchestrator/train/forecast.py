@@ -16,12 +16,13 @@ from cluster.hardware import Device
 from cluster.machines import Machines
 from orchestrator.errors import ClusterError
 from orchestrator.model.build import load_config
-from orchestrator.plan.planner import asked_of, cheapest_changes
-from orchestrator.plan.prediction import TIME_RANGE, Constants, Prediction, predict
+from orchestrator.plan.fitting import gpu_machines, processor_places, refusal
+from orchestrator.plan.planner import asked_of
+from orchestrator.plan.prediction import TIME_RANGE, Constants, Prediction
 from orchestrator.plan.probe import measure, processor
 from orchestrator.plan.store import constants_of, observed, rates_of_processor, remember, stack_of
 from orchestrator.plan.throughput import NoPeak, micro_steps
-from orchestrator.plan.wording import changed, figures
+from orchestrator.plan.wording import figures
 from orchestrator.plan.work import Model
 from orchestrator.spec import JobSpec
 from orchestrator.train import session
@@ -45,20 +46,18 @@ class Forecast:
         config: Its model's config.json.
         machines: The nodes it is spread over.
         stack: What its constants belong to.
-        mean_square_tokens: How many tokens a token sees in its document, on average; 0 for the whole pack.
+        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
     """
 
     job: JobSpec
     config: Mapping[str, Any]
     machines: Machines
     stack: str
-    mean_square_tokens: float = 0.0
+    document_tokens: float = 0.0
 
     def prediction(self, constants: Constants) -> Prediction:
         """Return the prediction by constants of a stack."""
-        asked = asked_of(self.job, self.config, self.machines, Constants())
-        work = replace(asked.prediction.work, mean_square_tokens=self.mean_square_tokens)
-        return predict(work, self.machines, constants)
+        return asked_of(self.job, self.config, self.machines, constants, self.document_tokens).prediction
 
     def keep(self, home: Path) -> Prediction:
         """Write plan.json into the run's folder, and return what it says."""
@@ -68,11 +67,9 @@ class Forecast:
         (home / PLAN).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return found
 
-    def with_documents(self, home: Path, mean_square_tokens: float) -> Forecast:
+    def with_documents(self, home: Path, document_tokens: float) -> Forecast:
         """Return the same for documents that have been read, and keep what is predicted for them."""
-        if self.job.data.cross_document_attention:
-            return self
-        known = replace(self, mean_square_tokens=mean_square_tokens)
+        known = replace(self, document_tokens=document_tokens)
         known.keep(home)
         return known
 
@@ -184,12 +181,7 @@ def require_fit(
     if found.verdict != "does not fit" or force:
         note(f"planned{', and forced' if found.verdict == 'does not fit' else ''}: {said}")
         return forecast
-    remedies = [
-        f"({number}) {changed(each.changes)} ({figures(each.candidate.prediction)})"
-        for number, each in enumerate(cheapest_changes(job, config, machines, constants_of(stack)), 1)
-    ]
-    instead = f"it would with {', '.join(remedies)}" if remedies else "nothing that could be tried makes it"
-    raise ClusterError(f"{job.name} on {machines} {said}; {instead}; --force trains it all the same")
+    raise ClusterError(refusal(job, config, machines, found, constants_of(stack)))
 
 
 def predicted(home: Path) -> dict[str, Any] | None:
@@ -209,15 +201,13 @@ def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> Machines | None:
     """Return the nodes that the job is spread over, all like the one that offers least; None if none says."""
     nodes, workers = session.live_nodes(), job.parallel.workers
     if device == "cuda":
-        each = max(int(node.gpus) for node in nodes)
-        return Machines(-(-workers // each), min(each, workers), _gpu())
-    places = {node.address: int(node.cpus) // job.parallel.cpus_per_worker for node in nodes}
-    each = min(workers, max(places.values()))
-    memory = min(node.memory_bytes for node in nodes if places[node.address] >= 1)
-    if not memory:
+        return gpu_machines(job, nodes, _gpu())
+    places = processor_places(job, nodes)
+    if places is None:
         return None
+    each, memory = places
     rates = rates_of_processor(each, job.parallel.cpus_per_worker, measure)
-    return Machines(-(-workers // each), each, processor(memory / each / _GIB, rates))
+    return Machines(-(-workers // each), each, processor(memory / _GIB, rates))
 
 
 def _gpu() -> Device:

@@ -47,4 +47,14 @@ def test_with_the_token_the_nodes_are_looked_at_and_the_job_trains(bed: Testbed,
     assert lines[0].startswith("submitted run-")
     assert lines[1].startswith(f"follow ray job logs --follow --address {bed.dashboard_url} run-")
     assert "ready" in lines, "what the doctor found comes first"
+    assert "planned for 1x2xcpu: fits: " in done.err, "before anything is sent"
     assert (tmp_path / "runs" / "run" / "report.json").exists()
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_sent(bed: Testbed, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs", data__max_length=4 * 2**20))
+    done = orchestrator("submit", "job.yaml", "--address", bed.dashboard_url, cwd=tmp_path, **TOKEN)
+    assert done.code == 3
+    assert "on 1x2xcpu does not fit: " in done.err
+    assert "it would with (1) --set " in done.err
+    assert "submitted" not in done.out

@@ -46,6 +46,30 @@ def test_a_million_tokens_of_70b_fit_eight_nodes_and_every_line_is_explained() -
     assert any("optimizer" in line for line in losing), "ZeRO-1 does not fit for its optimizer's state"
 
 
+def test_documents_that_are_short_cost_less_attention_than_whole_packs() -> None:
+    common = (str(JOBS / "llama2-7b-256k.yaml"), "--gpus", "4x8xA100-80G-SXM")
+    apart = (*common, "--set", "data.cross_document_attention=false")
+    whole = as_json(*common)["asked"]["step_seconds_by_part"]
+    short, long = (
+        as_json(*apart, "--document-tokens", tokens)["asked"]["step_seconds_by_part"]
+        for tokens in ("400", "9999999")
+    )
+    assert short["attention"] == pytest.approx(whole["attention"] * 400 / 262144)
+    assert long == whole, "a document is no longer than its pack"
+    assert as_json(*common, "--document-tokens", "400")["asked"]["step_seconds_by_part"] == whole
+    assert "attention over documents of 400 tokens" in plan(*apart, "--document-tokens", "400")[1]
+
+
+def test_a_slow_network_keeps_sequences_inside_nodes() -> None:
+    common = (str(JOBS / "llama2-7b-256k.yaml"), "--gpus", "4x8xA100-80G-SXM")
+    fast, slow = as_json(*common), as_json(*common, "--network-gbits", "25")
+    size = "parallel.sequence_parallel_size"
+    assert fast["best"]["settings"][size] > 8
+    assert slow["best"]["settings"][size] <= 8
+    # Eight ports of 200 Gbit/s are what the catalogue has.
+    assert as_json(*common, "--network-gbits", "1600")["best"] == fast["best"]
+
+
 def test_json_holds_both_and_ranges() -> None:
     found = as_json(str(JOBS / "llama2-7b-8k.yaml"), "--gpus", "8xA100-80G-SXM")
     for part in (found["asked"], found["best"]):
