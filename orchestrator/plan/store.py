@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 from cluster.machines import Machines
@@ -98,14 +99,22 @@ def rates_of_processor(
                 return ProcessorRates(**entry["rates"])
         except (KeyError, TypeError):
             continue
-    rates = measure(workers, threads)
+    try:
+        rates = measure(workers, threads)
+    except (OSError, ValueError, SubprocessError):
+        return None  # a machine that has no process to spare is planned without its speed
     _append({**key, "rates": asdict(rates)})
     return rates
 
 
-def constants_of(stack: str) -> Constants:
-    """Return what is known of a stack: constants fitted to its runs here, or those of none."""
-    runs = recall(stack)
+def constants_of(stack: str, without: str | None = None) -> Constants:
+    """Return what is known of a stack: constants fitted to its runs here, or those of none.
+
+    Args:
+        stack: From `stack_of`.
+        without: A run that is left out: one that goes on is not predicted from what it measured itself.
+    """
+    runs = [each for each in recall(stack) if each.run != without]
     if not runs:
         return Constants()
     timed = [(each.steps, each.seconds) for each in runs if each.steps and each.seconds]

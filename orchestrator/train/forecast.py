@@ -61,7 +61,7 @@ class Forecast:
 
     def keep(self, home: Path) -> Prediction:
         """Write plan.json into the run's folder, and return what it says."""
-        found = self.prediction(constants_of(self.stack))
+        found = self.prediction(constants_of(self.stack, str(home)))
         settings = asked_of(self.job, self.config, self.machines).settings
         kept = {"machines": str(self.machines), "stack": self.stack, "settings": settings, **found.as_json()}
         (home / PLAN).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -181,7 +181,7 @@ def require_fit(
     if found.verdict != "does not fit" or force:
         note(f"planned{', and forced' if found.verdict == 'does not fit' else ''}: {said}")
         return forecast
-    raise ClusterError(refusal(job, config, machines, found, constants_of(stack)))
+    raise ClusterError(refusal(job, config, machines, found, constants_of(stack, str(home))))
 
 
 def predicted(home: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import pytest
 
@@ -73,6 +74,22 @@ def test_what_a_run_measures_later_replaces_its_first_steps() -> None:
     for each in (first, other, last):
         remember(each)
     assert recall(first.stack) == [other, last]
+
+
+def test_a_run_is_not_predicted_from_itself() -> None:
+    mine, other = run(2048, slower=3.0), run(4096, slower=1.4)
+    remember(mine)
+    assert constants_of(mine.stack, mine.run) == Constants()
+    remember(other)
+    assert constants_of(mine.stack, mine.run).time.efficiency > constants_of(mine.stack).time.efficiency
+
+
+def test_a_machine_that_cannot_be_measured_has_no_rates(place: Path) -> None:
+    def measure(workers: int, threads: int) -> ProcessorRates:
+        raise TimeoutExpired("probe", 60)
+
+    assert rates_of_processor(1, 1, measure) is None
+    assert not place.exists()
 
 
 def test_processors_are_measured_once_for_each_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def test_a_processor_has_a_predicted_time_once_its_steps_were_measured(
     before = forecast.predicted(tmp_path)
     assert before is not None
     assert before["step_seconds"] is None
-    first.remember(tmp_path, report(before["memory_reserved_peak_bytes"]))
+    first.remember(tmp_path / "earlier", report(before["memory_reserved_peak_bytes"]))
     forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     after = forecast.predicted(tmp_path)
     assert after is not None
