@@ -102,20 +102,15 @@ class FirstSteps:
 
     def __init__(self, forecast: Forecast, home: Path, note: Callable[[str], None]) -> None:
         self._forecast, self._home, self._note = forecast, home, note
-        self._attempt, self._due = 0, 0
         self._done = False
 
     def __call__(self, status: Status) -> None:
-        """Look whether enough steps of an attempt are made."""
-        if self._done:
-            return
-        if status.attempt != self._attempt:
-            self._attempt, self._due = status.attempt, status.step + WARM_UP_STEPS + FIRST_STEPS
-        if self._attempt and status.step >= self._due:
-            self._take()
+        """Look whether enough steps of the attempt are made."""
+        if not self._done and status.step - status.start >= WARM_UP_STEPS + FIRST_STEPS:
+            self._take(status.attempt)
 
-    def _take(self) -> None:
-        rows = [row for row in read_lines(self._home / STEPS) if row["attempt"] == self._attempt]
+    def _take(self, attempt: int) -> None:
+        rows = [row for row in read_lines(self._home / STEPS) if row["attempt"] == attempt]
         rows = rows[WARM_UP_STEPS:]
         if not rows:
             return

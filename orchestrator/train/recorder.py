@@ -41,9 +41,10 @@ class WorkerInfo:
 
 @dataclass
 class Status:
-    """Where the run stands, for the driver to show."""
+    """Where the run stands, for the driver to show; `start` is the step that the attempt began from."""
 
     attempt: int = 0
+    start: int = 0
     step: int = 0
     steps: int = 0
     eta_seconds: float = 0.0
@@ -91,6 +92,7 @@ class Recorder:
         self._status.attempt = len(self._past)
         if self._past:  # a later start of the run, or this recorder was started anew in the middle of it
             self._status.step, self._status.steps = self._last_written[1], self._past[-1]["steps_planned"]
+            self._status.start = self._status.step
             self._workers = [
                 WorkerInfo(**entry) for entry in json.loads((folder / WORKERS).read_text("utf-8"))
             ]
@@ -131,7 +133,8 @@ class Recorder:
         _write_json(self._folder / WORKERS, [asdict(worker) for worker in self._workers])
         self._past.append(entry)
         _append(self._folder / ATTEMPTS, entry)
-        self._status.attempt, self._status.step, self._status.steps = attempt, start, steps
+        self._status.attempt, self._status.start = attempt, start
+        self._status.step, self._status.steps = start, steps
         self._recent.clear()
         self._recent_tokens.clear()
         self._announce()

@@ -125,19 +125,17 @@ def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
     assert planned is not None
     notes: list[str] = []
     watch = forecast.FirstSteps(planned, tmp_path, notes.append)
-    watch(Status(attempt=1, step=0))
-    made(tmp_path, 1, 1, 50.0)
-    watch(Status(attempt=1, step=1))
+    made(tmp_path, 1, 11, 50.0)
+    watch(Status(attempt=1, start=10, step=11))
     # A worker was killed: the attempt that follows is measured from where it begins.
-    watch(Status(attempt=2, step=0))
-    for step, seconds in enumerate((60.0, 40.0, 2.0, 2.0, 3.0, 2.0), 1):
+    for step, seconds in enumerate((60.0, 40.0, 2.0, 2.0, 3.0, 2.0), 11):
         made(tmp_path, 2, step, seconds)
-        watch(Status(attempt=2, step=step))
+        watch(Status(attempt=2, start=10, step=step))
     assert notes == []
     assert recall(planned.stack) == []
-    for step in (7, 8, 9):
-        made(tmp_path, 2, step, 4.0 if step == 7 else 999.0)
-        watch(Status(attempt=2, step=step))
+    for step in (17, 18, 19):
+        made(tmp_path, 2, step, 4.0 if step == 17 else 999.0)
+        watch(Status(attempt=2, start=10, step=step))
     (note,) = notes
     assert note.startswith("the 5 steps after the first 2: 2 s a step, 2.00 GiB held (")
     (seen,) = recall(planned.stack)

@@ -157,6 +157,9 @@ def test_a_recorder_that_is_started_anew_goes_on(recorder: Recorder, tmp_path: P
         step(again, attempt, 2)
         assert shown(again)["tgs"] == [30.0, 20.0]
         assert shown(again)["memory_limit_bytes"] == [80e9]
+        assert (again.status().start, again.status().step) == (1, 2), "what it has not seen itself is past"
+        again.begin_attempt(WORKERS, INFO, 1, 10)
+        assert (again.status().start, again.status().step) == (1, 1)
     finally:
         again.close()
 
