@@ -14,6 +14,7 @@ from orchestrator.plan.configs import config_of
 from orchestrator.plan.planner import FIELDS, Candidate, Plan, Remedy, asked_of, best_plan, cheapest_changes
 from orchestrator.plan.store import constants_of, stack_of
 from orchestrator.plan.wording import GIB, changed, figures, remedy_lines, seconds_text, word
+from orchestrator.plan.work import DataShape
 from orchestrator.spec import JobSpec
 
 _PARTS = {
@@ -73,14 +74,15 @@ def planned(
         machines = machines.with_network(network_gbits)
     stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
     constants = constants_of(stack)
-    found = best_plan(job, config, machines, constants, document_tokens)
+    data = DataShape(document_tokens=document_tokens)
+    found = best_plan(job, config, machines, constants, data)
     if plots:
         from launch.planning_plots import draw
 
-        draw(job, config, machines, constants, plots, document_tokens)
+        draw(job, config, machines, constants, plots, data)
     enough = job.parallel.workers <= machines.gpus
     fits = enough and found.asked.prediction.verdict != "does not fit"
-    return found, [] if fits else cheapest_changes(job, config, machines, constants, document_tokens)
+    return found, [] if fits else cheapest_changes(job, config, machines, constants, data)
 
 
 def as_json(plan: Plan, remedies: Sequence[Remedy]) -> str:

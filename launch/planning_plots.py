@@ -11,6 +11,7 @@ from orchestrator.bench.plots import require_matplotlib
 from orchestrator.plan.planner import Candidate, best_plan
 from orchestrator.plan.prediction import TIME_RANGE, Constants
 from orchestrator.plan.wording import GIB
+from orchestrator.plan.work import UNREAD, DataShape
 from orchestrator.spec import JobSpec
 
 _SHORTEST = 512
@@ -26,7 +27,7 @@ def draw(
     machines: Machines,
     constants: Constants,
     folder: Path,
-    document_tokens: float = 0.0,
+    data: DataShape = UNREAD,
 ) -> list[Path]:
     """Write memory_by_part.svg and tgs_over_length.svg: the best plan at each of some lengths.
 
@@ -36,7 +37,7 @@ def draw(
         machines: What there is.
         constants: What is known of the stack.
         folder: Where the files go.
-        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
+        data: What is known of the data.
 
     Raises:
         SpecError: matplotlib is not installed.
@@ -53,7 +54,7 @@ def draw(
     planned = {}
     for length in lengths:
         other = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
-        best = best_plan(other, config, machines, constants, document_tokens).best
+        best = best_plan(other, config, machines, constants, data).best
         if best is not None:
             planned[length] = best
     title = f"{job.model.path} on {machines}, {job.optim.global_batch_size} packs a step"

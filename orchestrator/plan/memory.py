@@ -221,7 +221,8 @@ def layer_bytes(work: Work) -> float:
 
 def loss_bytes(work: Work) -> float:
     """Return the bytes of logits and loss: all at once, or one tile of them and its gradient."""
-    tokens = min(work.tokens, work.loss_tile_tokens) if work.loss_tile_tokens else work.tokens
+    scored = work.tokens * work.largest_labelled_share
+    tokens = min(scored, work.loss_tile_tokens) if work.loss_tile_tokens else scored
     tiled = (
         2.0 * work.element_bytes * work.model.shape.hidden_size * work.tokens
         if work.loss_tile_tokens

@@ -15,7 +15,7 @@ from cluster.machines import Machines
 from orchestrator.errors import SpecError
 from orchestrator.parallel.layout import sequence_parallel_degrees
 from orchestrator.plan.prediction import Constants, Prediction, predict, work_of
-from orchestrator.plan.work import Model
+from orchestrator.plan.work import UNREAD, DataShape, Model
 from orchestrator.rules import broken_rules
 from orchestrator.spec import JobSpec
 
@@ -114,7 +114,7 @@ def asked_of(
     config: Mapping[str, Any],
     machines: Machines,
     constants: Constants = Constants(),
-    document_tokens: float = 0.0,
+    data: DataShape = UNREAD,
 ) -> Candidate:
     """Return the prediction of a job as it is written.
 
@@ -123,12 +123,12 @@ def asked_of(
         config: Its model's config.json.
         machines: What it runs on.
         constants: What is known of the stack.
-        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
+        data: What is known of the data.
 
     Raises:
         SpecError: The model is of a family whose sizes are not known.
     """
-    return _Search(job, config, machines, constants, document_tokens).candidate(job)
+    return _Search(job, config, machines, constants, data).candidate(job)
 
 
 def best_plan(
@@ -136,7 +136,7 @@ def best_plan(
     config: Mapping[str, Any],
     machines: Machines,
     constants: Constants = Constants(),
-    document_tokens: float = 0.0,
+    data: DataShape = UNREAD,
 ) -> Plan:
     """Return the fastest way to train a job on machines, and the ways that lose.
 
@@ -145,12 +145,12 @@ def best_plan(
         config: Its model's config.json.
         machines: What there is.
         constants: What is known of the stack.
-        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
+        data: What is known of the data.
 
     Raises:
         SpecError: The model is of a family whose sizes are not known.
     """
-    search = _Search(job, config, machines, constants, document_tokens)
+    search = _Search(job, config, machines, constants, data)
     found = list(search.candidates())
     fitting = [each for each in found if each.prediction.verdict == "fits"]
     # What has no margin is better than nothing.
@@ -170,7 +170,7 @@ def cheapest_changes(
     config: Mapping[str, Any],
     machines: Machines,
     constants: Constants,
-    document_tokens: float = 0.0,
+    data: DataShape = UNREAD,
     count: int = 3,
 ) -> list[Remedy]:
     """Return what would make a job fit, least changes first, and of equally many the fastest.
@@ -182,10 +182,10 @@ def cheapest_changes(
         config: Its model's config.json.
         machines: What it was to run on.
         constants: What is known of the stack.
-        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
+        data: What is known of the data.
         count: How many.
     """
-    search = _Search(job, config, machines, constants, document_tokens)
+    search = _Search(job, config, machines, constants, data)
     asked = search.candidate(job)
     fitting = [each for each in search.candidates() if each.prediction.verdict != "does not fit"]
     changed = [(asked.changes_to(each), each) for each in fitting]
@@ -196,19 +196,19 @@ def cheapest_changes(
     for changes, each in changed:
         if not any(set(earlier.changes) <= set(changes) for earlier in found):
             found.append(Remedy(changes, each))
-    found += [] if len(found) >= count else _other_remedies(job, config, machines, constants, document_tokens)
+    found += [] if len(found) >= count else _other_remedies(job, config, machines, constants, data)
     return found[:count]
 
 
 def _other_remedies(
-    job: JobSpec, config: Mapping[str, Any], machines: Machines, constants: Constants, document_tokens: float
+    job: JobSpec, config: Mapping[str, Any], machines: Machines, constants: Constants, data: DataShape
 ) -> Iterator[Remedy]:
     """Yield what asks for other machines, or changes what is learnt."""
     for factor in (2, 4, 8, 16, 32, 64):
         larger = replace(machines, nodes=machines.nodes * factor)
-        best = best_plan(job, config, larger, constants, document_tokens).best
+        best = best_plan(job, config, larger, constants, data).best
         if best and best.job.parallel.workers > machines.gpus:
-            asked = _Search(job, config, machines, constants, document_tokens).candidate(job)
+            asked = _Search(job, config, machines, constants, data).candidate(job)
             yield Remedy({"--gpus": str(larger), **asked.changes_to(best)}, best)
             break
     if job.parallel.workers > machines.gpus:
@@ -216,7 +216,7 @@ def _other_remedies(
     length = job.data.max_length // 2
     while length >= 512:
         shorter = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
-        found = _Search(shorter, config, machines, constants, document_tokens).candidate(shorter)
+        found = _Search(shorter, config, machines, constants, data).candidate(shorter)
         if found.prediction.verdict == "fits":
             yield Remedy({"data.max_length": length}, found)
             break
@@ -228,7 +228,7 @@ def _other_remedies(
             True for _ in broken_rules(adapted)
         ):
             continue
-        found = _Search(adapted, config, machines, constants, document_tokens).candidate(adapted)
+        found = _Search(adapted, config, machines, constants, data).candidate(adapted)
         if found.prediction.verdict == "fits":
             changes = {"method.type": kind} | ({} if bits == "none" else {"method.quantization": bits})
             yield Remedy(changes, found)
@@ -260,7 +260,7 @@ class _Search:
         config: Mapping[str, Any],
         machines: Machines,
         constants: Constants,
-        document_tokens: float,
+        data: DataShape,
     ) -> None:
         model = Model.of(config)
         if model is None:
@@ -269,16 +269,14 @@ class _Search:
                 "not known here, so it cannot be planned; train it with --force, which plans nothing"
             )
         self._job, self._config, self._model = job, config, model
-        self._machines, self._constants, self._document_tokens = machines, constants, document_tokens
+        self._machines, self._constants, self._data = machines, constants, data
         self._device: Any = "cpu" if machines.device.is_processor else "cuda"
 
     def candidate(self, job: JobSpec) -> Candidate:
         """Return a job with its prediction."""
         per_node = min(self._machines.gpus_per_node, job.parallel.workers)
         work = work_of(job, self._config, self._model, per_node, self._device)
-        if self._document_tokens and not job.data.cross_document_attention:
-            seen = min(self._document_tokens, float(work.length_tokens))
-            work = replace(work, mean_square_tokens=seen)
+        work = work.over(self._data, job.data.cross_document_attention)
         return Candidate(job, predict(work, self._machines, self._constants))
 
     def candidates(self) -> Iterator[Candidate]:

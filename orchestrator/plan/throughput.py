@@ -221,7 +221,7 @@ def linear_flops(work: Work) -> float:
     """Return the FLOPs of a worker's micro-batch in products with weights, with what is recomputed."""
     found = work.model.parameters
     layers, head = float(found.layers * found.matrices_per_layer), float(work.model.shape.hidden_size)
-    head *= work.model.shape.vocab_size
+    head *= work.model.shape.vocab_size * work.labelled_share
     passes = 2.0 if work.method == "lora" else 3.0
     again = 1.0 if work.checkpointing == "full" else 0.0
     head_passes = (3.0 if work.trained == found.total or work.train_embeddings else 2.0) + (
@@ -262,7 +262,8 @@ def _elementwise_bytes(work: Work) -> float:
     passes = LAYER_TRAFFIC * (0.75 if work.checkpointing == "none" else 1.0)
     beside = ADAPTER_TRAFFIC * sum(2 * each.inputs + each.outputs for each in work.adapted)
     layers = passes * shape.layers * (width + beside) * work.element_bytes / 2
-    return work.tokens * (layers + LOSS_TRAFFIC * work.logit_bytes * shape.vocab_size)
+    loss = LOSS_TRAFFIC * work.logit_bytes * shape.vocab_size * work.labelled_share
+    return work.tokens * (layers + loss)
 
 
 def _dequantized_bytes(work: Work) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from orchestrator.plan.host_memory import NOTHING, Offload
@@ -30,6 +30,24 @@ class Model:
         """Return the sizes that a config.json describes; None for a family that is not known."""
         shape, counted = ModelShape.from_config(config), parameters(config)
         return None if shape is None or counted is None else cls(shape, counted)
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What is known of the data that is trained.
+
+    Attributes:
+        document_tokens: How many tokens a token's document has, on average; 0 where that is not known.
+        labelled_share: Share of all slots whose token is a target of the loss.
+        largest_labelled_share: The same of the pack that has most.
+    """
+
+    document_tokens: float = 0.0
+    labelled_share: float = 1.0
+    largest_labelled_share: float = 1.0
+
+
+UNREAD = DataShape()
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,8 @@ class Work:
         varying: Share of micro-batches that are shorter than the longest: 0 for packs of one length.
         mean_square_tokens: Tokens that attention counts as seen by a row's tokens, on average: the documents'
             squared lengths over the tokens; 0 for attention over the whole row.
+        labelled_share: Share of tokens that the LM head scores.
+        largest_labelled_share: The largest share that it scores in a worker's micro-batch.
     """
 
     model: Model
@@ -95,6 +115,25 @@ class Work:
     logit_bytes: float = 14.0
     varying: float = 0.0
     mean_square_tokens: float = 0.0
+    labelled_share: float = 1.0
+    largest_labelled_share: float = 1.0
+
+    def over(self, data: DataShape, whole_packs: bool) -> Work:
+        """Return the same over data of which something is known.
+
+        Args:
+            data: What is known.
+            whole_packs: Whether the documents of a pack see each other.
+        """
+        # Of those who share a row, one may have all its labels.
+        largest = min(1.0, data.largest_labelled_share * self.sequence_parallel_size)
+        seen = 0.0 if whole_packs else min(data.document_tokens, float(self.length_tokens))
+        return replace(
+            self,
+            mean_square_tokens=seen,
+            labelled_share=data.labelled_share,
+            largest_labelled_share=largest,
+        )
 
     @property
     def tokens(self) -> int:

@@ -121,7 +121,7 @@ def _train(
     training, held_out, packing = _prepare_data(job, note)
     folder.require_same_data(home, training, held_out)
     if planned:
-        planned = planned.with_documents(home, packing["mean_square_tokens"])
+        planned = planned.with_data(home, packing)
     prepared = time.monotonic()
     on_disk = disk_bytes(ds_config, count, job.parallel.workers) if count is not None else 0
     brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, on_disk, trial)

@@ -23,7 +23,7 @@ from orchestrator.plan.probe import measure, processor
 from orchestrator.plan.store import constants_of, observed, rates_of_processor, remember, stack_of
 from orchestrator.plan.throughput import NoPeak, micro_steps
 from orchestrator.plan.wording import figures
-from orchestrator.plan.work import Model
+from orchestrator.plan.work import UNREAD, DataShape, Model
 from orchestrator.spec import JobSpec
 from orchestrator.train import session
 from orchestrator.train.recorder import STEPS, Status, read_lines
@@ -46,18 +46,18 @@ class Forecast:
         config: Its model's config.json.
         machines: The nodes it is spread over.
         stack: What its constants belong to.
-        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
+        data: What is known of the data.
     """
 
     job: JobSpec
     config: Mapping[str, Any]
     machines: Machines
     stack: str
-    document_tokens: float = 0.0
+    data: DataShape = UNREAD
 
     def prediction(self, constants: Constants) -> Prediction:
         """Return the prediction by constants of a stack."""
-        return asked_of(self.job, self.config, self.machines, constants, self.document_tokens).prediction
+        return asked_of(self.job, self.config, self.machines, constants, self.data).prediction
 
     def keep(self, home: Path) -> Prediction:
         """Write plan.json into the run's folder, and return what it says."""
@@ -67,9 +67,19 @@ class Forecast:
         (home / PLAN).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         return found
 
-    def with_documents(self, home: Path, document_tokens: float) -> Forecast:
-        """Return the same for documents that have been read, and keep what is predicted for them."""
-        known = replace(self, document_tokens=document_tokens)
+    def with_data(self, home: Path, packing: Mapping[str, Any]) -> Forecast:
+        """Return the same for data that have been read and packed, and keep what is predicted for them.
+
+        Args:
+            home: The run's folder.
+            packing: From `orchestrator.train.summary.packing_figures`.
+        """
+        data = DataShape(
+            document_tokens=packing["mean_square_tokens"],
+            labelled_share=packing["labelled_share"],
+            largest_labelled_share=packing["largest_labelled_share"],
+        )
+        known = replace(self, data=data)
         known.keep(home)
         return known
 

@@ -50,6 +50,8 @@ def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any
         "non_padding_fraction": account.tokens_kept / (len(packs) * job.data.max_length),
         "lower_bound": lower_bound(corpus.lengths, job.data.max_length),
         "mean_square_tokens": float(squares.sum() / account.tokens_kept),
+        "labelled_share": account.trained_tokens / (len(packs) * job.data.max_length),
+        "largest_labelled_share": float(packs.sums(corpus.trained).max() / job.data.max_length),
         "attention_cost_cv": float(squares.std() / squares.mean()),
         "wait_factor_by_chance": by_chance,
         "wait_factor": ordered,

@@ -19,7 +19,7 @@ from orchestrator.plan.memory import (
 )
 from orchestrator.plan.models import require_bundled
 from orchestrator.plan.prediction import work_of
-from orchestrator.plan.work import Model, Work
+from orchestrator.plan.work import DataShape, Model, Work
 
 P = 6_738_415_616
 EMBEDDING = 32_000 * 4096
@@ -106,6 +106,18 @@ def test_activations_by_hand() -> None:
     token = 18 * 4096 + 4 * 4096 + 8 * 4096 + 8 * 11008 + 4 * 32
     assert kept_bytes(replace(FULL, checkpointing="none")) == 32 * 2048 * token
     assert gpu().layer == 2048 * token
+
+
+def test_logits_are_those_of_the_pack_that_has_most_labels() -> None:
+    whole = loss_bytes(FULL)
+    few = DataShape(document_tokens=300.0, labelled_share=0.3, largest_labelled_share=0.5)
+    assert loss_bytes(FULL.over(few, whole_packs=False)) == whole / 2
+    shared = replace(FULL, sequence_parallel_size=2)
+    assert loss_bytes(shared.over(few, False)) == loss_bytes(shared), "one of both may have all of them"
+    tiled = replace(FULL, loss_tile_tokens=512).over(few, False)
+    hidden = 2 * 2 * 4096 * 2048
+    assert loss_bytes(tiled) == whole / 4 + hidden
+    assert FULL.over(few, whole_packs=True).seen_tokens == 2048
 
 
 def test_offloaded_activations_are_on_the_host() -> None:

@@ -43,10 +43,14 @@ def seconds(gpu: Device = A100, **changes: Any) -> StepTime:
 @pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "bloom-7b1"])
 @pytest.mark.parametrize("checkpointing", ["full", "none"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any) -> None:
+@pytest.mark.parametrize("labelled", [1024, 256])
+def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any, labelled: int) -> None:
     model = model_of(name)
-    work = Work(model, length_tokens=1024, method=method, checkpointing=checkpointing, rank=8, zero_stage=3)
-    forward = forward_flops(model.shape, 1024, 1024.0**2, 1024, adapter_parameters=work.adapters)
+    work = Work(
+        model, length_tokens=1024, method=method, checkpointing=checkpointing, rank=8, zero_stage=3,
+        labelled_share=labelled / 1024,
+    )  # fmt: skip
+    forward = forward_flops(model.shape, 1024, 1024.0**2, labelled, adapter_parameters=work.adapters)
     frozen = Frozen(layers=method == "lora", head=method == "lora")
     canon = hardware_flops(forward, Recomputation(checkpointing, 3), frozen)
     passes = 4 if checkpointing == "full" else 3

@@ -174,9 +174,14 @@ def test_steps_slower_than_the_range_are_told_of(seconds: float, is_slow: bool) 
 def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
     first = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     assert first is not None
-    known = first.with_documents(tmp_path, 150.0)
-    assert first.prediction(Constants()).work.seen_tokens == 512
-    assert known.prediction(Constants()).work.seen_tokens == 150
+    packing = {"mean_square_tokens": 150.0, "labelled_share": 0.4, "largest_labelled_share": 0.8}
+    whole = first.prediction(Constants())
+    known = first.with_data(tmp_path, packing).prediction(Constants())
+    assert (whole.work.seen_tokens, whole.work.labelled_share) == (512, 1.0)
+    assert (known.work.seen_tokens, known.work.labelled_share) == (150, 0.4)
+    assert known.memory.logits == pytest.approx(0.8 * whole.memory.logits)
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    assert kept["memory_bytes_by_part"]["logits"] == round(known.memory.logits)
 
 
 def test_a_family_that_is_not_known_is_not_planned_and_not_refused(tmp_path: Path) -> None:
