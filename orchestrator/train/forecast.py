@@ -147,7 +147,7 @@ def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Ma
     usual, held = expected["step_seconds"], expected["memory_reserved_peak_bytes"] / _GIB
     time = f"{seconds:.3g} s a step" + (f" ({usual:.3g} predicted)" if usual else "")
     said = f"the {count} steps after the first {WARM_UP_STEPS}: {time}, "
-    said += f"{held_bytes / _GIB:.2f} GiB held ({held:.2f} predicted); later plans are calibrated by them"
+    said += f"{held_bytes / _GIB:.2f} GiB held ({held:.2f} predicted)"
     if usual and seconds > usual * (1 + TIME_RANGE[expected["calibrated"]]):
         said += f"; that is slower than the range that was predicted, whose seconds by part are in {PLAN}"
     return said

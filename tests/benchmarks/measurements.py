@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.plan.host_memory import Offload
 from orchestrator.plan.memory import CONTEXT_BYTES
@@ -22,7 +22,7 @@ from orchestrator.plan.work import Model, Work
 _UNKNOWN = ("", "unknown")
 _QUANTIZATIONS = {"none": "none", "bnb-nf4": "nf4", "bnb-int8": "int8", "nf4": "nf4", "int8": "int8",
                   "gptq-int4": "gptq-int4", "gptq-int8": "gptq-int8"}  # fmt: skip
-_CHECKPOINTING = {"no": "none", "selective": "selective"}
+_CHECKPOINTING: Mapping[str, Literal["none", "selective"]] = {"no": "none", "selective": "selective"}
 _ATTENTION_IN = {"qwen": ("c_attn",), "chatglm": ("query_key_value",), "baichuan": ("W_pack",),
                  "bloom": ("query_key_value",), "phi3": ("qkv_proj",)}  # fmt: skip
 
@@ -205,7 +205,7 @@ def work_of(row: Measurement) -> Work:
             "cpu" if "optimizer" in (row.text("offload") or "") else "none",
             "cpu" if "param" in (row.text("offload") or "") else "none",
         ),
-        checkpointing=_CHECKPOINTING.get(row.text("gradient_checkpointing") or "", "full"),  # type: ignore[arg-type]
+        checkpointing=_CHECKPOINTING.get(row.text("gradient_checkpointing") or "", "full"),
         flash=row.text("flash_attention") == "yes",
         varying=varying(stack.mean_tokens, length) ** rows,
     )

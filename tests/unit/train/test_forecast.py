@@ -45,6 +45,11 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "live_nodes", lambda: nodes)
 
 
+@pytest.fixture
+def kept_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
+
+
 def test_what_fits_is_noted_and_kept_with_the_run(tmp_path: Path) -> None:
     notes: list[str] = []
     forecast.require_fit(job(), "cpu", tmp_path, False, notes.append)
@@ -92,10 +97,10 @@ def report(peak_bytes: float) -> dict[str, Any]:
     return {"memory_reserved_peak_bytes": peak_bytes, "medians": {"step_seconds": 1.5}}
 
 
+@pytest.mark.usefixtures("kept_runs")
 def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
     first = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     assert first is not None
     before = forecast.predicted(tmp_path)
@@ -117,10 +122,10 @@ def made(home: Path, attempt: int, step: int, seconds: float, held: float = 2 * 
         lines.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.usefixtures("kept_runs")
 def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
     planned = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     assert planned is not None
     notes: list[str] = []
@@ -145,10 +150,10 @@ def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
     assert [each.peak_bytes for each in recall(planned.stack)] == [3 * GIB]
 
 
+@pytest.mark.usefixtures("kept_runs")
 def test_a_processor_has_a_predicted_time_once_its_steps_were_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
     monkeypatch.setattr(forecast, "measure", lambda workers, threads: ProcessorRates(5e10, 8e9))
     first = forecast.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     assert first is not None
