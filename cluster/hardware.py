@@ -143,7 +143,7 @@ def device(name: str, extra: Path | None = None) -> Device:
     raise UnknownDevice(
         f"device {name!r} is not in {where}; use one of {', '.join(known)}, or add it: copy the table of a"
         f" similar device into a TOML file of your own, put in the numbers of its data sheet (dense ones),"
-        f" and pass that file as the extra catalogue"
+        f" and pass that file with --catalogue"
     )
 
 

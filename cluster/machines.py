@@ -11,7 +11,9 @@ from cluster.hardware import Device, device
 if TYPE_CHECKING:
     from pathlib import Path
 
-_FORM = re.compile(r"(?:(?:(?P<nodes>\d+)x)?(?P<each>\d+)x)?(?P<device>[^x\d].*)")
+MAX_WORKERS = 65_536
+"""More devices than any job file may ask for; the search for a plan grows with their number."""
+_FORM = re.compile(r"(?:(?:(?P<nodes>\d{1,18})x)?(?P<each>\d{1,18})x)?(?P<device>[^x\d].*)")
 
 
 class MachinesError(ValueError):
@@ -41,17 +43,23 @@ class Machines:
             extra: A catalogue of the user's own, beside the one that ships.
 
         Raises:
-            MachinesError: The text has another form, or a number is 0.
+            MachinesError: The text has another form, or names no device or more than MAX_WORKERS.
             UnknownDevice: The device is in no catalogue.
             CatalogueError: A catalogue cannot be read.
         """
         found = _FORM.fullmatch(text.strip())
-        if found is None or "0" in (found["nodes"], found["each"]):
+        if found is None:
             raise MachinesError(
                 f"{text!r} names no machines; write NODESxGPUSxDEVICE, such as 4x8xA100-80G-SXM, or 8xDEVICE "
                 "for one node"
             )
-        return cls(int(found["nodes"] or 1), int(found["each"] or 1), device(found["device"], extra))
+        nodes, each = int(found["nodes"] or 1), int(found["each"] or 1)
+        if not 1 <= nodes * each <= MAX_WORKERS:
+            raise MachinesError(
+                f"{text!r} names {nodes * each:,} devices; write NODESxGPUSxDEVICE with at least 1 "
+                f"and at most {MAX_WORKERS:,} devices"
+            )
+        return cls(nodes, each, device(found["device"], extra))
 
     def with_network(self, gbit_per_second: float) -> Machines:
         """Return the same with another network than the catalogue's.

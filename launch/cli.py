@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from cluster.auth import choose_auth_mode
-from launch.summary import read_report, side_by_side, summary, table
+from launch.summary import SUMMARY_FIELDS, read_report, side_by_side, summary, table
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
 
@@ -357,7 +357,8 @@ def report(
                 found, _ = load(run, layout)
                 _say((found.json() if as_json else found.markdown()).rstrip())
             return
-        reports = [read_report(run) for run in runs]
+        fields = SUMMARY_FIELDS if len(runs) == 1 and not as_json else ("name",)
+        reports = [read_report(run, fields) for run in runs]
         if as_json:
             _say(json.dumps(reports))
         elif len(reports) == 1:

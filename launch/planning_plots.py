@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.machines import Machines
 from orchestrator.bench.plots import require_matplotlib
+from orchestrator.errors import SpecError
 from orchestrator.plan.planner import Candidate, best_plan
 from orchestrator.plan.prediction import TIME_RANGE, Constants
 from orchestrator.plan.wording import GIB
@@ -40,15 +41,18 @@ def draw(
         data: What is known of the data.
 
     Raises:
-        SpecError: matplotlib is not installed.
+        SpecError: matplotlib is not installed, or the folder cannot be written.
     """
     require_matplotlib("leave out --plots")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     own = job.data.max_length
     lengths = [length for length in (own * 2**power // 8 for power in range(7)) if length >= _SHORTEST]
     planned = {}
@@ -68,9 +72,18 @@ def draw(
         axes.set_xlabel("max_length" + ("; longer ones do not fit" if len(planned) < len(lengths) else ""))
         figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
         files.append(folder / f"{name}.svg")
-        figure.savefig(files[-1], metadata={"Date": None})
+        try:
+            figure.savefig(files[-1], metadata={"Date": None})
+        except OSError as error:
+            raise _unwritable(folder, error) from None
         pyplot.close(figure)
     return files
+
+
+def _unwritable(folder: Path, error: OSError) -> SpecError:
+    return SpecError(
+        f"--plots {folder} cannot be written ({error.strerror or error}); name a folder that can be"
+    )
 
 
 def moments(candidate: Candidate) -> dict[str, float]:

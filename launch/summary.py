@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import SpecError
+from orchestrator.records import read_object
+
+SUMMARY_FIELDS = (
+    "name", "steps", "epoch", "loss", "first_loss", "evaluation_loss", "tgs", "tgs_trained", "tgs_slots",
+    "memory_reserved_peak_bytes", "world_size", "nodes", "restarts", "steps_lost", "seconds",
+)  # fmt: skip
 
 
-def read_report(run: Path) -> dict[str, Any]:
+def read_report(run: Path, fields: Sequence[str] = ("name",)) -> dict[str, Any]:
     """Return the report of a finished run.
 
     Args:
         run: Its folder.
+        fields: Fields that the caller needs of it.
 
     Raises:
-        SpecError: There is none.
+        SpecError: There is none, or it lacks one of the fields.
     """
-    try:
-        found: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    found = read_object(run / "report.json")
+    if found is None:
         raise SpecError(
             f"{run} has no readable report.json; name the folder STORAGE/NAME of a run that has finished"
-        ) from None
+        )
+    if missing := [name for name in fields if name not in found]:
+        raise SpecError(
+            f"{run / 'report.json'} lacks {', '.join(missing)}, so it is not the report of a run, or of "
+            "another version; name the folder STORAGE/NAME of a run of this version"
+        )
     return found
 
 

@@ -10,6 +10,7 @@ from orchestrator.bench.layouts import LAYOUTS, table
 from orchestrator.bench.results import Row
 from orchestrator.bench.table import Table
 from orchestrator.errors import SpecError
+from orchestrator.records import read_object
 
 SWEEP = "sweep.json"
 
@@ -37,9 +38,9 @@ def load(folder: Path, layout: str | None = None) -> tuple[Table, list[Row]]:
     """
     if layout is not None and layout not in LAYOUTS:
         raise SpecError(f"--layout {layout} is not one of the layouts known; use {', '.join(LAYOUTS)}")
-    described = results.read_json(folder / SWEEP)
-    if not described:
-        raise SpecError(f"{folder} has no {SWEEP}; name the folder STORAGE/NAME of a sweep")
+    described = read_object(folder / SWEEP)
+    if described is None or not {"name", "layout", "cells"} <= described.keys():
+        raise SpecError(f"{folder} has no readable {SWEEP}; name the folder STORAGE/NAME of a sweep")
     by_cell = {row.cell: row for row in results.read(folder)}
     rows = [by_cell[cell] for cell in described["cells"] if cell in by_cell]
     return table(layout or described["layout"], described["name"], rows), rows

@@ -12,6 +12,7 @@ import numpy as np
 
 from orchestrator.errors import SpecError
 from orchestrator.metrics.meter import PHASES, last_attempt
+from orchestrator.records import read_lines
 
 RESULTS = "results.jsonl"
 STEPS, REPORT, WORKERS = "steps.jsonl", "report.json", "workers.json"  # of a run's folder
@@ -113,16 +114,32 @@ def samples_of(run: Path, warmup_steps: int) -> dict[str, list[float]]:
         run: The run's folder.
         warmup_steps: Steps at its start that are left out.
     """
-    rows = [row for row in last_attempt(read_lines(run / STEPS)) if row["step"] > warmup_steps]
+    rows = [row for row in _steps(run) if row["step"] > warmup_steps]
     return {
-        name: [row[name] for row in rows] for name in SAMPLED if rows and all(name in row for row in rows)
+        name: [row[name] for row in rows]
+        for name in SAMPLED
+        if rows and all(_is_number(row.get(name)) for row in rows)
     }
 
 
 def peaks_of(run: Path) -> dict[str, float]:
     """Return the largest memory that any worker of a run took, by name, in bytes."""
-    rows = last_attempt(read_lines(run / STEPS))
-    return {name: max(row[name] for row in rows) for name in PEAKS if rows and all(name in r for r in rows)}
+    rows = _steps(run)
+    return {
+        name: max(row[name] for row in rows)
+        for name in PEAKS
+        if rows and all(_is_number(row.get(name)) for row in rows)
+    }
+
+
+def _steps(run: Path) -> list[Mapping[str, Any]]:
+    """Return one row for each step of a run; rows that do not say their step and attempt are no steps."""
+    rows = [row for row in read_lines(run / STEPS) if _is_number(row.get("step"), row.get("attempt"))]
+    return last_attempt(rows)
+
+
+def _is_number(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def read(folder: Path) -> list[Row]:
@@ -147,22 +164,3 @@ def append(folder: Path, row: Row) -> None:
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
         file.write(("" if whole else "\n") + json.dumps(asdict(row)) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; a line that a kill cut short does not count."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file; an empty mapping where there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -22,6 +22,7 @@ from orchestrator.bench.report import describe
 from orchestrator.bench.results import Row, label
 from orchestrator.bench.sweep import Cell, Sweep
 from orchestrator.errors import ClusterError
+from orchestrator.records import read_lines, read_object, read_value
 
 CELLS = "cells"
 _LOG, _LOCK = "driver.log", ".lock"
@@ -131,7 +132,7 @@ def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, 
     }
     (home / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
     ended = _run_process(home, sweep.spec.timeout_minutes, lock)
-    return results.read_json(home / OUTCOME) or {"status": "failed", "reason": ended}
+    return read_object(home / OUTCOME) or {"status": "failed", "reason": ended}
 
 
 def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:
@@ -140,8 +141,8 @@ def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:
     if outcome["status"] == "ok" and not samples:
         outcome |= {"status": "failed", "reason": _no_steps(home, sweep.spec.warmup_steps)}
     succeeded = outcome["status"] == "ok"
-    report = results.read_json(home / results.REPORT) or {}
-    workers = results.read_json(home / results.WORKERS) or []
+    report = read_object(home / results.REPORT) or {}
+    workers = read_value(home / results.WORKERS) or []
     machines = {
         "nodes": len({worker["node"] for worker in workers}),
         "devices": sorted({worker["device"] for worker in workers}),
@@ -162,7 +163,7 @@ def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:
 
 
 def _no_steps(home: Path, warmup_steps: int) -> str:
-    steps = len(results.read_lines(home / results.STEPS))
+    steps = len(read_lines(home / results.STEPS))
     return (
         f"the run has {steps} steps and warmup_steps={warmup_steps} leaves none to measure; set steps, or "
         "lower warmup_steps"

@@ -8,7 +8,14 @@ from typing import Any
 
 from orchestrator.errors import SpecError
 from orchestrator.paths import resolve
+from orchestrator.plan.families import FAMILIES, sizes
 from orchestrator.plan.models import bundled, bundled_config
+
+_SIZE_FIELDS = (
+    "hidden_size", "n_embed", "num_attention_heads", "n_head", "num_hidden_layers", "n_layer", "num_layers",
+    "intermediate_size", "ffn_hidden_size", "vocab_size", "padded_vocab_size", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
 
 
 def local_config(path: str) -> Mapping[str, Any] | None:
@@ -31,11 +38,11 @@ def config_of(path: str) -> Mapping[str, Any]:
         path: `model.path` of a job: a folder, a name that is bundled, or one on the hub, which is asked last.
 
     Raises:
-        SpecError: It is in none of these places.
+        SpecError: It is in none of these places, cannot be read, or does not state the model's sizes.
     """
-    found = local_config(path) or bundled_config(path)
+    found = _in_folder(path) or bundled_config(path)
     if found is not None:
-        return found
+        return _with_sizes(path, found)
     asked = "is no folder with a config.json"
     if path.count("/") == 1 and not path.startswith((".", "/", "~", "builtin/")):
         found, asked = _from_hub(path), "is no folder with a config.json, and no hub could be asked for it"
@@ -44,7 +51,58 @@ def config_of(path: str) -> Mapping[str, Any]:
             f"model.path={path} {asked}, so the model's sizes are not known; give a folder, or one of the "
             f"bundled names: {', '.join(bundled())}"
         )
+    return _with_sizes(path, found)
+
+
+def _in_folder(path: str) -> Mapping[str, Any] | None:
+    """Return the config.json of a model folder; None where the path has none.
+
+    Raises:
+        SpecError: The file is there and cannot be read, or is not a JSON object.
+    """
+    file = resolve(path) / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not JSON: {error}"
+        raise SpecError(
+            f"model.path={path}: {file} cannot be read ({reason}); restore the config.json of the model"
+        ) from None
+    if not isinstance(found, dict) or not found:
+        raise SpecError(
+            f"model.path={path}: {file} is not a JSON object with the model's settings; restore the "
+            "config.json of the model"
+        )
     return found
+
+
+def _with_sizes(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration whose sizes, where its family is known, are stated and positive integers.
+
+    Raises:
+        SpecError: One of them is missing, or is not a positive integer.
+    """
+    if str(config.get("model_type")) not in FAMILIES:
+        return config
+    restore = "restore the config.json of the model"
+    stated = {name: config[name] for name in _SIZE_FIELDS if config.get(name) is not None}
+    if wrong := {name: value for name, value in stated.items() if not _is_count(value)}:
+        shown = ", ".join(f"{name}={json.dumps(value)}" for name, value in wrong.items())
+        raise SpecError(f"model.path={path}: config.json has {shown}, not positive integers; {restore}")
+    try:
+        sizes({name: value for name, value in config.items() if value is not None})
+    except KeyError as error:
+        raise SpecError(
+            f"model.path={path}: config.json does not state {error.args[0]}, which model_type="
+            f"{config['model_type']} needs; {restore}"
+        ) from None
+    return config
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _from_hub(name: str) -> Mapping[str, Any] | None:

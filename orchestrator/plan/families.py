@@ -163,9 +163,16 @@ class Sizes:
 
 
 def sizes(config: Mapping[str, Any]) -> Sizes:
-    """Return the sizes that a configuration of a known family states under its own names."""
-    hidden, family = config.get("hidden_size") or config["n_embed"], config["model_type"]
-    heads = config.get("num_attention_heads") or config["n_head"]
+    """Return the sizes that a configuration of a known family states under its own names.
+
+    Raises:
+        KeyError: One of them is not stated; carries its name.
+    """
+    family = config["model_type"]
+    hidden, heads = (
+        config.get(name) or config.get(other) or config[name]
+        for name, other in (("hidden_size", "n_embed"), ("num_attention_heads", "n_head"))
+    )
     if family == "chatglm":
         kv_heads = config["multi_query_group_num"] if config.get("multi_query_attention") else heads
         return Sizes(

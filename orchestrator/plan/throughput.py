@@ -372,7 +372,7 @@ def _rates(work: Work, device: Device) -> _Rates:
     if peak is None or bandwidth is None:
         raise NoPeak(
             f"device {device.name} has no {dtype} peak or no memory bandwidth in the catalogue, so its speed "
-            "cannot be predicted; add them in an extra catalogue"
+            "cannot be predicted; add them in a file for --catalogue"
         )
     matmul = device.reached_share("matmul") or MATMUL_SHARE
     flash = device.reached_share("flash_attention") or FLASH_SHARE

@@ -24,9 +24,10 @@ from orchestrator.plan.store import constants_of, observed, rates_of_processor, 
 from orchestrator.plan.throughput import NoPeak, micro_steps
 from orchestrator.plan.wording import figures
 from orchestrator.plan.work import UNREAD, DataShape, Model
+from orchestrator.records import read_lines
 from orchestrator.spec import JobSpec
 from orchestrator.train import session
-from orchestrator.train.recorder import STEPS, Status, read_lines
+from orchestrator.train.recorder import STEPS, Status
 
 PLAN = "plan.json"
 WARM_UP_STEPS = 2

@@ -19,6 +19,7 @@ from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.metrics.exporter import Exporter, RankLabels
 from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, rank_columns, step_values
 from orchestrator.metrics.trackers import Trackers, no_trackers
+from orchestrator.records import read_lines
 from orchestrator.train.lease import Lease
 
 STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
@@ -280,21 +281,6 @@ class Recorder:
                 f"attempt {attempt} has been replaced by attempt {self._status.attempt}; it may not "
                 "write any more"
             )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file; a last line that a crash cut short does not count."""
-    rows: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 from orchestrator.data.corpus import Corpus
 from orchestrator.data.packing import Packs, lower_bound
 from orchestrator.metrics.meter import last_attempt
+from orchestrator.records import read_lines
 from orchestrator.spec import JobSpec
 from orchestrator.train.brief import training_loader
 from orchestrator.train.forecast import predicted
-from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS, read_lines
+from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS
 
 REPORT = "report.json"
 _RATES = ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu")

@@ -78,6 +78,24 @@ def test_render_prints_what_a_run_would_use(tmp_path: Path) -> None:
     assert not json.loads(on_cpu.out)["bf16"]["enabled"]
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", "null", '{"name": "run"}', "{", "\x00"])
+def test_a_file_that_is_no_report_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(text)
+    done = orchestrator("report", ".", cwd=tmp_path)
+    assert done.code == 2
+    assert "report.json" in done.err
+    assert "name the folder STORAGE/NAME of a run" in done.err
+
+
+def test_steps_that_are_no_steps_are_not_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "steps.jsonl").write_text('[1]\n5\n{"step": 1}\n{"step": "x", "attempt": 1}\n{"st')
+    done = orchestrator("report", "--compare", "a", "b", cwd=tmp_path)
+    assert done.code == 2
+    assert "a holds no sweep and no run with more than 2 steps" in done.err
+
+
 def test_reports_stand_side_by_side(tmp_path: Path) -> None:
     common = {"evaluation_loss": None, "tgs": 1.0, "step_seconds": 2.0, "world_size": 2, "restarts": 0}
     for name, loss in (("a", 1.5), ("b", 1.25)):

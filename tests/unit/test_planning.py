@@ -108,7 +108,7 @@ def test_where_nothing_fits_it_says_what_would_and_ends_with_3() -> None:
 @pytest.mark.parametrize(
     ("gpus", "words"),
     [
-        ("8xA1000", ("--gpus 8xA1000", "A100-80G-SXM", "extra catalogue")),
+        ("8xA1000", ("--gpus 8xA1000", "A100-80G-SXM", "--catalogue")),
         ("eight", ("--gpus eight", "use one of")),
         ("0xA100-80G-SXM", ("--gpus 0xA100-80G-SXM", "NODESxGPUSxDEVICE")),
     ],
@@ -177,3 +177,12 @@ def test_planning_loads_no_framework() -> None:
         "assert not loaded, loaded\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
+def test_plots_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
+    taken = tmp_path / "plots"
+    taken.write_text("mine")
+    code, _, err = plan(LONG, "--gpus", "8xA100-80G-SXM", "--plots", str(taken))
+    assert code == 2
+    assert f"--plots {taken} cannot be written (File exists); name a folder that can be" in err
+    assert taken.read_text() == "mine"

@@ -29,10 +29,26 @@ def test_a_node_has_the_memory_of_its_devices_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "8", "8x", "0x8xA100-80G-SXM", "4x0xA100-80G-SXM", "-1xA100-80G-SXM", "2x2x2xL40S-48G"]
+    "text",
+    [
+        "",
+        "8",
+        "8x",
+        "0x8xA100-80G-SXM",
+        "4x0xA100-80G-SXM",
+        "-1xA100-80G-SXM",
+        "2x2x2xL40S-48G",
+        "9" * 5000 + "xL40S-48G",
+    ],
 )
 def test_another_form_is_an_error_that_shows_the_form(text: str) -> None:
     with pytest.raises((MachinesError, UnknownDevice), match=r"NODESxGPUSxDEVICE|use one of"):
+        Machines.parse(text)
+
+
+@pytest.mark.parametrize("text", ["99999999999xL40S-48G", "65536x2xL40S-48G", "00xL40S-48G"])
+def test_a_number_of_devices_that_nobody_has_is_refused(text: str) -> None:
+    with pytest.raises(MachinesError, match=r"devices; write .* at most 65,536"):
         Machines.parse(text)
 
 

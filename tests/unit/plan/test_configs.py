@@ -13,7 +13,14 @@ from orchestrator.errors import SpecError
 from orchestrator.plan.configs import config_of
 from orchestrator.plan.models import require_bundled
 
-SIZES = {"model_type": "llama", "hidden_size": 64}
+SIZES = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+}
 
 
 @pytest.fixture
@@ -56,3 +63,32 @@ def test_what_is_nowhere_is_one_clear_error(path: str, asked: list[str]) -> None
     ):
         config_of(path)
     assert asked == (["someone/another"] if path == "someone/another" else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "cannot be read (not JSON"),
+        ("[1]", "is not a JSON object"),
+        ("null", "is not a JSON object"),
+        ("{}", "is not a JSON object"),
+        (json.dumps({"model_type": "llama", "hidden_size": 64}), "does not state num_attention_heads"),
+        (json.dumps({**SIZES, "vocab_size": None}), "does not state vocab_size"),
+        (json.dumps({**SIZES, "num_hidden_layers": "two"}), 'num_hidden_layers="two"'),
+        (json.dumps({**SIZES, "hidden_size": -4}), "hidden_size=-4"),
+        (json.dumps({**SIZES, "hidden_size": "wide"}), 'hidden_size="wide"'),
+        (json.dumps({**SIZES, "num_attention_heads": 0}), "num_attention_heads=0"),
+    ],
+)
+def test_a_damaged_config_is_one_clear_error(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SpecError) as found:
+        config_of(str(tmp_path))
+    assert words in str(found.value)
+    assert str(tmp_path) in str(found.value)
+    assert "restore the config.json" in str(found.value)
+
+
+def test_an_unknown_family_needs_no_sizes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "someones"}')
+    assert config_of(str(tmp_path)) == {"model_type": "someones"}

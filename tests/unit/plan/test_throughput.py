@@ -137,7 +137,7 @@ def test_tgs_is_a_gpus_own_tokens() -> None:
 
 
 def test_a_device_without_a_peak_is_named() -> None:
-    with pytest.raises(NoPeak, match=r"device cpu has no bf16 peak.*extra catalogue"):
+    with pytest.raises(NoPeak, match=r"device cpu has no bf16 peak.*--catalogue"):
         step_time(FULL, device("cpu"))
 
 
