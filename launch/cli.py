@@ -15,9 +15,14 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from cluster.auth import choose_auth_mode
+from launch.output import TolerantStream, describe_unexpected, prepare_streams
+from launch.output import write_message as _tell
+from launch.output import write_result as _say
 from launch.summary import SUMMARY_FIELDS, read_report, side_by_side, summary, table
 from orchestrator import jobfile
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
+
+_UNEXPECTED = 1
 
 app = typer.Typer(
     name="orchestrator",
@@ -38,24 +43,22 @@ Force = Annotated[bool, typer.Option("--force", help="Train although the plan sa
 Address = Annotated[str | None, typer.Option(help="Ray cluster to use, e.g. auto; none starts a local Ray.")]
 
 
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+@app.callback()
+def _prepare() -> None:
+    prepare_streams()
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    sys.stderr.write(text + "\n")
+    _tell(text)
     raise typer.Exit(code)
 
 
 @contextmanager
 def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
-    """Turn errors into one block on stderr and an exit code: 2 file, 3 machines, 4 run, 130 Ctrl-C."""
+    """Turn errors into one block on stderr and an exit code.
+
+    2 file, 3 machines, 4 run, 130 Ctrl-C, 1 a fault of this program.
+    """
     choose_auth_mode()  # before a command imports Ray
     try:
         yield
@@ -63,6 +66,10 @@ def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail(f"interrupted: {interrupted}", 130)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        _fail(describe_unexpected(error), _UNEXPECTED)
 
 
 @app.command(epilog="Example: orchestrator validate launch/jobs/quickstart.yaml")
@@ -203,7 +210,7 @@ def train(
         from launch.progress import Progress
         from orchestrator.train.driver import run
 
-        progress = Progress(sys.stderr if as_json else sys.stdout)
+        progress = Progress(TolerantStream(sys.stderr if as_json else sys.stdout))
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
             report = run(spec, address, progress, progress.note, force=force)
         _say(json.dumps(report) if as_json else summary(report))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, TextIO
 
+from launch.output import TolerantStream
+
 _SECONDS_BETWEEN_LINES = 2.0
 
 
@@ -15,7 +17,7 @@ class Progress:
         out: Where lines go.
     """
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO | TolerantStream) -> None:
         self._out = out
         self._attempt = 0
         self._step = -1

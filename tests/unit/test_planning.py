@@ -186,3 +186,15 @@ def test_plots_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> Non
     assert code == 2
     assert f"--plots {taken} cannot be written (File exists); name a folder that can be" in err
     assert taken.read_text() == "mine"
+
+
+def test_an_error_that_nobody_foresaw_shows_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("launch.planning.planned", lambda *_: 1 // 0)
+    code, out, err = plan(LONG, "--gpus", "8xA100-80G-SXM")
+    assert (code, out) == (1, "")
+    assert err.startswith("unexpected error: ZeroDivisionError: ")
+    assert "Traceback" not in err
+    assert "1 // 0" in next(tmp_path.iterdir()).read_text()

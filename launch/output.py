@@ -1,0 +1,92 @@
+"""Writing to standard output and error, which may be closed, full, of another encoding, or read by nobody."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import TextIO
+
+from orchestrator.errors import ClusterError
+
+
+def prepare_streams() -> None:
+    """Let both streams take any character, and exist where the caller closed them."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # started with the descriptor closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open as long as we run
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write_result(text: str) -> None:
+    """Write a command's result to standard output.
+
+    A reader that has gone, as `head` does, is no error.
+
+    Raises:
+        ClusterError: Standard output cannot be written, such as a file on a full disk.
+    """
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    except OSError as error:
+        _discard(sys.stdout)
+        raise ClusterError(
+            f"the result cannot be written to standard output ({error.strerror}); redirect it elsewhere"
+        ) from None
+
+
+def write_message(text: str) -> None:
+    """Write a message to standard error; one that cannot be written is lost, and ends nothing."""
+    TolerantStream(sys.stderr).write(text + "\n")
+
+
+class TolerantStream:
+    """A stream whose failures end nothing: a run must outlive the terminal that watches it.
+
+    Args:
+        stream: What is written to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write a text and flush it, or lose it."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            _discard(self._stream)
+
+    def flush(self) -> None:
+        """Do nothing: every write flushes."""
+
+
+def describe_unexpected(error: Exception) -> str:
+    """Keep the traceback of an error that nobody foresaw in a file, and return one sentence that names it."""
+    reason = " ".join(str(error).split())[:300]
+    found = f"unexpected error: {type(error).__name__}: {reason}".removesuffix(": ")
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="orchestrator-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{found} at {last.filename}:{last.lineno}; this is a fault of orchestrator, please report it"
+    return f"{found}; this is a fault of orchestrator, please report it with the traceback in {file.name}"
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is still buffered to nowhere: the interpreter flushes the stream once more at its end."""
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+    except (OSError, ValueError):
+        return
