@@ -51,11 +51,13 @@ class Shard:
     Attributes:
         index: One entry a row.
         checksum: CRC-32 of the file.
+        largest_token: Largest token id of its rows; -1 without any.
         malformed: Place and reason of each row that was left out.
     """
 
     index: npt.NDArray[np.void]
     checksum: int
+    largest_token: int
     malformed: tuple[tuple[str, str], ...] = ()
 
 
@@ -79,7 +81,8 @@ def write_shard(
         before = np.append(0, np.cumsum(turn >= least))
         # Not the first token: it has nothing before it to be predicted from.
         index[field] = before[ends[1:]] - before[np.minimum(ends[:-1] + 1, ends[1:])]
-    return Shard(index, zlib.crc32(path.read_bytes()), tuple(malformed))
+    largest = int(tokens.max()) if len(tokens) else -1
+    return Shard(index, zlib.crc32(path.read_bytes()), largest, tuple(malformed))
 
 
 def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object]) -> None:
@@ -96,6 +99,7 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
         "rows": len(index),
         "rows_malformed": len(malformed),
         "tokens": int(index["length"].sum(dtype=np.int64)),
+        "largest_token": max((shard.largest_token for shard in shards), default=-1),
         "index_checksum": zlib.crc32(data.getbuffer()),
         "shards": [[len(shard.index), shard.checksum] for shard in shards],
     }

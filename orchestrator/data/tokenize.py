@@ -31,7 +31,7 @@ from orchestrator.paths import resolve
 from orchestrator.spec import ModelSpec, SourceSpec
 
 Note = Callable[[str], None]
-_VERSION = 3  # of the store; a change makes every cached store unknown
+_VERSION = 4  # of the store; a change makes every cached store unknown
 _SHOWN_PROBLEMS = 10
 _SECONDS_BETWEEN_NOTES = 5.0
 _STALE_SECONDS = 24 * 3600.0

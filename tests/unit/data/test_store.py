@@ -289,3 +289,12 @@ def test_a_damaged_list_of_malformed_rows_is_named(tmp_path: Path, damage: Calla
     with pytest.raises(ClusterError) as problem:
         _ = TokenStore(tmp_path).malformed
     assert_damaged(problem, tmp_path, MALFORMED)
+
+
+def test_the_largest_token_is_known_without_reading_shards(tmp_path: Path) -> None:
+    first, second = four_rows()
+    first[1].tokens[0] = 2**32 - 1
+    assert write(tmp_path, [], first, second).manifest["largest_token"] == 2**32 - 1
+    assert write(tmp_path, [], second).manifest["largest_token"] == 3001
+    assert write(tmp_path, [row(0, [])]).manifest["largest_token"] == -1
+    assert write(tmp_path).manifest["largest_token"] == -1
