@@ -26,6 +26,13 @@ from orchestrator.model.support import (
     obstacle_in_model,
     obstacle_to_muon,
 )
+from orchestrator.model.weights import (
+    ADAPTER_CONFIG,
+    Difference,
+    difference_problem,
+    on_every_rank,
+    weights_problem,
+)
 from orchestrator.paths import resolve
 from orchestrator.plan.host_memory import ParameterCount
 from orchestrator.spec import JobSpec, ModelSpec
@@ -40,13 +47,29 @@ def torch_dtype(dtype: Literal["bf16", "fp16", "fp32"]) -> torch.dtype:
 
 
 def load_config(model: ModelSpec) -> Any:
-    """Return the model's configuration.
+    """Return the configuration of the model that is trained, with its resized vocabulary where it has one.
+
+    Raises:
+        SpecError: The path is no model that transformers can read, or the tokenizer cannot be read.
+    """
+    return stored_config(model)
+
+
+def stored_config(model: ModelSpec) -> Any:
+    """Return the configuration that lies beside the model's weights.
 
     Raises:
         SpecError: The path is no model that transformers can read.
     """
     from transformers import AutoConfig
 
+    folder = resolve(model.path)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise _refusal(
+            model,
+            f"is an adapter ({ADAPTER_CONFIG}) and not a model; name its base model in model.path, and this "
+            "folder in method.adapter",
+        )
     try:
         return AutoConfig.from_pretrained(str(resolve(model.path)), trust_remote_code=model.trust_remote_code)
     except Exception as error:
@@ -57,10 +80,15 @@ def load_config(model: ModelSpec) -> Any:
         ) from None
 
 
-def require_supported(job: JobSpec) -> ParameterCount | None:
+def require_supported(job: JobSpec, reads_weights: bool = True) -> ParameterCount | None:
     """Refuse a model that a job's packed documents cannot be trained with, or not as the job says.
 
     The model is built without memory for its weights, so that this can be asked before anything is paid for.
+    Its files are compared with it by the headers alone; those of a hub model only where they are cached.
+
+    Args:
+        job: The job.
+        reads_weights: False where a checkpoint replaces every weight, so that the model's files may be gone.
 
     Returns:
         How many parameters it has, with its adapters; None where only the workers can tell.
@@ -83,6 +111,8 @@ def require_supported(job: JobSpec) -> ParameterCount | None:
         raise _refusal(model, problem)
     if job.optim.optimizer == "muon" and (problem := obstacle_to_muon(built)):
         raise _refusal(model, problem)
+    if reads_weights or job.method.type == "lora":
+        _require_weights(model, built, download=False)
     _save_memory(built, model, offload_activations=False)
     if job.method.type == "lora":
         with torch.device("meta"):
@@ -110,8 +140,12 @@ def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
     """Return the model that a job's adapters stand beside, whole and in one process.
 
     Weights that the job quantised are what their few bits stand for, in the number format.
+
+    Raises:
+        SpecError: The model's files do not hold its weights.
     """
     config = load_config(job.model)
+    _require_readable(job.model, config)
     few_bits = _few_bits(job, config, dtype)
     if few_bits is None:
         built = _built(job.model, config, dtype, job.run.seed, partitioned=False)
@@ -136,7 +170,59 @@ def _built(
     options = _options(model, dtype)
     if model.weights == "random" or not load:
         return _random(config, options, seed, partitioned)
-    return AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), config=config, **options)
+    return _read(AutoModelForCausalLM, model, config, options)
+
+
+def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -> Any:
+    """Return the model with the weights in its files, and grown to the configuration's tokens.
+
+    Raises:
+        SpecError: Weights are missing, are left over, or have another shape.
+    """
+    stored = stored_config(model)
+    built, info = loader.from_pretrained(
+        str(resolve(model.path)),
+        config=stored,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told of below, with all that else is wrong
+        **options,
+    )
+    difference = difference_problem(Difference.of(info), type(built).__name__, stored)
+    if problem := on_every_rank(difference):
+        raise _refusal(model, problem)
+    return built
+
+
+def _require_readable(model: ModelSpec, config: Any) -> None:
+    """Refuse files that do not hold a model's weights, before any is read.
+
+    Raises:
+        SpecError: What is wrong with the files, and the remedy.
+    """
+    if model.weights == "random":
+        return
+    try:
+        bare = _without_memory(model, config)
+    except Exception:  # it is built with memory next, which either works or says what is wrong
+        return
+    _require_weights(model, bare, download=True)
+
+
+def _require_weights(model: ModelSpec, bare: Any, download: bool) -> None:
+    """Refuse files that do not hold a model's weights; on every rank where any finds that.
+
+    Args:
+        model: The model.
+        bare: The same on the meta device.
+        download: Whether files of a hub model may be fetched.
+
+    Raises:
+        SpecError: What is wrong with the files, and the remedy.
+    """
+    if model.weights == "random":
+        return
+    if problem := on_every_rank(weights_problem(model, bare, stored_config(model), download)):
+        raise _refusal(model, problem)
 
 
 def _few_bits(job: JobSpec, config: Any, dtype: torch.dtype) -> Any:
@@ -154,12 +240,12 @@ def _drawn(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int) -> Any:
 def _built_of_few_bits(model: ModelSpec, config: Any, dtype: torch.dtype, few_bits: Any, drawn: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options = {**_options(model, dtype), "config": config, "quantization_config": few_bits}
+    options = {**_options(model, dtype), "quantization_config": few_bits}
     if drawn is None:
-        built = AutoModelForCausalLM.from_pretrained(str(resolve(model.path)), **options)
+        built = _read(AutoModelForCausalLM, model, config, options)
     else:
         del options["trust_remote_code"]  # the class is known
-        built = type(drawn).from_pretrained(None, state_dict=drawn.state_dict(), **options)
+        built = type(drawn).from_pretrained(None, config=config, state_dict=drawn.state_dict(), **options)
     if kind_of(config) is None:
         keep_weights_in_place(built)
     return built
@@ -209,13 +295,16 @@ def build_model(
     config = load_config(model)
     if obstacle := obstacle_in_config(config) or quantization_problem(config, job):
         raise _refusal(model, obstacle)
+    reads = load_weights or adapted
+    if reads:
+        _require_readable(model, config)
     few_bits = _few_bits(job, config, dtype)
     drawn = None if few_bits is None else _drawn(model, config, dtype, seed)
     # transformers and peft read this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     try:
         if few_bits is None:
-            built = _built(model, config, dtype, seed, partitioned is not None, load_weights or adapted)
+            built = _built(model, config, dtype, seed, partitioned is not None, reads)
         else:
             built = _built_of_few_bits(model, config, dtype, few_bits, drawn)
     except _CANNOT_BUILD as error:

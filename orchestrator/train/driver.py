@@ -40,7 +40,7 @@ from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.plan.host_memory import disk_bytes
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
 from orchestrator.train import checkpoint, export, folder, forecast, placing, session, summary
-from orchestrator.train.brief import Brief, Trial
+from orchestrator.train.brief import CHECKPOINTS, Brief, Trial
 from orchestrator.train.lease import Lease
 from orchestrator.train.optimizers import require_bitsandbytes
 from orchestrator.train.recorder import Recorder, Status
@@ -107,7 +107,8 @@ def _train(
     watch, note = tell
     require_bitsandbytes(job.optim.optimizer)
     require_packages(job.metrics.trackers)
-    count = require_supported(job)
+    resumes = bool(checkpoint.published(home / CHECKPOINTS))
+    count = require_supported(job, reads_weights=not resumes)
     if job.method.type == "lora":
         folder.require_same_base(home, identity(job))
     _require_shareable(job, device, note)

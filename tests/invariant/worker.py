@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from orchestrator.errors import TrainingError
+from orchestrator.errors import SpecError, TrainingError
 from orchestrator.model.build import build_model, torch_dtype
 from orchestrator.model.loss import TiledHead
 from orchestrator.parallel import ulysses
@@ -249,7 +249,22 @@ def build_partitioned(task: Task) -> Answer:
     }, {}
 
 
+def refuse_to_build(task: Task) -> Answer:
+    """Try to build each of several models; `{rank}` in a path stands for this process's own folder."""
+    found = {}
+    for name, document in task["jobs"].items():
+        document["model"]["path"] = document["model"]["path"].format(rank=dist.get_rank())
+        job = JobSpec.model_validate_json(json.dumps(document))
+        try:
+            build_model(job, torch.float32, render(job, "fp32", "cpu"))
+            found[name] = None
+        except SpecError as error:
+            found[name] = list(error.problems)
+    return {"problems": found}, {}
+
+
 ACTIONS: dict[str, Callable[[Task], Answer]] = {
+    "refuse_to_build": refuse_to_build,
     "train": run_training,
     "build_partitioned": build_partitioned,
     "refuse_to_load": refuse_to_load,

@@ -1,0 +1,329 @@
+"""Whether the files of a model hold the weights that its configuration describes: all of them, no others.
+
+`from_pretrained` draws what it does not find at random, leaves out what it has no place for, and only logs
+either. Here both end the run. The comparison is transformers' own: the model is built on the meta device and
+loaded from the names and shapes in the files' headers, so that its renaming, its joining of experts and its
+tied weights count. Nothing is read but headers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from orchestrator.paths import resolve
+from orchestrator.spec import ModelSpec
+
+ADAPTER_CONFIG = "adapter_config.json"
+_NAMES = ("model.safetensors", "model.safetensors.index.json")
+_OLD_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_LFS = b"version https://git-lfs"
+_COPY_AGAIN = "copy the model again, whole"
+_SHOWN = 3
+_LOADERS = ("transformers.modeling_utils", "transformers.core_model_loading")
+
+Shapes = dict[str, torch.Size]
+
+
+class UnreadableError(Exception):
+    """The files of a model cannot be read; the text says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What tells the tensors in a model's files from those of its architecture.
+
+    Attributes:
+        missing: Tensors of the architecture that no file holds, tied ones left out.
+        unexpected: Tensors of the files that the architecture has no place for.
+        reshaped: Name, shape in the files and shape in the architecture of tensors where these differ.
+        unjoined: Tensors that are joined from several, of which one is missing or has another shape.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    unjoined: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, loading_info: Mapping[str, Any]) -> Difference:
+        """Return what `from_pretrained(..., output_loading_info=True)` reports."""
+        reshaped = [(name, tuple(found), tuple(own)) for name, found, own in loading_info["mismatched_keys"]]
+        return cls(
+            missing=tuple(sorted(loading_info["missing_keys"])),
+            unexpected=tuple(sorted(loading_info["unexpected_keys"])),
+            reshaped=tuple(sorted(reshaped)),
+        )
+
+
+def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) -> str | None:
+    """Return why the files of `model.path` are not the weights of its architecture, with the remedy.
+
+    Must not be called while `HfDeepSpeedConfig` is alive, which keeps transformers from the meta device.
+
+    Args:
+        model: Names the folder or hub model.
+        bare: The causal LM on the meta device; gives the class.
+        config: The configuration as it is stored with the weights.
+        download: Whether files of a hub model may be fetched; without, only what is cached is looked at.
+    """
+    try:
+        files = weight_files(model, config, download)
+        if files is None:
+            return None
+        stored: Shapes = {}
+        for file in files:
+            stored.update(_shapes(file))
+    except UnreadableError as error:
+        return str(error)
+    if getattr(config, "quantization_config", None) is not None:
+        return None  # names of quantised layers are known only to their package; see `difference_problem`
+    return difference_problem(_compare(type(bare), config, stored), type(bare).__name__, config)
+
+
+def weight_files(model: ModelSpec, config: Any, download: bool) -> list[Path] | None:
+    """Return the weight files that transformers reads; None for a hub model that is not cached.
+
+    Raises:
+        UnreadableError: There are none, or not all.
+    """
+    explicit = getattr(config, "transformers_weights", None)
+    for name in [explicit] if explicit else [*_NAMES, *_OLD_NAMES]:
+        file = _file_of(model, name, download)
+        if file is None:
+            continue
+        if not name.endswith(".json"):
+            return [file]
+        return _shards(model, file, download)
+    folder = resolve(model.path)
+    if not folder.is_dir() and not download:
+        return None
+    raise UnreadableError(_no_weights(folder))
+
+
+def _no_weights(folder: Path) -> str:
+    shards = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
+    if shards:
+        return (
+            f"has {len(shards)} files such as {shards[0]} and no {_NAMES[1]}, which says what belongs to the "
+            f"model; {_COPY_AGAIN}"
+        )
+    return (
+        f"has no weights ({', '.join([*_NAMES, *_OLD_NAMES])}: none is there); {_COPY_AGAIN}, or use "
+        "model.weights: random to train from scratch"
+    )
+
+
+def _file_of(model: ModelSpec, name: str, download: bool) -> Path | None:
+    """Return where a file of a model lies; None where it has none of that name, or it is not cached."""
+    folder = resolve(model.path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            str(folder),
+            name,
+            local_files_only=not download,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=download,
+        )
+    except OSError as error:
+        if not download:
+            return None
+        reason = " ".join(str(error).split())[:200]
+        raise UnreadableError(f"cannot be fetched from the hub ({reason}); name a folder") from None
+    return None if found is None else Path(found)
+
+
+def _shards(model: ModelSpec, index: Path, download: bool) -> list[Path] | None:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnreadableError(
+            f"has an index that cannot be read: {index.name} ({error!r}); {_COPY_AGAIN}"
+        ) from None
+    found = {name: _file_of(model, name, download) for name in names}
+    missing = [name for name, file in found.items() if file is None]
+    if missing and not resolve(model.path).is_dir() and not download:
+        return None
+    if missing:
+        raise UnreadableError(
+            f"lacks {len(missing)} of the {len(names)} files that {index.name} names ({_some(missing)}); "
+            f"{_COPY_AGAIN}"
+        )
+    return [file for file in found.values() if file is not None]
+
+
+def _shapes(file: Path) -> Shapes:
+    """Return the shape of every tensor in a file, from its header.
+
+    Raises:
+        UnreadableError: It is damaged, cut short, or no file of weights.
+    """
+    try:
+        with file.open("rb") as opened:
+            is_pointer = opened.read(len(_LFS)) == _LFS
+        if is_pointer:
+            raise UnreadableError(
+                f"has {file.name} as a pointer of Git LFS and not as weights; run `git lfs pull` there"
+            )
+        return _shapes_of_safetensors(file) if file.suffix == ".safetensors" else _shapes_of_pickle(file)
+    except UnreadableError:
+        raise
+    except Exception as error:  # safetensors and pickle raise errors of many classes
+        reason = " ".join((str(error) or type(error).__name__).split())[:150]
+        raise UnreadableError(
+            f"has a file that cannot be read: {file.name} ({reason}); it is damaged or not whole, so copy it "
+            "again"
+        ) from None
+
+
+def _shapes_of_safetensors(file: Path) -> Shapes:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def _shapes_of_pickle(file: Path) -> Shapes:
+    stored = torch.load(file, map_location="meta", weights_only=True)
+    return {name: tensor.shape for name, tensor in stored.items()}
+
+
+def _compare(architecture: Any, config: Any, stored: Shapes) -> Difference | None:
+    """Load names and shapes into a model on the meta device; None where transformers cannot do that."""
+    empty = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in stored.items()}
+    with _captured() as said:
+        try:
+            _, info = architecture.from_pretrained(
+                None,
+                config=config,
+                state_dict=empty,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                device_map={"": "meta"},
+                dtype=torch.bfloat16,
+            )
+        except Exception:  # code of the model's own may not run there; the loading itself will tell
+            unjoined = sorted({name for line in said for name in _unjoined(line)})
+            return Difference(unjoined=tuple(unjoined)) if unjoined else None
+    return Difference.of(info)
+
+
+def _unjoined(report: str) -> list[str]:
+    """Return the tensors whose conversion failed, from the table that transformers logs."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", report)
+    return re.findall(r"^(\S.*?) +\| CONVERSION", plain, flags=re.MULTILINE)
+
+
+@contextmanager
+def _captured() -> Iterator[list[str]]:
+    """Keep what transformers says while it loads away from the terminal, and return it."""
+    from transformers.utils import logging as loud
+
+    said: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return False
+
+    loggers = [logging.getLogger(name) for name in _LOADERS]
+    bars = loud.is_progress_bar_enabled()
+    loud.disable_progress_bar()
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield said
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
+        if bars:
+            loud.enable_progress_bar()
+
+
+def difference_problem(difference: Difference | None, architecture: str, config: Any) -> str | None:
+    """Return what is wrong with weights, with names, counts and the remedy; None if nothing is."""
+    if difference is None or difference == Difference():
+        return None
+    parts = []
+    if missing := difference.missing:
+        parts.append(f"lacks {len(missing)} of the tensors of {architecture} ({_some(missing)})")
+    if unexpected := difference.unexpected:
+        parts.append(
+            f"has {len(unexpected)} tensors that {architecture} has no place for ({_some(unexpected)})"
+        )
+    if reshaped := difference.reshaped:
+        texts = [f"{name} is {list(found)} and not {list(own)}" for name, found, own in reshaped]
+        parts.append(
+            f"has {len(reshaped)} tensors of another shape than config.json describes ({_some(texts)})"
+        )
+    if unjoined := difference.unjoined:
+        parts.append(
+            f"has {len(unjoined)} tensors of {architecture} that cannot be joined from those in its files, "
+            f"since one is missing or of another shape ({_some(unjoined)})"
+        )
+    return f"{', and '.join(parts)}; {_remedy(difference, config)}"
+
+
+def _remedy(difference: Difference, config: Any) -> str:
+    prefix = _prefix(difference)
+    if prefix:
+        return (
+            f"its names begin with {prefix} as those of a wrapped model do, so save the model itself (with "
+            "peft: merge_and_unload() first) and name that folder"
+        )
+    if difference.missing == ("lm_head.weight",) and not difference.unexpected and not difference.reshaped:
+        return (
+            "tie_word_embeddings is false in its config.json, so the head has to be in a file; copy the "
+            "model again, or set tie_word_embeddings: true if the head is the embedding"
+        )
+    if difference.reshaped and not difference.missing and not difference.unexpected:
+        return "put the config.json of these weights beside them, or name the model that it belongs to"
+    if difference.unexpected and not difference.missing and not difference.reshaped:
+        return (
+            "put the config.json of these weights beside them, or save the causal LM alone, without heads "
+            "and towers of other tasks, and name that folder"
+        )
+    layers = getattr(config, "num_hidden_layers", None)
+    described = f"{config.model_type}, num_hidden_layers={layers}" if layers else config.model_type
+    return f"{_COPY_AGAIN}, or name the model that its config.json ({described}) describes"
+
+
+def _prefix(difference: Difference) -> str:
+    """Return what stands before every name, if without it the names would be those that are missing."""
+    for name in difference.unexpected[:1]:
+        for own in difference.missing:
+            prefix = name.removesuffix(own)
+            if prefix and prefix != name:
+                bare = {each.removeprefix(prefix) for each in difference.unexpected}
+                if all(each.startswith(prefix) for each in difference.unexpected) and bare >= set(
+                    difference.missing
+                ):
+                    return prefix
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def on_every_rank(problem: str | None) -> str | None:
+    """Return the problem of any rank on all of them: a rank that ended alone would leave others waiting."""
+    if not dist.is_available() or not dist.is_initialized():
+        return problem
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return next((each for each in found if each is not None), None)

@@ -1,0 +1,78 @@
+"""Weights that are not the model's are refused on every rank, under every ZeRO stage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.invariant import material
+from tests.invariant.group import Outcome, run_group
+
+pytestmark = pytest.mark.distributed
+
+UP = "model.layers.1.mlp.up_proj.weight"
+WORDS = {
+    "whole": None,
+    "lost": f"lacks 1 of the tensors of LlamaForCausalLM ({UP})",
+    "extra": "has 1 tensors that LlamaForCausalLM has no place for (score.weight)",
+    "reshaped": f"has 1 tensors of another shape than config.json describes ({UP} is",
+    "lost-on-1": f"lacks 1 of the tensors of LlamaForCausalLM ({UP})",
+}
+"""What each kind of files is refused for; of the last, only rank 1 has files that lack a tensor."""
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"type": "lora"},
+    "nf4": {"type": "lora", "quantization": "nf4"},
+}
+
+
+def _write(home: Path) -> None:
+    material.write_model(home / "whole")
+    for kind in ("lost", "extra", "reshaped"):
+        folder = shutil.copytree(home / "whole", home / kind)
+        tensors = load_file(folder / "model.safetensors")
+        if kind == "extra":
+            tensors["score.weight"] = tensors[UP].clone()
+        elif kind == "lost":
+            del tensors[UP]
+        else:
+            tensors[UP] = tensors[UP][:-1].clone()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(home / "whole", home / "lost-on-1" / "0")
+    shutil.copytree(home / "lost", home / "lost-on-1" / "1")
+
+
+def _jobs(home: Path) -> dict[str, Any]:
+    jobs = {}
+    for kind in WORDS:
+        folder = home / kind / "{rank}" if kind == "lost-on-1" else home / kind
+        for stage in range(4):
+            for name, method in METHODS.items() if kind in ("whole", "lost") else [("full", {})]:
+                jobs[f"{kind} {name} zero{stage}"] = material.job(
+                    folder, 2, {"zero_stage": stage}, method=method
+                )
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    home = tmp_path_factory.mktemp("weights")
+    _write(home)
+    task = {"name": "refusals", "action": "refuse_to_build", "jobs": _jobs(home)}
+    return run_group(home / "group", 2, [task])["refusals"]
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("kind", WORDS)
+def test_files_are_refused_on_every_rank_or_on_none(kind: str, stage: int, outcome: Outcome) -> None:
+    words = WORDS[kind]
+    of_kind = [name for name in outcome.answer["problems"] if name.split()[::2] == [kind, f"zero{stage}"]]
+    assert len(of_kind) == (len(METHODS) if kind in ("whole", "lost") else 1)
+    for rank in outcome.ranks:
+        for name in of_kind:
+            problems = rank["problems"][name]
+            assert problems is None if words is None else words in problems[0]
