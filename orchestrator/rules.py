@@ -202,6 +202,12 @@ def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:
             "method.quantization=int8 cannot be partitioned by zero_stage=3 (its scales are not part of the "
             "weights); use quantization: nf4, or zero_stage: 2",
         )
+    if job.model.resize_embeddings and method.type == "lora" and not method.train_embeddings:
+        yield (
+            ("model.resize_embeddings", "method.train_embeddings"),
+            "model.resize_embeddings=true adds rows that method.type=lora neither trains nor saves; set "
+            "method.train_embeddings: true as well",
+        )
     if method.targets == ():
         yield (
             ("method.targets",),

@@ -61,6 +61,9 @@ class ModelSpec(Section):
     mlp_tile_tokens: Count | None = None
     """Run each MLP on so many tokens at a time and compute each tile again in the backward pass, so that
     memory never holds the MLP's inner activations of all; null runs it on all at once."""
+    resize_embeddings: bool = False
+    """Add rows to embedding and LM head until every token of the tokenizer has one; each starts as the mean
+    of the others. With lora it needs method.train_embeddings, which trains and saves them."""
     trust_remote_code: bool = False
     """Allow Python code from the model's own repository to run."""
 

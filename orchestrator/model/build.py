@@ -25,7 +25,9 @@ from orchestrator.model.support import (
     obstacle_in_config,
     obstacle_in_model,
     obstacle_to_muon,
+    position_problem,
 )
+from orchestrator.model.vocabulary import grown, resize, resize_problem
 from orchestrator.model.weights import (
     ADAPTER_CONFIG,
     Difference,
@@ -52,7 +54,7 @@ def load_config(model: ModelSpec) -> Any:
     Raises:
         SpecError: The path is no model that transformers can read, or the tokenizer cannot be read.
     """
-    return stored_config(model)
+    return grown(stored_config(model), model)
 
 
 def stored_config(model: ModelSpec) -> Any:
@@ -107,7 +109,8 @@ def require_supported(job: JobSpec, reads_weights: bool = True) -> ParameterCoun
         return None  # code of its own that needs real memory; the workers will tell
     except Exception as error:  # whatever a configuration that does not fit its model leads to
         raise _refusal(model, _not_built(error)) from None
-    if problem := obstacle_in_model(built):
+    problem = obstacle_in_model(built) or position_problem(built, job.data.max_length)
+    if problem := problem or resize_problem(built, model):
         raise _refusal(model, problem)
     if job.optim.optimizer == "muon" and (problem := obstacle_to_muon(built)):
         raise _refusal(model, problem)
@@ -190,6 +193,8 @@ def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -
     difference = difference_problem(Difference.of(info), type(built).__name__, stored)
     if problem := on_every_rank(difference):
         raise _refusal(model, problem)
+    if model.resize_embeddings:
+        resize(built, config.get_text_config().vocab_size)
     return built
 
 

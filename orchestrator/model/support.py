@@ -7,8 +7,12 @@ they need while they run are refused by `orchestrator.model.attention`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
+
+from orchestrator.spec import ModelSpec
 
 # In these kinds of layer all that passes between tokens is attention; others carry a state across documents.
 _SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -119,3 +123,76 @@ def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [entry for entry in parameters.values() if isinstance(entry, Mapping)]
     return nested or [parameters]
+
+
+def position_problem(built: nn.Module, max_length: int) -> str | None:
+    """Return which table of learnt positions is shorter than a document may be, with the remedy.
+
+    Args:
+        built: The causal LM; its weights need no memory.
+        max_length: Tokens in the longest document.
+    """
+    for name, module in built.named_modules():
+        if isinstance(module, nn.Embedding) and is_positions(name):
+            limit = module.num_embeddings - int(getattr(module, "offset", 0) or 0)
+            if limit < max_length:
+                return (
+                    f"has learnt embeddings of {limit} positions ({name}), and a document may have "
+                    f"data.max_length={max_length}; use data.max_length of at most {limit}"
+                )
+    return None
+
+
+def is_positions(name: str) -> bool:
+    """Tell by its name whether an embedding is one of positions, and not of tokens."""
+    last = name.rpartition(".")[2]
+    return last == "wpe" or "position" in last
+
+
+def length_note(config: Any, max_length: int) -> str | None:
+    """Return that rotary embeddings are used beyond what the model was made for; None where they are not.
+
+    Args:
+        config: The model's configuration.
+        max_length: Tokens in the longest document.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    is_rotary = any(getattr(text, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if not is_rotary or not isinstance(limit, int) or limit <= 0 or max_length <= limit:
+        return None
+    return (
+        f"warning: data.max_length={max_length} is above max_position_embeddings={limit} of the model, "
+        "which may not have seen such distances; longer documents are trained all the same"
+    )
+
+
+_BALANCE = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+def balance_note(config: Any, path: str) -> str | None:
+    """Return that a configuration asks for a balance loss, which is left out; None where it asks for none.
+
+    transformers adds the loss where `output_router_logits` is true.
+
+    Args:
+        config: The model's configuration.
+        path: model.path of the job.
+    """
+    text = config.get_text_config()
+    if not getattr(text, "output_router_logits", False):
+        return None
+    for name in _BALANCE:
+        weight = getattr(text, name, None)
+        if weight:
+            return (
+                f"warning: model.path={path} asks for a balance loss of its experts (output_router_logits is "
+                f"true and {name}={weight:g}), which is not computed here; the loss is that of tokens alone"
+            )
+    return None
+
+
+def model_notes(model: ModelSpec, config: Any, max_length: int) -> Sequence[str]:
+    """Return what a user should be told of a model at the start of a run, a sentence each."""
+    found = (length_note(config, max_length), balance_note(config, model.path))
+    return [note for note in found if note is not None]

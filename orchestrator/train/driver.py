@@ -35,11 +35,12 @@ from orchestrator.metrics.exporter import endpoint_error
 from orchestrator.metrics.trackers import Trackers, require_packages
 from orchestrator.model.base import identity
 from orchestrator.model.build import load_config, require_supported
+from orchestrator.model.support import model_notes
 from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.plan.host_memory import disk_bytes
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
-from orchestrator.train import checkpoint, export, folder, forecast, placing, session, summary
+from orchestrator.train import checkpoint, export, folder, forecast, placing, session, summary, vocabulary
 from orchestrator.train.brief import CHECKPOINTS, Brief, Trial
 from orchestrator.train.lease import Lease
 from orchestrator.train.optimizers import require_bitsandbytes
@@ -109,6 +110,8 @@ def _train(
     require_packages(job.metrics.trackers)
     resumes = bool(checkpoint.published(home / CHECKPOINTS))
     count = require_supported(job, reads_weights=not resumes)
+    for line in model_notes(job.model, load_config(job.model), job.data.max_length):
+        note(line)
     if job.method.type == "lora":
         folder.require_same_base(home, identity(job))
     _require_shareable(job, device, note)
@@ -237,6 +240,8 @@ def _prepare_data(job: JobSpec, note: Note) -> tuple[Path, Path | None, dict[str
     cache = Path(job.checkpoint.storage) / ".cache"
     training, figures = _plan(job, job.data.train, cache, note)
     held_out = _plan(job, job.eval.data, cache, note)[0] if job.eval else None
+    for line in vocabulary.notes(job):
+        note(line)
     return training, held_out, figures
 
 
@@ -246,6 +251,7 @@ def _plan(
     stores = tokenize_sources(
         job.model, job.data.template, sources, cache, job.data.malformed_rows_allowed, note
     )
+    vocabulary.require_embedded(job, sources, stores)
     for place, reason in [entry for store in stores for entry in store.malformed][:10]:
         note(f"left out: {place}: {reason}")
     result: tuple[Path, dict[str, Any]] = _get(

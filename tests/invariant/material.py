@@ -67,13 +67,22 @@ def write_model_of(family: str, folder: Path, **changes: Any) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-def write_documents(folder: Path, count: int, seed: int) -> None:
+def write_tokenizer(folder: Path, tokens: int) -> None:
+    """Write a tokenizer of so many words beside a model."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(tokens)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+def write_documents(folder: Path, count: int, seed: int, vocabulary: int = VOCABULARY) -> None:
     """Write a store of random documents; every ninth has nothing to train on, as a cut-off prompt has."""
     generator = np.random.default_rng(seed)
     documents = []
     for number in range(count):
         length = int(generator.integers(3, MAX_LENGTH)) | 1
-        tokens = generator.integers(3, VOCABULARY, length).astype(np.uint32)
+        tokens = generator.integers(3, vocabulary, length).astype(np.uint32)
         prompt = length if number % 9 == 4 else int(generator.integers(0, length - 1))
         turn = np.where(np.arange(length) >= max(1, prompt), np.uint8(LAST_RESPONSE), np.uint8(CONTEXT))
         documents.append(Encoded(tokens, turn))

@@ -1,0 +1,29 @@
+"""Whether the model of a job has an embedding for every token of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.data.store import TokenStore
+from orchestrator.errors import SpecError
+from orchestrator.model.build import load_config, stored_config
+from orchestrator.model.vocabulary import vocabulary_notes, vocabulary_problem
+from orchestrator.spec import JobSpec, SourceSpec
+
+
+def require_embedded(job: JobSpec, sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> None:
+    """Refuse token ids that the model has no row for; on CUDA they would end a worker in an assertion.
+
+    Raises:
+        SpecError: The largest of them, its source and the remedy.
+    """
+    largest: dict[str, int] = {}
+    for source, store in zip(sources, stores, strict=True):
+        largest[source.path] = max(largest.get(source.path, -1), store.manifest["largest_token"])
+    if problem := vocabulary_problem(job.model, load_config(job.model), largest):
+        raise SpecError(f"model.path={job.model.path} {problem}")
+
+
+def notes(job: JobSpec) -> Sequence[str]:
+    """Return what a user should know of a vocabulary whose data `require_embedded` let pass."""
+    return vocabulary_notes(job.model, load_config(job.model), stored_config(job.model))
