@@ -13,6 +13,7 @@ from torch import nn
 from orchestrator.errors import SpecError
 from orchestrator.model import base
 from orchestrator.model.quantization import is_of_few_bits, let_dora_read
+from orchestrator.model.weights import Difference, UnreadableError, shapes_in
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec, MethodSpec
 
@@ -76,16 +77,18 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
         job: Names the adapter, and what it is to be loaded beside.
     """
     from peft import PeftConfig, get_peft_model_state_dict
-    from safetensors import safe_open
 
     if job.method.adapter is None:
         return None
     folder, where = resolve(job.method.adapter), f"method.adapter={job.method.adapter}"
     try:
         found = PeftConfig.from_pretrained(str(folder))
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # peft and safetensors raise errors of many classes
+        if not (folder / WEIGHTS).is_file():
+            return f"{where} has no {WEIGHTS}; name a folder that has one, or save the adapter as safetensors"
+        stored = shapes_in(folder / WEIGHTS)
+    except UnreadableError as error:
+        return f"{where} {error}"
+    except Exception as error:  # peft raises errors of many classes
         reason = " ".join(str(error).split())[:200]
         return f"{where} is no adapter that can be read ({reason}); name a folder with {WEIGHTS}"
     mine = model.peft_config["default"]
@@ -97,13 +100,12 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
     if differing:
         return f"{where} has {'; '.join(differing)}; write the adapter's in this job"
     kept = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wanted = {name: tuple(weight.shape) for name, weight in kept.items()}
-    if other := sorted(wanted.items() ^ stored.items()):
-        name = other[0][0]
+    other = Difference.between(stored, {name: weight.shape for name, weight in kept.items()})
+    if other != Difference():
         return (
-            f"{where} does not have the weights that method.targets and method.train_embeddings ask for "
-            f"({name} is {stored.get(name, 'not there')}, and {wanted.get(name, 'not wanted')} here); write "
-            "the adapter's in this job"
+            f"{where} does not have the weights that method.targets and method.train_embeddings ask for: it "
+            f"{other.in_words('the adapter of this job')}; write the adapter's targets in this job, or name "
+            "the model that it was trained beside"
         )
     known = folder / base.BASE
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != base.identity(job):

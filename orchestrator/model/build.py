@@ -33,7 +33,9 @@ from orchestrator.model.weights import (
     Difference,
     difference_problem,
     on_every_rank,
+    weight_files,
     weights_problem,
+    without_empty_biases,
 )
 from orchestrator.paths import resolve
 from orchestrator.plan.host_memory import ParameterCount
@@ -190,8 +192,10 @@ def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -
         ignore_mismatched_sizes=True,  # told of below, with all that else is wrong
         **options,
     )
-    difference = difference_problem(Difference.of(info), type(built).__name__, stored)
-    if problem := on_every_rank(difference):
+    difference = Difference.of(info)
+    if kind_of(stored) == "gptq":
+        difference = without_empty_biases(difference, weight_files(model, stored, download=True) or ())
+    if problem := on_every_rank(difference_problem(difference, type(built).__name__, stored)):
         raise _refusal(model, problem)
     if model.resize_embeddings:
         resize(built, config.get_text_config().vocab_size)

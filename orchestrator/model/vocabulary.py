@@ -111,9 +111,7 @@ def vocabulary_notes(model: ModelSpec, config: Any, stored: Any) -> list[str]:
         return []
     if model.resize_embeddings:
         if rows == stored_rows:
-            return [
-                f"model.resize_embeddings: nothing to add, the {rows} rows of the embedding are enough"
-            ]
+            return [f"model.resize_embeddings: nothing to add, the {rows} rows of the embedding are enough"]
         return [
             f"model.resize_embeddings: embedding and head grow from {stored_rows} to {rows} tokens; each "
             "new row starts as the mean of the others"

@@ -13,11 +13,12 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import distributed as dist
 
 from orchestrator.paths import resolve
@@ -64,6 +65,33 @@ class Difference:
             reshaped=tuple(sorted(reshaped)),
         )
 
+    @classmethod
+    def between(cls, stored: Mapping[str, torch.Size], own: Mapping[str, torch.Size]) -> Difference:
+        """Return what tells stored tensors from one's own, both as shapes by name."""
+        shared = sorted(stored.keys() & own.keys())
+        return cls(
+            missing=tuple(sorted(own.keys() - stored.keys())),
+            unexpected=tuple(sorted(stored.keys() - own.keys())),
+            reshaped=tuple((n, tuple(stored[n]), tuple(own[n])) for n in shared if stored[n] != own[n]),
+        )
+
+    def in_words(self, architecture: str) -> str:
+        """Return the difference in words, whose subject is what was stored."""
+        parts = []
+        if names := self.missing:
+            parts.append(f"lacks {len(names)} of the tensors of {architecture} ({_some(names)})")
+        if names := self.unexpected:
+            parts.append(f"has {_count(names)} that {architecture} has no place for ({_some(names)})")
+        if self.reshaped:
+            texts = [f"{name} is {list(found)} and not {list(own)}" for name, found, own in self.reshaped]
+            parts.append(f"has {_count(texts)} of another shape than {architecture} ({_some(texts)})")
+        if names := self.unjoined:
+            parts.append(
+                f"has {_count(names)} of {architecture} that cannot be joined from those in its files, since "
+                f"one is missing or of another shape ({_some(names)})"
+            )
+        return ", and ".join(parts)
+
 
 def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) -> str | None:
     """Return why the files of `model.path` are not the weights of its architecture, with the remedy.
@@ -82,7 +110,7 @@ def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) ->
             return None
         stored: Shapes = {}
         for file in files:
-            stored.update(_shapes(file))
+            stored.update(shapes_in(file))
     except UnreadableError as error:
         return str(error)
     if getattr(config, "quantization_config", None) is not None:
@@ -165,7 +193,7 @@ def _shards(model: ModelSpec, index: Path, download: bool) -> list[Path] | None:
     return [file for file in found.values() if file is not None]
 
 
-def _shapes(file: Path) -> Shapes:
+def shapes_in(file: Path) -> Shapes:
     """Return the shape of every tensor in a file, from its header.
 
     Raises:
@@ -190,8 +218,6 @@ def _shapes(file: Path) -> Shapes:
 
 
 def _shapes_of_safetensors(file: Path) -> Shapes:
-    from safetensors import safe_open
-
     with safe_open(file, framework="pt") as opened:
         return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
 
@@ -256,24 +282,26 @@ def difference_problem(difference: Difference | None, architecture: str, config:
     """Return what is wrong with weights, with names, counts and the remedy; None if nothing is."""
     if difference is None or difference == Difference():
         return None
-    parts = []
-    if missing := difference.missing:
-        parts.append(f"lacks {len(missing)} of the tensors of {architecture} ({_some(missing)})")
-    if unexpected := difference.unexpected:
-        parts.append(
-            f"has {len(unexpected)} tensors that {architecture} has no place for ({_some(unexpected)})"
-        )
-    if reshaped := difference.reshaped:
-        texts = [f"{name} is {list(found)} and not {list(own)}" for name, found, own in reshaped]
-        parts.append(
-            f"has {len(reshaped)} tensors of another shape than config.json describes ({_some(texts)})"
-        )
-    if unjoined := difference.unjoined:
-        parts.append(
-            f"has {len(unjoined)} tensors of {architecture} that cannot be joined from those in its files, "
-            f"since one is missing or of another shape ({_some(unjoined)})"
-        )
-    return f"{', and '.join(parts)}; {_remedy(difference, config)}"
+    return f"{difference.in_words(architecture)}; {_remedy(difference, config)}"
+
+
+def without_empty_biases(difference: Difference, files: Sequence[Path]) -> Difference:
+    """Return a difference without biases of zero beside quantised matrices, which change nothing.
+
+    AutoGPTQ stored one for every linear layer, whether or not the architecture has it.
+
+    Args:
+        difference: Of a checkpoint in few bits.
+        files: Its weight files, in safetensors' format.
+    """
+    biases = {name for name in difference.unexpected if name.endswith(".bias")}
+    empty: set[str] = set()
+    for file in files if biases else ():
+        with safe_open(file, framework="pt") as opened:
+            names = set(opened.keys())
+            beside = {name for name in biases & names if f"{name.removesuffix('bias')}qweight" in names}
+            empty |= {name for name in beside if not opened.get_tensor(name).any()}
+    return replace(difference, unexpected=tuple(n for n in difference.unexpected if n not in empty))
 
 
 def _remedy(difference: Difference, config: Any) -> str:
@@ -318,6 +346,10 @@ def _some(names: Sequence[str]) -> str:
     """Return the first names and how many more there are."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def on_every_rank(problem: str | None) -> str | None:

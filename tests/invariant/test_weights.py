@@ -18,8 +18,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 WORDS = {
     "whole": None,
     "lost": f"lacks 1 of the tensors of LlamaForCausalLM ({UP})",
-    "extra": "has 1 tensors that LlamaForCausalLM has no place for (score.weight)",
-    "reshaped": f"has 1 tensors of another shape than config.json describes ({UP} is",
+    "extra": "has 1 tensor that LlamaForCausalLM has no place for (score.weight)",
+    "reshaped": f"has 1 tensor of another shape than LlamaForCausalLM ({UP} is",
     "lost-on-1": f"lacks 1 of the tensors of LlamaForCausalLM ({UP})",
 }
 """What each kind of files is refused for; of the last, only rank 1 has files that lack a tensor."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import SpecError
 from orchestrator.model.build import base_model, build_model, require_supported
+from orchestrator.model.weights import Difference, without_empty_biases
 from orchestrator.spec import JobSpec
 from tests.invariant import material
 
@@ -147,7 +148,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "head of another task": (
         rewrite(lambda t: t.update({"score.weight": torch.zeros(2, 64)})),
-        ("has 1 tensors that", "score.weight", "without heads"),
+        ("has 1 tensor that", "score.weight", "without heads"),
     ),
     "no weights": (lambda folder: (folder / FILE).unlink(), ("has no weights", "model.weights: random")),
     "shards without an index": (
@@ -323,8 +324,68 @@ def test_layers_that_the_class_itself_leaves_out_are_not_refused(tmp_path: Path)
         build_model(job(tmp_path), torch.float32, STAGE_2)
 
 
+def test_biases_of_zero_beside_quantised_matrices_change_nothing(tmp_path: Path) -> None:
+    """Whole GPTQ checkpoints are loaded in tests/invariant/test_gptq.py, where its package is installed."""
+    layer = "model.layers.0.self_attn.q_proj"
+    stored = {f"{layer}.qweight": torch.ones(2), f"{layer}.bias": torch.zeros(2), "norm.bias": torch.zeros(2)}
+    save_file(stored, tmp_path / FILE)
+    found = Difference(unexpected=(f"{layer}.bias", "norm.bias", "score.weight"))
+    assert without_empty_biases(found, [tmp_path / FILE]).unexpected == ("norm.bias", "score.weight")
+    save_file({**stored, f"{layer}.bias": torch.ones(2)}, tmp_path / FILE)
+    assert without_empty_biases(found, [tmp_path / FILE]) == found
+
+
 def test_the_check_says_nothing_on_the_terminal(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rewrite(lambda tensors: tensors.pop(UP))(model)
     with pytest.raises(SpecError):
         require_supported(job(model))
     assert UP not in capfd.readouterr().err
+
+
+def write_adapter(folder: Path, whole: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16.0, target_modules=["q_proj", "up_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(whole), config).save_pretrained(folder)
+
+
+A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+ADAPTERS: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
+    "one lost": (lambda t: t.pop(A), ("lacks 1 of the tensors of the adapter of this job", A)),
+    "one too many": (
+        lambda t: t.update({"x.lora_A.weight": torch.zeros(2)}),
+        ("has 1 tensor that", "x.lora_A"),
+    ),
+    "another width": (lambda t: t.update({A: torch.zeros(8, 32)}), (f"{A} is [8, 32] and not [8, 64]",)),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_adapter_that_is_not_whole_is_refused(case: str, whole: Path, tmp_path: Path) -> None:
+    change, words = ADAPTERS[case]
+    write_adapter(tmp_path, whole)
+    method = {"type": "lora", "targets": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
+    require_supported(job(whole, method=method))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(SpecError) as refusal:
+        require_supported(job(whole, method=method))
+    assert all(word in str(refusal.value) for word in (f"method.adapter={tmp_path} does not have", *words))
+
+
+@pytest.mark.parametrize("damage", ["cut", "pointer", "lost"])
+def test_an_adapter_whose_file_cannot_be_read_is_refused(damage: str, whole: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path, whole)
+    file = tmp_path / "adapter_model.safetensors"
+    if damage == "cut":
+        cut(file.name)(tmp_path)
+    elif damage == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        file.unlink()
+    method = {"type": "lora", "targets": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
+    words = {"cut": "cannot be read", "pointer": "git lfs pull", "lost": "has no adapter_model.safetensors"}
+    with pytest.raises(SpecError, match=words[damage]):
+        require_supported(job(whole, method=method))
