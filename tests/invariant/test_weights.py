@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.invariant import material
@@ -17,12 +18,19 @@ pytestmark = pytest.mark.distributed
 UP = "model.layers.1.mlp.up_proj.weight"
 WORDS = {
     "whole": None,
+    "tied": None,
+    "experts": None,
+    "bare": None,
     "lost": f"lacks 1 of the tensors of LlamaForCausalLM ({UP})",
     "extra": "has 1 tensor that LlamaForCausalLM has no place for (score.weight)",
     "reshaped": f"has 1 tensor of another shape than LlamaForCausalLM ({UP} is",
     "lost-on-1": f"lacks 1 of the tensors of LlamaForCausalLM ({UP})",
 }
-"""What each kind of files is refused for; of the last, only rank 1 has files that lack a tensor."""
+"""What each kind of files is refused for; of the last, only rank 1 has files that lack a tensor.
+
+Those of experts are stored one by one and joined, bare ones lack the prefix of the model inside its head, and
+hold a buffer that is computed nowadays.
+"""
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"type": "lora"},
@@ -32,6 +40,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def _write(home: Path) -> None:
     material.write_model(home / "whole")
+    material.write_model(home / "tied", tie_word_embeddings=True)
+    material.write_model_of("mixtral", home / "experts", num_local_experts=4, num_experts_per_tok=2)
+    shutil.copytree(home / "whole", home / "bare")
+    tensors = load_file(home / "whole" / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    bare["layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(bare, home / "bare" / "model.safetensors", metadata={"format": "pt"})
     for kind in ("lost", "extra", "reshaped"):
         folder = shutil.copytree(home / "whole", home / kind)
         tensors = load_file(folder / "model.safetensors")

@@ -342,6 +342,35 @@ def test_the_check_says_nothing_on_the_terminal(model: Path, capfd: pytest.Captu
     assert UP not in capfd.readouterr().err
 
 
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_compared_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (model / "own.py").write_text(CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    configure(model_type="own", auto_map=classes)(model)
+    trusted = job(model, model={"trust_remote_code": True})
+    require_supported(trusted)
+    assert type(build_model(trusted, torch.float32, STAGE_2)).__name__ == "OwnForCausalLM"
+    rewrite(lambda tensors: tensors.pop(UP))(model)
+    with pytest.raises(SpecError, match="lacks 1 of the tensors of OwnForCausalLM"):
+        require_supported(trusted)
+    with pytest.raises(SpecError, match="lacks 1 of the tensors of OwnForCausalLM"):
+        build_model(trusted, torch.float32, STAGE_2)
+
+
 @pytest.fixture
 def hub(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Lay a model out as the hub's cache has it, where the hub itself is out of reach; return its folder."""
