@@ -10,7 +10,7 @@ from typing import Literal
 
 from orchestrator.errors import SpecError
 from orchestrator.parallel.deepspeed import fit_buffers, render
-from orchestrator.plan.configs import local_config
+from orchestrator.plan.configs import local_config, resized
 from orchestrator.plan.host_memory import disk_bytes
 from orchestrator.plan.memory import host_memory_of
 from orchestrator.plan.parameters import parameter_count
@@ -268,6 +268,7 @@ def _offloaded(job: JobSpec, device: Literal["cuda", "cpu"]) -> tuple[int, int |
     if {parallel.offload_optimizer, parallel.offload_param, parallel.offload_activations} == {"none"}:
         return 0, None, []
     config = local_config(job.model.path)
+    config = None if config is None else resized(config, job.model)
     count = None if config is None else parameter_count(config, job.method)
     model = None if config is None else Model.of(config)
     if config is None or count is None or model is None:

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.hardware import CatalogueError, UnknownDevice
 from cluster.machines import Machines, MachinesError
 from orchestrator.errors import SpecError
-from orchestrator.plan.configs import config_of
+from orchestrator.plan.configs import config_of, resized
 from orchestrator.plan.planner import FIELDS, Candidate, Plan, Remedy, asked_of, best_plan, cheapest_changes
 from orchestrator.plan.store import constants_of, stack_of
 from orchestrator.plan.wording import GIB, changed, figures, remedy_lines, seconds_text, word
@@ -65,7 +65,7 @@ def planned(
     Raises:
         SpecError: The machines, a device or the model are not known.
     """
-    config = config_of(job.model.path)
+    config = resized(config_of(job.model.path), job.model)
     try:
         machines = Machines.parse(gpus, catalogue)
     except (MachinesError, UnknownDevice, CatalogueError) as error:

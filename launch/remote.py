@@ -9,7 +9,7 @@ from cluster import hardware
 from cluster.machines import Machines
 from cluster.topology import Node, from_state_api
 from orchestrator.errors import ClusterError, SpecError
-from orchestrator.plan.configs import config_of
+from orchestrator.plan.configs import config_of, resized
 from orchestrator.plan.fitting import gpu_machines, processor_places, refusal
 from orchestrator.plan.planner import asked_of
 from orchestrator.plan.probe import processor
@@ -43,7 +43,7 @@ def require_fit(job: JobSpec, ask: Ask, force: bool, note: Callable[[str], None]
         ClusterError: It does not fit, and is not forced; the changes that would help most are named.
     """
     try:
-        config = config_of(job.model.path)
+        config = resized(config_of(job.model.path), job.model)
         machines = machines_there(job, ask)
         plain = asked_of(job, config, machines)
     except Unplanned as reason:

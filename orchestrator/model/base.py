@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from orchestrator.model.vocabulary import tokenizer_rows
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec
 
@@ -23,7 +24,7 @@ def identity(job: JobSpec) -> dict[str, Any]:
 
     Returns:
         A hash of the configuration; for a folder, size and hash of the head and the tail of each weight file;
-        for a hub name, its commit; for random weights, their seed.
+        for a hub name, its commit; for random weights, their seed; where the model is resized, its tokens.
     """
     from transformers import AutoConfig
 
@@ -34,6 +35,8 @@ def identity(job: JobSpec) -> dict[str, Any]:
     found: dict[str, Any] = {
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     }
+    if model.resize_embeddings:
+        found["vocabulary"] = tokenizer_rows(model)
     if model.weights == "random":
         return {**found, "weights": f"random, seed {job.run.seed}"}
     if path.is_dir():

@@ -10,6 +10,7 @@ from orchestrator.errors import SpecError
 from orchestrator.paths import resolve
 from orchestrator.plan.families import FAMILIES, sizes
 from orchestrator.plan.models import bundled, bundled_config
+from orchestrator.spec import ModelSpec
 
 _SIZE_FIELDS = (
     "hidden_size", "n_embed", "num_attention_heads", "n_head", "num_hidden_layers", "n_layer", "num_layers",
@@ -52,6 +53,24 @@ def config_of(path: str) -> Mapping[str, Any]:
             f"bundled names: {', '.join(bundled())}"
         )
     return _with_sizes(path, found)
+
+
+def resized(config: Mapping[str, Any], model: ModelSpec) -> Mapping[str, Any]:
+    """Return a config.json with a row for every token, where model.resize_embeddings asks for that.
+
+    It stays as it is where tokenizer.json is not on this machine. `orchestrator.model.vocabulary` does the
+    same with transformers.
+    """
+    if not model.resize_embeddings:
+        return config
+    try:
+        found = json.loads((resolve(model.path) / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = found["model"]["vocab"]
+        ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+        rows = 1 + max([*ids, *(token["id"] for token in found.get("added_tokens", []))])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return config
+    return {**config, "vocab_size": max(rows, config.get("vocab_size") or 0)}
 
 
 def _in_folder(path: str) -> Mapping[str, Any] | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from orchestrator.errors import SpecError
+from orchestrator.model.base import identity
 from orchestrator.model.build import (
     base_model,
     build_model,
@@ -21,6 +22,7 @@ from orchestrator.model.build import (
 )
 from orchestrator.model.support import balance_note, length_note, model_notes
 from orchestrator.model.vocabulary import tokenizer_rows, vocabulary_notes, vocabulary_problem
+from orchestrator.plan.configs import config_of, resized
 from orchestrator.plan.parameters import parameter_count
 from orchestrator.plan.shape import ModelShape
 from orchestrator.rules import broken_rules
@@ -103,6 +105,36 @@ def test_ids_with_gaps_need_a_row_each(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(material.CONFIG))
     assert tokenizer_rows(spec(tmp_path)) == 401
+
+
+@pytest.mark.parametrize("kind", ["words", "added", "pieces"])
+def test_a_plan_without_transformers_counts_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "config.json").write_text(json.dumps(material.CONFIG))
+    of_pieces = models.Unigram([(f"p{number}", -1.0) for number in range(300)], unk_id=0)
+    if kind == "pieces":
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(of_pieces)).save_pretrained(tmp_path)
+    else:
+        material.write_tokenizer(tmp_path, TOKENS)
+    if kind == "added":
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
+        tokenizer.save_pretrained(tmp_path)
+    grown = spec(tmp_path, resize_embeddings=True)
+    wanted = {"words": TOKENS, "added": TOKENS + 2, "pieces": 300}[kind]
+    assert load_config(grown).vocab_size == wanted
+    assert resized(config_of(str(tmp_path)), grown)["vocab_size"] == wanted
+    assert resized(config_of(str(tmp_path)), spec(tmp_path)) == config_of(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    assert resized(config_of(str(tmp_path)), grown) == config_of(str(tmp_path))
+
+
+def test_an_adapter_belongs_to_the_vocabulary_that_it_was_trained_with(model: Path) -> None:
+    lora = {"type": "lora", "train_embeddings": True}
+    plain, grown = job(model, method=lora), job(model, model={"resize_embeddings": True}, method=lora)
+    assert identity(grown) == {**identity(plain), "vocabulary": TOKENS}
 
 
 def test_resizing_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
