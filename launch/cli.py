@@ -315,17 +315,33 @@ def submit(
         raise typer.Exit(submit_job(spec, Head(address, certificate), wait, doctor, (_say, _tell), force))
 
 
-@app.command(epilog="Example: orchestrator export runs/quickstart --to model")
+@app.command(epilog="Example: orchestrator export runs/quickstart --to model --dtype bf16 --shard-size 2GB")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, STORAGE/NAME.")],
-    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[
+        Path, typer.Option(help="Folder to write; it may be new, empty, or an unchanged earlier export.")
+    ],
     merge: Annotated[bool, typer.Option("--merge", help="Add adapters to the base model's weights.")] = False,
+    step: Annotated[
+        int | None, typer.Option(help="Step of the checkpoint to export; the newest if not given.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None,
+        typer.Option(help="Number format of the weights; the run's if not given."),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest size of a file of weights, e.g. 2GB or 500MB.")
+    ] = "5GB",
+    as_json: AsJson = False,
 ) -> None:
-    """Write the newest checkpoint of a run as Hugging Face safetensors: the model, or its adapter."""
-    with _exit_codes():
-        from orchestrator.train.driver import export_run
+    """Write a checkpoint of a run as Hugging Face safetensors: the model, its adapter, or both merged."""
+    with _exit_codes("the folder is as it was"):
+        from orchestrator.train.export_run import export_run
+        from orchestrator.train.export_weights import shard_bytes
 
-        _say(f"exported to {export_run(run, to, merge)}")
+        with redirect_stdout(sys.stderr):
+            done = export_run(run, to, merge, step, dtype, shard_bytes(shard_size))
+        _say(json.dumps(done.as_json()) if as_json else f"exported step {done.step} to {to} ({done.dtype})")
 
 
 @app.command(

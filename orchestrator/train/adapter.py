@@ -19,7 +19,7 @@ from orchestrator.spec import JobSpec
 
 def write_adapter(
     job: JobSpec, weights: dict[str, Any], folder: Path, dtype: torch.dtype, identity: Mapping[str, Any]
-) -> None:
+) -> int:
     """Write an adapter in peft's format, with what it has to be loaded onto.
 
     Args:
@@ -28,6 +28,9 @@ def write_adapter(
         folder: Where to write.
         dtype: Number format of the adapter.
         identity: Of the model beside which it was trained.
+
+    Returns:
+        The number of parameters.
     """
     from peft import get_peft_model_state_dict
 
@@ -41,17 +44,16 @@ def write_adapter(
     config.base_model_name_or_path, config.inference_mode = job.model.path, True
     config.save_pretrained(folder)
     (folder / base.BASE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
-def write_merged(job: JobSpec, adapter: Path, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """Write the base model with an adapter added to its weights.
+def merged_model(job: JobSpec, adapter: Path, dtype: torch.dtype) -> Any:
+    """Return the base model with an adapter added to its weights.
 
     Args:
         job: The run's job.
         adapter: Folder of the adapter.
-        folder: Where to write.
         dtype: Number format of the weights.
-        max_shard_size: Of one file.
 
     Raises:
         TrainingError: The base model is not the one that the adapter was trained beside.
@@ -65,5 +67,4 @@ def write_merged(job: JobSpec, adapter: Path, folder: Path, dtype: torch.dtype, 
             f"model.path={job.model.path} is not the model that the adapter was trained beside "
             f"({', '.join(differing)} differ); bring that one back, or export without --merge"
         )
-    merged = PeftModel.from_pretrained(base_model(job, dtype), str(adapter)).merge_and_unload()
-    merged.save_pretrained(folder, max_shard_size=max_shard_size)
+    return PeftModel.from_pretrained(base_model(job, dtype), str(adapter)).merge_and_unload()

@@ -8,7 +8,6 @@ Everything that can be decided is decided here, once; workers are handed a `Brie
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -40,8 +39,9 @@ from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.plan.host_memory import disk_bytes
 from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
-from orchestrator.train import checkpoint, export, folder, forecast, placing, session, summary, vocabulary
+from orchestrator.train import checkpoint, folder, forecast, placing, session, summary, vocabulary
 from orchestrator.train.brief import CHECKPOINTS, Brief, Trial
+from orchestrator.train.export_run import export_finished
 from orchestrator.train.lease import Lease
 from orchestrator.train.optimizers import require_bitsandbytes
 from orchestrator.train.recorder import Recorder, Status
@@ -138,8 +138,7 @@ def _train(
     _fit(brief, recorder, watches)
     trained = time.monotonic()
     if trial is None:
-        saved = checkpoint.published(brief.checkpoints)[-1]
-        _get(_export.remote(job, dtype, saved, home / "export", _base(job, home)))
+        export_finished(home, job, dtype, note)
     ended = time.monotonic()
     seconds = {
         "start": begun - started,
@@ -171,31 +170,6 @@ def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
     folder.require_inputs(job)
     with session.connected(address):
         return _prepare_data(job, note)[2]
-
-
-def export_run(home: Path, to: Path, merge: bool = False) -> Path:
-    """Export the newest checkpoint of a run to a folder.
-
-    Args:
-        home: The run's folder.
-        to: Folder to write.
-        merge: Whether adapters are merged into the base model.
-
-    Raises:
-        SpecError: There is nothing to merge.
-        TrainingError: The run has no checkpoint.
-    """
-    job = folder.job_of(home)
-    if merge and job.method.type != "lora":
-        raise SpecError(f"{home} trained every parameter, so there is nothing to merge; leave out --merge")
-    saved = checkpoint.published(home / "checkpoints")
-    if not saved:
-        raise TrainingError(f"{home} has no published checkpoint; train the job first, then export")
-    device = json.loads((home / "deepspeed.json").read_text(encoding="utf-8"))
-    dtype: Literal["bf16", "fp16", "fp32"] = (
-        "bf16" if device["bf16"]["enabled"] else "fp16" if device["fp16"]["enabled"] else "fp32"
-    )
-    return export.export(job, dtype, saved[-1], to, _base(job, home), merge)
 
 
 def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note) -> None:
@@ -268,17 +242,6 @@ def _make_plan(
     folder = plan.plan_in(cache, opened, sources, job.data, job.run.seed)
     is_training = tuple(sources) == job.data.train
     return folder, summary.packing_figures(job, *plan.load(folder)) if is_training else {}
-
-
-@ray.remote(num_cpus=1)
-def _export(
-    job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], saved: Path, to: Path, base: dict[str, Any] | None
-) -> Path:
-    return export.export(job, dtype, saved, to, base)
-
-
-def _base(job: JobSpec, home: Path) -> dict[str, Any] | None:
-    return folder.base_of(home) if job.method.type == "lora" else None
 
 
 def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:

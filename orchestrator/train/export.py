@@ -1,102 +1,218 @@
-"""From a run's checkpoint to a folder that transformers loads."""
+"""From a run's checkpoint to a folder that transformers loads, or peft where adapters were trained."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
 
 from orchestrator.data.tokenize import load_tokenizer
 from orchestrator.errors import TrainingError
 from orchestrator.model.build import load_config, torch_dtype
 from orchestrator.spec import JobSpec
-from orchestrator.train import checkpoint
-from orchestrator.train.adapter import write_adapter, write_merged
+from orchestrator.train import base_files, checkpoint, export_config, export_weights
+from orchestrator.train.adapter import merged_model, write_adapter
+from orchestrator.train.export_target import MARKER, Draft, draft_of, require_target
+from orchestrator.train.model_card import CardFacts, Kind, model_card, rows_until
 
-_MAX_SHARD = "5GB"
+MAX_SHARD_BYTES = 5 * 10**9
+Dtype = Literal["bf16", "fp16", "fp32"]
 
 
-def export(
-    job: JobSpec,
-    dtype: Literal["bf16", "fp16", "fp32"],
-    saved: Path,
-    to: Path,
-    base: Mapping[str, Any] | None = None,
-    merge: bool = False,
-) -> Path:
-    """Write the model of a checkpoint as Hugging Face safetensors, with configuration and tokenizer.
+@dataclass(frozen=True)
+class Request:
+    """What is exported, and how.
+
+    Attributes:
+        job: The run's job.
+        run: The run's folder.
+        saved: A published checkpoint of it.
+        dtype: Number format of the weights.
+        base: Of a run that trained adapters, the identity of the model that they belong to.
+        merge: Whether adapters are merged into the base model.
+        max_shard_bytes: Largest size of a file of weights.
+    """
+
+    job: JobSpec
+    run: Path
+    saved: Path
+    dtype: Dtype
+    base: Mapping[str, Any] | None = None
+    merge: bool = False
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    @property
+    def kind(self) -> Kind:
+        """Whether it is a model, an adapter, or a model with an adapter merged in."""
+        return "model" if self.base is None else "merged" if self.merge else "adapter"
+
+    @property
+    def form(self) -> export_weights.WeightFormat:
+        """How weights are written."""
+        return export_weights.WeightFormat(torch_dtype(self.dtype), self.max_shard_bytes)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written export: `files` are their sizes in bytes by name."""
+
+    path: Path
+    kind: Kind
+    step: int
+    dtype: Dtype
+    parameters: int
+    files: Mapping[str, int]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as `export --json` prints it."""
+        listed = [{"name": name, "bytes": size} for name, size in self.files.items()]
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "step": self.step,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "bytes": sum(self.files.values()),
+            "files": listed,
+        }
+
+
+def export(request: Request, to: Path) -> Exported:
+    """Write the model of a checkpoint as Hugging Face safetensors, and all else its base model came with.
 
     Of a run that trained adapters, write these in peft's format, or with `merge` the base model with them
     added to its weights.
 
-    One tensor at a time is put together from the shards, so host memory holds one output file and not the
-    model twice. Needs no device and no process group.
+    It is written beside the folder and renamed, so that the folder holds a whole export or what it held
+    before. One file at a time is put together from the shards, so host memory holds one output file and not
+    the model twice, unless adapters are merged. Needs no device and no process group.
 
     Args:
-        job: The run's job.
-        dtype: Number format of the weights.
-        saved: A published checkpoint.
-        to: Folder to write; replaced where it exists.
-        base: Of a run that trained adapters, the identity of the model beside which it did.
-        merge: Whether adapters are merged into the base model.
-
-    Returns:
-        The folder.
+        request: What is exported.
+        to: Folder to write; an earlier export is replaced.
 
     Raises:
+        SpecError: The folder holds, or is, what must not be replaced.
         TrainingError: The checkpoint is damaged, or the folder cannot be written.
     """
-    problems = checkpoint.verify(saved)
+    target = require_target(to, request.run, request.job)
+    problems = checkpoint.verify(request.saved)
     if problems:
         raise TrainingError(*problems)
-    draft = to.with_name(f".{to.name}.partial")
+    step = checkpoint.step_of(request.saved)
+    about = {"run": request.job.name, "kind": request.kind, "step": step, "dtype": request.dtype}
     try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        if base is not None:
-            _write_adapter(job, saved, draft, torch_dtype(dtype), base, merge)
-        else:
-            _write_model(job, saved, draft, torch_dtype(dtype))
-        load_tokenizer(job.model).save_pretrained(draft)
-        shutil.rmtree(to, ignore_errors=True)
-        draft.rename(to)
-    except OSError as error:
+        with draft_of(target) as draft:
+            parameters = _write(request, draft)
+            files = draft.publish(about)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
         raise TrainingError(
-            f"the model cannot be exported to {to} ({error.strerror}); make room or name another "
-            "folder with --to"
+            f"the export to {to} cannot be written ({reason}), and nothing was changed there; make room, or "
+            "name another folder that can be written with --to"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return to
+    sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    sizes[MARKER] = (target / MARKER).stat().st_size
+    return Exported(target, request.kind, step, request.dtype, parameters, sizes)
 
 
-def _write_model(job: JobSpec, saved: Path, folder: Path, dtype: Any) -> None:
-    _write_weights(saved, folder, dtype)
+def _write(request: Request, draft: Draft) -> int:
+    """Write all files of an export and return the number of parameters."""
+    job, folder = request.job, draft.folder
     config = load_config(job.model)
-    config.dtype = dtype
-    config.architectures = config.architectures or [_architecture(config)]
-    config.save_pretrained(folder)
+    base = base_files.base_folder(job.model, getattr(config, "_commit_hash", None))
+    is_adapter = request.kind == "adapter"
+    base_files.copy_files(base, folder, only_tokenizer=is_adapter)
+    _write_tokenizer(job, folder)
+    if is_adapter:
+        weights = fp32_weights(request.saved, only_trained=True)
+        export_weights.require_room(folder, export_weights.bytes_of(weights, request.form), draft.target)
+        parameters = write_adapter(job, weights, folder, request.form.dtype, request.base or {})
+    else:
+        write = _write_merged if request.kind == "merged" else _write_model
+        parameters = write(request, config, base, draft)
+    step = checkpoint.step_of(request.saved)
+    facts = CardFacts(
+        job, request.kind, step, request.dtype, parameters, base_files.card_metadata(base),
+        *rows_until(request.run, step),
+    )  # fmt: skip
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    return parameters
 
 
-def _write_adapter(
-    job: JobSpec, saved: Path, folder: Path, dtype: Any, base: Mapping[str, Any], merge: bool
+def _write_tokenizer(job: JobSpec, folder: Path) -> None:
+    """Let the copied tokenizer_config.json be read by transformers 4 and 5."""
+    if not any(folder.glob("*")):  # a tokenizer of files that have no usual names
+        load_tokenizer(job.model).save_pretrained(folder)
+    file = folder / base_files.TOKENIZER_CONFIG
+    settings = base_files.read_json(file)
+    if (readable := export_config.tokenizer_config(settings)) != settings:
+        base_files.write_json(file, readable)
+
+
+def _write_model(request: Request, config: Any, base: Path, draft: Draft) -> int:
+    weights = export_weights.stored_once(fp32_weights(request.saved))
+    export_weights.require_room(draft.folder, export_weights.bytes_of(weights, request.form), draft.target)
+    model = _without_memory(request.job, config)
+    convert = export_weights.published_names(model)
+    parameters = export_weights.write_weights(weights, draft.folder, request.form, convert)
+    trained = {**config.to_dict(), **_rows_of_embedding(model, weights)}
+    _write_config(request, base, draft.folder, _architecture(config), trained)
+    return parameters
+
+
+def _write_merged(request: Request, config: Any, base: Path, draft: Draft) -> int:
+    dtype = request.form.dtype
+    weights = fp32_weights(request.saved, only_trained=True)
+    write_adapter(request.job, weights, draft.scratch, dtype, request.base or {})
+    merged = merged_model(request.job, draft.scratch, dtype)
+    whole = export_weights.stored_once(merged.state_dict())
+    export_weights.require_room(draft.folder, export_weights.bytes_of(whole, request.form), draft.target)
+    convert = export_weights.published_names(merged)
+    parameters = export_weights.write_weights(whole, draft.folder, request.form, convert)
+    trained = {**config.to_dict(), **_rows_of_embedding(merged, whole)}
+    _write_config(request, base, draft.folder, _architecture(config), trained)
+    return parameters
+
+
+def _write_config(
+    request: Request, base: Path, folder: Path, architecture: str | None, trained: Mapping[str, Any]
 ) -> None:
-    weights = fp32_weights(saved, only_trained=True)
-    if not merge:
-        write_adapter(job, weights, folder, dtype, base)
-        return
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".adapter-") as beside:
-        write_adapter(job, weights, Path(beside), dtype, base)
-        write_merged(job, Path(beside), folder, dtype, _MAX_SHARD)
+    said = base_files.read_json(base / base_files.CONFIG)
+    config = export_config.model_config(said, request.dtype, architecture, trained)
+    base_files.write_json(folder / base_files.CONFIG, config)
 
 
-def _architecture(config: Any) -> str:
+def _without_memory(job: JobSpec, config: Any) -> Any | None:
+    """Return the model without memory for its weights; None where its own code needs real memory."""
     from transformers import AutoModelForCausalLM
 
-    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=job.model.trust_remote_code)
+    except RuntimeError:
+        return None
+
+
+def _rows_of_embedding(model: Any | None, weights: Mapping[str, Any]) -> dict[str, int]:
+    """Return the vocabulary that the trained embedding has rows for, where that can be told."""
+    if model is None:
+        return {}
+    embedding = model.get_input_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding]
+    found = [weights[f"{name}.weight"] for name in names if f"{name}.weight" in weights]
+    return {"vocab_size": int(found[0].shape[0])} if found else {}
+
+
+def _architecture(config: Any) -> str | None:
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping
+    return str(known[type(config)].__name__) if type(config) in known else None
 
 
 def fp32_weights(saved: Path, only_trained: bool = False) -> dict[str, Any]:
@@ -123,8 +239,6 @@ def fp32_weights(saved: Path, only_trained: bool = False) -> dict[str, Any]:
 
 def _unpartitioned_weights(saved: Path) -> dict[str, Any]:
     """Return the weights that rank 0 wrote under ZeRO-0: those of the optimizer, where it has its own."""
-    import torch
-
     (file,) = (saved / checkpoint.SHARDS).glob("*model_states.pt")
     state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     first: dict[int, Any] = {}
@@ -142,27 +256,3 @@ def _unpartitioned_weights(saved: Path) -> dict[str, Any]:
         id(weights[name]): tensor for name, tensor in zip(state[checkpoint.FP32_NAMES], exact, strict=True)
     }
     return {name: replaced.get(id(tensor), tensor) for name, tensor in weights.items()}
-
-
-def _write_weights(saved: Path, folder: Path, dtype: Any) -> None:
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    lazy = fp32_weights(saved)
-    first_name = {id(tensor): name for name, tensor in reversed(lazy.items())}
-    # A tied tensor is stored once, under its first name; transformers ties it again when it loads.
-    kept = {name: tensor for name, tensor in lazy.items() if first_name[id(tensor)] == name}
-    empty = {
-        name: torch.empty(tensor.shape, dtype=dtype if tensor.dtype.is_floating_point else tensor.dtype)
-        for name, tensor in kept.items()
-    }
-    split = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=_MAX_SHARD
-    )
-    for file, names in split.filename_to_tensors.items():
-        tensors = {name: kept[name].contiguous().to(empty[name].dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -14,8 +14,9 @@ from orchestrator.errors import SpecError, TrainingError
 from orchestrator.model.base import identity
 from orchestrator.model.build import require_supported
 from orchestrator.spec import JobSpec
-from orchestrator.train.adapter import write_adapter, write_merged
-from orchestrator.train.export import fp32_weights
+from orchestrator.train.adapter import merged_model, write_adapter
+from orchestrator.train.export import Request, export, fp32_weights
+from tests.exports.runs import TOKENIZER
 from tests.invariant import material, reference
 from tests.invariant.conftest import Material
 from tests.invariant.group import Arrays, Outcome, assert_close, run_group
@@ -172,14 +173,13 @@ def test_the_exported_adapter_and_the_merged_model_compute_what_the_run_did(
     name: str, tiny: Material, home: Path, outcomes: dict[str, Outcome], tmp_path: Path
 ) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     job = JobSpec.model_validate_json(json.dumps(task_of(tiny, name)["job"]))
-    weights = fp32_weights(home / "checkpoints" / name / "step-00000004", only_trained=True)
-    for folder in ("adapter", "merged"):
-        (tmp_path / folder).mkdir()
-    write_adapter(job, weights, tmp_path / "adapter", torch.float32, identity(job))
-    write_merged(job, tmp_path / "adapter", tmp_path / "merged", torch.float32, "5GB")
+    saved = home / "checkpoints" / name / "step-00000004"
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tiny.model)
+    for folder, merge in (("adapter", False), ("merged", True)):
+        export(Request(job, tmp_path / "run", saved, "fp32", identity(job), merge), tmp_path / folder)
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
@@ -208,7 +208,7 @@ def test_an_adapter_is_not_merged_into_another_base(
     document["model"]["path"] = str(tmp_path / "other")
     other = JobSpec.model_validate_json(json.dumps(document))
     with pytest.raises(TrainingError, match=r"is not the model that the adapter was trained beside \(config"):
-        write_merged(other, tmp_path, tmp_path / "merged", torch.float32, "5GB")
+        merged_model(other, tmp_path, torch.float32)
 
 
 def test_an_adapter_is_gone_on_from(

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.model.base import identity
 from orchestrator.spec import JobSpec
-from orchestrator.train.adapter import write_adapter, write_merged
+from orchestrator.train.adapter import merged_model, write_adapter
 from orchestrator.train.export import fp32_weights
 from tests.invariant import material
 from tests.invariant.group import Outcome, run_group
@@ -135,7 +135,7 @@ def test_the_merged_model_computes_what_the_run_did(
     for folder in ("adapter", "merged"):
         (tmp_path / folder).mkdir()
     write_adapter(spec, weights, tmp_path / "adapter", torch.float32, identity(spec))
-    write_merged(spec, tmp_path / "adapter", tmp_path / "merged", torch.float32, "5GB")
+    merged_model(spec, tmp_path / "adapter", torch.float32).save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     whole = AutoModelForCausalLM.from_pretrained(f"{spec.model.path}/whole", dtype=torch.float32)
     adapted = PeftModel.from_pretrained(whole, str(tmp_path / "adapter")).eval()

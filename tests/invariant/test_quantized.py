@@ -13,7 +13,7 @@ from orchestrator.model.base import identity
 from orchestrator.model.build import base_model
 from orchestrator.model.quantization import keep_weights_in_place
 from orchestrator.spec import JobSpec
-from orchestrator.train.adapter import write_adapter, write_merged
+from orchestrator.train.adapter import merged_model, write_adapter
 from orchestrator.train.export import fp32_weights
 from tests.invariant import material, reference
 from tests.invariant.conftest import Material
@@ -152,7 +152,7 @@ def test_the_merged_model_computes_what_the_run_did(
         (tmp_path / folder).mkdir()
     weights = fp32_weights(saved, only_trained=True)
     write_adapter(job, weights, tmp_path / "adapter", torch.float32, identity(job))
-    write_merged(job, tmp_path / "adapter", tmp_path / "merged", torch.float32, "5GB")
+    merged_model(job, tmp_path / "adapter", torch.float32).save_pretrained(tmp_path / "merged")
     trained = plain_peft(tiny.model, CASES[name][0]).eval()
     state = {key: weight.contiguous() for key, weight in weights.items()}
     assert not trained.load_state_dict(state, strict=False).unexpected_keys

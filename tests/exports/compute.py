@@ -1,0 +1,57 @@
+"""What exports compute, for any version of transformers: run with the Python of another environment or user.
+
+    python compute.py TASKS.json ANSWERS.json
+
+It imports nothing of this project.
+"""
+
+import json
+import sys
+
+IDS = [1, 17, 300, 4, 2000, 55, 81, 9, 700, 23, 42, 1999, 5, 6, 7, 8, 1024, 77, 90, 3]
+TEXT = "<|user|>Name three primary colors.<|assistant|>Red, blue & yellow.</s>"
+
+
+def answer(folder, base=None, trust=False):
+    """Return the logits of a model, or of an adapter on its base, and what the tokenizer makes of a text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": trust, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(base or folder, **options).float()
+    if base:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    ids = torch.tensor([[token % model.config.vocab_size for token in IDS]])
+    with torch.no_grad():
+        logits = model.eval()(ids, use_cache=False).logits[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    chat = [{"role": "user", "content": "Hello"}]
+    return {
+        "logits": logits.tolist(),
+        "tokens": tokenizer(TEXT)["input_ids"],
+        "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
+        "chat": tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
+        "eos": model.generation_config.eos_token_id,
+        "dtype": str(model.config.dtype if hasattr(model.config, "dtype") else model.config.torch_dtype),
+    }
+
+
+def main():
+    with open(sys.argv[1], encoding="utf-8") as file:
+        tasks = json.load(file)
+    import transformers
+
+    answers = {"transformers": transformers.__version__}
+    for name, task in tasks.items():
+        try:
+            answers[name] = answer(**task)
+        except Exception as error:
+            answers[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(answers, file)
+
+
+if __name__ == "__main__":
+    main()
