@@ -118,7 +118,7 @@ def _used_by(job: JobSpec, run: Path) -> dict[str, Path]:
     }
     local = {what: resolve(str(path)) for what, path in named.items() if path}
     found = {what: path for what, path in local.items() if path.exists()}
-    return {"the run": run, "the storage of runs": run.absolute().parent, **found}
+    return {"the run": run, **found}
 
 
 def _is_run(folder: Path) -> bool:

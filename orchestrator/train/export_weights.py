@@ -18,7 +18,8 @@ from orchestrator.errors import SpecError, TrainingError
 _INDEX = "model.safetensors.index.json"
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]B)")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SLACK_BYTES = 2**20  # file heads, JSON and the model card
+_SLACK_BYTES = 2**16  # config.json, model card and marker
+_HEAD_BYTES = 512  # of a tensor, in a file's head and in the index
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -63,8 +64,9 @@ def _identity(tensor: Any) -> Any:
 
 
 def bytes_of(weights: Mapping[str, Any], form: WeightFormat) -> int:
-    """Return the size of weights as they will be written."""
-    return sum(tensor.shape.numel() * form.of(tensor).itemsize for tensor in weights.values())
+    """Return the size of weights as they will be written, with the heads of their files."""
+    sizes = (tensor.shape.numel() * form.of(tensor).itemsize for tensor in weights.values())
+    return sum(sizes) + _HEAD_BYTES * len(weights)
 
 
 def require_room(folder: Path, needed_bytes: int, target: Path) -> None:

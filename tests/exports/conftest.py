@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,19 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+def shared_home() -> Iterator[Path]:
+    """A folder that other users can enter, which those of pytest are not."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-exports-") as home:
+        Path(home).chmod(0o755)
+        yield Path(home)
+
+
+@pytest.fixture(scope="session")
+def exported(shared_home: Path) -> dict[str, Exported]:
     """Export a run of each kind with random sizes, readable by everyone."""
     import torch
 
-    home = tmp_path_factory.mktemp("exports")
+    home = shared_home
     draw = random.Random(SEED)
     found = {}
     before = os.umask(0o022)

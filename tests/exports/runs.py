@@ -24,6 +24,7 @@ from orchestrator.spec import JobSpec
 from orchestrator.train import checkpoint
 from orchestrator.train.export_target import describe
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = Path(orchestrator.builtin.__file__).parent / "tiny-llama"
 SIZES = {
     "vocab_size": 2048,
@@ -122,6 +123,8 @@ def write_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / file, folder / file)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    for file in folder.iterdir():  # safetensors' are private, which a published model's are not
+        file.chmod(0o644)
     return folder
 
 
