@@ -1,28 +1,28 @@
 """The demonstration behind `make demo`: train, scrape, export, reload, summarise, and check each of them.
 
-Run as `python -m launch.demo`. It replaces what an earlier demonstration left in runs/demo.
+Run as `python -m launch.demo`. It writes to runs/demo, or to the first of runs/demo-2, ... that is not there.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from importlib import resources
+from itertools import count
 from pathlib import Path
 
-_STORAGE = Path("runs/demo")
+_STORAGE = Path("runs")
 _URL = "http://127.0.0.1:9400/metrics"
 _SERIES = re.compile(r"^(orchestrator_(?:tgs|tflops_model)\{.*rank=\"(\d+)\".*\}) (\S+)$", re.MULTILINE)
 
 
 def main() -> int:
     """Run the demonstration; 0 when every part of it worked."""
-    shutil.rmtree(_STORAGE, ignore_errors=True)
+    storage = _free(_STORAGE)
     job = Path(str(resources.files("launch"))) / "jobs" / "quickstart.yaml"
     command = [
         sys.executable,
@@ -31,9 +31,9 @@ def main() -> int:
         "train",
         str(job),
         "--set",
-        f"checkpoint.storage={_STORAGE}",
+        f"checkpoint.storage={storage}",
     ]
-    _say(f"$ orchestrator train {job.name} --set checkpoint.storage={_STORAGE}")
+    _say(f"$ orchestrator train {job.name} --set checkpoint.storage={storage}")
     started = time.monotonic()
     process = subprocess.Popen(command)
     try:
@@ -47,9 +47,15 @@ def main() -> int:
     if len(seen) < 4:
         _say(f"{_URL} did not answer with TGS and TFLOPs of both ranks while the run went on")
         return 1
-    _say(f"\n{_reload(_STORAGE / 'quickstart' / 'export')}")
+    _say(f"\n{_reload(storage / 'quickstart' / 'export')}")
     _say(f"demo finished in {time.monotonic() - started:.0f} s")
     return 0
+
+
+def _free(folder: Path) -> Path:
+    """Return a folder for this demonstration alone; what an earlier one left may be of use to somebody."""
+    names = ("demo", *(f"demo-{number}" for number in count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _scrape_while_running(process: subprocess.Popen[bytes]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from orchestrator.plan.work import UNREAD, DataShape
 from orchestrator.spec import JobSpec
 
 _SHORTEST = 512
+_CREATOR = "orchestrator plan --plots"
 _PARTS = {
     "weights": "#0072B2", "gradients": "#56B4E9", "optimizer": "#009E73", "window": "#E69F00",
     "buffers": "#F0E442", "context": "#999999", "activations": "#CC79A7", "the largest moment": "#D55E00",
@@ -41,11 +42,13 @@ def draw(
         data: What is known of the data.
 
     Raises:
-        SpecError: matplotlib is not installed, or the folder cannot be written.
+        SpecError: matplotlib is not installed, the folder cannot be written, or it has plots of others.
     """
     require_matplotlib("leave out --plots")
+    files = [folder / f"{name}.svg" for name in ("memory_by_part", "tgs_over_length")]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _require_ours(files)
     except OSError as error:
         raise _unwritable(folder, error) from None
     import matplotlib as mpl
@@ -62,8 +65,7 @@ def draw(
         if best is not None:
             planned[length] = best
     title = f"{job.model.path} on {machines}, {job.optim.global_batch_size} packs a step"
-    files = []
-    for name, paint in (("memory_by_part", _memory), ("tgs_over_length", _tgs)):
+    for file, paint in zip(files, (_memory, _tgs), strict=True):
         figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -71,9 +73,8 @@ def draw(
         axes.set_xticks(range(len(planned)), [f"{length:,}" for length in planned])
         axes.set_xlabel("max_length" + ("; longer ones do not fit" if len(planned) < len(lengths) else ""))
         figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
-        files.append(folder / f"{name}.svg")
         try:
-            figure.savefig(files[-1], metadata={"Date": None})
+            figure.savefig(file, metadata={"Date": None, "Creator": _CREATOR})
         except OSError as error:
             raise _unwritable(folder, error) from None
         pyplot.close(figure)
@@ -84,6 +85,16 @@ def _unwritable(folder: Path, error: OSError) -> SpecError:
     return SpecError(
         f"--plots {folder} cannot be written ({error.strerror or error}); name a folder that can be"
     )
+
+
+def _require_ours(files: Sequence[Path]) -> None:
+    """Refuse to overwrite plots of somebody else: a file says who drew it."""
+    foreign = [file for file in files if file.exists() and _CREATOR.encode() not in file.read_bytes()]
+    if foreign:
+        names = ", ".join(str(file) for file in foreign)
+        raise SpecError(
+            f"--plots would overwrite {names}, which this command did not draw; name another folder"
+        )
 
 
 def moments(candidate: Candidate) -> dict[str, float]:

@@ -13,6 +13,8 @@ from orchestrator.errors import SpecError
 from orchestrator.records import read_object
 
 SWEEP = "sweep.json"
+PLOTS = ("memory_over_length", "tgs_over_length", "scaling_over_workers", "step_time_by_phase")
+_TABLES = ("md", "csv", "json")
 
 
 def is_sweep(folder: Path) -> bool:
@@ -24,6 +26,14 @@ def describe(folder: Path, name: str, layout: str, cells: list[str]) -> None:
     """Record what the report of a sweep is made of: its layout, and its cells in their order."""
     text = json.dumps({"name": name, "layout": layout, "cells": cells}, indent=1)
     (folder / SWEEP).write_text(text + "\n", encoding="utf-8")
+
+
+def foreign_file(folder: Path) -> str | None:
+    """Return a file that the first start of a sweep would overwrite in a folder that is none of a sweep."""
+    if (folder / SWEEP).exists():
+        return None
+    written = [results.RESULTS, *(f"table.{kind}" for kind in _TABLES), *(f"{name}.svg" for name in PLOTS)]
+    return next((name for name in written if (folder / name).exists()), None)
 
 
 def load(folder: Path, layout: str | None = None) -> tuple[Table, list[Row]]:
@@ -61,7 +71,7 @@ def write(folder: Path, plots: bool) -> list[Path]:
     """
     found, rows = load(folder)
     files = []
-    for name, text in (("md", found.markdown()), ("csv", found.csv()), ("json", found.json())):
+    for name, text in zip(_TABLES, (found.markdown(), found.csv(), found.json()), strict=True):
         path = folder / f"table.{name}"
         path.write_text(text, encoding="utf-8")
         files.append(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +17,12 @@ from typing import Any
 from orchestrator import jobfile
 from orchestrator.bench import results
 from orchestrator.bench.cell import INSTRUCTIONS, OUTCOME
-from orchestrator.bench.report import describe
+from orchestrator.bench.report import describe, foreign_file
 from orchestrator.bench.results import Row, label
 from orchestrator.bench.sweep import Cell, Sweep
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, SpecError
 from orchestrator.records import read_lines, read_object, read_value
+from orchestrator.train.own_files import RUN_FILES, remove_own
 
 CELLS = "cells"
 _LOG, _LOCK = "driver.log", ".lock"
@@ -41,9 +41,15 @@ def run_cells(sweep: Sweep, address: str | None, tell: Tell, retry_failed: bool 
         retry_failed: Whether cells that failed are run again; those out of memory are not.
 
     Raises:
+        SpecError: The folder holds files of others that the sweep would overwrite.
         ClusterError: The storage cannot be written, or the same sweep is at work there.
     """
     folder = sweep.folder
+    if name := foreign_file(folder):
+        raise SpecError(
+            f"{folder} holds a {name} that no sweep wrote, and this one would overwrite it; move it away, or "
+            "give the sweep another name"
+        )
     try:
         (folder / CELLS).mkdir(parents=True, exist_ok=True)
         with _alone(folder) as lock:
@@ -120,10 +126,10 @@ def _measure(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
 
 
 def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, Any]:
-    """Run a cell in a fresh process group, from nothing: what an earlier try left is removed."""
+    """Run a cell in a fresh process group, from nothing: what an earlier try wrote is removed."""
     home = sweep.folder / CELLS / cell.name
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir()
+    remove_own(home, own_files(home))
+    home.mkdir(exist_ok=True)
     gib = sweep.spec.memory_limit_gib
     asked = {
         "job": jobfile.dump(cell.job),
@@ -133,6 +139,12 @@ def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, 
     (home / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
     ended = _run_process(home, sweep.spec.timeout_minutes, lock)
     return read_object(home / OUTCOME) or {"status": "failed", "reason": ended}
+
+
+def own_files(home: Path) -> list[str]:
+    """Return the files that a cell's process wrote into its folder; others are somebody's and stay."""
+    logs = [path.relative_to(home).as_posix() for path in home.glob("logs/**/*.log")]
+    return [INSTRUCTIONS, OUTCOME, _LOG, *RUN_FILES, *logs]
 
 
 def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -34,6 +35,7 @@ Note = Callable[[str], None]
 _VERSION = 4  # of the store; a change makes every cached store unknown
 _SHOWN_PROBLEMS = 10
 _SECONDS_BETWEEN_NOTES = 5.0
+_DRAFT = re.compile(r"(plan-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial")  # see draft_of
 _STALE_SECONDS = 24 * 3600.0
 
 
@@ -298,13 +300,15 @@ def _publish(draft: Path, folder: Path) -> None:
 def _sweep(cache: Path) -> None:
     """Remove the drafts of processes that are dead: of this machine, or untouched for a day."""
     for draft in cache.glob("*.partial"):
+        match = _DRAFT.fullmatch(draft.name)
+        if match is None:  # not ours
+            continue
         try:
-            name, pid, _, _ = draft.name.rsplit(".", 3)
-            here = name.partition(".")[2] == socket.gethostname()
+            here, pid = match["host"] == socket.gethostname(), match["pid"]
             dead = here and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists()
             if dead or time.time() - draft.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(draft, ignore_errors=True)
-        except (OSError, ValueError):  # it went away meanwhile, or is not ours
+        except OSError:  # it went away meanwhile
             continue
 
 

@@ -16,19 +16,24 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
 
 from orchestrator.errors import TrainingError
+from orchestrator.train.own_files import move_others, remove_own
 from orchestrator.train.swap import keeps_to_its_shards, restores_to_disk, whole_state
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
 FP32_NAMES = "fp32_names"  # of the fp32 weights that DeepSpeed saves without names under ZeRO-0
 _PUBLISHED = re.compile(r"step-\d{8,}")
+_DRAFT = re.compile(r"step-\d{8,}\.(attempt-\d+|old)\.partial")
+_REPLACED = re.compile(r"(step-\d{8,})\.replaced\.partial")
+_RETIRED = "manifest.retired.json"  # what the manifest is called while its files are removed
+_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # DeepSpeed puts them beside the shards
 
 
 def published(folder: Path) -> list[Path]:
@@ -43,13 +48,61 @@ def step_of(checkpoint: Path) -> int:
 
 
 def clean(folder: Path, keep: int) -> None:
-    """Remove what earlier attempts left unpublished, and all but the newest checkpoints."""
+    """Remove what earlier attempts left unpublished, and all but the newest checkpoints.
+
+    What somebody else put into the folder or into a checkpoint stays where it is.
+    """
     for draft in folder.glob("*.partial"):
-        shutil.rmtree(draft, ignore_errors=True)
+        if _DRAFT.fullmatch(draft.name):
+            shutil.rmtree(draft, ignore_errors=True)
+        elif match := _REPLACED.fullmatch(draft.name):
+            _settle(draft, folder / match[1])
+    for half_removed in folder.glob(f"step-*/{_RETIRED}"):
+        _remove(half_removed.parent, _RETIRED)
+    retain(folder, keep)
+
+
+def retain(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints of a run.
+
+    Args:
+        folder: The run's folder of checkpoints.
+        keep: How many stay.
+    """
     for old in published(folder)[:-keep]:
+        if not _own_files(old):  # whoever damaged its manifest decides what becomes of it
+            continue
         # Removal takes time and may be interrupted; half a checkpoint must not look like one.
-        doomed = old.rename(old.with_name(f"{old.name}.old.partial"))
-        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(OSError):
+            (old / MANIFEST).rename(old / _RETIRED)
+            _remove(old, _RETIRED)
+
+
+def _remove(checkpoint: Path, manifest: str) -> None:
+    """Remove the files of a checkpoint, its manifest last."""
+    names = _own_files(checkpoint, manifest)
+    if names:
+        remove_own(checkpoint, names - {manifest})
+        remove_own(checkpoint, {manifest})
+
+
+def _own_files(checkpoint: Path, manifest: str = MANIFEST) -> set[str]:
+    """Return the files that make up a checkpoint, none where there is no manifest to tell them."""
+    try:
+        files = json.loads((checkpoint / manifest).read_text(encoding="utf-8"))["files"]
+        return {manifest, *_SCRIPTS, *(f"{SHARDS}/{name}" for name in files)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _settle(replaced: Path, final: Path) -> None:
+    """Remove a checkpoint that another of its step has taken the place of; bring it back where none has."""
+    if not final.exists():
+        replaced.rename(final)
+        return
+    names = _own_files(replaced)
+    move_others(replaced, names, final)
+    remove_own(replaced, names)
 
 
 def save(engine: Any, folder: Path, step: int, attempt: int, permit: Callable[[], None]) -> Path:
@@ -221,12 +274,14 @@ def _publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     _sync(draft / SHARDS)
     _sync(draft)
     replaced = final.with_name(f"{final.name}.replaced.partial")
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        _settle(replaced, final)
     if final.exists():  # the same step, published by an attempt that ended before it could say so
         final.rename(replaced)
     draft.rename(final)
     _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        _settle(replaced, final)
 
 
 def _failure(action: Callable[[], object]) -> str | None:

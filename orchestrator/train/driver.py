@@ -308,7 +308,8 @@ def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -
             storage_path=job.checkpoint.storage,
             worker_runtime_env={"env_vars": brief.worker_environment(os.environ)},
             failure_config=FailureConfig(max_failures=job.run.max_failures, controller_failure_limit=10),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep),
+            # Ray would remove whole folders, with whatever else is in them; `checkpoint.retain` does not.
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[AttemptWatch(recorder)],
         ),
     )

@@ -66,7 +66,7 @@ def _identity(tensor: Any) -> Any:
 def bytes_of(weights: Mapping[str, Any], form: WeightFormat) -> int:
     """Return the size of weights as they will be written, with the heads of their files."""
     sizes = (tensor.shape.numel() * form.of(tensor).itemsize for tensor in weights.values())
-    return sum(sizes) + _HEAD_BYTES * len(weights)
+    return int(sum(sizes)) + _HEAD_BYTES * len(weights)
 
 
 def require_room(folder: Path, needed_bytes: int, target: Path) -> None:

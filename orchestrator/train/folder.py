@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.model.base import BASE
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec, SourceSpec
+from orchestrator.train.own_files import overwritten_by_a_run
 from orchestrator.train.recorder import ATTEMPTS
 from orchestrator.train.summary import REPORT
 
@@ -83,9 +85,13 @@ def open_run(job: JobSpec) -> Path:
     home = Path(job.checkpoint.storage) / job.name
     try:
         home.mkdir(parents=True, exist_ok=True)
-        probe = home / ".writable"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=home):  # has no name that could be another file's
+            pass
+        if name := overwritten_by_a_run(home):
+            raise SpecError(
+                f"{home} holds a {name} that no run wrote, and this run would overwrite it; move it away, or "
+                "give this job another name"
+            )
         if (home / ATTEMPTS).exists():
             _require_same(job_of(home), job, home)
     except OSError as error:

@@ -199,10 +199,11 @@ class _Reporter:
         path = checkpoint.save(engine, self._brief.checkpoints, step, self.attempt or 0, self._permit)
         self.adopt(path)
         if self._speaks:
+            checkpoint.retain(self._brief.checkpoints, self._brief.job.checkpoint.keep)
             self._sent.append(self._recorder.saved.remote(self.attempt, step, time.perf_counter() - started))
 
     def adopt(self, path: Path) -> None:
-        """Make a published checkpoint known to Ray Train, which keeps the newest and deletes the others."""
+        """Make a published checkpoint known to Ray Train."""
         known = ray.train.get_checkpoint()
         if known is not None and Path(known.path) == path:
             return

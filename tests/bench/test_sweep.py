@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.bench.runner import own_files
 from tests.conftest import finish, orchestrator, processes_of, start, step_rows, wait_until
 
 pytestmark = pytest.mark.ray
@@ -56,12 +57,17 @@ def test_a_cell_out_of_memory_is_a_row_and_a_killed_sweep_goes_on(tmp_path: Path
     assert first["samples"] == {}
     wait_until(lambda: not processes_of(f"TEST_MARKER={marker}"), 120, "nothing of the killed sweep left")
 
-    (cell / "left_behind").write_text("")
+    (cell / "left_behind").write_text("mine")
+    (cell / "evaluations.jsonl").write_text("of an earlier try")
     done = orchestrator("bench", "sweep.yaml", "--json", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "[1/2] max_length=4096, micro_batch_size=8, global_batch_size=8: out of memory" in done.err
     assert "(as measured before)" in done.err
-    assert not (cell / "left_behind").exists(), "a cell starts from nothing"
+    assert not (cell / "evaluations.jsonl").exists(), "a cell starts from nothing"
+    assert (cell / "left_behind").read_text() == "mine", "and removes nothing that is not its own"
+    ours = set(own_files(cell))
+    files = {path.relative_to(cell).as_posix() for path in cell.rglob("*") if path.is_file()}
+    assert files - ours == {"left_behind"}, "what a cell writes is what the next try removes"
     assert [row["step"] for row in step_rows(cell)] == list(range(1, 9))
     assert not (cell / "export").exists(), "nobody wants the model of a cell"
     assert not list((cell / "checkpoints").glob("step-*")), "nor its checkpoints"
