@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from importlib import resources
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 _STORAGE = Path("runs")
@@ -54,7 +54,7 @@ def main() -> int:
 
 def _free(folder: Path) -> Path:
     """Return a folder for this demonstration alone; what an earlier one left may be of use to somebody."""
-    names = ("demo", *(f"demo-{number}" for number in count(2)))
+    names = chain(["demo"], (f"demo-{number}" for number in count(2)))
     return next(folder / name for name in names if not (folder / name).exists())
 
 

@@ -12,13 +12,15 @@ from typing import Any, Literal
 import yaml
 
 from orchestrator.metrics.meter import last_attempt
+from orchestrator.records import read_lines
 from orchestrator.spec import JobSpec, SourceSpec
-from orchestrator.train.recorder import EVALUATIONS, STEPS, read_lines
+from orchestrator.train.recorder import EVALUATIONS, STEPS
 
 Rows = Sequence[Mapping[str, Any]]
 Kind = Literal["model", "adapter", "merged"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LICENCE = ("license", "license_name", "license_link")
+_OF_A_STEP = {"step", "attempt", "loss", "tokens", "trained_tokens"}
 _TITLES = {
     "model": "full fine-tuning",
     "adapter": "a LoRA adapter",
@@ -53,9 +55,9 @@ class CardFacts:
 
 def rows_until(run: Path, step: int) -> tuple[Rows, Rows]:
     """Return the steps and evaluations of a run up to a step; of a step that was done twice, the last."""
-    steps = [row for row in last_attempt(read_lines(run / STEPS)) if row["step"] <= step]
-    evaluations = [row for row in read_lines(run / EVALUATIONS) if row["step"] <= step]
-    return steps, evaluations
+    rows = [row for row in read_lines(run / STEPS) if row.keys() >= _OF_A_STEP and row["step"] <= step]
+    evaluated = [row for row in read_lines(run / EVALUATIONS) if row.keys() >= {"step", "evaluation_loss"}]
+    return last_attempt(rows), [row for row in evaluated if row["step"] <= step]
 
 
 def hub_name(path: str) -> str | None:

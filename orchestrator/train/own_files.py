@@ -87,3 +87,6 @@ def move_others(folder: Path, names: Collection[str], into: Path) -> None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
+    for emptied in sorted((each for each in folder.rglob("*") if each.is_dir()), reverse=True):
+        with suppress(OSError):  # not empty
+            emptied.rmdir()

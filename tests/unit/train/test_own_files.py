@@ -153,9 +153,7 @@ def test_a_sweep_overwrites_no_table_that_none_wrote(tmp_path: Path) -> None:
 
     sweep: dict[str, Any] = {
         "name": "s",
-        "job": json.loads(
-            job(tmp_path).model_dump_json(include={"name": True, "model": {"path"}, "data": True})
-        ),
+        "job": {"name": "j", "model": {"path": "builtin/tiny-llama"}, "data": {"train": [{"path": "x"}]}},
         "cells": [{"data.max_length": 256}],
         "storage": str(tmp_path / "results"),
     }
