@@ -14,6 +14,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.model import base
 from orchestrator.model.adapters import WEIGHTS
 from orchestrator.model.build import base_model, skeleton
+from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec
 
 
@@ -41,7 +42,9 @@ def write_adapter(
     tensors = {name: weight.to(dtype).clone() for name, weight in kept.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.inference_mode = job.model.path, True
+    is_shipped = job.model.path.startswith("builtin/")  # a name that nobody else knows
+    config.base_model_name_or_path = str(resolve(job.model.path)) if is_shipped else job.model.path
+    config.inference_mode = True
     config.save_pretrained(folder)
     (folder / base.BASE).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     return sum(tensor.numel() for tensor in tensors.values())

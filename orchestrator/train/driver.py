@@ -137,8 +137,7 @@ def _train(
         watches.append(forecast.FirstSteps(planned, home, note))
     _fit(brief, recorder, watches)
     trained = time.monotonic()
-    if trial is None:
-        export_finished(home, job, dtype, note)
+    exported = export_finished(home, job, dtype, note) if trial is None else None
     ended = time.monotonic()
     seconds = {
         "start": begun - started,
@@ -148,6 +147,8 @@ def _train(
         "export": ended - trained,
     }
     report = summary.report(job, home, packing, seconds)
+    if exported is not None:
+        report["export"] = str(exported.path)
     folder.write_json(home / summary.REPORT, report)
     if planned:
         planned.remember(home, report)

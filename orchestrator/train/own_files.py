@@ -8,14 +8,14 @@ from pathlib import Path
 
 from orchestrator import jobfile
 from orchestrator.errors import SpecError
+from orchestrator.records import read_object
 
 _BEGUN = "attempts.jsonl"
+_BEFORE_THE_JOB = {"data.json": "train", "base.json": "config", "plan.json": "machines"}  # and a key of each
 _WRITTEN = (
     "job.yaml",
-    "data.json",
-    "base.json",
+    *_BEFORE_THE_JOB,
     "deepspeed.json",
-    "plan.json",
     "workers.json",
     "steps.jsonl",
     "evaluations.jsonl",
@@ -37,14 +37,21 @@ folders."""
 def overwritten_by_a_run(home: Path) -> str | None:
     """Return a file that the first start of a run would overwrite and that no start of a run wrote.
 
-    A start that failed before the first attempt left its job as the program writes it, which tells it.
+    A start that failed before the first attempt left its job as the program writes it, or files that come
+    before the job, which are known by a key that ours have.
 
     Args:
         home: The run's folder.
     """
     if (home / _BEGUN).exists() or _is_job_as_written(home / "job.yaml"):
         return None
-    return next((name for name in _WRITTEN if (home / name).exists()), None)
+    there = [name for name in _WRITTEN if (home / name).exists()]
+    return next((name for name in there if not _has_our_key(home / name)), None)
+
+
+def _has_our_key(file: Path) -> bool:
+    key = _BEFORE_THE_JOB.get(file.name)
+    return key is not None and key in (read_object(file) or {})
 
 
 def _is_job_as_written(file: Path) -> bool:

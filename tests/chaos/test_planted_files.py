@@ -48,7 +48,7 @@ def test_every_planted_file_outlives_every_command(
     text = job_text(
         Path("runs"), eval=None, checkpoint__every_steps=1, checkpoint__keep=1, optim__max_steps=3,
         data={"train": [{"path": "builtin/alpaca_sample"}], "max_length": 256},
-        parallel={"workers": 1, "zero_stage": 2, "offload_path": "swap"},
+        parallel={"workers": 1, "zero_stage": 2},
     )  # fmt: skip
     (tmp_path / "job.yaml").write_text(text)
     run("validate", "job.yaml")
@@ -59,6 +59,8 @@ def test_every_planted_file_outlives_every_command(
     assert [path.parent.name for path in (tmp_path / RUN).glob("checkpoints/*/manifest.json")] == [
         "step-00000003"
     ]
+    told = json.loads((tmp_path / RUN / "report.json").read_text())
+    assert told["export"] == str(tmp_path / RUN / "export-2")
     assert (tmp_path / RUN / "export-2" / "model.safetensors").is_file()
     run("report", RUN)
     for target in ("shelf", "model", ".", RUN, "runs", f"{RUN}/export", f"{RUN}/checkpoints", "swap"):

@@ -119,6 +119,18 @@ def test_an_earlier_export_is_replaced_while_nothing_was_added_or_changed(place:
     assert foreign_entries(Path("model")) == []
 
 
+def test_a_run_s_own_export_may_be_written_again(home: Path, tmp_path: Path) -> None:
+    made = runs.write_run(tmp_path / "runs" / "run", home / "model")
+    for name in ("export", "export", "export-2"):
+        done = export_run(made.folder, made.folder / name)
+        assert done.path == made.folder / name
+    with pytest.raises(SpecError, match="lies inside the run"):
+        export_run(made.folder, made.folder / "exports")
+    assert sorted(path.name for path in made.folder.iterdir() if path.is_dir()) == [
+        "checkpoints", "export", "export-2",
+    ]  # fmt: skip
+
+
 def test_a_marker_alone_makes_nothing_an_export(place: Path) -> None:
     Path("model").mkdir()
     Path("model", MARKER).write_text('{"files": {}}')

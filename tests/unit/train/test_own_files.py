@@ -142,6 +142,9 @@ def test_a_run_starts_beside_other_files_and_again_after_a_failed_start(tmp_path
     planted = plant(tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "run" / "export")
     (tmp_path / "run" / ".writable").write_text("mine")
     home = open_run(job(tmp_path))
+    for name, key in (("data.json", "train"), ("base.json", "config"), ("plan.json", "machines")):
+        (home / name).write_text(json.dumps({key: "of a start that failed"}))
+    open_run(job(tmp_path))
     record_job(home, job(tmp_path))
     (home / "deepspeed.json").write_text("{}")
     open_run(job(tmp_path))
