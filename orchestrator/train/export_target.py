@@ -93,7 +93,7 @@ def _wrong_place(target: Path, run: Path, job: JobSpec) -> str | None:
         return "is a file; name a folder"
     if blocking := next((each for each in target.parents if each.exists() and not each.is_dir()), None):
         return f"lies below {blocking}, which is a file; name another folder"
-    kept = {"the working directory": Path.cwd(), "the home directory": Path.home(), **_used_by(job, run)}
+    kept = _of_the_user() | _used_by(job, run)
     for what, path in kept.items():
         real = Path(os.path.realpath(path))
         if target == real or target in real.parents:
@@ -105,6 +105,15 @@ def _wrong_place(target: Path, run: Path, job: JobSpec) -> str | None:
         if (above == own or _is_run(above)) and not is_export:
             return f"lies inside the run {above}; name a folder outside of it, or {run / 'export'}"
     return None
+
+
+def _of_the_user() -> dict[str, Path]:
+    found = {}
+    with suppress(OSError):  # it was removed
+        found["the working directory"] = Path.cwd()
+    with suppress(RuntimeError):  # a user without an entry, as containers have
+        found["the home directory"] = Path.home()
+    return found
 
 
 def _used_by(job: JobSpec, run: Path) -> dict[str, Path]:
@@ -205,8 +214,10 @@ class Draft:
         files = {path.relative_to(self.folder).as_posix(): describe(path) for path in paths}
         marker = self.folder / MARKER
         marker.write_text(json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8")
+        mode = marker.stat().st_mode & 0o777
         for path in paths:  # some libraries write through private temporary files
-            path.chmod(marker.stat().st_mode & 0o777)
+            if path.stat().st_mode & 0o777 != mode:
+                path.chmod(mode)
         old = self.folder.with_name("old")
         if not self.target.is_dir():
             self.folder.rename(self.target)
