@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -231,9 +233,10 @@ def fp32_weights(saved: Path, only_trained: bool = False) -> dict[str, Any]:
 
     if checkpoint.read_manifest(saved)["zero_stage"] == 0:
         return _unpartitioned_weights(saved)
-    lazy: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-        str(saved), tag=checkpoint.SHARDS, exclude_frozen_parameters=only_trained, lazy_mode=True
-    )
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints how far it is
+        lazy: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
+            str(saved), tag=checkpoint.SHARDS, exclude_frozen_parameters=only_trained, lazy_mode=True
+        )
     return lazy
 
 
