@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from importlib import resources
 from pathlib import Path
 
 _BUILTIN = "builtin/"
+_UNPACKED = re.compile(r"^/.*/working_dir_files/_ray_pkg_[0-9a-f]+/")
+PACKAGES = ("orchestrator", "cluster", "launch", "ds_configs")
+"""All packages of this program; they lie beside each other, in a checkout and in an installation."""
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds them."""
+
+
+def as_submitted(path: str) -> str:
+    """Return a path without the folder into which Ray unpacked what travelled with a submitted job.
+
+    That folder is named by a hash of all that travelled, in a session that is new with each start of Ray, so
+    that data lie elsewhere whenever the same job is submitted again.
+    """
+    return _UNPACKED.sub("", path)
+
+
+def module_command(module: str) -> list[str]:
+    """Return the command that runs a module of this program in a process of its own.
+
+    Python would look into the working directory first, where a project may have a `launch` or a `cluster` of
+    its own; where it is this program's own folder, that is the only way by which its modules may be found.
+    """
+    safe = [] if Path.cwd() == ROOT else ["-P"]
+    return [sys.executable, *safe, "-m", module]
 
 
 def resolve(path: str) -> Path:

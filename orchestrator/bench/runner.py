@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from orchestrator.bench.report import describe, foreign_file
 from orchestrator.bench.results import Row, label
 from orchestrator.bench.sweep import Cell, Sweep
 from orchestrator.errors import ClusterError, SpecError
+from orchestrator.paths import module_command
 from orchestrator.records import read_lines, read_object, read_value
 from orchestrator.train.own_files import RUN_FILES, remove_own
 
@@ -186,7 +186,7 @@ def _run_process(home: Path, timeout_minutes: float | None, lock: int) -> str:
     """Run the cell's process to its end, and return how it ended, for a row that it did not fill itself."""
     with (home / _LOG).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.bench.cell", str(home)],
+            [*module_command("orchestrator.bench.cell"), str(home)],
             stdin=subprocess.PIPE,  # never written to: the cell ends when it is closed
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ import numpy as np
 
 from cluster import hardware
 from cluster.hardware import Device, PeakTflops
+from orchestrator.paths import module_command
 
 _SECONDS = 0.5
 _SIDE = 768  # three matrices of it are larger than the caches that belong to one core
@@ -44,7 +45,7 @@ def measure(workers: int, threads: int = 1) -> ProcessorRates:
         threads: Of each.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "orchestrator.plan.probe"]
+    command = module_command("orchestrator.plan.probe")
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(workers)
     ]
