@@ -5,18 +5,17 @@ Run as `python -m launch.demo`. It writes to runs/demo, or to the first of runs/
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from importlib import resources
 from itertools import chain, count
 from pathlib import Path
 
 _STORAGE = Path("runs")
-_URL = "http://127.0.0.1:9400/metrics"
 _SERIES = re.compile(r"^(orchestrator_(?:tgs|tflops_model)\{.*rank=\"(\d+)\".*\}) (\S+)$", re.MULTILINE)
 
 
@@ -37,7 +36,8 @@ def main() -> int:
     started = time.monotonic()
     process = subprocess.Popen(command)
     try:
-        seen = _scrape_while_running(process)
+        # The run's endpoint takes the first free port, and its folder says which.
+        seen = _scrape_while_running(process, storage / "quickstart" / "metrics.json")
     finally:
         if process.poll() is None:
             process.terminate()
@@ -45,7 +45,7 @@ def main() -> int:
     if process.returncode:
         return process.returncode
     if len(seen) < 4:
-        _say(f"{_URL} did not answer with TGS and TFLOPs of both ranks while the run went on")
+        _say("the endpoint did not answer with TGS and TFLOPs of both ranks while the run went on")
         return 1
     _say(f"\n{_reload(storage / 'quickstart' / 'export')}")
     _say(f"demo finished in {time.monotonic() - started:.0f} s")
@@ -58,7 +58,7 @@ def _free(folder: Path) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def _scrape_while_running(process: subprocess.Popen[bytes]) -> dict[str, str]:
+def _scrape_while_running(process: subprocess.Popen[bytes], where: Path) -> dict[str, str]:
     """Ask the endpoint until it has shown both ranks, print that once, and wait for the run to end."""
     seen: dict[str, str] = {}
     while process.poll() is None:
@@ -66,13 +66,14 @@ def _scrape_while_running(process: subprocess.Popen[bytes]) -> dict[str, str]:
         if len(seen) >= 4:
             continue
         try:
-            with urllib.request.urlopen(_URL, timeout=2) as answer:
+            url = f"http://{json.loads(where.read_text(encoding='utf-8'))['target']}/metrics"
+            with urllib.request.urlopen(url, timeout=2) as answer:
                 text = answer.read().decode()
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
+        except (OSError, ValueError):  # not there yet, or there no longer
             continue
         seen = {series: value for series, _, value in _SERIES.findall(text)}
         if len(seen) >= 4:
-            _say(f"{_URL} answers, among other series:")
+            _say(f"{url} answers, among other series:")
             for series, value in seen.items():
                 _say(f"{series} {value}")
     return seen

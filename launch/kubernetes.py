@@ -10,6 +10,7 @@ import yaml
 
 from launch.kubernetes_size import GIB, RAY_PORTS, Size, Wanted, size_of
 from orchestrator import jobfile
+from orchestrator.metrics.endpoint import AUTO_PORTS
 from orchestrator.spec import JobSpec
 
 RAY_VERSION = "2.60.0"  # KubeRay chooses its probes by it, so it is that of the images
@@ -125,6 +126,11 @@ def object_name(run: str) -> str:
     return name[: LONGEST_RAYJOB_NAME - len(mark)].rstrip("-") + mark
 
 
+def secret_name(run: str) -> str:
+    """Return the name of the Secret that the variables of `run.env` are taken from."""
+    return f"{object_name(run)}-env"
+
+
 def dump(value: Any) -> str:
     """Return a value as YAML, texts of several lines as blocks."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
@@ -158,6 +164,8 @@ def _in_pods(job: JobSpec, device: Literal["cuda", "cpu"]) -> JobSpec:
     metrics = job.metrics
     if metrics.host in _LOOPBACK:
         metrics = metrics.model_copy(update={"host": "0.0.0.0"})
+    if metrics.port in ("auto", 0):  # a pod has its ports to itself, and says which one is to be scraped
+        metrics = metrics.model_copy(update={"port": AUTO_PORTS[0]})
     return job.model_copy(update={"parallel": parallel, "metrics": metrics})
 
 
@@ -165,6 +173,14 @@ def _notes(job: JobSpec) -> list[str]:
     notes = []
     if job.metrics.port is not None and job.metrics.host in _LOOPBACK:
         notes.append(f"metrics.host={job.metrics.host} became 0.0.0.0, for Prometheus to reach it")
+    if job.metrics.port in ("auto", 0):
+        notes.append(f"metrics.port={job.metrics.port} became {AUTO_PORTS[0]}, which the pod declares")
+    if job.run.env:
+        literals = " ".join(f"--from-literal={name}=..." for name in job.run.env)
+        notes.append(
+            "no value of run.env is in here; the head takes them from a Secret: kubectl create secret "
+            f"generic {secret_name(job.name)} {literals}"
+        )
     if job.parallel.offload_path:
         notes.append(
             f"parallel.offload_path={job.parallel.offload_path} is an emptyDir, on the disk of the node's "
@@ -254,11 +270,16 @@ def _submitter(image: str) -> dict[str, Any]:
 def _head(job: JobSpec, wanted: Wanted, image: str, config_map: str) -> dict[str, Any]:
     """Return the head, where the driver runs and no worker does."""
     ports = [{"name": name, "containerPort": port} for name, port in RAY_PORTS.items()]
-    if job.metrics.port:
-        ports.append({"name": DRIVER_PORT_NAME, "containerPort": job.metrics.port})
+    if job.metrics.port is not None:
+        port = AUTO_PORTS[0] if job.metrics.port in ("auto", 0) else job.metrics.port
+        ports.append({"name": DRIVER_PORT_NAME, "containerPort": port})
     mounts = {"shm": "/dev/shm", **_WRITABLE, "shared": wanted.mount, "job": JOB_FOLDER}
     resources = _resources(_HEAD_CPUS, _quantity(_HEAD_BYTES))
     container = _container("ray-head", image, resources, mounts, ports=ports)
+    container["env"] += [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": secret_name(job.name), "key": name}}}
+        for name in job.run.env
+    ]
     volumes = [*_volumes(wanted, _HEAD_SHM_BYTES), {"name": "job", "configMap": {"name": config_map}}]
     return {
         "rayStartParams": {"num-cpus": "0", "object-store-memory": str(_HEAD_STORE_BYTES)},

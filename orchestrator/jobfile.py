@@ -88,13 +88,15 @@ def json_schema() -> dict[str, Any]:
 def apply_override(data: dict[str, Any], places: Places, text: str) -> str | None:
     """Put an override's value into the data; return the sentence that says why it cannot be."""
     path, equals, value = text.partition("=")
-    shown = f"--set {text[:80]}"
+    is_secret = path.strip() == "run" or path.strip().startswith("run.env")
+    shown = f"--set {path}=..." if is_secret and equals else f"--set {text[:80]}"
     if not equals:
         return f"{shown}: {_NO_OVERRIDE}"
     try:
         parsed = yamltext.value_of(value)
     except yaml.YAMLError as error:
-        return f"{shown}: the value is not valid YAML ({yamltext.reason_of(error)}); quote it"
+        why = "" if is_secret else f" ({yamltext.reason_of(error)})"  # which may quote a part of the value
+        return f"{shown}: the value is not valid YAML{why}; quote it"
     reason = put(data, places, path.strip(), parsed, shown)
     return f"{shown}: {reason}" if reason else None
 
@@ -221,6 +223,12 @@ def sentence_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str
     context = detail.get("ctx", {})
     shown = json.dumps(value, default=str, ensure_ascii=False)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    if location[:2] == ("run", "env") and kind != "string_pattern_mismatch":
+        shown = "(not shown)"  # of a name that breaks its rule, pydantic's input is the name
+    if kind == "port":
+        return f"{field}={shown} is no port; it must be {detail['msg']}"
+    if kind == "dict_type":
+        return f"{field}={shown} has the wrong type; write NAME: value, one a line, indented below the key"
     if kind == "missing":
         return f"{field} is missing and has no default; add it"
     if kind == "extra_forbidden":

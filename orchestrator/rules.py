@@ -29,7 +29,25 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_packing_rules(job)
     yield from _broken_method_rules(job)
     yield from _broken_optimizer_rules(job)
+    yield from _broken_environment_rules(job)
     yield from _not_in_this_version(job)
+
+
+_TOO_LATE = ("LD_", "PYTHON", "RAY_", "CUDA_VISIBLE_DEVICES")
+
+
+def _broken_environment_rules(job: JobSpec) -> Iterator[Problem]:
+    for name, value in job.run.env.items():
+        field = (f"run.env.{name}",)
+        if name.startswith(_TOO_LATE):
+            yield (
+                field,
+                f"run.env.{name} would have no effect: variables are set in processes that Ray has started, "
+                f"and {name} counts before that; export it where Ray is started, on every node, and remove "
+                "it here",
+            )
+        if value is not None and "\0" in value.get_secret_value():
+            yield field, f"run.env.{name} holds a NUL, which no environment can; remove it from the value"
 
 
 def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_serializer,
+)
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
@@ -23,7 +34,19 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # no file system can store a NUL
+
+
+def _one_problem(value: object, judge: ValidatorFunctionWrapHandler) -> object:
+    """Let a value that is neither of two kinds have one error, where pydantic gives one for each kind."""
+    try:
+        return judge(value)
+    except ValidationError:
+        raise PydanticCustomError("port", "auto, or a whole number from 0 to 65535") from None
+
+
+Port = Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["auto"], WrapValidator(_one_problem)]
 Checkpointing = Annotated[
     Literal["full", "selective", "none"],
     BeforeValidator(
@@ -240,13 +263,21 @@ class RunSpec(Section):
     """Seed of initialisation, packing and order."""
     collective_timeout_seconds: Annotated[int, Field(ge=10, le=604_800)] = 600
     """A collective that waits longer ends the attempt."""
+    env: dict[EnvironmentName, SecretStr | None] = Field(default_factory=dict)
+    """Environment variables of the driver, its tasks and its workers, NAME: value; null takes the value from
+    where the command runs. Values are recorded nowhere: job.yaml of the run lists names only."""
+
+    @field_serializer("env")
+    def _names_only(self, env: dict[str, SecretStr | None]) -> dict[str, None]:
+        return dict.fromkeys(env)
 
 
 class MetricsSpec(Section):
     """Where the run's numbers are found, besides its folder."""
 
-    port: Annotated[int, Field(ge=0, le=65535)] | None = 9400
-    """Port of the endpoint on the driver's node; 0 takes a free one, null opens none."""
+    port: Port | None = "auto"
+    """Port of the endpoint on the driver's node: auto takes the first free one of 9400 to 9499, a number
+    only that one, 0 any free one; null opens none."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address that the endpoint listens on; 0.0.0.0 for scraping from other machines."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Real Alpaca rows, to be measured with and not shipped; where there are any they lie beside the checkout.
 REAL_ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en.json"
 os.environ["ORCHESTRATOR_CALIBRATION"] = ""  # tests neither use nor leave what runs here measured
+os.environ["ORCHESTRATOR_TARGETS"] = ""  # nor list their endpoints for a Prometheus of this machine
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

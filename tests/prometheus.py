@@ -31,6 +31,9 @@ class Prometheus:
         folder: Where its configuration and data go.
         targets: Files of targets by their names in `targets/`, each a list of addresses.
         cluster: Label of all targets.
+
+    Attributes:
+        local: Stands for the folder in which runs of this machine list their endpoints.
     """
 
     def __init__(self, folder: Path, targets: Mapping[str, list[str]], cluster: str) -> None:
@@ -38,9 +41,12 @@ class Prometheus:
         shutil.copytree(MONITORING, self._folder)
         text = (self._folder / "prometheus.yml").read_text()
         assert text.count(": 15s") == 2
-        assert text.count("localhost:9400") == 1
+        local = '"/tmp/orchestrator-targets/*.json"'
+        assert text.count(local) == 1  # this machine's own runs are not looked at
+        self.local = self._folder / "local"
+        text = text.replace(local, f'"{self.local}/*.json"').replace("interval: 10s", "interval: 1s")
         text = text.replace(": 15s", ": 1s").replace("scrape_timeout: 10s", "scrape_timeout: 1s")
-        (self._folder / "prometheus.yml").write_text(text.replace("localhost:9400", "localhost:9"))
+        (self._folder / "prometheus.yml").write_text(text)
         for name, addresses in targets.items():
             entry = {"targets": addresses, "labels": {"cluster": cluster}}
             (self._folder / "targets" / name).write_text(json.dumps([entry]))

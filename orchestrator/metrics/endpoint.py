@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import socket
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PATHS = ("/metrics", "/")
+AUTO_PORTS = range(9400, 9500)
+"""Where `auto` looks for a free port."""
 _FASTEST = 1  # series of ranks repeat themselves, and shrink well at any level
 
 
@@ -20,7 +23,7 @@ class Endpoint:
 
     Args:
         host: Address to listen on.
-        port: Port; 0 takes a free one.
+        port: Port; 0 takes any free one, auto the first free one of `AUTO_PORTS`.
         page: Called for every scrape, from a thread of its own.
 
     Raises:
@@ -28,13 +31,20 @@ class Endpoint:
         UnicodeError: The address cannot be a name.
     """
 
-    def __init__(self, host: str, port: int, page: Callable[[], str]) -> None:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+    def __init__(self, host: str, port: int | Literal["auto"], page: Callable[[], str]) -> None:
+        family = family_of(host)
 
         class Server(_Server):
             address_family = family
 
-        self._server = Server((host, port), _handler(page))
+        ports = AUTO_PORTS if port == "auto" else range(port, port + 1)
+        for number in ports:
+            try:  # the server holds the port from here on: of two runs that try it at once, one goes on
+                self._server = Server((host, number), _handler(page))
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or number == ports[-1]:
+                    raise
         self._thread = Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -48,6 +58,16 @@ class Endpoint:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Return the family of the addresses that a host's name stands for.
+
+    Raises:
+        OSError: The name stands for none.
+        UnicodeError: It cannot be a name.
+    """
+    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
 
 
 class _Server(ThreadingHTTPServer):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,11 +16,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from orchestrator.errors import ClusterError
-from orchestrator.metrics import catalogue
+from orchestrator.metrics import catalogue, targets
 from orchestrator.metrics.catalogue import PREFIX
-from orchestrator.metrics.endpoint import Endpoint
+from orchestrator.metrics.endpoint import AUTO_PORTS, Endpoint, family_of
 from orchestrator.metrics.exposition import Histogram, header, labelled, samples
 from orchestrator.metrics.meter import FloatArray
+from orchestrator.metrics.targets import Target
 
 _RANK_GAUGES = tuple(
     metric for metric in (*catalogue.STEP_METRICS, *catalogue.DEVICE_METRICS) if metric.scope == "rank"
@@ -104,13 +108,16 @@ class Exporter:
     Args:
         run: Name of the run.
         host: Address to listen on.
-        port: Port; 0 takes a free one.
+        port: Port; 0 takes any free one, auto the first free one of a range.
+
+    Attributes:
+        unlisted: Why this machine's list of targets does not name the endpoint; None where it does.
 
     Raises:
         ClusterError: The port is taken or the address is not this machine's.
     """
 
-    def __init__(self, run: str, host: str, port: int) -> None:
+    def __init__(self, run: str, host: str, port: int | Literal["auto"]) -> None:
         self._run, self._lock = run, Lock()
         self._attempt = _Attempt(run, "0")
         try:
@@ -118,6 +125,18 @@ class Exporter:
         except (OSError, UnicodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "no host name"
             raise endpoint_error(host, port, reason) from None
+        self.unlisted: str | None = None
+        self._target: Target | None = None
+        place = targets.folder(os.environ)
+        if place is None:
+            return
+        try:
+            self._target = Target(place, run, host, self.port)
+        except OSError as error:
+            self.unlisted = (
+                f"{place} cannot be written ({error.strerror}), so a Prometheus that reads it does not find "
+                f"this run; set {targets.PLACE} to a folder of your own, or to nothing"
+            )
 
     @property
     def port(self) -> int:
@@ -211,13 +230,44 @@ class Exporter:
         with self._lock:
             self._attempt.phases[phase].observe(seconds)
 
+    def keep_listed(self) -> None:
+        """See to it that this machine's list of targets still names the endpoint."""
+        if self._target is not None:
+            with suppress(OSError):  # a full disk is no reason to end a run
+                self._target.keep()
+
     def close(self) -> None:
         """Stop serving."""
+        if self._target is not None:
+            with suppress(OSError):
+                self._target.remove()
         self._endpoint.close()
 
 
-def endpoint_error(host: str, port: int, reason: str | None) -> ClusterError:
+def require_port(host: str, port: int | Literal["auto"] | None) -> None:
+    """Find out that an endpoint cannot be opened, before anything is paid for.
+
+    Raises:
+        ClusterError: The port is taken or the address is not this machine's.
+    """
+    if port is None:
+        return
+    try:
+        with socket.socket(family_of(host)) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, 0 if port == "auto" else port))
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no host name"
+        raise endpoint_error(host, port, reason) from None
+
+
+def endpoint_error(host: str, port: int | Literal["auto"], reason: str | None) -> ClusterError:
     """Return the error that says why the endpoint cannot be opened."""
+    if port == "auto":
+        return ClusterError(
+            f"metrics.port=auto finds none of {AUTO_PORTS[0]} to {AUTO_PORTS[-1]} on {host} that can be "
+            f"opened ({reason}); check metrics.host, or set metrics.port: 0 for any free port"
+        )
     return ClusterError(
         f"metrics.port={port} on {host} cannot be opened ({reason}); free it, set another "
         "metrics.port, or 0 for any free one"

@@ -9,7 +9,6 @@ Everything that can be decided is decided here, once; workers are handed a `Brie
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from orchestrator.errors import (
     SpecError,
     TrainingError,
 )
-from orchestrator.metrics.exporter import endpoint_error
+from orchestrator.metrics.exporter import require_port
 from orchestrator.metrics.trackers import Trackers, require_packages
 from orchestrator.model.base import identity
 from orchestrator.model.build import load_config, require_supported
@@ -38,8 +37,17 @@ from orchestrator.model.support import model_notes
 from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.plan.host_memory import disk_bytes
-from orchestrator.spec import JobSpec, MetricsSpec, SourceSpec
-from orchestrator.train import checkpoint, folder, forecast, placing, session, summary, vocabulary
+from orchestrator.spec import JobSpec, SourceSpec
+from orchestrator.train import (
+    checkpoint,
+    environment,
+    folder,
+    forecast,
+    placing,
+    session,
+    summary,
+    vocabulary,
+)
 from orchestrator.train.brief import CHECKPOINTS, Brief, Trial
 from orchestrator.train.export_run import export_finished
 from orchestrator.train.lease import Lease
@@ -77,7 +85,7 @@ def run(
         OrchestratorError: What went wrong, by whose side it was.
     """
     started = time.monotonic()
-    job = folder.with_absolute_paths(job)
+    job = folder.with_absolute_paths(environment.adopt(job))
     folder.require_inputs(job)
     home = folder.open_run(job)
     finished = folder.finished(home)
@@ -85,8 +93,8 @@ def run(
         return finished
     lease = Lease.acquire(home)
     try:
-        _require_port(job.metrics)
-        with session.connected(address):
+        require_port(job.metrics.host, job.metrics.port)
+        with session.connected(address, job.run.env):
             device = placing.place(job)
             folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
@@ -167,9 +175,9 @@ def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
     Returns:
         What became of the rows and how full the packs are.
     """
-    job = folder.with_absolute_paths(job)
+    job = folder.with_absolute_paths(environment.adopt(job))
     folder.require_inputs(job)
-    with session.connected(address):
+    with session.connected(address, job.run.env):
         return _prepare_data(job, note)[2]
 
 
@@ -192,18 +200,6 @@ def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note)
             f"sequence_parallel_size={size} does not divide the {max(crossing)} workers that a node takes: "
             "workers that share a sequence may exchange it between nodes, which is slower than inside one"
         )
-
-
-def _require_port(metrics: MetricsSpec) -> None:
-    """Find out that the endpoint's port is taken before anything is paid for; the recorder opens it later."""
-    if metrics.port:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((metrics.host, metrics.port))
-            except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or "no host name"
-                raise endpoint_error(metrics.host, metrics.port, reason) from None
 
 
 def _prepare_data(job: JobSpec, note: Note) -> tuple[Path, Path | None, dict[str, Any]]:

@@ -12,7 +12,7 @@ from orchestrator import jobfile
 from orchestrator.data.files import missing
 from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.model.base import BASE
-from orchestrator.paths import resolve
+from orchestrator.paths import as_submitted, resolve
 from orchestrator.spec import JobSpec, SourceSpec
 from orchestrator.train.own_files import overwritten_by_a_run
 from orchestrator.train.recorder import ATTEMPTS
@@ -24,6 +24,7 @@ _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 # What may differ between the first start of a run and a later one: no trained number depends on it.
 _FREE = (
     "run.max_failures",
+    "run.env",
     "run.collective_timeout_seconds",
     "checkpoint",
     "metrics",
@@ -246,4 +247,4 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for index, child in enumerate(value):
             yield from _flat(child, f"{prefix}.{index}")
     else:
-        yield prefix, value
+        yield prefix, as_submitted(value) if isinstance(value, str) else value

@@ -19,6 +19,7 @@ _WRITTEN = (
     "workers.json",
     "steps.jsonl",
     "evaluations.jsonl",
+    "metrics.json",
     "report.json",
 )
 RUN_FILES = (

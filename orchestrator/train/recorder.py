@@ -8,20 +8,23 @@ was believed dead cannot write.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.metrics.exporter import Exporter, RankLabels
 from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, rank_columns, step_values
+from orchestrator.metrics.targets import address
 from orchestrator.metrics.trackers import Trackers, no_trackers
 from orchestrator.records import read_lines
 from orchestrator.train.lease import Lease
 
+METRICS = "metrics.json"  # where the endpoint is, while there is one
 STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
 
 
@@ -63,7 +66,7 @@ class Recorder:
         run: Name of the run.
         lease: The driver's lease, refreshed whenever the driver asks for the status.
         host: Address of the endpoint.
-        port: Port of the endpoint; None opens none.
+        port: Port of the endpoint, or auto; None opens none.
         trackers: Makes what else draws the numbers, given where to complain.
     """
 
@@ -73,13 +76,14 @@ class Recorder:
         run: str,
         lease: Lease,
         host: str,
-        port: int | None,
+        port: int | Literal["auto"] | None,
         trackers: Callable[[Callable[[str], None]], Trackers] = no_trackers,
     ) -> None:
         self._folder, self._lease = folder, lease
         self._exporter = Exporter(run, host, port) if port is not None else None
         self._status = Status(metrics_port=self._exporter.port if self._exporter else None)
         self._notes: deque[str] = deque()  # trackers add to it from their thread
+        self._say_where(host)
         self._trackers = trackers(self._notes.append)
         self._workers: list[WorkerInfo] = []
         self._checkpoint_seconds = 0.0
@@ -128,6 +132,7 @@ class Recorder:
             "steps_planned": steps,
             "world_size": len(workers),
             "nodes": sorted({worker.node for worker in workers}),
+            "metrics_port": self._status.metrics_port,
             **info,
         }
         self._workers = [WorkerInfo(**{**asdict(worker), "attempt": attempt}) for worker in workers]
@@ -228,6 +233,8 @@ class Recorder:
         """Return where the run stands, and keep the driver's lease alive."""
         if self._lease.is_held(self._folder):
             self._lease.refresh(self._folder)
+        if self._exporter:
+            self._exporter.keep_listed()
         notes = tuple(self._notes.popleft() for _ in range(len(self._notes)))
         return Status(**{**vars(self._status), "notes": notes})
 
@@ -240,6 +247,17 @@ class Recorder:
         self._trackers.close()
         if self._exporter:
             self._exporter.close()
+            (self._folder / METRICS).unlink(missing_ok=True)
+
+    def _say_where(self, host: str) -> None:
+        """Write down where the endpoint is, for scripts to find it; what a killed run left is removed."""
+        (self._folder / METRICS).unlink(missing_ok=True)
+        if self._exporter is None:
+            return
+        where = {"target": address(host, self._exporter.port), "host": host, "port": self._exporter.port}
+        _write_json(self._folder / METRICS, {**where, "hostname": os.uname().nodename, "pid": os.getpid()})
+        if self._exporter.unlisted:
+            self._note(self._exporter.unlisted)
 
     def _note(self, text: str) -> None:
         self._notes.append(text)

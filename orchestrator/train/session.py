@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import ray
 
 from cluster.auth import choose_auth_mode
 from cluster.topology import Node
-from orchestrator.errors import ClusterError
+from orchestrator.train import connection
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None, names: Iterable[str] = ()) -> Iterator[None]:
     """Be a driver of the cluster at an address, or of a local Ray that lives as long as this.
 
     Args:
         address: Address of a cluster, or auto; None takes RAY_ADDRESS from the environment, where it is set.
+        names: Environment variables that reach tasks and workers besides the default ones.
 
     Raises:
         ClusterError: The cluster cannot be reached, or a local Ray cannot be started.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS") or None
     choose_auth_mode()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        connection.require_listener(address)
+        ray.init(**connection.init_arguments(address, names))
     except Exception as error:  # where a node does not come up in time, Ray raises just that
-        where = f"Ray at {address} cannot be reached" if address else "a local Ray cannot be started"
-        reason = " ".join(str(error).split())[:200]
-        raise ClusterError(f"{where} ({reason}); check the address and that the head node is up") from None
+        raise connection.unreachable(address, error) from None
     try:
         yield
     finally:

@@ -101,6 +101,7 @@ def report(
         },
         "packing": dict(packing),
         "nodes": sorted({worker["node"] for worker in workers}),
+        "metrics_port": attempts[-1].get("metrics_port"),
         "world_size": len(workers),
         "parallel": {
             "zero_stage": attempts[-1]["zero_stage"],

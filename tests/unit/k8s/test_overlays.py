@@ -19,7 +19,8 @@ from launch.kubernetes_lint import problems_of
 from launch.kubernetes_size import GIB, RAY_PORTS, Wanted, size_of
 from orchestrator import jobfile
 from orchestrator.metrics.catalogue import PREFIX
-from orchestrator.spec import JobSpec, MetricsSpec
+from orchestrator.metrics.endpoint import AUTO_PORTS
+from orchestrator.spec import JobSpec
 from tests.conftest import ENVIRONMENT, ROOT
 from tests.unit.k8s.schemas import core_problem, custom_problems, is_custom, pods, templates
 
@@ -212,7 +213,7 @@ def test_policies_and_monitors_select_pods_that_are_there(build: Any, folder: st
 
 def test_ports_and_metric_names_are_those_of_the_code(build: Any) -> None:
     objects = build("overlays/a100x8")
-    port = MetricsSpec().port
+    port = AUTO_PORTS[0]
     (ray,) = ray_objects(objects)
     head = {
         port["name"]: port["containerPort"]

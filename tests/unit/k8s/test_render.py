@@ -315,3 +315,29 @@ def test_the_command_prints_it_and_refuses_in_one_block(tmp_path: Path) -> None:
     other = orchestrator("render", "job.yaml", "--gpus-per-node", "4", cwd=tmp_path)
     assert other.code == 2
     assert "--target rayjob" in other.err
+
+
+@pytest.mark.parametrize(("port", "inside"), [("auto", 9400), (0, 9400), (9777, 9777), (None, None)])
+def test_a_pod_declares_the_port_that_its_run_serves(port: object, inside: int | None) -> None:
+    text = manifest(job_of(metrics={"port": port}), Wanted(), "cuda")
+    config, rayjob = yaml.safe_load_all(text)
+    assert jobfile.parse(config["data"]["job.yaml"]).metrics.port == inside
+    ports = dict(pods(rayjob))["head"]["spec"]["containers"][0]["ports"]
+    assert [each["containerPort"] for each in ports if each["name"] == "orch-metrics"] == [
+        *([inside] if inside else [])
+    ]
+    assert ("became 9400" in text) == (port in ("auto", 0))
+
+
+def test_variables_come_from_a_secret_and_no_value_is_rendered() -> None:
+    text = manifest(job_of(run={"env": {"HF_TOKEN": "hunter-2", "OTHER": None}}), Wanted(), "cuda")
+    assert "hunter-2" not in text
+    assert "create secret generic run-env --from-literal=HF_TOKEN=... --from-literal=OTHER=..." in text
+    _, rayjob = yaml.safe_load_all(text)
+    assert problems_of(rayjob) == []
+    by_pod = {
+        name: [each for each in pod["spec"]["containers"][0]["env"] if "valueFrom" in each]
+        for name, pod in pods(rayjob)
+    }
+    assert [each["name"] for each in by_pod.pop("head")] == ["HF_TOKEN", "OTHER"]
+    assert not any(by_pod.values()), "workers have them from the driver"

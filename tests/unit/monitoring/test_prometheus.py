@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.metrics import targets
 from orchestrator.metrics.endpoint import Endpoint
+from orchestrator.metrics.exporter import Exporter
 from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.train.lease import Lease
 from orchestrator.train.recorder import Recorder, WorkerInfo
@@ -124,6 +126,19 @@ def test_devices_are_joined_with_the_ranks_that_hold_them(scene: Scene) -> None:
 def test_no_alert_fires_while_all_is_well(scene: Scene) -> None:
     scene.train()
     assert scene.ask('ALERTS{alertstate="firing"}') == []
+
+
+def test_runs_of_this_machine_are_found_by_themselves(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(targets.PLACE, str(scene.prometheus.local))  # not there before the first run
+    found = 'up{job="orchestrator", cluster="local"} == 1'
+    first, second = Exporter("first", "127.0.0.1", "auto"), Exporter("second", "0.0.0.0", "auto")
+    expected = {f"localhost:{first.port}", f"localhost:{second.port}"}
+    wait_until(
+        lambda: {each["metric"]["instance"] for each in scene.ask(found)} == expected, 30, "both are scraped"
+    )
+    first.close()
+    second.close()
+    wait_until(lambda: not scene.ask('up{job="orchestrator"}'), 30, "neither is a target any more")
 
 
 def test_series_of_an_attempt_are_gone_from_prometheus_as_soon_as_it_ends(scene: Scene) -> None:

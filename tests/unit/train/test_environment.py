@@ -1,0 +1,173 @@
+"""Variables reach this process and the set-up of workers; nothing that is written or shown has values."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+
+from orchestrator import jobfile
+from orchestrator.errors import SpecError
+from orchestrator.paths import ROOT
+from orchestrator.spec import JobSpec
+from orchestrator.train import environment, folder
+
+SECRET = "hunter-2"
+
+
+def job(**env: str | None) -> JobSpec:
+    return jobfile.parse(
+        json.dumps(
+            {
+                "name": "run",
+                "model": {"path": "m"},
+                "data": {"train": [{"path": "a/b"}]},
+                "run": {"env": env},
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "passed"),
+    [
+        ("HF_TOKEN", True),
+        ("HF_HUB_OFFLINE", True),
+        ("HUGGING_FACE_HUB_TOKEN", True),
+        ("TRANSFORMERS_OFFLINE", True),
+        ("WANDB_API_KEY", True),
+        ("MLFLOW_TRACKING_URI", True),
+        ("NCCL_SOCKET_IFNAME", True),
+        ("TORCH_NCCL_BLOCKING_WAIT", True),
+        ("GLOO_SOCKET_IFNAME", True),
+        ("http_proxy", True),
+        ("HTTPS_PROXY", True),
+        ("no_proxy", True),
+        ("PATH", False),
+        ("HOME", False),
+        ("AWS_SECRET_ACCESS_KEY", False),
+        ("RAY_AUTH_TOKEN", False),
+        ("PYTHONPATH", False),
+    ],
+)
+def test_what_is_passed_on_by_default(name: str, passed: bool) -> None:
+    assert (environment.forwarded({name: "v"}) == {name: "v"}) == passed
+    assert environment.forwarded({name: "v"}, [name]) == {name: "v"}
+
+
+def test_values_are_set_here_and_leave_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROM_HERE", "here")
+    monkeypatch.setenv("BOTH", "here")
+    monkeypatch.delenv("OF_THE_JOB", raising=False)
+    adopted = environment.adopt(job(OF_THE_JOB=SECRET, FROM_HERE=None, BOTH="job"))
+    assert {name: os.environ[name] for name in adopted.run.env} == {
+        "OF_THE_JOB": SECRET,
+        "FROM_HERE": "here",
+        "BOTH": "job",
+    }
+    assert SECRET.encode() not in pickle.dumps(adopted)
+    assert environment.adopt(adopted) == adopted, "what was adopted is found again"
+    monkeypatch.delenv("OF_THE_JOB")
+
+
+def test_variables_that_are_not_set_are_all_named() -> None:
+    with pytest.raises(SpecError) as caught:
+        environment.adopt(job(NOT_SET_A=None, NOT_SET_B=None))
+    assert [problem.split(" ")[0] for problem in caught.value.problems] == [
+        "run.env.NOT_SET_A",
+        "run.env.NOT_SET_B",
+    ]
+
+
+def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
+    asked = job(TOKEN=SECRET)
+    folder.record_job(tmp_path, asked)
+    written = (tmp_path / "job.yaml").read_text()
+    for text in (
+        written,
+        repr(asked),
+        str(asked),
+        str(asked.model_dump(mode="json")),
+        asked.model_dump_json(),
+    ):
+        assert "TOKEN" in text
+        assert SECRET not in text
+    assert folder.job_of(tmp_path).run.env == {"TOKEN": None}
+
+
+@pytest.mark.parametrize(
+    "env", [{"A": 5}, {"A": {"B": SECRET}}, {"A": [SECRET]}, [SECRET], SECRET, {"A B": "x"}]
+)
+def test_no_error_shows_a_value(env: object) -> None:
+    text = f"name: run\nmodel: {{path: m}}\ndata: {{train: [{{path: d}}]}}\nrun: {{env: {json.dumps(env)}}}\n"
+    with pytest.raises(SpecError) as caught:
+        jobfile.parse(text)
+    assert SECRET not in str(caught.value)
+    assert "run.env" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["run.env.A=[{0}, x", "run.env.A=[{0}]", "run.env.A.b={0}", "run={{env: {0}}}"]
+)
+def test_no_error_of_an_override_shows_a_value(override: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        jobfile.parse("name: run\nmodel: {path: m}\ndata: {train: [{path: d}]}\n", [override.format(SECRET)])
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["LD_PRELOAD", "PYTHONPATH", "RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"])
+def test_what_would_come_too_late_is_refused(name: str) -> None:
+    with pytest.raises(SpecError, match="export it where Ray is started"):
+        job(**{name: "value"})
+
+
+def test_other_variables_do_not_make_another_job(tmp_path: Path) -> None:
+    home = tmp_path / "run"
+    asked = job(A="1", B="2")
+    asked = asked.model_copy(
+        update={"checkpoint": asked.checkpoint.model_copy(update={"storage": str(tmp_path)})}
+    )
+    folder.open_run(asked)
+    folder.record_job(home, asked)
+    (home / "attempts.jsonl").write_text("{}\n")
+    folder.open_run(asked)
+    run = asked.run.model_copy(update={"env": {}})
+    folder.open_run(asked.model_copy(update={"run": run}))
+
+
+def test_data_that_were_unpacked_elsewhere_do_not_make_another_job(tmp_path: Path) -> None:
+    def unpacked(session: str, digest: str, name: str) -> JobSpec:
+        path = f"/tmp/ray/{session}/runtime_resources/working_dir_files/_ray_pkg_{digest}/data/{name}"
+        text = {"name": "run", "model": {"path": "m"}, "data": {"train": [{"path": path}]}}
+        return jobfile.parse(json.dumps({**text, "checkpoint": {"storage": str(tmp_path)}}))
+
+    first = unpacked("session_1", "0a1b", "rows.jsonl")
+    home = folder.open_run(first)
+    folder.record_job(home, first)
+    (home / "attempts.jsonl").write_text("{}\n")
+    folder.open_run(unpacked("session_2", "ffff", "rows.jsonl"))
+    with pytest.raises(SpecError, match=r"data\.train\.0\.path"):
+        folder.open_run(unpacked("session_2", "ffff", "other.jsonl"))
+
+
+def test_the_set_up_of_a_worker_takes_our_packages_and_not_those_of_the_working_directory(
+    tmp_path: Path,
+) -> None:
+    """Ray runs it before it puts the driver's working directory on the path."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "__init__.py").write_text("raise RuntimeError('theirs')")
+    (tmp_path / "setup").write_bytes(cloudpickle.dumps(environment.worker_setup({"TOKEN": SECRET})))
+    code = (
+        "import pickle, sys, os; pickle.load(open('setup', 'rb'))(); sys.path.insert(0, os.getcwd());"
+        "import launch; print(launch.__file__, os.environ['TOKEN'])"
+    )
+    command = [sys.executable, "-P", "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(ROOT / "launch" / "__init__.py"), SECRET]
