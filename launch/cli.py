@@ -165,6 +165,9 @@ def doctor(
 ) -> None:
     """Look at every node before a job is given to it: GPUs, versions, storage, clocks, and an all-reduce."""
     with _exit_codes():
+        from orchestrator.train.environment import handed_over
+
+        handed_over(last=False)  # variables of NCCL and gloo decide what the all-reduce goes through
         from launch.examination import in_words
         from orchestrator.train.doctor import examine
 
@@ -185,7 +188,9 @@ def pack(
 ) -> None:
     """Tokenise and pack only, and say what became of every row and token."""
     with _exit_codes():
-        spec = jobfile.load(job, overrides)
+        from orchestrator.train.environment import take_over
+
+        spec = take_over(jobfile.load(job, overrides))
         from orchestrator.train.driver import prepare
 
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
@@ -206,7 +211,9 @@ def train(
 ) -> None:
     """Train a job through Ray Train; run it again after a failure and it goes on from its last checkpoint."""
     with _exit_codes("run the same command again and it goes on from the last checkpoint"):
-        spec = jobfile.load(job, overrides)
+        from orchestrator.train.environment import take_over
+
+        spec = take_over(jobfile.load(job, overrides))
         from launch.progress import Progress
         from orchestrator.train.driver import run
 
@@ -278,8 +285,11 @@ def bench(
         from orchestrator.bench.plots import require_matplotlib
         from orchestrator.bench.runner import run_cells
         from orchestrator.bench.sweep import load
+        from orchestrator.train.environment import take_over
 
         wanted = load(sweep, overrides)
+        for cell in wanted.cells:
+            take_over(cell.job)  # each cell's process inherits it
         if plots:
             require_matplotlib()
         rows = run_cells(wanted, address, _tell, retry_failed)
@@ -303,16 +313,23 @@ def submit(
     certificate: Annotated[
         Path | None, typer.Option(help="Certificate of the authority that signed the dashboard's.")
     ] = None,
+    env: Annotated[
+        list[str],
+        typer.Option("--env", metavar="NAME[=VALUE]", help="Variable of driver and workers; repeatable."),
+    ] = [],
+    inherit_env: Annotated[bool, typer.Option(help="Send HF_*, NCCL_* and others as set here.")] = True,
     overrides: Overrides = [],
     force: Force = False,
 ) -> None:
     """Train a job on a cluster through Ray's job submission API; a token is taken from RAY_AUTH_TOKEN."""
     with _exit_codes("the job goes on; the commands above follow it and end it"):
         spec = jobfile.load(job, overrides)
-        from launch.submit import Head
-        from launch.submit import submit as submit_job
+        from launch import submit as submission
+        from launch.parcel import with_variables
 
-        raise typer.Exit(submit_job(spec, Head(address, certificate), wait, doctor, (_say, _tell), force))
+        how = submission.Submission(wait, doctor, force, inherit_env)
+        head = submission.Head(address, certificate)
+        raise typer.Exit(submission.submit(with_variables(spec, env), head, how, (_say, _tell)))
 
 
 @app.command(epilog="Example: orchestrator export runs/quickstart --to model --dtype bf16 --shard-size 2GB")

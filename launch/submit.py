@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-import shutil
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import AuthenticationError
-
+from launch import parcel
+from launch.address import dashboard_address, refused
+from launch.joblog import FAILURES, JobLog
 from launch.remote import require_fit
-from orchestrator import jobfile
-from orchestrator.errors import ClusterError, SpecError
+from orchestrator.errors import ClusterError
 from orchestrator.spec import JobSpec
+from orchestrator.train.environment import HANDOVER
 
-_PACKAGES = ("orchestrator", "cluster", "launch", "ds_configs")
-_LARGEST_DATA_BYTES = 64 * 2**20
-_POLL_SECONDS = 1.0
-_INTERRUPTED = 130
-_FAILURES = (ConnectionError, RuntimeError, ValueError, OSError, AuthenticationError)
+_INTERRUPTED, _TERMINATED = 130, 143
+_SECONDS_TO_STOP = 120  # between the signal that stops a job and the one that kills it; Ray gives 3
 
 
 @dataclass(frozen=True)
@@ -41,23 +37,36 @@ class Head:
     certificate: Path | None = None
 
 
+@dataclass(frozen=True)
+class Submission:
+    """How a job is submitted.
+
+    Attributes:
+        wait: Whether to stream the log until the run ends.
+        look_first: Whether every node is looked at before the training starts, as `orchestrator doctor` does.
+        force: Whether it is trained although the plan says that it cannot fit.
+        inherit: Whether the variables that are passed on by default are sent as they are set here.
+    """
+
+    wait: bool = True
+    look_first: bool = True
+    force: bool = False
+    inherit: bool = True
+
+
 def submit(
     job: JobSpec,
     head: Head,
-    wait: bool,
-    look_first: bool,
+    how: Submission,
     tell: tuple[Callable[[str], None], Callable[[str], None]],
-    force: bool = False,
 ) -> int:
     """Plan a job for a cluster, submit it and follow it.
 
     Args:
-        job: The job. Data files with a relative path travel along; others must lie where nodes see them.
+        job: The job. Data with a relative path travel along; others must lie where nodes see them.
         head: The cluster.
-        wait: Whether to stream the log until the run ends.
-        look_first: Whether every node is looked at before the training starts, as `orchestrator doctor` does.
-        tell: Called with each line of what the cluster says, and with what is predicted before that.
-        force: Whether it is trained although the plan says that it cannot fit.
+        how: What is done before and after.
+        tell: Called with each line of what the cluster says, and with what is found before that.
 
     Returns:
         Exit code of the run; 0 at once where nothing waits for it.
@@ -66,27 +75,59 @@ def submit(
         ClusterError: The cluster cannot be reached, does not let this user in, or the job cannot fit on it.
         SpecError: Something that the job names does not travel.
     """
-    from ray.job_submission import JobSubmissionClient
-
     say, note = tell
+    address = dashboard_address(head.address)
+    values = parcel.variables(job, how.inherit)
     with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
-        _pack_working_dir(job, Path(folder))
+        parcel.pack(job, Path(folder), note)
+        if values:
+            note(f"variables that travel: {', '.join(sorted(values))}")
         try:
-            client = JobSubmissionClient(head.address, verify=str(head.certificate or "") or True)
+            client = _client(address, head.certificate)
             # The client's own way to ask, so that its token and certificate are used.
-            require_fit(job, lambda path: client._do_request("GET", path).json(), force, note)
-            identity = client.submit_job(
-                entrypoint=entrypoint(job, look_first, force),
-                submission_id=f"{job.name}-{uuid.uuid4().hex[:8]}",
-                runtime_env={"working_dir": folder},
-                metadata={"orchestrator_run": job.name},
-            )
-        except _FAILURES as error:
-            raise _refused(head.address, error) from None
+            require_fit(job, lambda path: client._do_request("GET", path).json(), how.force, note)
+            identity = _submit(client, job, how, folder, values)
+        except FAILURES as error:
+            raise refused(address, error) from None
     say(f"submitted {identity}")
     for what, words in (("follow", "logs --follow"), ("look", "status"), ("end", "stop")):
-        say(f"{what.ljust(6)} ray job {words} --address {head.address} {identity}")
-    return _follow(client, identity, head.address, say) if wait else 0
+        say(f"{what.ljust(6)} ray job {words} --address {address} {identity}")
+    return _follow(client, identity, address, say) if how.wait else 0
+
+
+def _client(address: str, certificate: Path | None) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(address, verify=str(certificate or "") or True)
+
+
+def _submit(client: Any, job: JobSpec, how: Submission, folder: str, values: Mapping[str, str]) -> str:
+    """Submit a job, and return its id."""
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_SECONDS_TO_STOP)}
+    if values:
+        variables[HANDOVER] = _hand_over(client, values)
+    identity: str = client.submit_job(
+        entrypoint=entrypoint(job, how.look_first, how.force),
+        submission_id=f"{job.name}-{uuid.uuid4().hex[:8]}",
+        runtime_env={"working_dir": folder, "env_vars": variables},
+        metadata={"orchestrator_run": job.name},
+    )
+    return identity
+
+
+def _hand_over(client: Any, values: Mapping[str, str]) -> str:
+    """Put variables into the memory of the cluster's GCS, and return the key that `train` finds them by.
+
+    Of Ray's API this is the way for packages, which no node unpacks unless a job's runtime environment names
+    them. `env_vars` would show the values in job records, logs and command lines.
+    """
+    name = f"_ray_pkg_{uuid.uuid4().hex}.zip"
+    # An error of Ray's quotes the first bytes of a package.
+    content = b" " * 64 + json.dumps(dict(values)).encode()
+    answer = client._do_request("PUT", f"/api/packages/gcs/{name}", data=content)
+    if answer.status_code != 200:
+        raise RuntimeError(f"variables cannot be sent, HTTP {answer.status_code}")
+    return f"gcs://{name}"
 
 
 def entrypoint(job: JobSpec, look_first: bool, force: bool = False) -> str:
@@ -98,78 +139,25 @@ def entrypoint(job: JobSpec, look_first: bool, force: bool = False) -> str:
     return f"python -m launch.cli doctor --address auto --storage {storage} && {train}"
 
 
-def _refused(address: str, error: Exception) -> ClusterError:
-    """Say why the dashboard does not take a job, and what to set."""
-    reason = " ".join(str(error).split())[:200]
-    if "Authentication" in reason:
-        return ClusterError(
-            f"the Ray dashboard at {address} asks for a token, and "
-            + ("has none" if "Authentication required" in reason else "does not know the one that it has")
-            + "; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
-        )
-    if "CERTIFICATE" in reason.upper():
-        return ClusterError(
-            f"the certificate of the Ray dashboard at {address} is not trusted ({reason}); name the "
-            "authority's certificate with --certificate"
-        )
-    return ClusterError(
-        f"the Ray dashboard at {address} does not take the job ({reason}); check --address and that the head "
-        "is up"
-    )
-
-
 def _pack_working_dir(job: JobSpec, folder: Path) -> None:
-    """Put the packages, the job file and data files with a relative path into a folder."""
-    for name in _PACKAGES:
-        source = Path(str(resources.files(name)))
-        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    (folder / "job.yaml").write_text(jobfile.dump(job), encoding="utf-8")
-    sources = [*job.data.train, *(job.eval.data if job.eval else ())]
-    problems = []
-    for path in {source.path for source in sources if not source.path.startswith(("builtin/", "/", "~"))}:
-        file = Path(path)
-        if ".." in file.parts:
-            problems.append(f"data path {path} leaves the working directory; use an absolute path")
-        elif file.is_file() and file.stat().st_size > _LARGEST_DATA_BYTES:
-            problems.append(f"data file {path} has more than 64 MiB; put it where every node sees it")
-        elif file.is_file():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, folder / file)
-    for field, place in (("model.path", job.model.path), ("method.adapter", job.method.adapter)):
-        if place and not place.startswith(("builtin/", "/", "~")) and Path(place).exists():
-            problems.append(
-                f"{field}={place} is a folder of this machine, and models do not travel; use the absolute "
-                "path of storage that every node sees"
-            )
-    if not Path(job.checkpoint.storage).is_absolute():
-        problems.append(
-            f"checkpoint.storage={job.checkpoint.storage} is relative, and on a cluster it would lie in "
-            "a temporary folder; use the absolute path of storage that every node sees"
-        )
-    if problems:
-        raise SpecError(*problems)
+    """Put all that travels but variables into a folder, and say nothing."""
+    parcel.pack(job, folder, lambda text: None)
 
 
 def _follow(client: Any, identity: str, address: str, say: Callable[[str], None]) -> int:
     """Print the log as it grows, and return the exit code of the run; Ctrl-C asks once whether to end it."""
-    shown = 0
+    log, stopped = JobLog(client, identity, say), False
     while True:
         try:
-            details = client.get_job_info(identity)
-            log = client.get_job_logs(identity)
-            fresh = log[shown:]
-            if fresh:
-                say(fresh.rstrip("\n"))
-                shown = len(log)
-            if details.status.is_terminal():
-                break
-            time.sleep(_POLL_SECONDS)
+            details = log.follow()
+            break
         except KeyboardInterrupt:
-            if not _wants_to_stop(identity):
+            if stopped or not _wants_to_stop(identity):
                 raise
             client.stop_job(identity)
-            say(f"{identity} is told to stop; it saves nothing more, and goes on when it is submitted again")
-        except _FAILURES as error:
+            stopped = True
+            say(f"{identity} is told to stop within {_SECONDS_TO_STOP} s; submitted again, it resumes")
+        except FAILURES as error:
             raise ClusterError(
                 f"lost the cluster while following {identity} ({' '.join(str(error).split())[:200]}); the "
                 f"run may go on: ray job logs --follow --address {address} {identity}, or submit the same "
@@ -178,9 +166,17 @@ def _follow(client: Any, identity: str, address: str, say: Callable[[str], None]
     if details.status == "SUCCEEDED":
         return 0
     if details.status == "STOPPED":
-        return _INTERRUPTED
-    code = details.driver_exit_code
-    return code if code else ClusterError.exit_code
+        return _INTERRUPTED if stopped else _TERMINATED
+    if not details.driver_exit_code:
+        raise ClusterError(
+            f"{identity} ended before its command did ({_reason(details.message)}); see `ray job status "
+            f"--address {address} {identity}`, and submit it again once the cluster can run it"
+        )
+    return int(details.driver_exit_code)
+
+
+def _reason(message: str | None) -> str:
+    return " ".join((message or "no reason is given").split())[:300]
 
 
 def _wants_to_stop(identity: str) -> bool:

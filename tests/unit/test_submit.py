@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
-from ray.exceptions import AuthenticationError
 
-from launch import submit
+from launch import joblog, submit
 from orchestrator.errors import ClusterError
 from orchestrator.spec import CheckpointSpec, DataSpec, JobSpec, ModelSpec, SourceSpec
 
@@ -25,32 +27,46 @@ JOB = JobSpec(
 
 @dataclass
 class Client:
-    """Stands for Ray's: gives one state of the job after another."""
+    """Stands for Ray's: each state of the job comes with what a stream gives until it breaks, or ends.
 
-    states: list[tuple[Any, str]]
+    An exception for a state is raised when the state is asked for, one among the pieces by the stream.
+    """
+
+    states: list[tuple[Any, list[Any]]]
     code: int | None = None
+    whole: str = ""
+    message: str | None = None
     stopped: list[str] = field(default_factory=list)
+    streams: int = 0
+    fetched: int = 0
 
     def get_job_info(self, identity: str) -> Any:
-        state, _ = self.states[0]
+        state = self.states.pop(0)[0] if len(self.states) > 1 else self.states[0][0]
         if isinstance(state, BaseException):
-            self.states.pop(0)
             raise state
         ended = state in ("SUCCEEDED", "FAILED", "STOPPED")
         status = type("Status", (str,), {"is_terminal": lambda _: ended})(state)
-        return SimpleNamespace(status=status, driver_exit_code=self.code)
+        return SimpleNamespace(status=status, driver_exit_code=self.code, message=self.message)
+
+    async def tail_job_logs(self, identity: str) -> AsyncIterator[str]:
+        self.streams += 1
+        for piece in self.states[0][1]:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
 
     def get_job_logs(self, identity: str) -> str:
-        return self.states.pop(0)[1] if len(self.states) > 1 else self.states[0][1]
+        self.fetched += 1
+        return self.whole
 
     def stop_job(self, identity: str) -> None:
         self.stopped.append(identity)
-        self.states = [("STOPPED", "")]
+        self.states = [("STOPPED", [])]
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(joblog, "_SECONDS_BETWEEN_TRIES", 0.0)
 
 
 def follow(client: Client) -> tuple[int, list[str]]:
@@ -65,11 +81,43 @@ def answers(monkeypatch: pytest.MonkeyPatch, text: str, tty: bool = True) -> Non
 
 
 def test_the_log_is_shown_as_it_grows_and_the_exit_code_is_that_of_the_run() -> None:
-    states = [("RUNNING", "a\n"), ("RUNNING", "a\nb\n"), ("SUCCEEDED", "a\nb\nc\n")]
-    assert follow(Client(states)) == (0, ["a", "b", "c"])
-    assert follow(Client([("FAILED", "x\n")], code=4)) == (4, ["x"])
-    assert follow(Client([("FAILED", "x\n")])) == (3, ["x"])
-    assert follow(Client([("STOPPED", "")]))[0] == 130
+    client = Client([("SUCCEEDED", ["a\nb", "b\n\nc", "\nend"])])
+    assert follow(client) == (0, ["a", "bb", "", "c", "end"])
+    assert client.fetched == 0, "what has come is not fetched again"
+    assert follow(Client([("FAILED", ["x\n"])], code=4)) == (4, ["x"])
+    assert follow(Client([("STOPPED", [])]))[0] == 143
+
+
+def test_a_job_whose_command_never_ran_says_why() -> None:
+    with pytest.raises(ClusterError, match=r"runtime env: no space\); see `ray job status"):
+        follow(Client([("FAILED", [])], message="runtime env:\n no space"))
+
+
+def test_every_line_comes_once_also_when_the_stream_breaks_in_the_middle_of_one() -> None:
+    broken = RuntimeError("WebSocket connection closed unexpectedly")
+    client = Client(
+        [("RUNNING", ["é1\nl", broken]), ("RUNNING", ["é1\nli", broken]), ("SUCCEEDED", ["é1\nline 2\n3"])],
+        whole="é1\nline",
+    )
+    assert follow(client) == (0, ["é1", "line 2", "3"])
+    assert client.streams == 3
+
+
+def test_a_log_comes_also_where_no_stream_is_let_through() -> None:
+    refused = aiohttp.ClientError("101 expected")
+    client = Client([("RUNNING", [refused]), ("SUCCEEDED", [refused])], whole="a\nb\n")
+    assert follow(client) == (0, ["a", "b"])
+
+
+def test_a_silent_stream_is_told_from_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(Client):
+        async def tail_job_logs(self, identity: str) -> AsyncIterator[str]:
+            await asyncio.sleep(60)
+            yield ""
+
+    monkeypatch.setattr(joblog, "_SECONDS_OF_SILENCE", 0.01)
+    with pytest.raises(ClusterError, match="lost the cluster"):
+        follow(Gone([("RUNNING", []), ("RUNNING", []), (ConnectionError("gone"), [])]))
 
 
 @pytest.mark.parametrize(("answer", "stops"), [("y\n", True), ("yes\n", True), ("\n", False), ("", False)])
@@ -77,7 +125,7 @@ def test_ctrl_c_asks_once_whether_the_job_is_to_end(
     answer: str, stops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers(monkeypatch, answer)
-    client = Client([(KeyboardInterrupt(), ""), ("SUCCEEDED", "")])
+    client = Client([(KeyboardInterrupt(), []), ("SUCCEEDED", [])])
     if stops:
         assert follow(client)[0] == 130
         assert client.stopped == ["run-1"]
@@ -89,7 +137,7 @@ def test_ctrl_c_asks_once_whether_the_job_is_to_end(
 
 def test_where_nobody_can_answer_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, "y\n", tty=False)
-    client = Client([(KeyboardInterrupt(), ""), ("SUCCEEDED", "")])
+    client = Client([(KeyboardInterrupt(), []), ("SUCCEEDED", [])])
     with pytest.raises(KeyboardInterrupt):
         follow(client)
     assert client.stopped == []
@@ -97,7 +145,7 @@ def test_where_nobody_can_answer_the_job_goes_on(monkeypatch: pytest.MonkeyPatch
 
 def test_a_cluster_that_is_lost_is_told_with_the_command_that_follows_again() -> None:
     with pytest.raises(ClusterError, match=r"ray job logs --follow --address http://head:8265 run-1"):
-        follow(Client([(ConnectionError("gone"), ""), ("SUCCEEDED", "")]))
+        follow(Client([(ConnectionError("gone"), []), ("SUCCEEDED", [])]))
 
 
 def test_the_nodes_are_looked_at_first_unless_told_otherwise() -> None:
@@ -105,16 +153,3 @@ def test_the_nodes_are_looked_at_first_unless_told_otherwise() -> None:
     assert submit.entrypoint(JOB, look_first=False) == train
     looked = "python -m launch.cli doctor --address auto --storage '/mnt/all runs' && "
     assert submit.entrypoint(JOB, look_first=True) == looked + train
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (AuthenticationError("Authentication required: Unauthorized"), "has none; set RAY_AUTH_TOKEN"),
-        (AuthenticationError("Authentication failed: a token is required"), "the one that it has"),
-        (OSError("SSLError: CERTIFICATE_VERIFY_FAILED"), "with --certificate"),
-        (ConnectionError("refused"), "check --address"),
-    ],
-)
-def test_a_refusal_says_what_to_set(error: Exception, words: str) -> None:
-    assert words in str(submit._refused("http://head:8265", error))
