@@ -15,6 +15,16 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from cluster.auth import choose_auth_mode
+from launch.options import (
+    Address,
+    AsJson,
+    Certificate,
+    Force,
+    InheritVariables,
+    JobFile,
+    Overrides,
+    Variables,
+)
 from launch.output import TolerantStream, describe_unexpected, prepare_streams
 from launch.output import write_message as _tell
 from launch.output import write_result as _say
@@ -32,15 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
-Overrides = Annotated[
-    list[str],
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Force = Annotated[bool, typer.Option("--force", help="Train although the plan says that it cannot fit.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to use, e.g. auto; none starts a local Ray.")]
 
 
 @app.callback()
@@ -310,14 +311,9 @@ def submit(
     address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster, http://HEAD:8265.")],
     wait: Annotated[bool, typer.Option(help="Stream the log until the run ends.")] = True,
     doctor: Annotated[bool, typer.Option(help="Look at every node before the training starts.")] = True,
-    certificate: Annotated[
-        Path | None, typer.Option(help="Certificate of the authority that signed the dashboard's.")
-    ] = None,
-    env: Annotated[
-        list[str],
-        typer.Option("--env", metavar="NAME[=VALUE]", help="Variable of driver and workers; repeatable."),
-    ] = [],
-    inherit_env: Annotated[bool, typer.Option(help="Send HF_*, NCCL_* and others as set here.")] = True,
+    certificate: Certificate = None,
+    env: Variables = [],
+    inherit_env: InheritVariables = True,
     overrides: Overrides = [],
     force: Force = False,
 ) -> None:

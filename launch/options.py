@@ -1,0 +1,31 @@
+"""Arguments and options that several commands take, and those of `submit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Train although the plan says that it cannot fit.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to use, e.g. auto; none starts a local Ray.")]
+Certificate = Annotated[
+    Path | None, typer.Option(help="Certificate of the authority that signed the dashboard's.")
+]
+Variables = Annotated[
+    list[str],
+    typer.Option(
+        "--env",
+        metavar="NAME[=VALUE]",
+        help="Environment variable of driver and workers; NAME alone takes its value here; repeatable.",
+    ),
+]
+InheritVariables = Annotated[
+    bool, typer.Option(help="Send HF_*, WANDB_*, MLFLOW_*, NCCL_*, GLOO_* and proxies as they are set here.")
+]
