@@ -164,6 +164,10 @@ class DataSpec(Section):
     """Which tokens are trained on: all answers, every token, or the last answer of a conversation."""
     template: Literal["auto", "chat", "alpaca"] = "auto"
     """chat: the tokenizer's chat template; alpaca: Stanford Alpaca's prompt; auto: chat if there is one."""
+    empty_answers: Literal["skip", "error", "learn_end"] = "skip"
+    """What happens to answers without text: skip learns nothing of them, and leaves out and counts the rows
+    that have nothing else to learn (rows_empty); error refuses such answers as malformed rows are refused;
+    learn_end learns that the answer ends at once. With loss_on: all a row is empty only without any text."""
     malformed_rows_allowed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """Rows that are none are left out and listed; more than this many end the run."""
     balance_window_steps: Count = 32

@@ -54,7 +54,8 @@ class Account:
     """What became of the rows that an epoch reads; counts of rows and of tokens.
 
     Every token is in one of three: tokens_read = tokens_kept + tokens_truncated + tokens_dropped. A row that
-    is read twice counts twice.
+    is read twice counts twice. `rows_in_files` counts each row once: less rows_malformed and rows_empty, it
+    is what sample, repeat and weight choose from, and without these it is `rows`.
 
     Attributes:
         rows: Rows read.
@@ -66,8 +67,11 @@ class Account:
         rows_truncated: Rows that lost their start or end.
         rows_dropped: Rows left out whole: too long for truncation: drop, or without a trained token.
         rows_split: Rows that are several documents.
-        rows_malformed: Rows that are none, in all files of the sources; they are in no other count.
+        rows_malformed: Rows in the files that are none; of the other counts, rows_in_files alone has them.
         trained_tokens: Tokens that are targets of the loss.
+        rows_empty: Rows in the files that have nothing to learn; counted as rows_malformed is.
+        rows_partly_empty: Rows in the files of which an answer is empty and not learnt, and others are.
+        rows_in_files: Rows in all files of the sources, malformed and empty ones too.
     """
 
     rows: int = 0
@@ -81,6 +85,9 @@ class Account:
     rows_split: int = 0
     rows_malformed: int = 0
     trained_tokens: int = 0
+    rows_empty: int = 0
+    rows_partly_empty: int = 0
+    rows_in_files: int = 0
 
     def __add__(self, other: Account) -> Account:
         mine, theirs = asdict(self), asdict(other)
@@ -168,9 +175,11 @@ def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: Dat
     problems: list[str] = []
     for number, (store, source) in enumerate(zip(stores, sources, strict=True)):
         if source.sample is not None and source.sample > len(store):
+            empty = store.manifest["rows_empty"]
+            less = f" (and {empty} that have nothing to learn)" if empty else ""
             problems.append(
-                f"data source {source.path}: sample={source.sample} is above its {len(store)} rows; lower "
-                "it, or use repeat or weight to read rows more than once"
+                f"data source {source.path}: sample={source.sample} is above its {len(store)} rows{less}; "
+                "lower it, or use repeat or weight to read rows more than once"
             )
             continue
         rows = choose_rows(len(store), source, [seed, number])
@@ -223,7 +232,9 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
     is_kept = kept > 0
     dropped = np.where(is_kept, dropped_parts if data.truncation == "split" else 0, whole)
     truncated = whole - kept - dropped
+    left = {name: store.manifest[name] for name in ("rows_malformed", "rows_empty", "rows_partly_empty")}
     account = Account(
+        rows_in_files=len(store) + left["rows_malformed"] + left["rows_empty"],
         rows=len(rows),
         documents=len(at),
         tokens_read=int(whole.sum()),
@@ -233,7 +244,7 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
         rows_truncated=int((truncated > 0).sum()),
         rows_dropped=int((~is_kept).sum()),
         rows_split=int((np.bincount(at, minlength=1) > 1).sum()),
-        rows_malformed=store.manifest["rows_malformed"],
+        **left,
         trained_tokens=int(trained.sum()),
     )
     return {"row": rows[at], "start": start, "lengths": length, "trained": trained}, account

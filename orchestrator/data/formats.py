@@ -6,14 +6,18 @@ sharegpt            conversations: [{from, value}]; optional system, tools
 prompt_completion   prompt, completion, both text or both messages
 text                text
 tokens              input_ids; optional labels or completion_mask
+
+A null stands for an empty text or list, as tables write it. Whether a row without text has anything to learn
+is decided in `orchestrator.data.rows`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens
 
 Format = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -31,54 +35,6 @@ _SHAREGPT_ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages as chat templates take them, the assistant's among them to be learnt.
-
-    Attributes:
-        messages: Dictionaries with role and content, in the OpenAI form.
-        tools: JSON schemas of the tools on offer.
-    """
-
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction and the response to be learnt, with the text of each."""
-
-    instruction: str
-    input: str
-    output: str
-    system: str = ""
-    history: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text, with what comes before it and is not learnt."""
-
-    completion: str
-    prompt: str = ""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A row that was tokenised elsewhere.
-
-    Attributes:
-        ids: Token ids.
-        trained: Whether each is a target of the loss.
-    """
-
-    ids: tuple[int, ...]
-    trained: tuple[bool, ...]
-
-
-Row = Conversation | Instruction | Text | Tokens
 
 
 class Malformed(ValueError):
@@ -113,18 +69,19 @@ def detect(value: Mapping[str, Any]) -> Format:
     Raises:
         Malformed: They are of no known format.
     """
-    fields = {name for name, content in value.items() if content is not None}
-    tests: list[tuple[Format, bool]] = [
-        ("tokens", "input_ids" in fields),
-        ("messages", "messages" in fields),
-        ("sharegpt", "conversations" in fields),
-        ("prompt_completion", "prompt" in fields and "completion" in fields),
-        ("alpaca", bool(fields & {"instruction", "output"})),
-        ("text", "text" in fields),
-    ]
-    for name, fits in tests:
-        if fits:
-            return name
+    filled = {name for name, content in value.items() if content is not None}
+    for fields in (filled, set(value)):  # a table fills the fields of other formats, or of all, with nulls
+        tests: list[tuple[Format, bool]] = [
+            ("tokens", "input_ids" in fields),
+            ("messages", "messages" in fields),
+            ("sharegpt", "conversations" in fields),
+            ("prompt_completion", "prompt" in fields and "completion" in fields),
+            ("alpaca", bool(fields & {"instruction", "output"})),
+            ("text", "text" in fields),
+        ]
+        for name, fits in tests:
+            if fits:
+                return name
     raise Malformed(
         f"the fields {_names(value)} are of no known format; say which with format: alpaca (instruction and "
         "output), messages, sharegpt, prompt_completion, text or tokens, and name the fields so"
@@ -134,10 +91,10 @@ def detect(value: Mapping[str, Any]) -> Format:
 def _alpaca(value: Mapping[str, Any]) -> Row:
     _require(value, "instruction", "output")
     texts = {name: _text(value, name) for name in ("instruction", "input", "output", "system")}
-    if not texts["output"].strip():
-        raise Malformed("field output is empty, so there is nothing to learn; fill or remove the row")
-    if not (texts["instruction"] + texts["input"]).strip():
-        raise Malformed("fields instruction and input are empty; fill or remove the row")
+    if texts["output"].strip() and not (texts["instruction"] + texts["input"]).strip():
+        raise Malformed(
+            "fields instruction and input are empty, so field output answers nothing; fill or remove the row"
+        )
     history = []
     for turn in _list(value, "history") if value.get("history") else ():
         if not (isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn)):
@@ -149,7 +106,7 @@ def _alpaca(value: Mapping[str, Any]) -> Row:
 def _messages(value: Mapping[str, Any], field: str = "messages") -> Row:
     _require(value, field)
     messages = [_message(each, f"{field}[{at}]") for at, each in enumerate(_list(value, field))]
-    return _conversation(messages, _tools(value))
+    return Conversation(tuple(messages), _tools(value))
 
 
 def _sharegpt(value: Mapping[str, Any]) -> Row:
@@ -169,43 +126,38 @@ def _sharegpt(value: Mapping[str, Any]) -> Row:
             raise Malformed(
                 f"{place}.from={turn['from']!r} is unknown; use one of {', '.join(_SHAREGPT_ROLES)}"
             )
-        content = _unicode(turn["value"], f"{place}.value")
-        if role == "assistant" and not content:
-            raise Malformed(f"{place} is an empty answer, so there is nothing to learn; fill or remove it")
+        content = _unicode("" if turn["value"] is None else turn["value"], f"{place}.value")
         messages.append(
             {"role": "assistant", "content": "", "tool_calls": _calls(content, place)}
             if role == "function_call"
             else {"role": role, "content": content}
         )
-    return _conversation(messages, _tools(value))
+    return Conversation(tuple(messages), _tools(value))
 
 
 def _prompt_completion(value: Mapping[str, Any]) -> Row:
     _require(value, "prompt", "completion")
     prompt, completion = value["prompt"], value["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        before = [_message(each, f"prompt[{at}]") for at, each in enumerate(prompt)]
-        after = [_message(each, f"completion[{at}]") for at, each in enumerate(completion)]
-        return _conversation([{**each, "weight": 0} for each in before] + after, _tools(value))
-    texts = {name: _text(value, name) for name in ("prompt", "completion")}
-    if not texts["completion"]:
-        raise Malformed("field completion is empty, so there is nothing to learn; fill or remove the row")
-    return Text(**texts)
+    filled = [each for each in (prompt, completion) if each is not None]
+    if filled and all(isinstance(each, list) for each in filled):
+        before, after = (
+            [_message(each, f"{field}[{at}]") for at, each in enumerate(_list(value, field))]
+            for field in ("prompt", "completion")
+        )
+        return Conversation((*({**each, "weight": 0} for each in before), *after), _tools(value))
+    return Text(**{name: _text(value, name) for name in ("prompt", "completion")})
 
 
 def _plain_text(value: Mapping[str, Any]) -> Row:
     _require(value, "text")
-    text = _text(value, "text")
-    if not text.strip():
-        raise Malformed("field text is empty, so there is nothing to learn; fill or remove the row")
-    return Text(text)
+    return Text(_text(value, "text"))
 
 
 def _tokens(value: Mapping[str, Any]) -> Row:
     _require(value, "input_ids")
     ids = tuple(_list(value, "input_ids"))
-    if not ids or not all(type(token) is int and 0 <= token < 2**32 for token in ids):
-        raise Malformed("field input_ids must be a list of token numbers, at least one; correct it")
+    if not all(type(token) is int and 0 <= token < 2**32 for token in ids):
+        raise Malformed("field input_ids must be a list of token numbers; correct it")
     if value.get("labels") is not None:
         labels = _list(value, "labels")
         if len(labels) != len(ids):
@@ -256,20 +208,12 @@ def _message(value: Any, place: str) -> dict[str, Any]:
         raise Malformed(f"{place}.tool_calls is a {type(calls).__name__}, and it must be a list; correct it")
     if calls:
         message["tool_calls"] = [_call(each, f"{place}.tool_calls") for each in calls]
-    elif not message["content"] and value["role"] == "assistant":
-        raise Malformed(f"{place} is an empty answer, so there is nothing to learn; fill or remove it")
+    elif value["role"] == "assistant":
+        _require(value, "content", place=place)
     for name, content in message.items():
         if name != "content":
             _unicode_inside(content, f"{place}.{name}")
     return message
-
-
-def _conversation(
-    messages: Sequence[Mapping[str, Any]], tools: tuple[Mapping[str, Any], ...]
-) -> Conversation:
-    if not any(each["role"] == "assistant" and each.get("weight", 1) for each in messages):
-        raise Malformed("no message of the assistant is to be learnt; add one or remove the row")
-    return Conversation(tuple(messages), tools)
 
 
 def _tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -293,7 +237,9 @@ def _tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _calls(text: str, place: str) -> list[dict[str, Any]]:
-    """Return the tool calls that a ShareGPT turn writes as JSON."""
+    """Return the tool calls that a ShareGPT turn writes as JSON, none where it is empty."""
+    if not text.strip():
+        return []
     try:
         calls = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -329,7 +275,7 @@ def _names(value: Mapping[str, Any]) -> str:
 
 
 def _list(value: Mapping[str, Any], field: str) -> list[Any]:
-    content = value[field]
+    content = [] if value[field] is None else value[field]
     if not isinstance(content, list):
         raise Malformed(f"field {field} is a {type(content).__name__}, and it must be a list; correct it")
     return content

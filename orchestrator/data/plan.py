@@ -27,7 +27,7 @@ from orchestrator.data.store import TokenStore, draft_of, seal, unseal
 from orchestrator.errors import ClusterError
 from orchestrator.spec import DataSpec, SourceSpec
 
-_VERSION = 2
+_VERSION = 3
 _MANIFEST = "plan.json"
 _FIELDS = ("store", "row", "start", "lengths", "trained")
 _TYPES = np.dtype(

@@ -1,12 +1,15 @@
 """Tokenised rows on disk: Arrow shards that every worker maps into memory.
 
 A store holds one source, tokenised whole by one tokenizer and template. It knows nothing of max_length,
-packing or which turns are trained, so that every run over the same data shares it. It is written once and
-then only read:
+packing or which turns are trained, so that every run over the same data shares it; what is learnt of rows
+without an answer (`orchestrator.data.rows.Learnt`) decides which rows it holds. It is written once and then
+only read:
 
     shard-00000.arrow   Arrow file with the columns input_ids (uint32) and turn (uint8), a list for each row
     index.npy           for each row: offset in its shard, length, and how many of its tokens are answers
     malformed.jsonl     rows that were left out, with their place and the reason
+    empty.jsonl         rows that were left out because they have nothing to learn, with their place and why
+    partly_empty.jsonl  rows of which an answer is empty and not learnt, and others are
     manifest.json       counts, rows and checksum of each shard, and a checksum of all that
 """
 
@@ -35,12 +38,16 @@ from orchestrator.errors import ClusterError
 
 MANIFEST = "manifest.json"
 MALFORMED = "malformed.jsonl"
+EMPTY = "empty.jsonl"
+PARTLY_EMPTY = "partly_empty.jsonl"
 _INDEX = "index.npy"
 _INDEX_ROW = np.dtype([("offset", "<i8"), ("length", "<u4"), ("response", "<u4"), ("last", "<u4")])
 _OPEN_SHARDS = 256
 
 Int64Array = npt.NDArray[np.int64]
 LossOn = Literal["response", "all", "last_turn"]
+Left = tuple[str, str]
+"""Place of a row that was left out, whole or in part, and the reason."""
 _LEAST_TURN = {"all": CONTEXT, "response": RESPONSE, "last_turn": LAST_RESPONSE}
 
 
@@ -52,17 +59,26 @@ class Shard:
         index: One entry a row.
         checksum: CRC-32 of the file.
         largest_token: Largest token id of its rows; -1 without any.
-        malformed: Place and reason of each row that was left out.
+        malformed: Rows that are none.
+        empty: Rows that have nothing to learn.
+        partly_empty: Rows that are kept and of which an answer has no text.
     """
 
     index: npt.NDArray[np.void]
     checksum: int
     largest_token: int
-    malformed: tuple[tuple[str, str], ...] = ()
+    malformed: tuple[Left, ...] = ()
+    empty: tuple[Left, ...] = ()
+    partly_empty: tuple[Left, ...] = ()
 
 
 def write_shard(
-    folder: Path, number: int, rows: Sequence[Encoded], malformed: Sequence[tuple[str, str]] = ()
+    folder: Path,
+    number: int,
+    rows: Sequence[Encoded],
+    malformed: Sequence[Left] = (),
+    empty: Sequence[Left] = (),
+    partly_empty: Sequence[Left] = (),
 ) -> Shard:
     """Write one shard and return what the index needs of it."""
     nothing = Encoded(np.zeros(0, np.uint32), np.zeros(0, np.uint8))
@@ -82,7 +98,8 @@ def write_shard(
         # Not the first token: it has nothing before it to be predicted from.
         index[field] = before[ends[1:]] - before[np.minimum(ends[:-1] + 1, ends[1:])]
     largest = int(tokens.max()) if len(tokens) else -1
-    return Shard(index, zlib.crc32(path.read_bytes()), largest, tuple(malformed))
+    left_out = (tuple(malformed), tuple(empty), tuple(partly_empty))
+    return Shard(index, zlib.crc32(path.read_bytes()), largest, *left_out)
 
 
 def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object]) -> None:
@@ -91,13 +108,20 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
     data = io.BytesIO()  # numpy itself does not say why it cannot write a file
     np.save(data, index)
     (folder / _INDEX).write_bytes(data.getbuffer())
-    malformed = [entry for shard in shards for entry in shard.malformed]
-    lines = [json.dumps({"place": place, "reason": reason}) + "\n" for place, reason in malformed]
-    (folder / MALFORMED).write_text("".join(lines), encoding="utf-8")
+    left_out = {
+        MALFORMED: [entry for shard in shards for entry in shard.malformed],
+        EMPTY: [entry for shard in shards for entry in shard.empty],
+        PARTLY_EMPTY: [entry for shard in shards for entry in shard.partly_empty],
+    }
+    for name, left in left_out.items():
+        lines = [json.dumps({"place": place, "reason": reason}) + "\n" for place, reason in left]
+        (folder / name).write_text("".join(lines), encoding="utf-8")
     manifest = {
         **about,
         "rows": len(index),
-        "rows_malformed": len(malformed),
+        "rows_malformed": len(left_out[MALFORMED]),
+        "rows_empty": len(left_out[EMPTY]),
+        "rows_partly_empty": len(left_out[PARTLY_EMPTY]),
         "tokens": int(index["length"].sum(dtype=np.int64)),
         "largest_token": max((shard.largest_token for shard in shards), default=-1),
         "index_checksum": zlib.crc32(data.getbuffer()),
@@ -173,13 +197,26 @@ class TokenStore:
         return lengths
 
     @property
-    def malformed(self) -> list[tuple[str, str]]:
-        """Place and reason of each row that was left out."""
+    def malformed(self) -> list[Left]:
+        """Rows that were left out because they are none."""
+        return self._left_out(MALFORMED)
+
+    @property
+    def empty(self) -> list[Left]:
+        """Rows that were left out because they have nothing to learn."""
+        return self._left_out(EMPTY)
+
+    @property
+    def partly_empty(self) -> list[Left]:
+        """Rows that are kept and of which an answer has no text, which is not learnt."""
+        return self._left_out(PARTLY_EMPTY)
+
+    def _left_out(self, name: str) -> list[Left]:
         try:
-            lines = (self.folder / MALFORMED).read_text("utf-8").splitlines()
+            lines = (self.folder / name).read_text("utf-8").splitlines()
             return [(entry["place"], entry["reason"]) for entry in map(json.loads, lines)]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(MALFORMED, str(error)) from None
+            raise self._damaged(name, str(error)) from None
 
     def row(self, number: int) -> Encoded:
         """Return one row; its arrays are views of the mapped file."""

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from orchestrator.data.encoder import Encoder
-from orchestrator.data.formats import Conversation, Instruction, Malformed, Row, Text, Tokens
+from orchestrator.data.formats import Malformed
+from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens, is_learnt
 from orchestrator.errors import SpecError
 
 # Stanford Alpaca's two prompts, word for word: models and published tables depend on them.
@@ -77,7 +78,9 @@ def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Templat
     return wanted
 
 
-def render(row: Conversation | Instruction | Text, template: Template, tokenizer: Any) -> Rendered:
+def render(
+    row: Conversation | Instruction | Text, template: Template, tokenizer: Any, learn_ends: bool = False
+) -> Rendered:
     """Return a row's text and which parts of it are answers.
 
     Args:
@@ -86,6 +89,7 @@ def render(row: Conversation | Instruction | Text, template: Template, tokenizer
             take
             the chat template, and plain text takes none.
         tokenizer: Gives the chat template and the special tokens.
+        learn_ends: Whether what ends an empty answer of a conversation is part of the answers.
 
     Raises:
         Malformed: The chat template refuses the row, or hides which part of it is the answer.
@@ -94,9 +98,9 @@ def render(row: Conversation | Instruction | Text, template: Template, tokenizer
     if isinstance(row, Text):
         return _joined(begin + row.prompt, row.completion + end)
     if isinstance(row, Conversation):
-        return _chat(row, tokenizer)
+        return _chat(row, tokenizer, learn_ends)
     if template == "chat":
-        return _chat(_as_conversation(row), tokenizer)
+        return _chat(_as_conversation(row), tokenizer, learn_ends)
     if row.history:
         raise Malformed(
             "field history needs several turns, which template: alpaca has not; use template: chat"
@@ -108,7 +112,11 @@ def render(row: Conversation | Instruction | Text, template: Template, tokenizer
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: Any, template: Template, encoder: Encoder | None = None
+    rows: Sequence[Row],
+    tokenizer: Any,
+    template: Template,
+    encoder: Encoder | None = None,
+    learn_ends: bool = False,
 ) -> list[Encoded | Malformed]:
     """Tokenise rows whole, exactly as the tokenizer writes a whole conversation.
 
@@ -117,6 +125,7 @@ def encode(
         tokenizer: A fast Hugging Face tokenizer.
         template: As `choose` returned it.
         encoder: The tokenizer with the words that it remembers of earlier rows.
+        learn_ends: As `render` takes it.
 
     Returns:
         For each row its tokens, or why it has none.
@@ -127,7 +136,7 @@ def encode(
             if isinstance(row, Tokens):
                 results.append(_given(row, tokenizer))
             else:
-                results.append(render(row, template, tokenizer))
+                results.append(render(row, template, tokenizer, learn_ends))
         except Malformed as problem:
             results.append(problem)
     texts = [result for result in results if isinstance(result, Rendered)]
@@ -168,7 +177,7 @@ def _as_conversation(row: Instruction) -> Conversation:
     return Conversation(tuple(messages))
 
 
-def _chat(row: Conversation, tokenizer: Any) -> Rendered:
+def _chat(row: Conversation, tokenizer: Any, learn_ends: bool) -> Rendered:
     tools = list(row.tools) or None
     try:
         source = tokenizer.get_chat_template(None, tools)
@@ -176,7 +185,7 @@ def _chat(row: Conversation, tokenizer: Any) -> Rendered:
         raise Malformed(
             "a conversation needs a chat template, and the model's tokenizer has none; give the tokenizer one"
         ) from None
-    writer = _Writer(source, tools, tokenizer.special_tokens_map)
+    writer = _Writer(source, tools, tokenizer.special_tokens_map, learn_ends)
     try:
         rendered = writer.marked(row) if _GENERATION.search(source) else None
         rendered = rendered or writer.compared(row)
@@ -198,6 +207,7 @@ class _Writer:
     source: str
     tools: list[Mapping[str, Any]] | None
     special: Mapping[str, Any]
+    learn_ends: bool
 
     def write(self, messages: Sequence[Mapping[str, Any]], marks: bool = False, **options: Any) -> Any:
         texts, spans = render_jinja_template(
@@ -215,13 +225,14 @@ class _Writer:
         text, spans = self.write(row.messages, marks=True)
         if not spans:
             return None
-        learnt = [each.get("weight", 1) for each in row.messages if each["role"] == "assistant"]
+        answers = [each for each in row.messages if each["role"] == "assistant"]
+        learnt = [is_learnt(each, self.learn_ends) for each in answers]
         if not all(learnt):
             if len(learnt) != len(spans):
                 raise Malformed(
                     f"the chat template marks {len(spans)} answers for {len(learnt)} messages of the "
-                    "assistant, so those of weight 0 cannot be told; remove the weights, or change the "
-                    "template"
+                    "assistant, so those that are not learnt (of weight 0, or empty) cannot be told; remove "
+                    "the weights and the empty messages, or change the template"
                 )
             spans = [span for span, is_learnt in zip(spans, learnt, strict=True) if is_learnt]
         return Rendered(text, tuple((start, end) for start, end in spans if end > start))
@@ -231,7 +242,7 @@ class _Writer:
         whole = self.write(row.messages)
         answers: list[tuple[int, int]] = []
         for at, message in enumerate(row.messages):
-            if message["role"] != "assistant" or not message.get("weight", 1):
+            if not is_learnt(message, self.learn_ends):
                 continue
             answered = whole if at + 1 == len(row.messages) else self.write(row.messages[: at + 1])
             prompt = self._until_answer(row.messages, at, answered)
@@ -260,6 +271,9 @@ def _end_when_rewritten(whole: str, prompt: str, answered: str, content: str) ->
 
     What is left of it must be the end of its content, and be followed by what follows it when it is the last.
     """
+    if not content:  # all that is left is what ends the answer
+        ends = (answered[at:] for at in range(len(prompt), len(answered)))
+        return next((len(prompt) + len(end) for end in ends if whole.startswith(end, len(prompt))), None)
     _, found, tail = answered[len(prompt) :].rpartition(content)
     end = whole.find(tail, len(prompt)) if content and found and tail else -1
     left = whole[len(prompt) : end].strip() if end >= 0 else ""

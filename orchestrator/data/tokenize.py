@@ -25,15 +25,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.files import Block, DataFile, changed, locate
 from orchestrator.data.formats import Malformed, parse
-from orchestrator.data.store import MANIFEST, Shard, TokenStore, draft_of, write_index, write_shard
-from orchestrator.data.template import Encoded, Template, choose, encode
+from orchestrator.data.rejects import empty_rows, left_out, require_rows, too_many
+from orchestrator.data.rows import Learnt, Row, empty_answers, learnt_of, nothing_to_learn
+from orchestrator.data.store import MANIFEST, Left, Shard, TokenStore, draft_of, write_index, write_shard
+from orchestrator.data.template import Template, choose, encode
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError
 from orchestrator.paths import resolve
-from orchestrator.spec import ModelSpec, SourceSpec
+from orchestrator.spec import DataSpec, ModelSpec, SourceSpec
 
 Note = Callable[[str], None]
-_VERSION = 4  # of the store; a change makes every cached store unknown
-_SHOWN_PROBLEMS = 10
+_VERSION = 5  # of the store; a change makes every cached store unknown
 _SECONDS_BETWEEN_NOTES = 5.0
 _DRAFT = re.compile(r"(plan-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial")  # see draft_of
 _STALE_SECONDS = 24 * 3600.0
@@ -70,53 +71,53 @@ def _load_tokenizer(path: str, name: str, trust_remote_code: bool) -> Any:
 
 def tokenize_sources(
     model: ModelSpec,
-    wanted: str,
+    data: DataSpec,
     sources: Sequence[SourceSpec],
     cache: Path,
-    malformed_allowed: int = 0,
     note: Note = lambda _: None,
 ) -> list[TokenStore]:
     """Tokenise data sets, or open the stores that earlier runs left for the same input.
 
     Args:
         model: Gives the tokenizer.
-        wanted: The template that the job asks for.
+        data: Gives the template, what is learnt, and how many malformed rows all sources together may have.
         sources: The data sets, in order.
         cache: Folder on storage that every node sees; stores lie in it by key.
-        malformed_allowed: How many malformed rows all sources together may have.
-        note: Told how far it is.
+        note: Told how far it is, and which rows are left out.
 
     Returns:
         One store for each source.
 
     Raises:
-        SpecError: Unreadable data, or more malformed rows than allowed, each named by file and place.
+        SpecError: Unreadable data, more malformed rows than allowed, each named by file and place, or a
+            source without a row that has anything to learn.
         ClusterError: The cache cannot be written.
     """
     tokenizer = load_tokenizer(model)
-    template = choose(wanted, tokenizer)  # type: ignore[arg-type]
+    template = choose(data.template, tokenizer)
+    learnt = learnt_of(data)
     _sweep(cache)
     stores: list[TokenStore] = []
-    problems: list[tuple[str, str]] = []
+    problems: list[Left] = []
     for source in sources:
         files = locate(source)
         prints = [file.fingerprint() for file in files]
-        folder = cache / _key(source, prints, tokenizer, template)
+        folder = cache / _key(source, prints, tokenizer, template, learnt)
         if not (folder / MANIFEST).exists():
-            room = malformed_allowed - len(problems)
+            room = data.malformed_rows_allowed - len(problems)
             try:
-                _tokenize(model, template, source, files, prints, folder, room, note)
+                _tokenize(model, template, learnt, source, files, prints, folder, room, note)
             except _TooManyMalformedError as error:
                 problems += error.found
                 continue
         store = TokenStore(folder)
-        problems += store.malformed
+        problems += store.malformed + (empty_rows(store) if data.empty_answers == "error" else [])
         stores.append(store)
-    if len(problems) > malformed_allowed:
-        raise _malformed(problems, malformed_allowed)
-    empty = [source.path for source, store in zip(sources, stores, strict=True) if len(store) == 0]
-    if empty:
-        raise SpecError(*(f"data file {path} has no rows; give at least one" for path in empty))
+    if len(problems) > data.malformed_rows_allowed:
+        raise too_many(problems, data.malformed_rows_allowed)
+    require_rows(sources, stores)
+    for sentence in left_out(sources, stores):
+        note(sentence)
     return stores
 
 
@@ -128,17 +129,10 @@ class _TooManyMalformedError(Exception):
         self.found = found
 
 
-def _malformed(found: list[tuple[str, str]], allowed: int) -> SpecError:
-    shown = [f"{place}: {reason}" for place, reason in found[:_SHOWN_PROBLEMS]]
-    more = len(found) - len(shown)
-    limit = f" (data.malformed_rows_allowed={allowed})" if allowed else ""
-    rest = [f"{more} more malformed rows{limit}"] if more > 0 else []
-    return SpecError(*shown, *rest)
-
-
 def _tokenize(
     model: ModelSpec,
     template: Template,
+    learnt: Learnt,
     source: SourceSpec,
     files: Sequence[DataFile],
     prints: Sequence[str],
@@ -155,7 +149,7 @@ def _tokenize(
         shards: list[Shard] = []
         progress = _Progress(source.path, note)
         malformed = 0
-        for shard in _write_shards(model, template, source, files, draft):
+        for shard in _write_shards(model, template, learnt, source, files, draft):
             shards.append(shard)
             malformed += len(shard.malformed)
             progress.add(len(shard.index))
@@ -165,7 +159,7 @@ def _tokenize(
         if malformed > malformed_allowed:
             raise _TooManyMalformedError([entry for shard in shards for entry in shard.malformed])
         with _cache_errors(folder.parent):
-            write_index(draft, shards, {"template": template, "source": source.path})
+            write_index(draft, shards, {"template": template, "learnt": learnt, "source": source.path})
             _publish(draft, folder)
         progress.end()
     finally:
@@ -195,7 +189,12 @@ class _Progress:
 
 
 def _write_shards(
-    model: ModelSpec, template: Template, source: SourceSpec, files: Sequence[DataFile], folder: Path
+    model: ModelSpec,
+    template: Template,
+    learnt: Learnt,
+    source: SourceSpec,
+    files: Sequence[DataFile],
+    folder: Path,
 ) -> Iterator[Shard]:
     """Yield the shards of a source in order; no more blocks are under way than the cluster has use for."""
     # Files are read where the driver looked for them; the rows travel to whichever node tokenises them.
@@ -208,7 +207,7 @@ def _write_shards(
     with _ours():
         for number, block in enumerate(blocks):
             under_way.append(
-                _write_block.remote(model, tokenizer, template, source.format, block, folder, number)
+                _write_block.remote(model, tokenizer, template, learnt, source.format, block, folder, number)
             )
             if len(under_way) >= at_once:
                 yield ray.get(under_way.pop(0))
@@ -227,6 +226,7 @@ def _write_block(
     model: ModelSpec,
     tokenizer: list[Any],
     template: Template,
+    learnt: Learnt,
     wanted: Any,
     block: Block,
     folder: Path,
@@ -234,22 +234,43 @@ def _write_block(
 ) -> Shard:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # a task has one core; the others have tasks of their own
     loaded = _held(tokenizer[0]) or load_tokenizer(model)
-    rows, places, malformed = [], [], []
+    rows, malformed, empty = _rows(block, wanted, learnt)
+    partly_empty: dict[int, str] = {}
+    encoded = []
+    results = encode(list(rows.values()), loaded, template, _encoder(loaded), learnt != "answers")
+    for (at, row), result in zip(rows.items(), results, strict=True):
+        if isinstance(result, Malformed):
+            malformed[at] = str(result)
+        elif len(result.tokens) < 2 or not (learnt == "all" or result.turn[1:].any()):
+            empty[at] = "none of its tokens is to be learnt"
+        else:
+            encoded.append(result)
+            if learnt == "answers" and (lack := empty_answers(row)):
+                partly_empty[at] = lack
+    rejected = [
+        [(block.place(at), reason) for at, reason in sorted(found.items())]
+        for found in (malformed, empty, partly_empty)
+    ]
+    with _cache_errors(folder.parent):
+        return write_shard(folder, number, encoded, *rejected)
+
+
+def _rows(block: Block, wanted: Any, learnt: Learnt) -> tuple[dict[int, Row], dict[int, str], dict[int, str]]:
+    """Return by their place in a block the rows with something to learn, and why the others have none."""
+    rows: dict[int, Row] = {}
+    malformed: dict[int, str] = {}
+    empty: dict[int, str] = {}
     for at, value in enumerate(block.values):
         try:
-            rows.append(parse(value, wanted))
-            places.append(at)
+            row = parse(value, wanted)
         except Malformed as problem:
-            malformed.append((at, str(problem)))
-    encoded = []
-    for at, result in zip(places, encode(rows, loaded, template, _encoder(loaded)), strict=True):
-        if isinstance(result, Encoded):
-            encoded.append(result)
+            malformed[at] = str(problem)
+            continue
+        if lack := nothing_to_learn(row, learnt):
+            empty[at] = lack
         else:
-            malformed.append((at, str(result)))
-    problems = [(block.place(at), reason) for at, reason in sorted(malformed)]
-    with _cache_errors(folder.parent):
-        return write_shard(folder, number, encoded, problems)
+            rows[at] = row
+    return rows, malformed, empty
 
 
 @lru_cache(maxsize=1)
@@ -312,13 +333,15 @@ def _sweep(cache: Path) -> None:
             continue
 
 
-def _key(source: SourceSpec, prints: Sequence[str], tokenizer: Any, template: str) -> str:
+def _key(
+    source: SourceSpec, prints: Sequence[str], tokenizer: Any, template: Template, learnt: Learnt
+) -> str:
     """Return the name of the store: a hash of all that decides its content."""
     digest = hashlib.sha256()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding"):  # set by whoever used the tokenizer last, and off here
         backend.pop(setting, None)
-    settings = [_VERSION, template, source.format, list(prints), backend]
+    settings = [_VERSION, template, learnt, source.format, list(prints), backend]
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)]
     digest.update(json.dumps([settings, special]).encode())
     return digest.hexdigest()[:24]

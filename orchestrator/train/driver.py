@@ -219,12 +219,8 @@ def _prepare_data(job: JobSpec, note: Note) -> tuple[Path, Path | None, dict[str
 def _plan(
     job: JobSpec, sources: Sequence[SourceSpec], cache: Path, note: Note
 ) -> tuple[Path, dict[str, Any]]:
-    stores = tokenize_sources(
-        job.model, job.data.template, sources, cache, job.data.malformed_rows_allowed, note
-    )
+    stores = tokenize_sources(job.model, job.data, sources, cache, note)
     vocabulary.require_embedded(job, sources, stores)
-    for place, reason in [entry for store in stores for entry in store.malformed][:10]:
-        note(f"left out: {place}: {reason}")
     result: tuple[Path, dict[str, Any]] = _get(
         _make_plan.remote(job, sources, cache, [store.folder for store in stores])
     )

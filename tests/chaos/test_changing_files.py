@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import ClusterError, SpecError
-from orchestrator.spec import ModelSpec, SourceSpec
+from orchestrator.spec import DataSpec, ModelSpec, SourceSpec
 
 pytestmark = pytest.mark.ray
 
@@ -27,8 +27,9 @@ def _write_short_rows(path: Path, count: int = 5000) -> None:
 
 
 def _tokenise(tokenising: ModuleType, path: Path, cache: Path) -> TokenStore:
+    source = SourceSpec(path=str(path))
     (store,) = tokenising.tokenize_sources(
-        ModelSpec(path="builtin/tiny-llama"), "alpaca", [SourceSpec(path=str(path))], cache
+        ModelSpec(path="builtin/tiny-llama"), DataSpec(train=(source,), template="alpaca"), [source], cache
     )
     assert isinstance(store, TokenStore)
     return store

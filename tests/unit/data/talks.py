@@ -4,7 +4,8 @@ import copy
 import json
 from typing import Any
 
-from orchestrator.data.formats import Conversation, Instruction, Malformed, Row
+from orchestrator.data.formats import Malformed
+from orchestrator.data.rows import Conversation, Instruction, Row
 from orchestrator.data.template import (
     LAST_RESPONSE,
     RESPONSE,

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.formats import Conversation, Malformed, Row, Text, Tokens, parse
+from orchestrator.data.formats import Malformed, parse
+from orchestrator.data.rows import Conversation, Row, Text, Tokens
 from orchestrator.data.template import (
     CONTEXT,
     LAST_RESPONSE,

@@ -23,7 +23,9 @@ LEAST: dict[LossOn, int] = {"all": CONTEXT, "response": RESPONSE, "last_turn": L
 Turns = Sequence[int]
 
 
-def store_of(folder: Path, rows: Sequence[Turns], shards: int = 2, malformed: int = 0) -> TokenStore:
+def store_of(
+    folder: Path, rows: Sequence[Turns], shards: int = 2, malformed: int = 0, empty: int = 0
+) -> TokenStore:
     """Write rows, given by their turns; their tokens are 1000 times the row's number, and counted on."""
     folder.mkdir(parents=True, exist_ok=True)
     encoded = [
@@ -31,10 +33,13 @@ def store_of(folder: Path, rows: Sequence[Turns], shards: int = 2, malformed: in
         for number, turns in enumerate(rows)
     ]
     bounds = np.linspace(0, len(rows), shards + 1).astype(int)
-    places = [(f"line {number}", "empty") for number in range(malformed)]
+    left = [[(f"line {number}", "why") for number in range(count)] for count in (malformed, empty)]
     written = [
         write_shard(
-            folder, number, encoded[bounds[number] : bounds[number + 1]], places if number == 0 else ()
+            folder,
+            number,
+            encoded[bounds[number] : bounds[number + 1]],
+            *(left if number == 0 else ()),
         )
         for number in range(shards)
     ]
@@ -157,7 +162,9 @@ def test_documents_and_counts_are_what_they_should_be(
         assert document.trained.tolist() == trained
         assert not document.trained[0]
     for number, (account, each) in enumerate(zip(corpus.accounts, expected, strict=True)):
-        assert account == Account(**each.counts, rows_malformed=number)
+        assert account == Account(
+            **each.counts, rows_malformed=number, rows_in_files=len(tables[number]) + number
+        )
     total = corpus.account
     assert total.tokens_read == total.tokens_kept + total.tokens_truncated + total.tokens_dropped
     assert total.documents == len(corpus)
@@ -173,7 +180,12 @@ def test_what_fits_is_not_touched(tmp_path: Path, truncation: Truncation, length
     corpus = corpus_of(tmp_path, [answer(4, length - 4)], truncation=truncation)
     assert spans(corpus) == [(0, 0, length)]
     assert corpus.account == Account(
-        rows=1, documents=1, tokens_read=length, tokens_kept=length, trained_tokens=length - 4
+        rows=1,
+        documents=1,
+        tokens_read=length,
+        tokens_kept=length,
+        trained_tokens=length - 4,
+        rows_in_files=1,
     )
 
 
@@ -198,6 +210,7 @@ def test_right_keeps_the_start_and_left_the_end(
         tokens_truncated=4,
         rows_truncated=1,
         trained_tokens=sum(trained),
+        rows_in_files=1,
     )
 
 
@@ -212,6 +225,7 @@ def test_drop_leaves_a_long_row_out(tmp_path: Path) -> None:
         tokens_dropped=17,
         rows_dropped=1,
         trained_tokens=3,
+        rows_in_files=2,
     )
 
 
@@ -221,7 +235,13 @@ def test_split_goes_on_with_a_row_and_leaves_nothing_out(tmp_path: Path) -> None
     tokens = np.concatenate([corpus.document(number).tokens for number in range(3)])
     assert tokens.tolist() == list(range(40))
     assert corpus.account == Account(
-        rows=1, documents=3, tokens_read=40, tokens_kept=40, rows_split=1, trained_tokens=12 + 15 + 7
+        rows=1,
+        documents=3,
+        tokens_read=40,
+        tokens_kept=40,
+        rows_split=1,
+        trained_tokens=12 + 15 + 7,
+        rows_in_files=1,
     )
 
 
@@ -229,7 +249,13 @@ def test_of_a_split_row_parts_without_an_answer_are_left_out(tmp_path: Path) -> 
     corpus = corpus_of(tmp_path, [answer(20, 13)], truncation="split")
     assert spans(corpus) == [(0, 16, 16)]  # the last part is one token, which has nothing before it
     assert corpus.account == Account(
-        rows=1, documents=1, tokens_read=33, tokens_kept=16, tokens_dropped=17, trained_tokens=12
+        rows=1,
+        documents=1,
+        tokens_read=33,
+        tokens_kept=16,
+        tokens_dropped=17,
+        trained_tokens=12,
+        rows_in_files=1,
     )
 
 
@@ -328,24 +354,31 @@ def test_a_sample_larger_than_its_source_is_refused_with_both_numbers(tmp_path: 
         build(stores, sources, data_of(*sources), 0)
     assert len(problem.value.problems) == 2
     assert "data source a: sample=4 is above its 3 rows" in problem.value.problems[0]
-    assert "data source c: sample=9 is above its 3 rows" in problem.value.problems[1]
+    assert "data source c: sample=9 is above its 3 rows;" in problem.value.problems[1]
+
+
+def test_a_sample_is_drawn_from_the_rows_that_have_something_to_learn(tmp_path: Path) -> None:
+    few = source(sample=4)
+    store = store_of(tmp_path, [answer(1, 2)] * 3, malformed=1, empty=2)
+    with pytest.raises(SpecError, match=r"sample=4 is above its 3 rows \(and 2 that have nothing to learn\)"):
+        build([store], [few], data_of(few), 0)
 
 
 def test_sources_are_mixed_and_accounted_for_one_by_one(tmp_path: Path) -> None:
     stores = [
         store_of(tmp_path / "a", [answer(2, 3)] * 10, malformed=2),
         store_of(tmp_path / "b", [answer(4, 20), answer(20, 1)]),
-        store_of(tmp_path / "c", [answer(1, 1)] * 8, malformed=1),
+        store_of(tmp_path / "c", [answer(1, 1)] * 8, malformed=1, empty=5),
     ]
     sources = [source("a", sample=4), source("b", repeat=3), source("c", weight=0.5)]
     corpus = build(stores, sources, data_of(*sources), seed=5)
     assert corpus.store.tolist() == [0] * 4 + [1] * 3 + [2] * 4
     assert corpus.accounts == (
-        Account(4, 4, 20, 20, rows_malformed=2, trained_tokens=12),
-        Account(6, 3, 135, 48, 24, 63, rows_truncated=3, rows_dropped=3, trained_tokens=36),
-        Account(4, 4, 8, 8, rows_malformed=1, trained_tokens=4),
+        Account(4, 4, 20, 20, rows_malformed=2, trained_tokens=12, rows_in_files=12),
+        Account(6, 3, 135, 48, 24, 63, rows_truncated=3, rows_dropped=3, trained_tokens=36, rows_in_files=2),
+        Account(4, 4, 8, 8, rows_malformed=1, trained_tokens=4, rows_empty=5, rows_in_files=14),
     )
-    assert corpus.account == Account(14, 11, 163, 76, 24, 63, 3, 3, 0, 3, 52)
+    assert corpus.account == Account(14, 11, 163, 76, 24, 63, 3, 3, 0, 3, 52, 5, 0, 28)
     again = build(stores, sources, data_of(*sources), seed=5)
     other = build(stores, sources, data_of(*sources), seed=6)
     assert spans(again) == spans(corpus)
@@ -360,6 +393,6 @@ def test_two_sources_of_the_same_rows_draw_different_samples(tmp_path: Path) -> 
 
 
 def test_accounts_add_up() -> None:
-    first = Account(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
-    assert first + first == Account(2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22)
+    first = Account(*range(1, 15))
+    assert first + first == Account(*range(2, 30, 2))
     assert first + Account() == first

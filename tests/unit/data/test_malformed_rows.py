@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.formats import Conversation, Instruction, Malformed, Text, Tokens, parse
+from orchestrator.data.formats import Malformed, parse
+from orchestrator.data.rows import Conversation, Instruction, Text, Tokens
 from tests.unit.data.test_formats import CALL, HALF, assistant, reason_of, turn, user
 
 # Rows that are none; the sentence they give names the field and what to do.
@@ -24,8 +25,6 @@ BROKEN: list[tuple[str, Any, str, str]] = [
     ("auto", {"instruction": "a", "input": 0, "output": "b"}, "field input is a int", "quotes"),
     ("auto", {"instruction": "a", "output": ["b"]}, "field output is a list", "quotes"),
     ("auto", {"instruction": "a", "output": "b", "system": {}}, "field system is a dict", "quotes"),
-    ("auto", {"instruction": "a", "output": " \n"}, "field output is empty", "fill or remove"),
-    ("auto", {"instruction": "a", "output": None}, "field output is empty", "fill or remove"),
     ("auto", {"instruction": " ", "input": "", "output": "b"}, "fields instruction and input are", "fill or"),
     (
         "auto",
@@ -38,16 +37,7 @@ BROKEN: list[tuple[str, Any, str, str]] = [
     ("auto", {"instruction": "a", "output": "b", "history": 5}, "field history is a int", "must be a list"),
     ("auto", {"instruction": "a", "output": "b", "history": "q"}, "field history is a str", "must be a list"),
     ("messages", {"text": "a"}, "field messages is missing (found: text)", "add it"),
-    ("messages", {"messages": None}, "field messages is a NoneType", "must be a list"),
     ("auto", {"messages": "a"}, "field messages is a str", "must be a list"),
-    ("auto", {"messages": []}, "no message of the assistant is to be learnt", "add one or remove"),
-    ("auto", {"messages": [user()]}, "no message of the assistant is to be learnt", "add one or remove"),
-    (
-        "auto",
-        {"messages": [assistant(weight=0)]},
-        "no message of the assistant is to be",
-        "add one or remove",
-    ),
     ("auto", {"messages": ["a"]}, "messages[0] is a str", "an object with role and content belongs"),
     ("auto", {"messages": [user(), None]}, "messages[1] is a NoneType", "an object with role and content"),
     (
@@ -75,14 +65,6 @@ BROKEN: list[tuple[str, Any, str, str]] = [
         "quotes",
     ),
     ("auto", {"messages": [user([{"type": "text"}])]}, "field messages[0].content is a NoneType", "quotes"),
-    ("auto", {"messages": [assistant("")]}, "messages[0] is an empty answer", "fill or remove"),
-    ("auto", {"messages": [assistant(None)]}, "messages[0] is an empty answer", "fill or remove"),
-    (
-        "auto",
-        {"messages": [assistant("", tool_calls=[])]},
-        "messages[0] is an empty answer",
-        "fill or remove",
-    ),
     ("auto", {"messages": [assistant(weight=2)]}, "messages[0].weight=2", "must be 0 (not learnt) or 1"),
     ("auto", {"messages": [assistant(weight="1")]}, "messages[0].weight='1'", "must be 0 (not learnt) or 1"),
     ("auto", {"messages": [assistant(tool_calls=5)]}, "messages[0].tool_calls is a int", "must be a list"),
@@ -126,8 +108,6 @@ BROKEN: list[tuple[str, Any, str, str]] = [
     ),
     ("sharegpt", {"messages": []}, "field conversations is missing (found: messages)", "add it"),
     ("auto", {"conversations": {}}, "field conversations is a dict", "must be a list"),
-    ("auto", {"conversations": []}, "no message of the assistant is to be learnt", "add one or remove"),
-    ("auto", {"conversations": [turn("human", "a")]}, "no message of the assistant is to be", "add one or"),
     ("auto", {"conversations": ["a"]}, "conversations[0] is a str", "object with from and value belongs"),
     ("auto", {"conversations": [{"from": "gpt"}]}, "field conversations[0].value is missing", "add it"),
     ("auto", {"conversations": [{"value": "a"}]}, "field conversations[0].from is missing", "add it"),
@@ -144,9 +124,6 @@ BROKEN: list[tuple[str, Any, str, str]] = [
         "use one of sys",
     ),
     ("auto", {"conversations": [turn(None, "a")]}, "conversations[0].from=None is unknown", "use one of"),
-    ("auto", {"conversations": [turn("gpt", None)]}, "field conversations[0].value is a NoneType", "quotes"),
-    ("auto", {"conversations": [turn("gpt", "")]}, "conversations[0] is an empty answer", "fill or remove"),
-    ("auto", {"conversations": [assistant("")]}, "conversations[0] is an empty answer", "fill or remove"),
     (
         "auto",
         {"conversations": [turn("function_call", "f()")]},
@@ -169,30 +146,14 @@ BROKEN: list[tuple[str, Any, str, str]] = [
     ("auto", {"conversations": [turn("gpt", "a")], "system": 3}, "field system is a int", "quotes"),
     ("prompt_completion", {"prompt": "a"}, "field completion is missing (found: prompt)", "add it"),
     ("prompt_completion", {"completion": "a"}, "field prompt is missing (found: completion)", "add it"),
-    ("auto", {"prompt": "a", "completion": ""}, "field completion is empty", "fill or remove"),
     ("auto", {"prompt": 1, "completion": "a"}, "field prompt is a int", "quotes"),
     ("auto", {"prompt": "a", "completion": [assistant()]}, "field completion is a list", "quotes"),
     ("auto", {"prompt": [user()], "completion": "a"}, "field prompt is a list", "quotes"),
     ("auto", {"prompt": [3], "completion": [assistant()]}, "prompt[0] is a int", "role and content belongs"),
-    (
-        "auto",
-        {"prompt": [user()], "completion": [assistant("")]},
-        "completion[0] is an empty",
-        "fill or remove",
-    ),
-    ("auto", {"prompt": [assistant()], "completion": [user()]}, "no message of the assistant is", "add one"),
     ("text", {"content": "a"}, "field text is missing (found: content)", "add it"),
-    ("text", {"text": None}, "field text is empty", "fill or remove"),
-    ("auto", {"text": " \n"}, "field text is empty", "fill or remove"),
     ("auto", {"text": ["a"]}, "field text is a list", "quotes"),
     ("tokens", {"text": "a"}, "field input_ids is missing (found: text)", "add it"),
     ("auto", {"input_ids": "1 2"}, "field input_ids is a str", "must be a list"),
-    (
-        "auto",
-        {"input_ids": []},
-        "field input_ids must be a list of token numbers, at least one",
-        "correct it",
-    ),
     ("auto", {"input_ids": [1, -1]}, "field input_ids must be a list of token numbers", "correct it"),
     ("auto", {"input_ids": [1, 2**32]}, "field input_ids must be a list of token numbers", "correct it"),
     ("auto", {"input_ids": [1, 2.0]}, "field input_ids must be a list of token numbers", "correct it"),
@@ -216,6 +177,17 @@ BROKEN: list[tuple[str, Any, str, str]] = [
     ("auto", {"input_ids": [1], "completion_mask": [2]}, "completion_mask must hold 0 or 1", "correct it"),
     ("auto", {"input_ids": [1], "completion_mask": 1}, "completion_mask must hold 0 or 1", "correct it"),
     ("auto", {"input_ids": [1], "completion_mask": [[1]]}, "completion_mask must hold 0 or 1", "correct it"),
+    (
+        "auto",
+        {"messages": [user(), {"role": "assistant"}]},
+        "field messages[1].content is missing (found: role)",
+        "add it",
+    ),
+    ("auto", {"conversations": [turn("gpt", 5)]}, "field conversations[0].value is a int", "quotes"),
+    ("auto", {"instruction": "a", "output": 0}, "field output is a int", "quotes"),
+    ("auto", {"instruction": "a", "output": "", "history": 5}, "field history is a int", "must be a list"),
+    ("auto", {"input_ids": [], "labels": [1]}, "labels has 1 entries and input_ids 0", "must be as many"),
+    ("auto", {"prompt": [3], "completion": None}, "prompt[0] is a int", "role and content belongs"),
 ]
 
 

@@ -28,8 +28,8 @@ def test_pieces_of_documents_are_documents(tmp_path: Path) -> None:
         assert not document.trained[0]
         assert document.trained.sum() == cut.trained[number]
     assert cut.accounts == (
-        Account(1, 1, 8, 8, trained_tokens=6),
-        Account(1, 3, 30, 16, 14, rows_truncated=1, rows_split=1, trained_tokens=13),
+        Account(1, 1, 8, 8, trained_tokens=6, rows_in_files=1),
+        Account(1, 3, 30, 16, 14, rows_truncated=1, rows_split=1, trained_tokens=13, rows_in_files=1),
     )
     assert corpus.account.documents == 2  # the corpus itself is as it was
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from orchestrator.data import store as store_module
 from orchestrator.data.store import (
+    EMPTY,
     MALFORMED,
     MANIFEST,
+    PARTLY_EMPTY,
     LossOn,
     TokenStore,
     is_trained,
@@ -103,11 +105,17 @@ def test_the_manifest_counts_and_keeps_what_it_is_told(tmp_path: Path) -> None:
     assert [rows for rows, _ in manifest["shards"]] == [2, 2]
 
 
-def test_malformed_rows_are_listed_with_their_place(tmp_path: Path) -> None:
+def test_rows_that_are_left_out_are_listed_with_their_place(tmp_path: Path) -> None:
     found = [("a.jsonl, line 2", "no “output”"), ("b.jsonl, line 9", "two\nlines\u2028and \u0085 more")]
-    shards = [write_shard(tmp_path, 0, [row(0, [0, 2])], found[:1]), write_shard(tmp_path, 1, [], found[1:])]
+    shards = [
+        write_shard(tmp_path, 0, [row(0, [0, 2])], found[:1], found, found[1:]),
+        write_shard(tmp_path, 1, [], found[1:], [], found[:1]),
+    ]
     write_index(tmp_path, shards, {})
-    assert TokenStore(tmp_path).malformed == found
+    store = TokenStore(tmp_path)
+    assert (store.malformed, store.empty, store.partly_empty) == (found, found, found[::-1])
+    counts = [store.manifest[name] for name in ("rows", "rows_malformed", "rows_empty", "rows_partly_empty")]
+    assert counts == [1, 2, 2, 2]
 
 
 def test_rows_cannot_be_written_to(tmp_path: Path) -> None:
@@ -283,12 +291,18 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, damage: Callable[[Path], No
 
 
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
-def test_a_damaged_list_of_malformed_rows_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    write_index(tmp_path, [write_shard(tmp_path, 0, [], [("a.jsonl, line 2", "empty")])], {})
-    damage(tmp_path / MALFORMED)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(MALFORMED, "malformed"), (EMPTY, "empty"), (PARTLY_EMPTY, "partly_empty")]
+)
+def test_a_damaged_list_of_rows_is_named(
+    tmp_path: Path, name: str, kind: str, damage: Callable[[Path], None]
+) -> None:
+    left = [("a.jsonl, line 2", "why")]
+    write_index(tmp_path, [write_shard(tmp_path, 0, [], left, left, left)], {})
+    damage(tmp_path / name)
     with pytest.raises(ClusterError) as problem:
-        _ = TokenStore(tmp_path).malformed
-    assert_damaged(problem, tmp_path, MALFORMED)
+        getattr(TokenStore(tmp_path), kind)
+    assert_damaged(problem, tmp_path, name)
 
 
 def test_the_largest_token_is_known_without_reading_shards(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data import template as template_module
-from orchestrator.data.formats import Conversation, Instruction, Text, Tokens, parse
+from orchestrator.data.formats import parse
+from orchestrator.data.rows import Conversation, Instruction, Text, Tokens
 from orchestrator.data.template import (
     CONTEXT,
     LAST_RESPONSE,

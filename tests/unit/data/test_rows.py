@@ -1,0 +1,150 @@
+"""Rows with nothing to learn, in every format: told from rows that have something and from malformed ones."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.data.formats import parse
+from orchestrator.data.rows import Learnt, empty_answers, learnt_of, nothing_to_learn
+from orchestrator.spec import DataSpec, SourceSpec
+from tests.unit.data.test_formats import CALL, assistant, turn, user
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+# A row whose only answers are empty: what follows the question can be learnt, the answer's end.
+NO_ANSWER: list[tuple[Any, str]] = [
+    ({"instruction": "a", "output": ""}, "field output is empty"),
+    ({"instruction": "a", "output": " \n\t"}, "field output is empty"),
+    ({"instruction": "a", "output": None}, "field output is empty"),
+    ({"instruction": "", "input": "a", "output": ""}, "field output is empty"),
+    ({"instruction": "a", "output": "", "history": [["q", " "]]}, "field output is empty"),
+    ({"messages": [user(), assistant("")]}, "the answer is empty"),
+    ({"messages": [user(), assistant(" \n")]}, "the answer is empty"),
+    ({"messages": [user(), assistant(None)]}, "the answer is empty"),
+    ({"messages": [user(), assistant([])]}, "the answer is empty"),
+    ({"messages": [user(), assistant([{"type": "text", "text": ""}])]}, "the answer is empty"),
+    ({"messages": [user(), assistant("", tool_calls=[])]}, "the answer is empty"),
+    ({"messages": [user(), assistant("", tool_calls=None)]}, "the answer is empty"),
+    ({"messages": [user(), assistant("b", weight=0), user(), assistant("")]}, "the answer is empty"),
+    ({"conversations": [turn("human", "a"), turn("gpt", "")]}, "the answer is empty"),
+    ({"conversations": [turn("human", "a"), turn("gpt", " ")]}, "the answer is empty"),
+    ({"conversations": [turn("human", "a"), turn("gpt", None)]}, "the answer is empty"),
+    ({"conversations": [turn("human", "a"), turn("function_call", "")]}, "the answer is empty"),
+    ({"conversations": [turn("human", "a"), turn("function_call", "[]")]}, "the answer is empty"),
+    ({"conversations": [user(), assistant("")]}, "the answer is empty"),
+    ({"prompt": "a", "completion": ""}, "field completion is empty"),
+    ({"prompt": "a", "completion": " \n"}, "field completion is empty"),
+    ({"prompt": "a", "completion": None}, "field completion is empty"),
+    ({"prompt": [user()], "completion": [assistant("")]}, "the answer is empty"),
+    ({"prompt": [assistant("b"), user()], "completion": [assistant(None)]}, "the answer is empty"),
+]  # fmt: skip
+# A row that has tokens, and no answer of which even the end could be learnt.
+NOT_ASKED: list[tuple[Any, str]] = [
+    ({"messages": [user()]}, "no message of the assistant is to be learnt"),
+    ({"messages": [user(), assistant("b", weight=0)]}, "no message of the assistant is to be learnt"),
+    ({"messages": [user(), assistant("", weight=0)]}, "no message of the assistant is to be learnt"),
+    ({"conversations": [turn("human", "a")]}, "no message of the assistant is to be learnt"),
+    ({"system": "s", "conversations": []}, "no message of the assistant is to be learnt"),
+    ({"prompt": [user()], "completion": []}, "no message of the assistant is to be learnt"),
+    ({"prompt": [user()], "completion": None}, "no message of the assistant is to be learnt"),
+    ({"prompt": [assistant("b")], "completion": [user()]}, "no message of the assistant is to be learnt"),
+    ({"input_ids": [5, 6], "labels": [-100, -100]}, "none of its tokens is to be learnt"),
+    ({"input_ids": [5, 6], "labels": [5, -100]}, "none of its tokens is to be learnt"),  # the first never is
+    ({"input_ids": [5, 6], "completion_mask": [0, 0]}, "none of its tokens is to be learnt"),
+]
+# A row without anything.
+NOTHING: list[tuple[Any, str]] = [
+    ({"instruction": "", "input": " ", "output": ""}, "field output is empty"),
+    ({"instruction": None, "output": None}, "field output is empty"),
+    ({"messages": []}, "it has no messages"),
+    ({"messages": None}, "it has no messages"),
+    ({"messages": [user(""), assistant("")]}, "its messages are empty"),
+    ({"messages": [assistant(" ")]}, "its messages are empty"),
+    ({"conversations": []}, "it has no messages"),
+    ({"conversations": [turn("gpt", "")]}, "its messages are empty"),
+    ({"prompt": "", "completion": " "}, "its text is empty"),
+    ({"prompt": [], "completion": []}, "it has no messages"),
+    ({"text": ""}, "its text is empty"),
+    ({"text": " \n"}, "its text is empty"),
+    ({"text": None}, "its text is empty"),
+    ({"text": None, "messages": None}, "it has no messages"),
+    ({"input_ids": []}, "it has no tokens"),
+    ({"input_ids": None, "labels": None}, "it has no tokens"),
+    ({"input_ids": [5]}, "none of its tokens is to be learnt"),
+]
+SOMETHING: list[Any] = [
+    {"instruction": "a", "output": "b"},
+    {"instruction": "a", "output": "", "history": [["q", "w"]]},
+    {"messages": [user(), assistant("")] * 2 + [user(), assistant("b")]},
+    {"messages": [user(), assistant("b"), user(), assistant(None)]},
+    {"messages": [user(), assistant(None, tool_calls=[CALL])]},
+    {"messages": [user(), assistant("", tool_calls=[CALL])]},
+    {"conversations": [turn("human", "a"), turn("gpt", ""), turn("human", "b"), turn("gpt", "c")]},
+    {"prompt": "", "completion": "b"},
+    {"prompt": None, "completion": "b"},
+    {"prompt": None, "completion": [assistant("b")]},
+    {"text": "a"},
+    {"input_ids": [5, 6]},
+    {"input_ids": [5, 6], "labels": [-100, 6]},
+]
+
+
+def lack(value: Any, learnt: Learnt) -> str | None:
+    return nothing_to_learn(parse(value, "auto"), learnt)
+
+
+@pytest.mark.parametrize(("value", "reason"), NO_ANSWER)
+def test_a_row_without_an_answer_has_its_end_to_learn(value: Any, reason: str) -> None:
+    assert [lack(value, learnt) for learnt in ("answers", "ends", "all")] == [reason, None, None]
+
+
+@pytest.mark.parametrize(("value", "reason"), NOT_ASKED)
+def test_a_row_of_which_no_answer_is_asked_has_only_its_tokens(value: Any, reason: str) -> None:
+    assert [lack(value, learnt) for learnt in ("answers", "ends", "all")] == [reason, reason, None]
+
+
+@pytest.mark.parametrize(("value", "reason"), NOTHING)
+def test_a_row_without_text_has_nothing_to_learn_whatever_is_learnt(value: Any, reason: str) -> None:
+    assert [lack(value, learnt) for learnt in ("answers", "ends", "all")] == [reason] * 3
+
+
+@pytest.mark.parametrize("value", SOMETHING)
+def test_a_row_with_one_answer_has_something_to_learn(value: Any) -> None:
+    assert [lack(value, learnt) for learnt in ("answers", "ends", "all")] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ({"messages": [user(), assistant("a"), user(), assistant("")]}, "answer 2 of 2 is empty"),
+        (
+            {"messages": [SYSTEM, user(), assistant(" "), user(), assistant("b"), user(), assistant("")]},
+            "answer 1, 3 of 3 is empty",
+        ),
+        ({"messages": [user(), assistant("", weight=0), user(), assistant("b")]}, None),
+        ({"messages": [user(), assistant("", tool_calls=[CALL]), user(), assistant("b")]}, None),
+        ({"conversations": [turn("gpt", ""), user("b"), turn("gpt", "c")][::2]}, "answer 1 of 2 is empty"),
+        ({"instruction": "a", "output": "b", "history": [["q", ""]]}, "answer 1 of 2 is empty"),
+        ({"instruction": "a", "output": "", "history": [["q", "w"]]}, "answer 2 of 2 is empty"),
+        ({"instruction": "a", "output": "b"}, None),
+        ({"text": "a"}, None),
+        ({"input_ids": [5, 6], "labels": [-100, 6]}, None),
+    ],
+)  # fmt: skip
+def test_empty_answers_among_others_are_numbered(value: Any, found: str | None) -> None:
+    assert empty_answers(parse(value, "auto")) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "learnt"),
+    [
+        ({}, "answers"),
+        ({"empty_answers": "error"}, "answers"),
+        ({"loss_on": "last_turn"}, "answers"),
+        ({"empty_answers": "learn_end"}, "ends"),
+        ({"loss_on": "all"}, "all"),
+        ({"loss_on": "all", "empty_answers": "learn_end"}, "all"),
+    ],
+)
+def test_a_job_says_what_is_learnt(settings: dict[str, Any], learnt: Learnt) -> None:
+    assert learnt_of(DataSpec(train=(SourceSpec(path="d"),), **settings)) == learnt
