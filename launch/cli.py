@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -30,7 +31,11 @@ from launch.output import write_message as _tell
 from launch.output import write_result as _say
 from launch.summary import SUMMARY_FIELDS, read_report, side_by_side, summary, table
 from orchestrator import jobfile
+from orchestrator.checks.inputs import input_problems
+from orchestrator.checks.job import all_problems, none, refusals
+from orchestrator.checks.unusual import unusual
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
+from orchestrator.spec import JobSpec
 
 _UNEXPECTED = 1
 
@@ -73,22 +78,41 @@ def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
         _fail(describe_unexpected(error), _UNEXPECTED)
 
 
+def _load(job: Path, overrides: list[str], check: jobfile.Check = none) -> JobSpec:
+    """Read a job file, and print what is unusual in it."""
+    spec, warnings = jobfile.load_with_warnings(job, overrides, check, unusual)
+    for warning in warnings:
+        _tell(f"warning: {warning}")
+    return spec
+
+
 @app.command(epilog="Example: orchestrator validate launch/jobs/quickstart.yaml")
 def validate(
     jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files (YAML).")],
+    files: Annotated[
+        bool,
+        typer.Option(
+            help="Look for data, models and folders on this machine; --no-files for a job that is to run "
+            "elsewhere."
+        ),
+    ] = True,
     overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
-    """Check job files and print every error at once."""
+    """Check job files, and what they name on this machine; print every error at once, and warnings."""
     problems: list[str] = []
+    warnings: list[str] = []
     for path in jobs:
         try:
-            jobfile.load(path, overrides)
+            _, found = jobfile.load_with_warnings(path, overrides, all_problems if files else none, unusual)
+            warnings += found
         except SpecError as error:
             problems += error.problems
     if as_json:
-        _say(json.dumps({"valid": not problems, "problems": problems}))
+        _say(json.dumps({"valid": not problems, "problems": problems, "warnings": warnings}))
         raise typer.Exit(2 if problems else 0)
+    for warning in warnings:
+        _tell(f"warning: {warning}")
     if problems:
         _fail(str(SpecError(*problems)), 2)
     _say(f"{len(jobs)} job file{'s' if len(jobs) > 1 else ''} valid")
@@ -191,7 +215,7 @@ def pack(
     with _exit_codes():
         from orchestrator.train.environment import take_over
 
-        spec = take_over(jobfile.load(job, overrides))
+        spec = take_over(_load(job, overrides, input_problems))
         from orchestrator.train.driver import prepare
 
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
@@ -214,7 +238,7 @@ def train(
     with _exit_codes("run the same command again and it goes on from the last checkpoint"):
         from orchestrator.train.environment import take_over
 
-        spec = take_over(jobfile.load(job, overrides))
+        spec = take_over(_load(job, overrides, partial(refusals, workers_here=address is None)))
         from launch.progress import Progress
         from orchestrator.train.driver import run
 
@@ -319,7 +343,7 @@ def submit(
 ) -> None:
     """Train a job on a cluster through Ray's job submission API; a token is taken from RAY_AUTH_TOKEN."""
     with _exit_codes("the job goes on; the commands above follow it and end it"):
-        spec = jobfile.load(job, overrides)
+        spec = _load(job, overrides)
         from launch import submit as submission
         from launch.parcel import with_variables
 

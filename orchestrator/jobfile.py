@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,27 @@ from pydantic_core import ErrorDetails
 
 from orchestrator import yamltext
 from orchestrator.errors import SpecError
-from orchestrator.rules import broken_rules
+from orchestrator.rules import Problem, broken_rules
 from orchestrator.spec import JobSpec
 from orchestrator.yamltext import Location, Places, dotted, location_of, place_of
 
 _NO_OVERRIDE = "not of the form field.name=value; write for example --set optim.lr=1e-5"
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
+Check = Callable[[JobSpec], Iterable[Problem]]
+
+
+def _nothing(_: JobSpec) -> Iterable[Problem]:
+    return ()
+
+
+def load(path: Path, overrides: Sequence[str] = (), check: Check = _nothing) -> JobSpec:
     """Read a job file.
 
     Args:
         path: The YAML file.
         overrides: Texts such as `parallel.zero_stage=2`, applied in order on top of the file.
+        check: Finds problems beyond those of the fields, such as files that are missing.
 
     Returns:
         The valid job.
@@ -34,7 +42,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
     Raises:
         SpecError: With every problem of the file and of the overrides.
     """
-    return parse(text_of(path, "job"), overrides, origin=path.name)
+    return _read(text_of(path, "job"), overrides, path.name, check)[0]
+
+
+def load_with_warnings(
+    path: Path, overrides: Sequence[str], check: Check, warn: Check
+) -> tuple[JobSpec, list[str]]:
+    """Read a job file as `load` does, and return with the job what `warn` finds, each with its line."""
+    job, places = _read(text_of(path, "job"), overrides, path.name, check)
+    return job, _placed(_located(warn(job)), places, path.name)
 
 
 def text_of(path: Path, thing: str) -> str:
@@ -57,21 +73,35 @@ def text_of(path: Path, thing: str) -> str:
 
 def parse(text: str, overrides: Sequence[str] = (), origin: str = "job") -> JobSpec:
     """Read a job from YAML text; as `load`, with `origin` naming the text in errors."""
+    return _read(text, overrides, origin, _nothing)[0]
+
+
+def _read(text: str, overrides: Sequence[str], origin: str, check: Check) -> tuple[JobSpec, Places]:
     data, places, problems = yamltext.read(text, origin)
     for override in overrides:
         problem = apply_override(data, places, override)
         if problem:
             problems.append(problem)
-    job, broken = judge(data, places, origin)
+    job, broken = judge(data, places, origin, check)
     if problems or job is None:
         raise SpecError(*problems, *broken)
-    return job
+    return job, places
 
 
-def judge(data: dict[str, Any], places: Places, origin: str) -> tuple[JobSpec | None, list[str]]:
+def judge(
+    data: dict[str, Any], places: Places, origin: str, check: Check = _nothing
+) -> tuple[JobSpec | None, list[str]]:
     """Return the job that the data are, or a sentence for every problem, each with the place it stands at."""
-    job, broken = _validate(data)
-    return job, [f"{place_of(places, locations, origin)}: {sentence}" for locations, sentence in broken]
+    job, broken = _validate(data, check)
+    return job, _placed(broken, places, origin)
+
+
+def _placed(problems: Iterable[tuple[Sequence[Location], str]], places: Places, origin: str) -> list[str]:
+    return [f"{place_of(places, locations, origin)}: {sentence}" for locations, sentence in problems]
+
+
+def _located(problems: Iterable[Problem]) -> list[tuple[list[Location], str]]:
+    return [([location_of(field) for field in fields], sentence) for fields, sentence in problems]
 
 
 def dump(job: JobSpec) -> str:
@@ -147,8 +177,8 @@ def _key_in(target: Any, key: str) -> str | int | None:
     return key if isinstance(target, dict) else None
 
 
-def _validate(data: dict[str, Any]) -> tuple[JobSpec | None, list[tuple[list[Location], str]]]:
-    """Validate fields, then the rules between those fields that are valid."""
+def _validate(data: dict[str, Any], check: Check) -> tuple[JobSpec | None, list[tuple[list[Location], str]]]:
+    """Validate fields, then the rules between those fields that are valid and what `check` finds of them."""
     problems: list[tuple[list[Location], str]] = []
     wrong: set[str] = set()
     for _ in range(8):  # each round removes what was wrong, so that defaults stand in for it
@@ -157,9 +187,11 @@ def _validate(data: dict[str, Any]) -> tuple[JobSpec | None, list[tuple[list[Loc
         except ValidationError as error:
             found = error.errors(include_url=False)
         else:
-            for fields, sentence in broken_rules(job):
-                if not any(field == bad or field.startswith(f"{bad}.") for field in fields for bad in wrong):
-                    problems.append(([location_of(field) for field in fields], sentence))
+            problems += _located(
+                (fields, sentence)
+                for fields, sentence in (*broken_rules(job), *check(job))
+                if not any(field == bad or field.startswith(f"{bad}.") for field in fields for bad in wrong)
+            )
             return (None if problems else job), problems
         places = [tuple(detail["loc"]) for detail in found]
         for detail, place in zip(found, places, strict=True):

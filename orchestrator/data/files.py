@@ -8,8 +8,6 @@ time, whatever the size of the file.
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +17,22 @@ import pyarrow as pa
 from pyarrow import fs, ipc, parquet
 
 from orchestrator.data import jsontext
+from orchestrator.data.sources import (
+    Kind,
+    absent,
+    has_rows,
+    kind_of,
+    local_files,
+    looks_like_hub_name,
+    of_split,
+    unreadable,
+)
 from orchestrator.errors import SpecError
 from orchestrator.paths import resolve
 from orchestrator.spec import SourceSpec
 
-Kind = Literal["json", "parquet", "arrow"]
-_KINDS: dict[str, Kind] = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _ROWS_PER_BLOCK = 4096
 _BYTES_PER_BLOCK = 4 * 2**20
-_SPLIT_NAMES = re.compile(r"(?:^|[-_./])(train|test|valid|validation|val|dev|eval)(?=[-_./]|$)")
 
 
 @dataclass(frozen=True)
@@ -174,41 +172,14 @@ def locate(source: SourceSpec) -> list[DataFile]:
         return _at_uri(source)
     here = resolve(path)
     try:
-        if here.is_file():
-            if source.split is not None:
-                raise SpecError(
-                    f"data file {path} is one file and has no splits; remove split={source.split}"
-                )
-            return [_file(path, str(here))]
-        if here.is_dir():
-            return _in_folder(source, here)
+        exists = here.exists()
     except OSError as error:
         raise unreadable(path, error) from None
+    if exists:
+        return [_file(name, file) for name, file in local_files(source, here)]
     if looks_like_hub_name(path):
         return _on_the_hub(source)
     raise SpecError(absent(path))
-
-
-def missing(source: SourceSpec) -> str | None:
-    """Return the sentence that says why a source cannot be found, without asking any network."""
-    path = source.path
-    if "://" in path or looks_like_hub_name(path) or _exists(path):
-        return None
-    return absent(path)
-
-
-def absent(path: str) -> str:
-    """Return the sentence for a path where nothing is."""
-    return f"data file {path} is not there; check the path, which counts from {Path.cwd()} if relative"
-
-
-def looks_like_hub_name(path: str) -> bool:
-    """Tell whether a path that is not on this disk can be the name of a data set on the hub."""
-    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
-    known_ending = Path(path).suffix in (_KINDS.keys() | _COMPRESSED.keys())
-    return (
-        plain and "/" in path and not known_ending and not path.startswith("builtin/") and not _exists(path)
-    )
 
 
 def changed(name: str) -> SpecError:
@@ -219,74 +190,9 @@ def changed(name: str) -> SpecError:
     )
 
 
-def unreadable(name: str, error: Exception) -> SpecError:
-    """Return the error for a file that cannot be read."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return SpecError(
-        f"data file {name} cannot be read ({reason}); check that it is there, whole and readable"
-    )
-
-
-def _exists(path: str) -> bool:
-    try:
-        return resolve(path).exists()
-    except (OSError, ValueError):
-        return False
-
-
 def _file(name: str, path: str, uri: str | None = None) -> DataFile:
-    suffixes = Path(path).suffixes
-    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
-    ending = (suffixes[:-1] if compression else suffixes)[-1:]
-    kind = _KINDS.get(ending[0] if ending else "", "json")
-    if compression and kind != "json":
-        raise SpecError(
-            f"data file {name} is a compressed {kind} file; unpack it (only JSON is unpacked here)"
-        )
+    kind, compression = kind_of(name, path)
     return DataFile(name, path, kind, compression, uri)
-
-
-def _has_rows(path: str) -> bool:
-    name = Path(path).name
-    stem = name.removesuffix(".gz").removesuffix(".zst")
-    is_hidden = any(part.startswith((".", "_")) for part in Path(path).parts)
-    return Path(stem).suffix in _KINDS and not is_hidden and name not in _NOT_ROWS
-
-
-_NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
-
-
-def _in_folder(source: SourceSpec, folder: Path) -> list[DataFile]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved_data_set(source, folder)
-    found = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    names = _of_split(source, [name for name in found if _has_rows(name)])
-    return [_file(f"{source.path.rstrip('/')}/{name}", str(folder / name)) for name in names]
-
-
-def _of_split(source: SourceSpec, names: list[str]) -> list[str]:
-    """Return the files of the split that is asked for; refuse to read several splits as one."""
-    if source.split is not None:
-        word = re.compile(rf"(^|[-_./]){re.escape(source.split)}([-_./]|$)")
-        chosen = [name for name in names if word.search(name)]
-        if not chosen:
-            raise SpecError(
-                f"data folder {source.path} has no file of split={source.split} among {names[:8]}; name "
-                "another"
-            )
-        return chosen
-    splits = {match.group(1) for name in names if (match := _SPLIT_NAMES.search(name))}
-    if len(splits) > 1:
-        raise SpecError(
-            f"data folder {source.path} holds several splits ({', '.join(sorted(splits))}); say which is "
-            "meant with split: NAME"
-        )
-    if not names:
-        raise SpecError(
-            f"data folder {source.path} has no file with rows; its files must end in {', '.join(_KINDS)}, "
-            "JSON also with .gz or .zst"
-        )
-    return names
 
 
 def _at_uri(source: SourceSpec) -> list[DataFile]:
@@ -304,31 +210,9 @@ def _at_uri(source: SourceSpec) -> list[DataFile]:
     found = sorted(
         entry.path.removeprefix(folder)
         for entry in entries
-        if entry.type == fs.FileType.File and _has_rows(entry.path.removeprefix(folder))
+        if entry.type == fs.FileType.File and has_rows(entry.path.removeprefix(folder))
     )
-    return [_file(f"{source.path}: {name}", folder + name, source.path) for name in _of_split(source, found)]
-
-
-def _saved_data_set(source: SourceSpec, folder: Path) -> list[DataFile]:
-    """Return the Arrow files of a data set that `Dataset.save_to_disk` wrote, from its state.json."""
-    place = source.path.rstrip("/")
-    if (folder / "dataset_dict.json").is_file():
-        try:
-            splits = list(json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise unreadable(f"{place}/dataset_dict.json", error) from None
-        if source.split is None or source.split not in splits:
-            raise SpecError(
-                f"data set {source.path} has the splits {', '.join(splits)}, and split={source.split} is "
-                "none of them; say which is meant with split: NAME"
-            )
-        folder, place = folder / source.split, f"{place}/{source.split}"
-    try:
-        state = json.loads((folder / "state.json").read_text("utf-8"))
-        names = [entry["filename"] for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(f"{place}/state.json", error) from None
-    return [_file(f"{place}/{name}", str(folder / name)) for name in names]
+    return [_file(f"{source.path}: {name}", folder + name, source.path) for name in of_split(source, found)]
 
 
 def _on_the_hub(source: SourceSpec) -> list[DataFile]:

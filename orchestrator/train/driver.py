@@ -87,7 +87,8 @@ def run(
     started = time.monotonic()
     job = folder.with_absolute_paths(environment.adopt(job))
     folder.require_inputs(job)
-    home = folder.open_run(job)
+    made = folder.absent_folders(job)
+    home = folder.open_run(job, workers_here=address is None)
     finished = folder.finished(home)
     if finished is not None:
         return finished
@@ -99,7 +100,11 @@ def run(
             folder.number_format(job, device)  # refuses what the device cannot do
             folder.record_job(home, job)
             return _train(job, device, home, lease, (watch, note), started, trial, force)
+    except (SpecError, ClusterError):
+        folder.withdraw(home, made)
+        raise
     finally:
+        folder.remove_marker(home)
         lease.release(home)
 
 

@@ -4,61 +4,29 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator import jobfile
-from orchestrator.data.files import missing
+from orchestrator.checks.folders import ATTEMPTS, JOB, folder_problems, run_problems
+from orchestrator.checks.folders import with_absolute_paths as with_absolute_paths
+from orchestrator.checks.inputs import require_inputs as require_inputs
 from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.model.base import BASE
-from orchestrator.paths import as_submitted, resolve
-from orchestrator.spec import JobSpec, SourceSpec
+from orchestrator.records import read_object
+from orchestrator.spec import JobSpec
 from orchestrator.train.own_files import overwritten_by_a_run
-from orchestrator.train.recorder import ATTEMPTS
 from orchestrator.train.summary import REPORT
 
-JOB = "job.yaml"
 DATA = "data.json"  # which plans the run trains and evaluates on
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-# What may differ between the first start of a run and a later one: no trained number depends on it.
-_FREE = (
-    "run.max_failures",
-    "run.env",
-    "run.collective_timeout_seconds",
-    "checkpoint",
-    "metrics",
-    "eval.every_steps",
-    "model.gradient_checkpointing",
-    "model.loss_tile_tokens",
-    "model.mlp_tile_tokens",
-    "parallel.offload_activations",
-    "parallel.offload_path",
-    "parallel.expandable_segments",
-)
-
-
-def with_absolute_paths(job: JobSpec) -> JobSpec:
-    """Return the job with local paths made absolute, as seen from the driver's working directory."""
-
-    def settle(sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
-        return tuple(source.model_copy(update={"path": _absolute(source.path)}) for source in sources)
-
-    model = job.model.model_copy(update={"path": _absolute(job.model.path)})
-    adapter = job.method.adapter and _absolute(job.method.adapter)
-    method = job.method.model_copy(update={"adapter": adapter})
-    data = job.data.model_copy(update={"train": settle(job.data.train)})
-    held_out = job.eval.model_copy(update={"data": settle(job.eval.data)}) if job.eval else None
-    storage = str(Path(job.checkpoint.storage).expanduser().absolute())
-    saving = job.checkpoint.model_copy(update={"storage": storage})
-    changed = {"model": model, "method": method, "data": data, "eval": held_out, "checkpoint": saving}
-    return job.model_copy(update=changed)
-
-
-def _absolute(path: str) -> str:
-    """Return a path that holds in any working directory; hub names and what this package ships stay."""
-    found = resolve(path)
-    return path if path.startswith("builtin/") or not found.exists() else str(found.absolute())
+_RAY_MARKER = ".validate_storage_marker"  # written by Ray Train to try the storage, and left there
+# What a start writes before its first attempt, in the order in which it can be removed.
+_BEFORE_ATTEMPTS = (
+    JOB, DATA, BASE, "plan.json", "deepspeed.json", "owner.json", "logs/driver.log", "logs", "checkpoints",
+)  # fmt: skip
 
 
 def number_format(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16", "fp16", "fp32"]:
@@ -76,14 +44,24 @@ def number_format(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16
     return job.model.dtype
 
 
-def open_run(job: JobSpec) -> Path:
-    """Return the run's folder, made where it is new.
+def open_run(job: JobSpec, workers_here: bool = True) -> Path:
+    """Return the run's folder, made where it is new and nothing speaks against the job.
+
+    Args:
+        job: The job, with absolute paths.
+        workers_here: Whether workers run on this machine.
 
     Raises:
         ClusterError: The storage cannot be written.
         SpecError: The folder holds a run of another job.
     """
     home = Path(job.checkpoint.storage) / job.name
+    refused = [sentence for _, sentence in run_problems(job)]
+    in_the_way = [sentence for _, sentence in folder_problems(job, workers_here)]
+    if refused:
+        raise SpecError(*refused, *in_the_way)
+    if in_the_way:
+        raise ClusterError(*in_the_way)
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):  # has no name that could be another file's
@@ -93,14 +71,44 @@ def open_run(job: JobSpec) -> Path:
                 f"{home} holds a {name} that no run wrote, and this run would overwrite it; move it away, or "
                 "give this job another name"
             )
-        if (home / ATTEMPTS).exists():
-            _require_same(job_of(home), job, home)
     except OSError as error:
         raise ClusterError(
             f"checkpoint.storage={job.checkpoint.storage} cannot be written ({error.strerror}); name a "
             "folder that the driver and every node can write"
         ) from None
     return home
+
+
+def absent_folders(job: JobSpec) -> list[Path]:
+    """Return the folders that opening a run will make, the run's own first."""
+    home = Path(job.checkpoint.storage) / job.name
+    return [place for place in (home, *home.parents) if not place.exists()]
+
+
+def withdraw(home: Path, made: Sequence[Path]) -> None:
+    """Leave nothing of a run that was refused before its first attempt, so that no empty folder stays.
+
+    A plan that says why a job does not fit stays, and so does whatever this program did not write.
+
+    Args:
+        home: The run's folder.
+        made: The folders that this start has made, the run's own first.
+    """
+    plan = read_object(home / "plan.json") or {}
+    if home not in made or (home / ATTEMPTS).exists() or plan.get("verdict") == "does not fit":
+        return
+    for name in _BEFORE_ATTEMPTS:
+        with suppress(OSError):
+            (home / name).rmdir() if (home / name).is_dir() else (home / name).unlink()
+    for folder in made:
+        with suppress(OSError):  # it holds something: another run, the cache of tokens, a file of the user
+            folder.rmdir()
+
+
+def remove_marker(home: Path) -> None:
+    """Remove what Ray Train leaves in a run's folder from trying whether it can write there."""
+    with suppress(OSError):
+        (home / _RAY_MARKER).unlink(missing_ok=True)
 
 
 def record_job(home: Path, job: JobSpec) -> None:
@@ -176,28 +184,6 @@ def _changed(home: Path, record: str, found: Mapping[str, Any]) -> list[str]:
     return [name for name in found if found[name] != before.get(name)]
 
 
-def require_inputs(job: JobSpec) -> None:
-    """Look for the files that a job names, before anything is started.
-
-    Raises:
-        SpecError: With every data file that is not there, and a model folder that is none.
-    """
-    problems = [
-        problem
-        for source in (*job.data.train, *(job.eval.data if job.eval else ()))
-        if (problem := missing(source))
-    ]
-    model = resolve(job.model.path)
-    if model.is_dir() and not (model / "config.json").is_file():
-        problems.append(
-            f"model.path={job.model.path} has no config.json; name a folder in Hugging Face format"
-        )
-    elif not model.is_dir() and job.model.path.startswith(("/", ".", "~", "builtin/")):
-        problems.append(f"model.path={job.model.path} is not there; name an existing folder, or a hub model")
-    if problems:
-        raise SpecError(*problems)
-
-
 def job_of(home: Path) -> JobSpec:
     """Return the job of a run.
 
@@ -223,28 +209,3 @@ def write_json(path: Path, value: Any) -> None:
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     draft.replace(path)
-
-
-def _require_same(old: JobSpec, new: JobSpec, home: Path) -> None:
-    before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
-    differing = [
-        f"{key}={after.get(key)} (the run has {before.get(key)})"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_FREE)
-    ]
-    if differing:
-        raise SpecError(
-            f"{home} holds a run of another job: {', '.join(differing)}; give this job another name, or "
-            "remove the folder"
-        )
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, child in value.items():
-            yield from _flat(child, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(value, list) and any(isinstance(child, Mapping) for child in value):
-        for index, child in enumerate(value):
-            yield from _flat(child, f"{prefix}.{index}")
-    else:
-        yield prefix, as_submitted(value) if isinstance(value, str) else value

@@ -234,7 +234,7 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, watched: Callable[...
     _write(tmp_path, job_text(tmp_path / "runs", **changes))
     _assert_clear(watched("train", "job.yaml"), 3, "512", "parallel.workers")
     # The name is not burnt: the corrected job may use it.
-    assert not (tmp_path / "runs" / "run" / "job.yaml").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.ray
@@ -273,6 +273,7 @@ def test_number_format_that_the_device_does_not_have(
 ) -> None:
     _write(tmp_path, job_text(tmp_path / "runs", model__dtype="fp16", parallel__device="cpu"))
     _assert_clear(watched("train", "job.yaml"), 2, "model.dtype=fp16", "fp32")
+    assert not (tmp_path / "runs").exists()  # no folder of a run that never began
 
 
 @pytest.mark.ray
@@ -288,7 +289,8 @@ def test_tokenizer_without_chat_template(tmp_path: Path, watched: Callable[..., 
 @pytest.mark.ray
 def test_model_without_weights_is_not_tried_again(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     _write(tmp_path, job_text(tmp_path / "runs", model__weights="pretrained"))
-    _assert_clear(watched("train", "job.yaml"), 2, "model.path=builtin/tiny-llama", "cannot be built")
+    _assert_clear(watched("train", "job.yaml"), 2, "model.path=builtin/tiny-llama", "has no weights")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.ray

@@ -62,10 +62,55 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
 def test_validate_answers_in_json(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("name: a/b\nmodel: {path: m}\ndata: {train: [{path: d}]}\n")
     good = orchestrator("validate", str(QUICKSTART), "--json", cwd=tmp_path)
-    assert (good.code, json.loads(good.out)) == (0, {"valid": True, "problems": []})
+    assert (good.code, json.loads(good.out)) == (0, {"valid": True, "problems": [], "warnings": []})
     bad = orchestrator("validate", str(QUICKSTART), "bad.yaml", "--json", cwd=tmp_path)
     assert bad.code == 2
-    assert [problem.split(":")[0] for problem in json.loads(bad.out)["problems"]] == ["bad.yaml"]
+    found = json.loads(bad.out)
+    assert [problem.split(": ")[0] for problem in found["problems"]] == ["bad.yaml:1", "bad.yaml:3"]
+    elsewhere = orchestrator("validate", "bad.yaml", "--no-files", "--json", cwd=tmp_path)
+    assert [problem.split(": ")[0] for problem in json.loads(elsewhere.out)["problems"]] == ["bad.yaml:1"]
+
+
+def test_validate_and_train_refuse_the_same_and_leave_nothing(tmp_path: Path) -> None:
+    text = "name: j\nmodel:\n  path: ./modle\ndata:\n  train: [{path: nope.json}]\nmetrics: {port: null}\n"
+    (tmp_path / "job.yaml").write_text(text)
+    checked = orchestrator("validate", "job.yaml", cwd=tmp_path)
+    trained = orchestrator("train", "job.yaml", cwd=tmp_path)
+    assert (checked.code, trained.code) == (2, 2)
+    assert checked.err == trained.err
+    assert "job.yaml:3: model.path=./modle is not there" in checked.err
+    assert "job.yaml:5: data file nope.json is not there" in checked.err
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
+def test_warnings_are_printed_beside_a_result_and_fail_nothing(tmp_path: Path) -> None:
+    odd = ("--set", "optim.lr=50", "--set", "optim.warmup_ratio=1")
+    checked = orchestrator("validate", str(QUICKSTART), *odd, cwd=tmp_path)
+    assert (checked.code, checked.out) == (0, "1 job file valid\n")
+    lines = checked.err.splitlines()
+    assert [line.split("=")[0] for line in lines] == [
+        "warning: --set optim.lr",
+        "warning: --set optim.warmup_ratio",
+    ]
+    answered = orchestrator("validate", str(QUICKSTART), *odd, "--json", cwd=tmp_path)
+    found = json.loads(answered.out)
+    assert (answered.code, answered.err, found["valid"]) == (0, "", True)
+    assert [f"warning: {warning}" for warning in found["warnings"]] == lines
+    for command in (("train",), ("submit", "--address", "http://127.0.0.1:9")):
+        refused = orchestrator(
+            command[0],
+            str(QUICKSTART),
+            *command[1:],
+            *odd,
+            "--set",
+            "checkpoint.storage=/proc/x",
+            "--set",
+            "metrics.port=null",
+            cwd=tmp_path,
+        )
+        assert refused.code == 3
+        assert refused.err.splitlines()[:2] == lines
+        assert refused.err.count("warning:") == 2
 
 
 def test_render_prints_what_a_run_would_use(tmp_path: Path) -> None:

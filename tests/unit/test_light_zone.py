@@ -13,6 +13,8 @@ LIGHT = [
     "orchestrator.errors",
     "orchestrator.spec",
     "orchestrator.jobfile",
+    "orchestrator.checks.job",
+    "orchestrator.checks.unusual",
     "orchestrator.parallel.layout",
     "orchestrator.parallel.deepspeed",
     "orchestrator.data.packing",

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from orchestrator.data.files import DataFile, locate, looks_like_hub_name, missing
+from orchestrator.data.files import DataFile, locate
+from orchestrator.data.sources import looks_like_hub_name, source_problem
 from orchestrator.errors import SpecError
 from tests.unit.data.test_files import (
     KINDS,
@@ -95,7 +96,7 @@ def test_paths_where_nothing_is_are_named(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     for path in ("none.json", f"{tmp_path}/none.json", "~nobody-of-this-name/rows.json", "builtin/none", "a"):
         sentence = f"data file {path} is not there; check the path, which counts from {tmp_path} if relative"
-        assert problem_of(path) == sentence == missing(source(path))
+        assert problem_of(path) == sentence == source_problem(source(path))
     assert problem_of("file:///none/rows.json").startswith(
         "data file file:///none/rows.json is not there; check the URI"
     )
@@ -106,12 +107,12 @@ def test_paths_where_nothing_is_are_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_paths_that_cannot_be_looked_at_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = "a" * 5000 + ".json"
     assert problem_of(long).startswith(f"data file {long} cannot be read (File name too long)")
-    assert missing(source(long)) is not None
+    assert source_problem(source(long)) is not None
     nul = source("a").model_copy(update={"path": "a\0b.json"})  # which a job file cannot say
     with pytest.raises(SpecError) as caught:
         locate(nul)
     assert caught.value.problems[0].startswith("data file a\0b.json ")
-    assert missing(nul) is not None
+    assert source_problem(nul) is not None
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
@@ -174,12 +175,13 @@ def test_what_can_be_a_name_of_the_hub(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "here" / "rows").mkdir(parents=True)
     assert looks_like_hub_name(path) is hub
+    (tmp_path / "here" / "rows" / "a.jsonl").write_text("{}")
     there = path.startswith("here")
-    assert (missing(source(path)) is None) is (hub or there)
+    assert (source_problem(source(path)) is None) is (hub or there)
 
 
 @pytest.mark.parametrize(
     "uri", ["s3://bucket/rows.json", "gs://bucket/rows", "file:///none", "hdfs://host/a"]
 )
 def test_nothing_is_asked_whether_a_uri_is_there(uri: str) -> None:
-    assert missing(source(uri)) is None
+    assert source_problem(source(uri)) is None

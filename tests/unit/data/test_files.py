@@ -13,7 +13,8 @@ import pytest
 from pyarrow import ipc, parquet
 
 from orchestrator.data import files
-from orchestrator.data.files import Block, DataFile, locate, missing
+from orchestrator.data.files import Block, DataFile, locate
+from orchestrator.data.sources import source_problem
 from orchestrator.errors import SpecError
 from orchestrator.paths import resolve
 from orchestrator.spec import SourceSpec
@@ -137,7 +138,7 @@ def test_builtin_data_is_found_with_and_without_its_ending() -> None:
     held_out = read("builtin/alpaca_sample_eval")
     assert len(held_out) == 32
     assert not [row for row in held_out if row in train]
-    assert missing(source("builtin/alpaca_sample")) is None
+    assert source_problem(source("builtin/alpaca_sample")) is None
     assert "is not there" in problem_of("builtin/none")
     (file,) = locate(source("builtin/alpaca_sample"))
     assert next(file.blocks()).place(1) == "data file builtin/alpaca_sample, line 2"

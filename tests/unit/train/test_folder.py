@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import SpecError, TrainingError
+from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.spec import CheckpointSpec, DataSpec, JobSpec, ModelSpec, ParallelSpec, SourceSpec
 from orchestrator.train.folder import (
     DATA,
+    absent_folders,
     base_of,
     number_format,
     open_run,
     record_job,
+    remove_marker,
     require_same_base,
     require_same_data,
+    withdraw,
 )
 from orchestrator.train.recorder import ATTEMPTS
 
@@ -68,6 +71,61 @@ def test_a_run_that_met_its_limit_may_go_on_with_more_memory_saved(tmp_path: Pat
     open_run(job(tmp_path, gradient_checkpointing="selective"))
     with pytest.raises(SpecError, match=r"parallel\.zero_stage=2 \(the run has 3\)"):
         open_run(job(tmp_path, zero_stage=2))
+
+
+def test_a_run_that_cannot_begin_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ClusterError, match=r"checkpoint\.storage=.* cannot be written"):
+        open_run(job(tmp_path / "file" / "runs"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    storage = tmp_path / "a" / "runs"
+    made = absent_folders(job(storage))
+    assert made == [storage / "run", storage, tmp_path / "a"]
+    home = open_run(job(storage))
+    for name in ("job.yaml", "data.json", "base.json", "plan.json", "owner.json"):
+        (home / name).write_text("{}")
+    (home / "logs").mkdir()
+    (home / "logs" / "driver.log").write_text("refused")
+    withdraw(home, made)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kept", "content"),
+    [
+        ("notes.txt", "the user's"),
+        ("logs/rank-0.log", "of a worker"),
+        ("attempts.jsonl", "{}"),
+        ("plan.json", '{"verdict": "does not fit"}'),
+    ],
+)
+def test_what_a_start_did_not_write_or_says_why_stays(tmp_path: Path, kept: str, content: str) -> None:
+    made = absent_folders(job(tmp_path))
+    home = open_run(job(tmp_path))
+    (home / kept).parent.mkdir(exist_ok=True)
+    (home / kept).write_text(content)
+    withdraw(home, made)
+    assert (home / kept).read_text() == content
+
+
+def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.yaml").write_text("mine")
+    made = absent_folders(job(tmp_path))
+    withdraw(open_run(job(tmp_path)), made)
+    assert (tmp_path / "run" / "job.yaml").read_text() == "mine"
+
+
+def test_rays_marker_goes_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".validate_storage_marker", ".other"):
+        (tmp_path / name).write_text("")
+    for _ in range(2):
+        remove_marker(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".other"]
+    remove_marker(tmp_path / "none")
 
 
 def test_fp16_is_refused_on_cpu_with_the_formats_that_work_there(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Folders that cannot be made or written, and runs of other jobs, are found without leaving a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import jobfile
+from orchestrator.checks import folders
+from orchestrator.checks.folders import (
+    ATTEMPTS,
+    JOB,
+    folder_problems,
+    run_problems,
+    unwritable,
+    with_absolute_paths,
+)
+from orchestrator.checks.job import all_problems, refusals
+from orchestrator.spec import JobSpec
+from orchestrator.train import recorder
+
+
+def job(storage: Path | str, **sections: Any) -> JobSpec:
+    values = {
+        "name": "run",
+        "model": {"path": "builtin/tiny-llama", "weights": "random"},
+        "data": {"train": [{"path": "builtin/alpaca_sample"}]},
+        "checkpoint": {"storage": str(storage)},
+        **sections,
+    }
+    return JobSpec.model_validate_json(json.dumps(values))
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_folder_that_can_be_made_is_not_made(tmp_path: Path) -> None:
+    changed = tmp_path.stat().st_mtime_ns
+    assert unwritable(tmp_path / "a" / "b") is None
+    assert list(all_problems(job(tmp_path / "a" / "runs"))) == []
+    assert everything(tmp_path) == []
+    assert tmp_path.stat().st_mtime_ns == changed
+
+
+def test_what_stands_in_the_way_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    assert unwritable(tmp_path / "file" / "a" / "b") == f"{tmp_path / 'file'} is a file"
+    assert unwritable(tmp_path / "file") == f"{tmp_path / 'file'} is a file"
+    assert unwritable(tmp_path / "link" / "a") == f"{tmp_path / 'link'} is a link to nothing"
+    assert "too long" in str(unwritable(tmp_path / ("a" * 300)))
+    assert "takes no files" in str(unwritable(Path("/proc/a/b")))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert unwritable(tmp_path / "a") == f"no permission to write {tmp_path}"
+
+
+def test_a_read_only_file_system_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ReadOnly:
+        f_flag = os.ST_RDONLY
+
+    monkeypatch.setattr(os, "statvfs", lambda path: ReadOnly)
+    assert unwritable(tmp_path / "a") == f"{tmp_path} is on a read-only file system"
+
+
+def test_storage_and_the_disk_of_offloading_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    offloaded = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_path": str(tmp_path / "file" / "x")}
+    wanted = job(tmp_path / "file" / "runs", parallel=offloaded)
+    fields = [fields[0] for fields, _ in folder_problems(wanted)]
+    assert fields == ["checkpoint.storage", "parallel.offload_path"]
+    elsewhere = [fields[0] for fields, _ in folder_problems(wanted, workers_here=False)]
+    assert elsewhere == ["checkpoint.storage"]
+    sentences = [sentence for _, sentence in folder_problems(wanted)]
+    assert all("cannot be written" in sentence and "is a file" in sentence for sentence in sentences)
+    assert list(refusals(wanted)) == []  # the machine's fault alone: exit code 3, and not the file's
+    assert len(list(refusals(job(tmp_path / "file", data={"train": [{"path": "absent.json"}]})))) == 2
+
+
+def record(home: Path, old: JobSpec, attempts: bool = True) -> None:
+    home.mkdir(parents=True)
+    (home / JOB).write_text(jobfile.dump(with_absolute_paths(old)))
+    if attempts:
+        (home / ATTEMPTS).write_text("{}\n")
+
+
+def test_a_run_of_another_job_is_found(tmp_path: Path) -> None:
+    assert recorder.ATTEMPTS == ATTEMPTS
+    record(tmp_path / "run", job(tmp_path))
+    assert list(run_problems(job(tmp_path))) == []
+    assert list(run_problems(job(tmp_path, metrics={"port": None}))) == []  # no number depends on it
+    ((fields, sentence),) = run_problems(job(tmp_path, optim={"lr": 1e-4}))
+    assert fields == ("name", "optim.lr")
+    assert "holds a run of another job: optim.lr=0.0001 (the run has 2e-05)" in sentence
+    assert [field for field, _ in all_problems(job(tmp_path, optim={"lr": 1e-4}))] == [fields]
+
+
+def test_a_run_that_never_began_or_cannot_be_read(tmp_path: Path) -> None:
+    record(tmp_path / "run", job(tmp_path), attempts=False)
+    assert list(run_problems(job(tmp_path, optim={"lr": 1e-4}))) == []
+    (tmp_path / "run" / ATTEMPTS).write_text("{}\n")
+    (tmp_path / "run" / JOB).write_text("name: [")
+    ((fields, sentence),) = run_problems(job(tmp_path))
+    assert fields == ("name",)
+    assert "holds a run whose job.yaml cannot be used: job.yaml:1: not valid YAML" in sentence
+
+
+def test_a_kernel_that_says_nothing_of_mounts_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_MOUNTS", tmp_path / "none")
+    assert unwritable(tmp_path / "a") is None
