@@ -33,7 +33,7 @@ from launch.summary import SUMMARY_FIELDS, read_report, side_by_side, summary, t
 from orchestrator import jobfile
 from orchestrator.checks.inputs import input_problems
 from orchestrator.checks.job import all_problems, none, refusals
-from orchestrator.checks.unusual import unusual
+from orchestrator.checks.unusual import unusual, unusual_here
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
 from orchestrator.spec import JobSpec
 
@@ -104,7 +104,9 @@ def validate(
     warnings: list[str] = []
     for path in jobs:
         try:
-            _, found = jobfile.load_with_warnings(path, overrides, all_problems if files else none, unusual)
+            _, found = jobfile.load_with_warnings(
+                path, overrides, all_problems if files else none, unusual_here
+            )
             warnings += found
         except SpecError as error:
             problems += error.problems
@@ -215,7 +217,7 @@ def pack(
     with _exit_codes():
         from orchestrator.train.environment import take_over
 
-        spec = take_over(_load(job, overrides, input_problems))
+        spec = take_over(jobfile.load(job, overrides, input_problems))
         from orchestrator.train.driver import prepare
 
         with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout

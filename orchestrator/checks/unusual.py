@@ -56,6 +56,20 @@ def unusual(job: JobSpec) -> Iterator[Problem]:
     yield from _paths(job)
 
 
+def unusual_here(job: JobSpec) -> Iterator[Problem]:
+    """Yield what `unusual` does, and what a run says itself once it has read the model's configuration."""
+    yield from unusual(job)
+    config = local_config(job.model.path) or {}
+    text = config.get("text_config")
+    limit = _whole(text if isinstance(text, dict) else config, "max_position_embeddings")
+    if limit and job.data.max_length > limit:
+        yield (
+            ("data.max_length", "model.path"),
+            f"data.max_length={job.data.max_length} is above max_position_embeddings={limit} of the model, "
+            "which may not have seen such distances",
+        )
+
+
 def _learning_rates(job: JobSpec) -> Iterator[Problem]:
     optim = job.optim
     kind = "lora" if job.method.type == "lora" else job.model.weights

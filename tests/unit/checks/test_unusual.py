@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import jobfile
 from orchestrator.bench import sweep
-from orchestrator.checks.unusual import unusual
+from orchestrator.checks.unusual import unusual, unusual_here
 from orchestrator.spec import JobSpec
 from tests.conftest import ROOT
 
@@ -147,3 +147,21 @@ def test_a_name_of_the_hub_that_looks_like_a_path_with_a_slip(
         assert len(sentences) == (near is not None)
         assert (near or "") in "".join(sentences)
     assert warned(data={"train": [{"path": "models/rows"}]}) == ["data.train.0.path"]
+
+
+def test_documents_longer_than_the_model_knows_are_warned_of_before_a_run(tmp_path: Path) -> None:
+    for config, limit in (
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 1024}, "max_position_embeddings": 8}, 1024),
+        ({"max_position_embeddings": "x"}, None),
+        ([], None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for max_length in (limit or 4096, (limit or 4096) + 1):
+            values = {"train": [{"path": "builtin/alpaca_sample"}], "max_length": max_length}
+            model = {"path": str(tmp_path), "weights": "random"}
+            job = JobSpec.model_validate_json(json.dumps({"name": "j", "model": model, "data": values}))
+            assert list(unusual(job)) == []
+            found = [sentence for _, sentence in unusual_here(job)]
+            assert len(found) == (limit is not None and max_length > limit)
+            assert all(f"is above max_position_embeddings={limit}" in sentence for sentence in found)
