@@ -24,6 +24,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_sequence_rules(job)
     yield from _broken_worker_rules(job)
     yield from _broken_memory_rules(job)
+    yield from _broken_device_rules(job)
     yield from _broken_recomputation_rules(job)
     yield from _broken_attention_rules(job)
     yield from _broken_packing_rules(job)
@@ -158,6 +159,14 @@ def _broken_nvme_rules(job: JobSpec) -> Iterator[Problem]:
             ("parallel.offload_param", "method.type"),
             "parallel.offload_param=nvme cannot be used with method.type=lora, whose adapters DeepSpeed "
             "loses track of there; use offload_param: cpu, or type: full",
+        )
+
+
+def _broken_device_rules(job: JobSpec) -> Iterator[Problem]:
+    if job.model.dtype == "fp16" and job.parallel.device == "cpu":
+        yield (
+            ("model.dtype", "parallel.device"),
+            "model.dtype=fp16 needs CUDA, and parallel.device=cpu; use dtype: fp32, or dtype: bf16 for a try",
         )
 
 

@@ -36,6 +36,7 @@ _FREE = (
 )
 # File systems of the kernel's own, which take no files though they may look writable.
 _NO_FILES = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "securityfs", "debugfs", "tracefs"})
+_IN_MEMORY = ("tmpfs", "ramfs")
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -77,11 +78,18 @@ def folder_problems(job: JobSpec, workers_here: bool = True) -> Iterator[Problem
     on_disk = "nvme" in (job.parallel.offload_optimizer, job.parallel.offload_param)
     if not (workers_here and on_disk and path):
         return
-    if reason := unwritable(Path(path).absolute()):
+    folder = Path(path).absolute()
+    if reason := unwritable(folder):
         yield (
             ("parallel.offload_path",),
             f"parallel.offload_path={path} cannot be written ({reason}); name a folder that every worker can "
             "write",
+        )
+    elif folder.exists() and (kind := _file_system_of(folder)) in _IN_MEMORY:
+        yield (
+            ("parallel.offload_path",),
+            f"parallel.offload_path={path} lies on {kind}, which is memory and no disk; name a folder on a "
+            "disk, or offload to cpu",
         )
 
 

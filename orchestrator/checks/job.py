@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from orchestrator.checks.folders import folder_problems, run_problems
 from orchestrator.checks.inputs import input_problems
+from orchestrator.checks.models import model_problems
+from orchestrator.checks.packages import package_problems
 from orchestrator.rules import Problem
 from orchestrator.spec import JobSpec
 
@@ -17,8 +19,7 @@ def none(_: JobSpec) -> Iterator[Problem]:
 
 def all_problems(job: JobSpec) -> Iterator[Problem]:
     """Yield what stands in the way of training a job on this machine: inputs, an earlier run, folders."""
-    yield from input_problems(job)
-    yield from run_problems(job)
+    yield from _file_problems(job)
     yield from folder_problems(job)
 
 
@@ -31,7 +32,14 @@ def refusals(job: JobSpec, workers_here: bool = True) -> Iterator[Problem]:
         job: The job.
         workers_here: Whether workers run on this machine.
     """
-    wrong = [*input_problems(job), *run_problems(job)]
+    wrong = list(_file_problems(job))
     if wrong:
         yield from wrong
         yield from folder_problems(job, workers_here)
+
+
+def _file_problems(job: JobSpec) -> Iterator[Problem]:
+    yield from input_problems(job)
+    yield from model_problems(job)
+    yield from package_problems(job)
+    yield from run_problems(job)

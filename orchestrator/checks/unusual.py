@@ -9,14 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from orchestrator.checks.inputs import is_hub_name
+from orchestrator.checks.models import text_config, whole
 from orchestrator.data.sources import looks_like_hub_name
 from orchestrator.paths import resolve
-from orchestrator.plan.configs import local_config
 from orchestrator.rules import Problem
 from orchestrator.spec import JobSpec, SourceSpec
 
@@ -59,9 +58,7 @@ def unusual(job: JobSpec) -> Iterator[Problem]:
 def unusual_here(job: JobSpec) -> Iterator[Problem]:
     """Yield what `unusual` does, and what a run says itself once it has read the model's configuration."""
     yield from unusual(job)
-    config = local_config(job.model.path) or {}
-    text = config.get("text_config")
-    limit = _whole(text if isinstance(text, dict) else config, "max_position_embeddings")
+    limit = whole(text_config(job.model.path), "max_position_embeddings")
     if limit and job.data.max_length > limit:
         yield (
             ("data.max_length", "model.path"),
@@ -127,8 +124,7 @@ def _adapters(job: JobSpec) -> Iterator[Problem]:
     method = job.method
     if method.type != "lora":
         return
-    config = local_config(job.model.path) or {}
-    width = _whole(config, "hidden_size")
+    width = whole(text_config(job.model.path), "hidden_size")
     if method.rank > (width or _LARGEST_RANK):
         than = f"the model's width of {width}" if width else "the widths at which adapters save memory"
         yield (
@@ -246,8 +242,3 @@ def _near(path: str) -> str | None:
     if close:
         return f"did you mean {folder / close[0]}, which is here?"
     return f"the folder {first} is here and has no {rest}; check the path" if rest else None
-
-
-def _whole(config: Mapping[str, Any], name: str) -> int | None:
-    value = config.get(name)
-    return value if isinstance(value, int) and value > 0 else None

@@ -35,21 +35,25 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
+def missing_packages(names: Sequence[str]) -> list[str]:
+    """Return a sentence for each tracker whose package is not installed."""
+    return [
+        f"metrics.trackers has {name}, and the package {PACKAGES[name]} is not installed; install the extra "
+        "`trackers`, or leave it out"
+        for name in names
+        if importlib.util.find_spec(PACKAGES[name]) is None
+    ]
+
+
 def require_packages(names: Sequence[str]) -> None:
     """Refuse trackers whose packages are not installed.
 
     Raises:
         SpecError: With each of them.
     """
-    missing = [name for name in names if importlib.util.find_spec(PACKAGES[name]) is None]
+    missing = missing_packages(names)
     if missing:
-        raise SpecError(
-            *(
-                f"metrics.trackers has {name}, and the package {PACKAGES[name]} is not installed; install "
-                "the extra `trackers`, or leave it out"
-                for name in missing
-            )
-        )
+        raise SpecError(*missing)
 
 
 class Trackers:

@@ -6,12 +6,12 @@ within what 8 bits leave open. On CPU nothing is paged out: the state is in host
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from orchestrator.checks.packages import bitsandbytes_problem
 from orchestrator.errors import SpecError
 from orchestrator.parallel.deepspeed import BITSANDBYTES
 
@@ -22,11 +22,9 @@ def require_bitsandbytes(optimizer: str) -> None:
     Raises:
         SpecError: It is not.
     """
-    if optimizer in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-        raise SpecError(
-            f"optim.optimizer={optimizer} needs bitsandbytes, which is not installed; install this package "
-            "with the extra qlora, or use optimizer: adamw"
-        )
+    problem = bitsandbytes_problem(optimizer)
+    if problem:
+        raise SpecError(problem)
 
 
 def split_off(

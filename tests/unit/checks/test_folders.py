@@ -114,3 +114,13 @@ def test_a_kernel_that_says_nothing_of_mounts_refuses_nothing(
 ) -> None:
     monkeypatch.setattr(folders, "_MOUNTS", tmp_path / "none")
     assert unwritable(tmp_path / "a") is None
+
+
+def test_a_disk_for_offloading_that_is_memory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offloaded = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_path": str(tmp_path)}
+    monkeypatch.setattr(folders, "_file_system_of", lambda place: "tmpfs")
+    ((fields, sentence),) = folder_problems(job(tmp_path, parallel=offloaded))
+    assert fields == ("parallel.offload_path",)
+    assert "lies on tmpfs, which is memory and no disk" in sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -211,3 +212,23 @@ def test_what_validate_finds_is_what_train_refuses(here: Path) -> None:
     with pytest.raises(SpecError) as problem:
         require_inputs(spec)
     assert list(problem.value.problems) == found(spec)
+
+
+def test_heads_that_cannot_be_shared_and_packages_that_are_not_installed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    spec = jobfile.parse(
+        "name: job\nmodel: {path: model}\ndata: {train: [{path: rows.jsonl}], max_length: 510}\n"
+        "parallel: {workers: 3, sequence_parallel_size: 3}\n"
+        "optim: {optimizer: paged_adamw, global_batch_size: 3}\nmetrics: {trackers: [wandb]}\n"
+    )
+    problems = dict(all_problems(spec))
+    assert set(problems) == {
+        ("parallel.sequence_parallel_size",),
+        ("optim.optimizer",),
+        ("metrics.trackers",),
+    }
+    assert "sequence_parallel_size=3" in problems["parallel.sequence_parallel_size",]
+    assert "needs bitsandbytes, which is not installed" in problems["optim.optimizer",]
+    assert "wandb is not installed" in problems["metrics.trackers",]
