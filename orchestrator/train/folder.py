@@ -100,7 +100,8 @@ def withdraw(home: Path, made: Sequence[Path]) -> None:
     for name in _BEFORE_ATTEMPTS:
         with suppress(OSError):
             (home / name).rmdir() if (home / name).is_dir() else (home / name).unlink()
-    for folder in made:
+    own = home.parent in made  # then nobody else keeps tokens there
+    for folder in (home, *([home.parent / ".cache"] if own else []), *made[1:]):
         with suppress(OSError):  # it holds something: another run, the cache of tokens, a file of the user
             folder.rmdir()
 

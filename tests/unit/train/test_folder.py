@@ -89,6 +89,7 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
         (home / name).write_text("{}")
     (home / "logs").mkdir()
     (home / "logs" / "driver.log").write_text("refused")
+    (storage / ".cache").mkdir()
     withdraw(home, made)
     assert list(tmp_path.iterdir()) == []
 
