@@ -76,7 +76,12 @@ def is_learnt(message: Mapping[str, Any], learn_ends: bool) -> bool:
     """
     if message["role"] != "assistant" or not message.get("weight", 1):
         return False
-    return learn_ends or _has_content(message)
+    return learn_ends or has_content(message)
+
+
+def has_content(message: Mapping[str, Any]) -> bool:
+    """Tell whether a message says anything: text that is more than white space, or a call of a tool."""
+    return bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def nothing_to_learn(row: Row, learnt: Learnt) -> str | None:
@@ -126,14 +131,10 @@ def _lack_of_instruction(row: Instruction, learnt: Learnt) -> str | None:
 def _lack_of_conversation(row: Conversation, learnt: Learnt) -> str | None:
     if not row.messages:
         return "it has no messages"
-    if not any(map(_has_content, row.messages)):
+    if not any(map(has_content, row.messages)):
         return "its messages are empty"
     if learnt == "all" or any(is_learnt(each, learnt == "ends") for each in row.messages):
         return None
     if any(is_learnt(each, learn_ends=True) for each in row.messages):
         return "the answer is empty"
     return "no message of the assistant is to be learnt"
-
-
-def _has_content(message: Mapping[str, Any]) -> bool:
-    return bool(message["content"].strip() or message.get("tool_calls"))

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.formats import Malformed
-from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens, is_learnt
+from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens, has_content, is_learnt
 from orchestrator.errors import SpecError
 
 # Stanford Alpaca's two prompts, word for word: models and published tables depend on them.
@@ -226,6 +226,9 @@ class _Writer:
         if not spans:
             return None
         answers = [each for each in row.messages if each["role"] == "assistant"]
+        spoken = [each for each in answers if has_content(each)]
+        if len(spoken) == len(spans):  # a template may mark nothing where an answer has no text
+            answers = spoken
         learnt = [is_learnt(each, self.learn_ends) for each in answers]
         if not all(learnt):
             if len(learnt) != len(spans):

@@ -54,6 +54,16 @@ def test_of_an_empty_turn_nothing_is_learnt_or_its_end(tokenizer: Any, unmarked:
     assert learnt(last, mine, ends=True) == (text, "Hello!</s>", "</s>")
 
 
+def test_a_template_may_mark_nothing_of_an_empty_answer(tokenizer: Any) -> None:
+    marked = "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
+    assert marked in tokenizer.chat_template
+    guarded = f"{{%- if message['content'] -%}}{marked}{{%- else -%}}{{{{- eos_token -}}}}{{%- endif -%}}"
+    own = with_template(tokenizer, tokenizer.chat_template.replace(marked, guarded))
+    for ends in (False, True):
+        answers = learnt(talk("Hi.", "", "A colour?", "Blue.", "Why?", "The sky."), own, ends)[1:]
+        assert answers == ("Blue.</s>", "The sky.</s>")
+
+
 @pytest.mark.parametrize("template", [TOOL_TEMPLATE, without_marks(TOOL_TEMPLATE)])
 def test_a_call_without_text_is_an_answer(tool_tokenizer: Any, template: str) -> None:
     call = {"type": "function", "function": {"name": "locate", "arguments": {}}}
