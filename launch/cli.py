@@ -102,12 +102,12 @@ def validate(
     """Check job files, and what they name on this machine; print every error at once, and warnings."""
     problems: list[str] = []
     warnings: list[str] = []
+    check = all_problems if files else none
     for path in jobs:
         try:
-            _, found = jobfile.load_with_warnings(
-                path, overrides, all_problems if files else none, unusual_here
-            )
-            warnings += found
+            _, found, odd = jobfile.examine(path, overrides, check, unusual_here)
+            problems += found
+            warnings += odd
         except SpecError as error:
             problems += error.problems
     if as_json:

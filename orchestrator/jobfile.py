@@ -22,6 +22,7 @@ _NO_OVERRIDE = "not of the form field.name=value; write for example --set optim.
 
 
 Check = Callable[[JobSpec], Iterable[Problem]]
+_Found = list[tuple[list[Location], str]]
 
 
 def _nothing(_: JobSpec) -> Iterable[Problem]:
@@ -42,15 +43,34 @@ def load(path: Path, overrides: Sequence[str] = (), check: Check = _nothing) -> 
     Raises:
         SpecError: With every problem of the file and of the overrides.
     """
-    return _read(text_of(path, "job"), overrides, path.name, check)[0]
+    return load_with_warnings(path, overrides, check)[0]
 
 
 def load_with_warnings(
-    path: Path, overrides: Sequence[str], check: Check, warn: Check
+    path: Path, overrides: Sequence[str], check: Check = _nothing, warn: Check = _nothing
 ) -> tuple[JobSpec, list[str]]:
     """Read a job file as `load` does, and return with the job what `warn` finds, each with its line."""
-    job, places = _read(text_of(path, "job"), overrides, path.name, check)
-    return job, _placed(_located(warn(job)), places, path.name)
+    job, problems, warnings = examine(path, overrides, check, warn)
+    if job is None:
+        raise SpecError(*problems)
+    return job, warnings
+
+
+def examine(
+    path: Path, overrides: Sequence[str], check: Check, warn: Check
+) -> tuple[JobSpec | None, list[str], list[str]]:
+    """Return the job of a file, None where it has problems, with all problems and all warnings.
+
+    Args:
+        path: The YAML file.
+        overrides: As `load` takes them.
+        check: As `load` takes it.
+        warn: Finds what is allowed and still most likely a slip.
+
+    Raises:
+        SpecError: The file cannot be read, or is no YAML.
+    """
+    return _read(text_of(path, "job"), overrides, path.name, check, warn)
 
 
 def text_of(path: Path, thing: str) -> str:
@@ -73,35 +93,33 @@ def text_of(path: Path, thing: str) -> str:
 
 def parse(text: str, overrides: Sequence[str] = (), origin: str = "job") -> JobSpec:
     """Read a job from YAML text; as `load`, with `origin` naming the text in errors."""
-    return _read(text, overrides, origin, _nothing)[0]
+    job, problems, _ = _read(text, overrides, origin, _nothing, _nothing)
+    if job is None:
+        raise SpecError(*problems)
+    return job
 
 
-def _read(text: str, overrides: Sequence[str], origin: str, check: Check) -> tuple[JobSpec, Places]:
+def _read(
+    text: str, overrides: Sequence[str], origin: str, check: Check, warn: Check
+) -> tuple[JobSpec | None, list[str], list[str]]:
     data, places, problems = yamltext.read(text, origin)
     for override in overrides:
         problem = apply_override(data, places, override)
         if problem:
             problems.append(problem)
-    job, broken = judge(data, places, origin, check)
-    if problems or job is None:
-        raise SpecError(*problems, *broken)
-    return job, places
+    job, broken, warnings = _validate(data, check, warn)
+    problems += _placed(broken, places, origin)
+    return None if problems else job, problems, _placed(warnings, places, origin)
 
 
-def judge(
-    data: dict[str, Any], places: Places, origin: str, check: Check = _nothing
-) -> tuple[JobSpec | None, list[str]]:
+def judge(data: dict[str, Any], places: Places, origin: str) -> tuple[JobSpec | None, list[str]]:
     """Return the job that the data are, or a sentence for every problem, each with the place it stands at."""
-    job, broken = _validate(data, check)
+    job, broken, _ = _validate(data, _nothing, _nothing)
     return job, _placed(broken, places, origin)
 
 
-def _placed(problems: Iterable[tuple[Sequence[Location], str]], places: Places, origin: str) -> list[str]:
-    return [f"{place_of(places, locations, origin)}: {sentence}" for locations, sentence in problems]
-
-
-def _located(problems: Iterable[Problem]) -> list[tuple[list[Location], str]]:
-    return [([location_of(field) for field in fields], sentence) for fields, sentence in problems]
+def _placed(found: _Found, places: Places, origin: str) -> list[str]:
+    return [f"{place_of(places, locations, origin)}: {sentence}" for locations, sentence in found]
 
 
 def dump(job: JobSpec) -> str:
@@ -177,9 +195,13 @@ def _key_in(target: Any, key: str) -> str | int | None:
     return key if isinstance(target, dict) else None
 
 
-def _validate(data: dict[str, Any], check: Check) -> tuple[JobSpec | None, list[tuple[list[Location], str]]]:
-    """Validate fields, then the rules between those fields that are valid and what `check` finds of them."""
-    problems: list[tuple[list[Location], str]] = []
+def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec | None, _Found, _Found]:
+    """Validate fields, then the rules between those fields that are valid.
+
+    Returns:
+        The job, its problems with those that `check` finds, and what `warn` finds.
+    """
+    problems: _Found = []
     wrong: set[str] = set()
     for _ in range(8):  # each round removes what was wrong, so that defaults stand in for it
         try:
@@ -187,12 +209,8 @@ def _validate(data: dict[str, Any], check: Check) -> tuple[JobSpec | None, list[
         except ValidationError as error:
             found = error.errors(include_url=False)
         else:
-            problems += _located(
-                (fields, sentence)
-                for fields, sentence in (*broken_rules(job), *check(job))
-                if not any(field == bad or field.startswith(f"{bad}.") for field in fields for bad in wrong)
-            )
-            return (None if problems else job), problems
+            problems += _of_others(wrong, (*broken_rules(job), *check(job)))
+            return None if problems else job, problems, _of_others(wrong, warn(job))
         places = [tuple(detail["loc"]) for detail in found]
         for detail, place in zip(found, places, strict=True):
             consequence = any(place == other[: len(place)] and place != other for other in places)
@@ -204,7 +222,16 @@ def _validate(data: dict[str, Any], check: Check) -> tuple[JobSpec | None, list[
                 place = place[:-1]
             wrong.add(dotted(place))
             _repair(data, place, unknown=detail["type"] == "extra_forbidden")
-    return None, problems
+    return None, problems, []
+
+
+def _of_others(wrong: set[str], found: Iterable[Problem]) -> _Found:
+    """Return by their locations those that are about no field that is wrong and has a stand-in."""
+    return [
+        ([location_of(field) for field in fields], sentence)
+        for fields, sentence in found
+        if not any(field == bad or field.startswith(f"{bad}.") for field in fields for bad in wrong)
+    ]
 
 
 _STAND_INS: Mapping[str, Any] = {

@@ -96,6 +96,9 @@ def test_warnings_are_printed_beside_a_result_and_fail_nothing(tmp_path: Path) -
     found = json.loads(answered.out)
     assert (answered.code, answered.err, found["valid"]) == (0, "", True)
     assert [f"warning: {warning}" for warning in found["warnings"]] == lines
+    wrong = orchestrator("validate", str(QUICKSTART), *odd, "--set", "optim.epoch=1", cwd=tmp_path)
+    assert wrong.code == 2
+    assert wrong.err.startswith("\n".join(lines) + "\njob file error: --set optim.epoch=1: ")
     for command in (("train",), ("submit", "--address", "http://127.0.0.1:9")):
         refused = orchestrator(
             command[0],
