@@ -68,7 +68,7 @@ def folder_problems(job: JobSpec, workers_here: bool = True) -> Iterator[Problem
         The field concerned, and one sentence with value, rule and remedy.
     """
     storage = job.checkpoint.storage
-    if reason := unwritable(_home(job)):
+    if reason := unwritable(run_folder(job)):
         yield (
             ("checkpoint.storage",),
             f"checkpoint.storage={storage} cannot be written ({reason}); name a folder that the driver and "
@@ -95,7 +95,7 @@ def folder_problems(job: JobSpec, workers_here: bool = True) -> Iterator[Problem
 
 def run_problems(job: JobSpec) -> Iterator[Problem]:
     """Yield what keeps a job from going on with the run that lies in its folder, if one does."""
-    home = _home(job)
+    home = run_folder(job)
     try:
         if not (home / ATTEMPTS).exists():
             return
@@ -171,7 +171,8 @@ def _file_system_of(place: Path) -> str | None:
     return None
 
 
-def _home(job: JobSpec) -> Path:
+def run_folder(job: JobSpec) -> Path:
+    """Return the folder of a job's run, STORAGE/NAME; it may not exist."""
     return Path(job.checkpoint.storage).expanduser().absolute() / job.name
 
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.checks.folders import run_folder
 from orchestrator.data.sources import source_problem
 from orchestrator.errors import SpecError
 from orchestrator.paths import resolve
+from orchestrator.plan.configs import local_config
 from orchestrator.rules import Problem
 from orchestrator.spec import JobSpec, ModelSpec
 
@@ -40,7 +42,8 @@ def input_problems(job: JobSpec) -> Iterator[Problem]:
         for number, source in enumerate(sources):
             if sentence := _checked(source_problem, source, f"data file {source.path}"):
                 yield (f"{field}.{number}.path", f"{field}.{number}"), sentence
-    if sentence := _checked(_model_problem, job.model, f"model.path={job.model.path}"):
+    where = f"model.path={job.model.path}"
+    if sentence := _checked(_model_problem, job.model, where) or _checked(_lost_weights, job, where):
         yield ("model.path",), sentence
     adapter = job.method.adapter
     if adapter and (sentence := _checked(_adapter_problem, adapter, f"method.adapter={adapter}")):
@@ -84,16 +87,22 @@ def _model_problem(model: ModelSpec) -> str | None:
     if not (folder / "config.json").is_file():
         return f"{where} has no config.json; name a folder in Hugging Face format"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         return f"{where} has a config.json that is not valid JSON ({error}); download the model again"
     if not any(next(folder.glob(pattern), None) for pattern in _TOKENIZER):
-        return (
-            f"{where} has no tokenizer files; put tokenizer.json and tokenizer_config.json beside config.json"
-        )
-    if model.weights == "random" or (isinstance(config, dict) and config.get("transformers_weights")):
+        return f"{where} has no tokenizer; put its tokenizer.json and tokenizer_config.json into the folder"
+    return None
+
+
+def _lost_weights(job: JobSpec) -> str | None:
+    """Return which files of weights are missing, unless a run goes on from a checkpoint that holds them."""
+    folder, saved = resolve(job.model.path), run_folder(job) / "checkpoints"
+    goes_on = job.method.type == "full" and any(saved.glob("step-*/manifest.json"))
+    names_its_own = "transformers_weights" in (local_config(job.model.path) or {})
+    if not folder.is_dir() or job.model.weights == "random" or goes_on or names_its_own:
         return None
-    return _weights_problem(folder, where)
+    return _weights_problem(folder, f"model.path={job.model.path}")
 
 
 def _weights_problem(folder: Path, where: str) -> str | None:

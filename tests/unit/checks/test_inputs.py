@@ -152,6 +152,16 @@ def test_random_weights_need_no_files_of_weights(model: Path) -> None:
     assert found(job({"path": "model", "weights": "random"})) == []
 
 
+def test_a_run_that_goes_on_from_a_checkpoint_needs_no_weights_of_its_model(here: Path, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert len(found(job({"path": "model"}))) == 1
+    checkpoint = here / "runs" / "job" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    assert len(found(job({"path": "model"}))) == 1
+    (checkpoint / "manifest.json").write_text("{}")
+    assert found(job({"path": "model"})) == []
+
+
 @pytest.mark.parametrize(
     ("path", "there"),
     [("./modle", False), ("models/a/b", False), ("org/model", True), ("gpt2", True), ("~/none", False),
