@@ -114,10 +114,11 @@ def test_what_a_start_did_not_write_or_says_why_stays(tmp_path: Path, kept: str,
 
 def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "job.yaml").write_text("mine")
     made = absent_folders(job(tmp_path))
-    withdraw(open_run(job(tmp_path)), made)
-    assert (tmp_path / "run" / "job.yaml").read_text() == "mine"
+    home = open_run(job(tmp_path))
+    (home / "job.yaml").write_text("of an earlier start")
+    withdraw(home, made)
+    assert (home / "job.yaml").read_text() == "of an earlier start"
 
 
 def test_rays_marker_goes_and_nothing_else(tmp_path: Path) -> None:
