@@ -20,9 +20,11 @@ from launch.options import (
     Address,
     AsJson,
     Certificate,
+    DocumentTokens,
     Force,
     InheritVariables,
     JobFile,
+    NetworkGbits,
     Overrides,
     Variables,
 )
@@ -268,20 +270,8 @@ def plan(
     plots: Annotated[
         Path | None, typer.Option(help="Folder for plots of memory by part and TGS over max_length.")
     ] = None,
-    document_tokens: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            help="Tokens of the document that a token is in, on average: `mean_square_tokens` of `pack`. "
-            "Without it attention is counted over whole packs, an upper limit.",
-        ),
-    ] = 0.0,
-    network_gbits: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, help="Gbit/s of a node's network; the catalogue's, eight fast ports, by default."
-        ),
-    ] = None,
+    document_tokens: DocumentTokens = 0.0,
+    network_gbits: NetworkGbits = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict what fits and how fast, choose how to spread the job, and say why; nothing is started."""

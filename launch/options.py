@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, and those of `submit`."""
+"""Arguments and options that several commands take, and the longer ones of single commands."""
 
 from __future__ import annotations
 
@@ -28,4 +28,16 @@ Variables = Annotated[
 ]
 InheritVariables = Annotated[
     bool, typer.Option(help="Send HF_*, WANDB_*, MLFLOW_*, NCCL_*, GLOO_* and proxies as they are set here.")
+]
+DocumentTokens = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="Tokens of the document that a token is in, on average: `mean_square_tokens` of `pack`. "
+        "Without it attention is counted over whole packs, an upper limit.",
+    ),
+]
+NetworkGbits = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Gbit/s of a node's network; the catalogue's, eight fast ports, by default."),
 ]

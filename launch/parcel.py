@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from orchestrator import jobfile
-from orchestrator.data.files import locate, missing
+from orchestrator.data.files import locate
+from orchestrator.data.sources import source_problem
 from orchestrator.errors import SpecError
 from orchestrator.paths import PACKAGES, ROOT
 from orchestrator.rules import broken_rules
@@ -73,7 +74,7 @@ def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], 
             continue
         if ".." in path.parts:
             problems[f"data path {source.path} leaves the working directory; use an absolute path"] = None
-        elif problem := missing(source):
+        elif problem := source_problem(source):
             problems[problem] = None
         elif path.exists():
             try:
