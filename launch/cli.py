@@ -9,13 +9,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import typer
 
 from cluster.auth import choose_auth_mode
+from launch.checking import examined, load_to_send, load_to_train, warn
 from launch.options import (
     Address,
     AsJson,
@@ -24,6 +24,8 @@ from launch.options import (
     Force,
     InheritVariables,
     JobFile,
+    JobFiles,
+    LookForFiles,
     NetworkGbits,
     Overrides,
     Variables,
@@ -34,10 +36,7 @@ from launch.output import write_result as _say
 from launch.summary import SUMMARY_FIELDS, read_report, side_by_side, summary, table
 from orchestrator import jobfile
 from orchestrator.checks.inputs import input_problems
-from orchestrator.checks.job import all_problems, none, refusals
-from orchestrator.checks.unusual import unusual, unusual_here
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
-from orchestrator.spec import JobSpec
 
 _UNEXPECTED = 1
 
@@ -80,43 +79,16 @@ def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
         _fail(describe_unexpected(error), _UNEXPECTED)
 
 
-def _load(job: Path, overrides: list[str], check: jobfile.Check = none) -> JobSpec:
-    """Read a job file, and print what is unusual in it."""
-    spec, warnings = jobfile.load_with_warnings(job, overrides, check, unusual)
-    for warning in warnings:
-        _tell(f"warning: {warning}")
-    return spec
-
-
 @app.command(epilog="Example: orchestrator validate launch/jobs/quickstart.yaml")
 def validate(
-    jobs: Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files (YAML).")],
-    files: Annotated[
-        bool,
-        typer.Option(
-            help="Look for data, models and folders on this machine; --no-files for a job that is to run "
-            "elsewhere."
-        ),
-    ] = True,
-    overrides: Overrides = [],
-    as_json: AsJson = False,
+    jobs: JobFiles, files: LookForFiles = True, overrides: Overrides = [], as_json: AsJson = False
 ) -> None:
     """Check job files, and what they name on this machine; print every error at once, and warnings."""
-    problems: list[str] = []
-    warnings: list[str] = []
-    check = all_problems if files else none
-    for path in jobs:
-        try:
-            _, found, odd = jobfile.examine(path, overrides, check, unusual_here)
-            problems += found
-            warnings += odd
-        except SpecError as error:
-            problems += error.problems
+    problems, warnings = examined(jobs, overrides, files)
     if as_json:
         _say(json.dumps({"valid": not problems, "problems": problems, "warnings": warnings}))
         raise typer.Exit(2 if problems else 0)
-    for warning in warnings:
-        _tell(f"warning: {warning}")
+    warn(warnings)
     if problems:
         _fail(str(SpecError(*problems)), 2)
     _say(f"{len(jobs)} job file{'s' if len(jobs) > 1 else ''} valid")
@@ -242,7 +214,7 @@ def train(
     with _exit_codes("run the same command again and it goes on from the last checkpoint"):
         from orchestrator.train.environment import take_over
 
-        spec = take_over(_load(job, overrides, partial(refusals, workers_here=address is None)))
+        spec = take_over(load_to_train(job, overrides, workers_here=address is None))
         from launch.progress import Progress
         from orchestrator.train.driver import run
 
@@ -335,7 +307,7 @@ def submit(
 ) -> None:
     """Train a job on a cluster through Ray's job submission API; a token is taken from RAY_AUTH_TOKEN."""
     with _exit_codes("the job goes on; the commands above follow it and end it"):
-        spec = _load(job, overrides)
+        spec = load_to_send(job, overrides)
         from launch import submit as submission
         from launch.parcel import with_variables
 

@@ -8,6 +8,15 @@ from typing import Annotated
 import typer
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+JobFiles = Annotated[list[Path], typer.Argument(metavar="JOB...", help="Job files (YAML).")]
+LookForFiles = Annotated[
+    bool,
+    typer.Option(
+        "--files/--no-files",
+        help="Look for data, models and folders on this machine; --no-files for a job that is to run "
+        "elsewhere.",
+    ),
+]
 Overrides = Annotated[
     list[str],
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable."),
