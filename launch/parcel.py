@@ -11,8 +11,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from orchestrator import jobfile
-from orchestrator.data.files import locate
-from orchestrator.data.sources import source_problem
+from orchestrator.data.sources import local_files, source_problem
 from orchestrator.errors import SpecError
 from orchestrator.paths import PACKAGES, ROOT
 from orchestrator.rules import broken_rules
@@ -77,10 +76,7 @@ def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], 
         elif problem := source_problem(source):
             problems[problem] = None
         elif path.exists():
-            try:
-                found |= dict.fromkeys(_files_of(source, note))
-            except SpecError as error:
-                problems |= dict.fromkeys(error.problems)
+            found |= dict.fromkeys(_files_of(source, note))
         elif Path(path.parts[0]).is_dir():
             problems[
                 f"data path {source.path} is not there, and {path.parts[0]} is a folder here, so that it is "
@@ -94,7 +90,7 @@ def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], 
 
 def _files_of(source: SourceSpec, note: Callable[[str], None]) -> Iterator[Path]:
     """Yield the files of a source that a run reads, with what tells it how to read a saved data set."""
-    read = [Path(file.path) for file in locate(source)]
+    read = [Path(file) for _, file in local_files(source, Path(source.path))]
     yield from read
     home = Path(source.path)
     if not home.is_dir():
