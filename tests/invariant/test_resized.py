@@ -12,8 +12,7 @@ import torch
 
 from orchestrator.model.base import identity
 from orchestrator.spec import JobSpec
-from orchestrator.train.adapter import write_adapter, write_merged
-from orchestrator.train.export import export, fp32_weights
+from orchestrator.train.export import Request, export
 from tests.invariant import material
 from tests.invariant.group import Outcome, assert_close, run_group
 from tests.invariant.material import VOCABULARY
@@ -130,7 +129,8 @@ def test_the_exported_model_has_the_new_rows(
 
     task = task_of(home, "full-zero3", "unused")
     job = JobSpec.model_validate_json(json.dumps(task["job"]))
-    export(job, "fp32", home / "checkpoints" / "full-zero3" / "step-00000003", tmp_path / "export")
+    saved = home / "checkpoints" / "full-zero3" / "step-00000003"
+    export(Request(job, tmp_path / "run", saved, "fp32"), tmp_path / "export")
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(info.values())
     assert model.config.vocab_size == TOKENS
@@ -146,11 +146,9 @@ def test_the_adapter_and_the_merged_model_have_the_new_rows(
     from transformers import AutoModelForCausalLM
 
     job = JobSpec.model_validate_json(json.dumps(task_of(home, "lora-zero3", "unused")["job"]))
-    weights = fp32_weights(home / "checkpoints" / "lora-zero3" / "step-00000003", only_trained=True)
-    for folder in ("adapter", "merged"):
-        (tmp_path / folder).mkdir()
-    write_adapter(job, weights, tmp_path / "adapter", torch.float32, identity(job))
-    write_merged(job, tmp_path / "adapter", tmp_path / "merged", torch.float32, "5GB")
+    saved = home / "checkpoints" / "lora-zero3" / "step-00000003"
+    for folder, merge in (("adapter", False), ("merged", True)):
+        export(Request(job, tmp_path / "run", saved, "fp32", identity(job), merge), tmp_path / folder)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert merged.config.vocab_size == TOKENS
     base = AutoModelForCausalLM.from_pretrained(home / "untied" / "small", dtype=torch.float32)
