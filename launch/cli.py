@@ -5,17 +5,21 @@ Commands import what they need when they run, so that checking a job file answer
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+
+from orchestrator import stop
+
+if __name__ == "__main__" or Path(sys.argv[0]).name == "orchestrator":
+    stop.install()  # before the imports below, which take most of what a light command takes
+
+import json
+from typing import Annotated, Any, Literal
 
 import typer
 
-from cluster.auth import choose_auth_mode
 from launch.checking import examined, load_to_send, load_to_train, warn
+from launch.exit_codes import exit_codes, fail
 from launch.options import (
     Address,
     AsJson,
@@ -30,17 +34,23 @@ from launch.options import (
     Overrides,
     Variables,
 )
-from launch.output import TolerantStream, describe_unexpected, prepare_streams
+from launch.output import TolerantStream, prepare_streams, stdout_for_results
 from launch.output import write_message as _tell
 from launch.output import write_result as _say
 from launch.summary import SUMMARY_FIELDS, read_report, side_by_side, summary, table
 from orchestrator import jobfile
 from orchestrator.checks.inputs import input_problems
-from orchestrator.errors import ClusterError, OrchestratorError, SpecError, TrainingError
+from orchestrator.errors import ClusterError, SpecError, TrainingError
 
-_UNEXPECTED = 1
 
-app = typer.Typer(
+class _App(typer.Typer):
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Run the command that the process was started for; tests call commands in other ways."""
+        stop.install()
+        return super().__call__(*arguments, **options)
+
+
+app = _App(
     name="orchestrator",
     help="Fine-tune large language models on many nodes: one job file in, a trained model and numbers out.",
     no_args_is_help=True,
@@ -55,30 +65,6 @@ def _prepare() -> None:
     prepare_streams()
 
 
-def _fail(text: str, code: int) -> NoReturn:
-    _tell(text)
-    raise typer.Exit(code)
-
-
-@contextmanager
-def _exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
-    """Turn errors into one block on stderr and an exit code.
-
-    2 file, 3 machines, 4 run, 130 Ctrl-C, 1 a fault of this program.
-    """
-    choose_auth_mode()  # before a command imports Ray
-    try:
-        yield
-    except OrchestratorError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail(f"interrupted: {interrupted}", 130)
-    except typer.Exit:
-        raise
-    except Exception as error:
-        _fail(describe_unexpected(error), _UNEXPECTED)
-
-
 @app.command(epilog="Example: orchestrator validate launch/jobs/quickstart.yaml")
 def validate(
     jobs: JobFiles, files: LookForFiles = True, overrides: Overrides = [], as_json: AsJson = False
@@ -90,7 +76,7 @@ def validate(
         raise typer.Exit(2 if problems else 0)
     warn(warnings)
     if problems:
-        _fail(str(SpecError(*problems)), 2)
+        fail(str(SpecError(*problems)), 2)
     _say(f"{len(jobs)} job file{'s' if len(jobs) > 1 else ''} valid")
 
 
@@ -125,7 +111,7 @@ def render(
     deadline_hours: Annotated[int, typer.Option(help="rayjob: hours after which a try is ended.")] = 168,
 ) -> None:
     """Print what would be used, and apply nothing."""
-    with _exit_codes():
+    with exit_codes():
         spec = jobfile.load(job, overrides)
         kind = device or ("cuda" if spec.parallel.device == "auto" else spec.parallel.device)
         from launch.kubernetes_size import Wanted
@@ -165,14 +151,14 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Look at every node before a job is given to it: GPUs, versions, storage, clocks, and an all-reduce."""
-    with _exit_codes():
+    with exit_codes():
         from orchestrator.train.environment import handed_over
 
         handed_over(last=False)  # variables of NCCL and gloo decide what the all-reduce goes through
         from launch.examination import in_words
         from orchestrator.train.doctor import examine
 
-        with redirect_stdout(sys.stderr):
+        with stdout_for_results():
             found = examine(address, storage and storage.expanduser().absolute(), _tell)
         _say(json.dumps(found.as_json()) if as_json else in_words(found))
         problems = [each.sentence for each in found.findings if each.level == "problem"]
@@ -188,13 +174,13 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Tokenise and pack only, and say what became of every row and token."""
-    with _exit_codes():
+    with exit_codes():
         from orchestrator.train.environment import take_over
 
         spec = take_over(jobfile.load(job, overrides, input_problems))
-        from orchestrator.train.driver import prepare
+        with stdout_for_results():
+            from orchestrator.train.driver import prepare
 
-        with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
             figures = prepare(spec, address, _tell)
         sources = figures.pop("sources") if not as_json else []
         _say(json.dumps(figures) if as_json else table(figures))
@@ -211,15 +197,15 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a job through Ray Train; run it again after a failure and it goes on from its last checkpoint."""
-    with _exit_codes("run the same command again and it goes on from the last checkpoint"):
+    with exit_codes("run the same command again and it goes on from the last checkpoint"):
         from orchestrator.train.environment import take_over
 
         spec = take_over(load_to_train(job, overrides, workers_here=address is None))
         from launch.progress import Progress
         from orchestrator.train.driver import run
 
-        progress = Progress(TolerantStream(sys.stderr if as_json else sys.stdout))
-        with redirect_stdout(sys.stderr):  # Ray prints what it notices of its processes to stdout
+        with stdout_for_results() as out:
+            progress = Progress(TolerantStream(sys.stderr if as_json else out))
             report = run(spec, address, progress, progress.note, force=force)
         _say(json.dumps(report) if as_json else summary(report))
 
@@ -247,7 +233,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Predict what fits and how fast, choose how to spread the job, and say why; nothing is started."""
-    with _exit_codes():
+    with exit_codes():
         spec = jobfile.load(job, overrides)
         from launch import planning
 
@@ -269,7 +255,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure every cell of a sweep in a process of its own; run it again and it goes on where it stood."""
-    with _exit_codes("run the same command again and it goes on with the cells that have no row"):
+    with exit_codes("run the same command again and it goes on with the cells that have no row"):
         from orchestrator.bench import report as sweep_report
         from orchestrator.bench.plots import require_matplotlib
         from orchestrator.bench.runner import run_cells
@@ -306,7 +292,7 @@ def submit(
     force: Force = False,
 ) -> None:
     """Train a job on a cluster through Ray's job submission API; a token is taken from RAY_AUTH_TOKEN."""
-    with _exit_codes("the job goes on; the commands above follow it and end it"):
+    with exit_codes("the job goes on; the commands above follow it and end it"):
         spec = load_to_send(job, overrides)
         from launch import submit as submission
         from launch.parcel import with_variables
@@ -336,11 +322,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint of a run as Hugging Face safetensors: the model, its adapter, or both merged."""
-    with _exit_codes("the folder is as it was"):
-        from orchestrator.train.export_run import export_run
-        from orchestrator.train.export_weights import shard_bytes
+    with exit_codes("the folder is as it was"):
+        with stdout_for_results():
+            from orchestrator.train.export_run import export_run
+            from orchestrator.train.export_weights import shard_bytes
 
-        with redirect_stdout(sys.stderr):
             done = export_run(run, to, merge, step, dtype, shard_bytes(shard_size))
         _say(json.dumps(done.as_json()) if as_json else f"exported step {done.step} to {to} ({done.dtype})")
 
@@ -363,7 +349,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Print the summaries of finished runs, side by side where there are several, or tables of sweeps."""
-    with _exit_codes():
+    with exit_codes():
         from orchestrator.bench.report import is_sweep
 
         if compare:

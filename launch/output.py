@@ -6,6 +6,8 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
 from orchestrator.errors import ClusterError
@@ -81,6 +83,26 @@ def describe_unexpected(error: Exception) -> str:
         last = traceback.extract_tb(error.__traceback__)[-1]
         return f"{found} at {last.filename}:{last.lineno}; this is a fault of orchestrator, please report it"
     return f"{found}; this is a fault of orchestrator, please report it with the traceback in {file.name}"
+
+
+@contextmanager
+def stdout_for_results() -> Iterator[TextIO]:
+    """Send to stderr what libraries print meanwhile, also from C++; yield the stdout of results."""
+    real = sys.stdout
+    try:
+        real.flush()
+        saved = os.dup(real.fileno())
+    except (OSError, ValueError):  # it is no file, as in tests, or closed
+        with redirect_stdout(sys.stderr):
+            yield real
+        return
+    os.dup2(2, real.fileno())
+    try:
+        with os.fdopen(saved, "w", encoding=real.encoding, closefd=False) as out, redirect_stdout(sys.stderr):
+            yield out
+    finally:
+        os.dup2(saved, real.fileno())
+        os.close(saved)
 
 
 def _discard(stream: TextIO) -> None:
