@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, TextIO
 
 from launch.output import TolerantStream
 
 _SECONDS_BETWEEN_LINES = 2.0
+_logger = logging.getLogger(__name__)  # what is shown is in the driver's log as well
 
 
 class Progress:
@@ -46,6 +48,7 @@ class Progress:
         self._line(text)
 
     def _line(self, text: str) -> None:
+        _logger.info("%s", text)
         self._out.write(text + "\n")
         self._out.flush()
 

@@ -16,12 +16,14 @@ from launch import parcel
 from launch.address import dashboard_address, refused
 from launch.joblog import FAILURES, JobLog
 from launch.remote import require_fit
+from orchestrator import stop
 from orchestrator.errors import ClusterError
 from orchestrator.spec import JobSpec
 from orchestrator.train.environment import HANDOVER
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _SECONDS_TO_STOP = 120  # between the signal that stops a job and the one that kills it; Ray gives 3
+_SECONDS_TO_END = 30
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _client(address: str, certificate: Path | None) -> Any:
 
 def _submit(client: Any, job: JobSpec, how: Submission, folder: str, values: Mapping[str, str]) -> str:
     """Submit a job, and return its id."""
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_SECONDS_TO_STOP)}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_stop_seconds(job))}
     if values:
         variables[HANDOVER] = _hand_over(client, values)
     identity: str = client.submit_job(
@@ -139,6 +141,11 @@ def entrypoint(job: JobSpec, look_first: bool, force: bool = False) -> str:
     return f"python -m launch.cli doctor --address auto --storage {storage} && {train}"
 
 
+def _stop_seconds(job: JobSpec) -> int:
+    """Return the seconds between the signal that stops a job and the one that kills it."""
+    return max(_SECONDS_TO_STOP, job.run.stop_grace_seconds + _SECONDS_TO_END)
+
+
 def _pack_working_dir(job: JobSpec, folder: Path) -> None:
     """Put all that travels but variables into a folder, and say nothing."""
     parcel.pack(job, folder, lambda text: None)
@@ -152,11 +159,11 @@ def _follow(client: Any, identity: str, address: str, say: Callable[[str], None]
             details = log.follow()
             break
         except KeyboardInterrupt:
-            if stopped or not _wants_to_stop(identity):
+            if stopped or stop.received() or not _wants_to_stop(identity):
                 raise
             client.stop_job(identity)
             stopped = True
-            say(f"{identity} is told to stop within {_SECONDS_TO_STOP} s; submitted again, it resumes")
+            say(f"{identity} is told to stop and saves its step; submitted again, it resumes")
         except FAILURES as error:
             raise ClusterError(
                 f"lost the cluster while following {identity} ({' '.join(str(error).split())[:200]}); the "

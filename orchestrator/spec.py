@@ -7,6 +7,7 @@ together, and `orchestrator.jobfile` reads a job from YAML.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -233,6 +234,16 @@ class OptimSpec(Section):
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay, on every parameter."""
 
+    def packs(self, packs: int) -> int:
+        """Return the packs of all steps together, where an epoch has so many; a part of one counts as one."""
+        if self.max_steps is not None:
+            return self.max_steps * self.global_batch_size
+        return max(1, math.ceil(round(self.epochs * packs, 6)))
+
+    def steps(self, packs: int) -> int:
+        """Return the optimizer steps, where an epoch has so many packs; the last one may hold fewer packs."""
+        return math.ceil(self.packs(packs) / self.global_batch_size)
+
 
 class EvalSpec(Section):
     """Held-out rows whose loss is measured during training."""
@@ -267,6 +278,9 @@ class RunSpec(Section):
     """Seed of initialisation, packing and order."""
     collective_timeout_seconds: Annotated[int, Field(ge=10, le=604_800)] = 600
     """A collective that waits longer ends the attempt."""
+    stop_grace_seconds: Annotated[int, Field(ge=0, le=604_800)] = 20
+    """How long a run that is told to stop (SIGTERM, SIGHUP) may take to save the step it is at; Kubernetes
+    and Slurm kill what has not ended after 30 s, unless they are told otherwise."""
     env: dict[EnvironmentName, SecretStr | None] = Field(default_factory=dict)
     """Environment variables of the driver, its tasks and its workers, NAME: value; null takes the value from
     where the command runs. Values are recorded nowhere: job.yaml of the run lists names only."""

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator import jobfile
+from orchestrator import jobfile, stop
 from orchestrator.bench import environment
 from orchestrator.errors import ClusterError, MemoryExhaustedError, OrchestratorError
 from orchestrator.spec import JobSpec
@@ -26,6 +26,17 @@ INSTRUCTIONS, OUTCOME = "cell.json", "outcome.json"
 
 def main(folder: Path) -> None:
     """Run the cell whose instructions lie in a run's folder, and write its outcome beside them."""
+    stop.install()
+    with stop.interruptible("the cell is run again when the sweep is"):
+        try:
+            _run(folder)
+        except KeyboardInterrupt:
+            if stop.received() is None:
+                raise
+            stop.leave()
+
+
+def _run(folder: Path) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     from orchestrator.train.brief import Trial
     from orchestrator.train.driver import run
@@ -55,10 +66,10 @@ def _note(text: str) -> None:
 
 
 def _end_with_the_sweep() -> None:
-    """Stop as on Ctrl-C once the other end of standard input is closed, which even a kill does."""
+    """Stop as by SIGTERM once the other end of standard input is closed, which even a kill does."""
     while os.read(0, 1):  # nobody writes; sys.stdin would be locked when the interpreter ends
         pass
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _shape(job: JobSpec) -> dict[str, int] | None:

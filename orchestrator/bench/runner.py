@@ -206,8 +206,8 @@ def _run_process(home: Path, timeout_minutes: float | None, lock: int) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a cell, which ends its workers and its Ray; kill what does not end."""
-    process.send_signal(signal.SIGINT)
+    """Have a cell end its workers and its Ray; kill what does not end."""
+    process.terminate()
     try:
         process.wait(_SECONDS_TO_STOP)
     except subprocess.TimeoutExpired:

@@ -22,6 +22,7 @@ ATTEMPTS = "attempts.jsonl"
 # What may differ between the first start of a run and a later one: no trained number depends on it.
 _FREE = (
     "run.max_failures",
+    "run.stop_grace_seconds",
     "run.env",
     "run.collective_timeout_seconds",
     "checkpoint",

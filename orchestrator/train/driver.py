@@ -19,16 +19,11 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator import stop
 from orchestrator.data import plan
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenize import Note, tokenize_sources
-from orchestrator.errors import (
-    ClusterError,
-    MemoryExhaustedError,
-    OrchestratorError,
-    SpecError,
-    TrainingError,
-)
+from orchestrator.errors import ClusterError, OrchestratorError, SpecError
 from orchestrator.metrics.exporter import require_port
 from orchestrator.metrics.trackers import Trackers, require_packages
 from orchestrator.model.base import identity
@@ -50,13 +45,15 @@ from orchestrator.train import (
 )
 from orchestrator.train.brief import CHECKPOINTS, Brief, Trial
 from orchestrator.train.export_run import export_finished
+from orchestrator.train.failures import explain, first_line
 from orchestrator.train.lease import Lease
 from orchestrator.train.optimizers import require_bitsandbytes
-from orchestrator.train.recorder import Recorder, Status
+from orchestrator.train.recorder import REPORT, Recorder, Status
+from orchestrator.train.run_log import LOGS, driver_log
+from orchestrator.train.stopping import stop_run
 
 Watch = Callable[[Status], None]
 _POLL_SECONDS = 0.5
-_KILLED_FOR_MEMORY = "running low on memory"  # what Ray writes where its memory monitor ends a worker
 
 
 def run(
@@ -94,12 +91,12 @@ def run(
         return finished
     lease = Lease.acquire(home)
     try:
-        require_port(job.metrics.host, job.metrics.port)
-        with session.connected(address, job.run.env):
-            device = placing.place(job)
-            folder.number_format(job, device)  # refuses what the device cannot do
-            folder.record_job(home, job)
-            return _train(job, device, home, lease, (watch, note), started, trial, force)
+        with driver_log(home):
+            require_port(job.metrics.host, job.metrics.port)
+            with session.connected(address, job.run.env):
+                device = placing.place(job)
+                folder.number_format(job, device)  # refuses what the device cannot do
+                return _train(job, device, home, lease, (watch, note), started, trial, force)
     except (SpecError, ClusterError):
         folder.withdraw(home, made)
         raise
@@ -137,6 +134,7 @@ def _train(
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
     folder.require_same_data(home, training, held_out)
+    folder.record_job(home, job)
     if planned:
         planned = planned.with_data(home, packing)
     prepared = time.monotonic()
@@ -162,9 +160,10 @@ def _train(
     report = summary.report(job, home, packing, seconds)
     if exported is not None:
         report["export"] = str(exported.path)
-    folder.write_json(home / summary.REPORT, report)
+    folder.write_json(home / REPORT, report)
     if planned:
         planned.remember(home, report)
+    _get(recorder.ended.remote("finished"))
     _get(recorder.close.remote())
     return report
 
@@ -254,7 +253,7 @@ def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:
         _get(recorder.status.remote())
     except ray.exceptions.RayActorError as error:
         raise ClusterError(
-            f"the recorder cannot be started ({_first_line(error)}); see metrics.port"
+            f"the recorder cannot be started ({first_line(error)}); see metrics.port"
         ) from None
     return recorder
 
@@ -266,21 +265,33 @@ def _trackers(job: JobSpec, home: Path) -> Callable[[Note], Trackers]:
 
 
 def _fit(brief: Brief, recorder: Any, watches: Sequence[Watch]) -> None:
-    """Run the worker group to its end, and show where it stands to all who watch."""
+    """Run the worker group to its end, and show where it stands to all who watch.
+
+    Raises:
+        OrchestratorError: It failed for good.
+        Stopped: This process was told to end; as much was saved as its grace allowed.
+    """
     box: dict[str, BaseException] = {}
     thread = threading.Thread(target=_fit_in_thread, args=(brief, recorder, box), daemon=True)
-    thread.start()
-    while True:
-        thread.join(timeout=_POLL_SECONDS)
-        status: Status = _get(recorder.status.remote())
+
+    def show(status: Status) -> None:
         for watch in watches:
             watch(status)
-        if status.fatal is not None:
-            raise status.fatal
-        if not thread.is_alive():
-            break
+
+    run = brief.job.run
+    grace = run.stop_grace_seconds if brief.trial is None else 0  # of a trial nothing is saved
+    with stop.deferred(grace) as told:
+        thread.start()
+        while thread.is_alive() and not told.is_set():
+            thread.join(timeout=_POLL_SECONDS)
+            status: Status = _get(recorder.status.remote())
+            show(status)
+            if status.fatal is not None and not told.is_set():
+                raise status.fatal
+    if stop.received():
+        raise stop_run(recorder, thread, brief.checkpoints, grace, show)
     if "error" in box:
-        raise _explain(box["error"], brief)
+        raise explain(box["error"], _get(recorder.failures.remote()), run.max_failures, brief.folder / LOGS)
 
 
 def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -> None:
@@ -315,34 +326,6 @@ def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -
         trainer.fit()
     except BaseException as error:  # the main thread raises it
         box["error"] = error
-
-
-def _explain(error: BaseException, brief: Brief) -> OrchestratorError:
-    """Turn Ray Train's failure into one sentence a rank, ours first."""
-    failures = getattr(error, "worker_failures", {})
-    causes = [getattr(failure, "cause", None) or failure for failure in failures.values()]
-    for cause in causes:
-        if isinstance(cause, OrchestratorError):
-            return cause
-    for cause in causes:
-        if isinstance(cause, ray.exceptions.OutOfMemoryError) or _KILLED_FOR_MEMORY in str(cause):
-            return MemoryExhaustedError(
-                "Ray ended a worker because its node ran out of memory; place fewer workers on a node, lower "
-                "data.max_length, or use nodes with more memory"
-            )
-    lines = [f"rank {rank}: {_first_line(failure)}" for rank, failure in sorted(failures.items())]
-    lines = lines or [_first_line(error)]
-    return TrainingError(
-        f"the worker group failed {brief.job.run.max_failures + 1} times and run.max_failures="
-        f"{brief.job.run.max_failures}; the last failure: {'; '.join(lines[:4])}; see the logs of Ray, then "
-        "run the job again: it goes on from the last checkpoint"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300]
 
 
 def _get(reference: Any) -> Any:

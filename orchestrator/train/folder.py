@@ -18,7 +18,7 @@ from orchestrator.model.base import BASE
 from orchestrator.records import read_object
 from orchestrator.spec import JobSpec
 from orchestrator.train.own_files import overwritten_by_a_run
-from orchestrator.train.summary import REPORT
+from orchestrator.train.recorder import REPORT
 
 DATA = "data.json"  # which plans the run trains and evaluates on
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"

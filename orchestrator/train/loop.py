@@ -112,6 +112,10 @@ class StepReport:
 class Listener(Protocol):
     """Who is told what happens, and saves."""
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank knows that the run is to stop; one rank that does is enough."""
+
     def stepped(self, report: StepReport) -> None:
         """Take note of a finished step."""
 
@@ -123,7 +127,7 @@ class Listener(Protocol):
 
 
 def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) -> None:
-    """Train from a step to the end.
+    """Train from a step to the end, or until the run is told to stop, when all ranks save the same step.
 
     Args:
         engine: DeepSpeed's engine, its state that of `start_step`.
@@ -141,7 +145,7 @@ def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) 
         set_learning_rate(engine, rate, rate * (job.optim.muon_lr or 0.0) / job.optim.lr)
         seed_step(job.run.seed, step, course.rank)
         mine = run_step(engine, course, step, clock)
-        ranks = gather(mine, course.device)
+        ranks, is_stopped = gather(mine, course.device, listener.stop_requested)
         done = step + 1
         report = StepReport(
             step=done,
@@ -154,8 +158,13 @@ def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) 
         )
         listener.stepped(report)
         require_finite(report, scales_loss(engine))
+        is_stopped = is_stopped and done < course.steps
+        if is_stopped:  # the time that is left may not be enough for an evaluation
+            listener.save(engine, done)
         if job.eval and is_due(job.eval.every_steps, done, course.steps):
             listener.evaluated(done, evaluate(engine, course))
+        if is_stopped:
+            return
         if is_due(job.checkpoint.every_steps, done, course.steps):
             listener.save(engine, done)
         clock.restart()
@@ -223,12 +232,16 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
     )
 
 
-def gather(mine: RankStep, device: torch.device) -> RankSteps:
-    """Return what every rank did, by rank: one small collective a step, which also ends the step for all."""
-    vector = torch.tensor(mine.vector(), dtype=torch.float64, device=device)
+def gather(mine: RankStep, device: torch.device, stop_requested: bool) -> tuple[RankSteps, bool]:
+    """Return what every rank did, by rank, and whether any of them knows that the run is to stop.
+
+    One small collective a step, which also ends the step for all.
+    """
+    vector = torch.tensor([*mine.vector(), float(stop_requested)], dtype=torch.float64, device=device)
     everyone = vector.new_empty(dist.get_world_size() * len(vector))
     dist.all_gather_into_tensor(everyone, vector)
-    return RankSteps(everyone.view(-1, len(vector)).cpu().numpy())
+    rows = everyone.view(-1, len(vector)).cpu().numpy()
+    return RankSteps(rows[:, :-1]), bool(rows[:, -1].any())
 
 
 def evaluate(engine: Any, course: Course) -> float:

@@ -22,10 +22,12 @@ from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, ra
 from orchestrator.metrics.targets import address
 from orchestrator.metrics.trackers import Trackers, no_trackers
 from orchestrator.records import read_lines
+from orchestrator.train.failures import Failure, comes_back, hopeless
 from orchestrator.train.lease import Lease
 
 METRICS = "metrics.json"  # where the endpoint is, while there is one
 STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class WorkerInfo:
 
 @dataclass
 class Status:
-    """Where the run stands, for the driver to show; `start` is the step that the attempt began from."""
+    """Where the run stands, for the driver to show.
+
+    `start` is the step that the attempt began from, and `is_running` whether it has workers.
+    """
 
     attempt: int = 0
     start: int = 0
@@ -56,6 +61,7 @@ class Status:
     latest: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     fatal: OrchestratorError | None = None
+    is_running: bool = False
 
 
 class Recorder:
@@ -91,6 +97,8 @@ class Recorder:
         self._recent_tokens: deque[float] = deque(maxlen=20)
         self._checkpoint_time: float | None = None
         self._step_time = 0.0
+        self._failures: list[Failure] = []
+        self._stop_requested = False
         rows = read_lines(folder / STEPS)
         self._last_written = (int(rows[-1]["attempt"]), int(rows[-1]["step"])) if rows else (0, 0)
         self._past = read_lines(folder / ATTEMPTS)
@@ -141,6 +149,7 @@ class Recorder:
         _append(self._folder / ATTEMPTS, entry)
         self._status.attempt, self._status.start = attempt, start
         self._status.step, self._status.steps = start, steps
+        self._status.is_running = True
         self._recent.clear()
         self._recent_tokens.clear()
         self._announce()
@@ -168,6 +177,7 @@ class Recorder:
         }
         _append(self._folder / STEPS, row)
         self._last_written, self._step_time = (attempt, step), row["time"]
+        self._status.is_running = True  # also for a recorder that was started anew
         self._recent.append(seconds)
         self._recent_tokens.append(row["tokens"])
         self._status.step, self._status.latest = step, row
@@ -208,6 +218,7 @@ class Recorder:
 
     def attempt_ended(self) -> None:
         """Withdraw what the workers of the current attempt have shown: they are no more."""
+        self._status.is_running = False
         if self._exporter:
             self._exporter.end_attempt()
 
@@ -228,6 +239,42 @@ class Recorder:
         if self._status.fatal is None and attempt in (None, self._status.attempt):
             self._status.fatal = error
             self.attempt_ended()
+
+    def failed(self, failure: Failure) -> None:
+        """Note what a rank raised; where the try before ended in the same way, the run ends."""
+        self._failures.append(failure)
+        if comes_back(self._failures):
+            self.give_up(hopeless(failure), None)
+
+    def failures(self) -> list[Failure]:
+        """Return what ranks have raised since the driver started, in order."""
+        return self._failures
+
+    def next_attempt(self) -> int:
+        """Return the number of the attempt that is about to begin."""
+        return len(self._past) + 1
+
+    def request_stop(self) -> bool:
+        """Have the workers save and end after the step that they are at; tell whether there are any."""
+        self._stop_requested = True
+        return self._status.is_running
+
+    def stop_requested(self) -> bool:
+        """Tell a worker whether it is to end."""
+        return self._stop_requested
+
+    def trained(self, attempt: int) -> None:
+        """Note that the workers have done and saved what they were to do."""
+        if attempt == self._status.attempt:
+            self._status.is_running = False
+
+    def ended(self, how: Literal["stopped", "finished"]) -> None:
+        """Note in attempts.jsonl that the current attempt ended without a failure."""
+        self.attempt_ended()
+        self._past[-1] |= {"ended": how, "end_step": self._status.step}
+        draft = self._folder / f".{ATTEMPTS}.draft"
+        draft.write_text("".join(json.dumps(entry) + "\n" for entry in self._past), encoding="utf-8")
+        draft.replace(self._folder / ATTEMPTS)
 
     def status(self) -> Status:
         """Return where the run stands, and keep the driver's lease alive."""
@@ -276,7 +323,7 @@ class Recorder:
             "step": self._status.step,
             "steps_planned": self._status.steps,
             "steps_to_go": self._status.steps - self._status.step,
-            "restarts": len(self._past) - 1,
+            "restarts": restarts(self._past),
             "steps_lost": sum(past["steps_lost"] for past in self._past),
             "world_size": len(self._workers),
             "attempt_start_timestamp_seconds": time.time(),
@@ -299,6 +346,11 @@ class Recorder:
                 f"attempt {attempt} has been replaced by attempt {self._status.attempt}; it may not "
                 "write any more"
             )
+
+
+def restarts(attempts: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many attempts had to follow one that failed, from the entries of attempts.jsonl."""
+    return sum("ended" not in entry for entry in attempts[:-1])
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:

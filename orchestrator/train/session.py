@@ -32,6 +32,9 @@ def connected(address: str | None, names: Iterable[str] = ()) -> Iterator[None]:
         ray.init(**connection.init_arguments(address, names))
     except Exception as error:  # where a node does not come up in time, Ray raises just that
         raise connection.unreachable(address, error) from None
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
     try:
         yield
     finally:

@@ -16,9 +16,8 @@ from orchestrator.records import read_lines
 from orchestrator.spec import JobSpec
 from orchestrator.train.brief import training_loader
 from orchestrator.train.forecast import predicted
-from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS
+from orchestrator.train.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS, restarts
 
-REPORT = "report.json"
 _RATES = ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu")
 _MEDIANS = (
     *_RATES,
@@ -113,7 +112,7 @@ def report(
         },
         "dtype": attempts[-1]["dtype"],
         "device": attempts[-1]["device"],
-        "restarts": len(attempts) - 1,
+        "restarts": restarts(attempts),
         "steps_lost": sum(attempt["steps_lost"] for attempt in attempts),
         "predicted": predicted(folder),
         "seconds": dict(seconds),

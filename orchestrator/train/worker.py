@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,13 @@ from orchestrator.plan.shape import ModelShape
 from orchestrator.train import checkpoint
 from orchestrator.train.brief import Brief, evaluation_loader, training_loader
 from orchestrator.train.capacity import is_out_of_memory, limited_memory
+from orchestrator.train.failures import Failure
 from orchestrator.train.recorder import WorkerInfo
+from orchestrator.train.run_log import rank_log
+
+_STOP_POLL_SECONDS = 0.5
+_SECONDS_TO_REPORT = 30.0
+_logger = logging.getLogger(__name__)
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -35,22 +45,58 @@ def run_worker(config: dict[str, Any]) -> None:
     brief, recorder = config["brief"], config["recorder"]
     reporter = _Reporter(brief, recorder)
     limit_bytes = brief.trial.memory_limit_bytes if brief.trial else None
-    try:
+    attempt = ray.get(recorder.next_attempt.remote())
+    with rank_log(brief.folder, dist.get_rank(), attempt) as log, _reported(reporter, recorder, log):
+        _logger.info(
+            "rank %d of %d: process %d on %s",
+            dist.get_rank(),
+            dist.get_world_size(),
+            os.getpid(),
+            os.uname().nodename,
+        )
         device = _load_framework(brief)
         with limited_memory(device, limit_bytes):
             _train(brief, reporter, device)
+        _logger.info("ended after step %s", reporter.step)
+
+
+@contextmanager
+def _reported(reporter: _Reporter, recorder: Any, log: Path) -> Iterator[None]:
+    """Write what is raised to the rank's log, and tell the recorder, which decides whether to try again.
+
+    Raises:
+        MemoryExhaustedError: In place of what torch and the system raise then.
+    """
+    try:
+        yield
     except OrchestratorError as error:
+        _logger.exception("this rank failed, and starting again would not help")
         ray.get(recorder.give_up.remote(error, reporter.attempt))
         raise
-    except (RuntimeError, MemoryError, OSError) as error:
-        if not is_out_of_memory(error):
-            raise
-        fatal = MemoryExhaustedError(
-            f"rank {dist.get_rank()} ran out of memory ({(str(error) or 'none left').splitlines()[0]}); "
-            "lower data.max_length or optim.micro_batch_size, or use zero_stage: 3 or offload_optimizer: cpu"
-        )
-        ray.get(recorder.give_up.remote(fatal, reporter.attempt))
-        raise fatal from error
+    except Exception as error:
+        _logger.exception("this rank failed")
+        if isinstance(error, RuntimeError | MemoryError | OSError) and is_out_of_memory(error):
+            fatal = MemoryExhaustedError(
+                f"rank {dist.get_rank()} ran out of memory ({(str(error) or 'none left').splitlines()[0]}); "
+                "lower data.max_length or optim.micro_batch_size, or use zero_stage: 3 or "
+                "offload_optimizer: cpu"
+            )
+            ray.get(recorder.give_up.remote(fatal, reporter.attempt))
+            raise fatal from error
+        failure = Failure.of(error, _group(), dist.get_rank(), reporter.step, str(log))
+        try:  # the recorder may be what failed
+            ray.get(recorder.failed.remote(failure), timeout=_SECONDS_TO_REPORT)
+        except Exception:
+            _logger.exception("the recorder was not told of it")
+        raise
+    finally:
+        reporter.close()
+
+
+def _group() -> str:
+    """Return what tells this try's workers from those of the try before: each has its own placement group."""
+    placement = ray.util.get_current_placement_group()
+    return placement.id.hex() if placement else ""
 
 
 def _load_framework(brief: Brief) -> torch.device:
@@ -113,7 +159,7 @@ def _train_with(brief: Brief, ds_config: dict[str, Any], reporter: _Reporter, de
     if saved:
         reporter.adopt(saved[0])
     train(engine, course, reporter, start)
-    reporter.flush()
+    reporter.end()
 
 
 def _agree(value: Any) -> Any:
@@ -161,7 +207,10 @@ class _Reporter:
         self._brief, self._recorder = brief, recorder
         self._speaks = dist.get_rank() == 0
         self._sent: list[Any] = []
+        self._closed = threading.Event()
         self.attempt: int | None = None
+        self.step: int | None = None
+        self.stop_requested = False
 
     def begin(self, device: torch.device, start: int, steps: int) -> None:
         """Tell the recorder who takes part, and learn the number of this attempt."""
@@ -176,9 +225,14 @@ class _Reporter:
         }
         begun = self._recorder.begin_attempt.remote(everyone, info, start, steps) if self._speaks else None
         self.attempt = int(_agree(ray.get(begun) if begun else None))
+        self.step = start
+        _logger.info("attempt %d: from step %d of %d", self.attempt, start, steps)
+        if self._speaks:
+            threading.Thread(target=self._await_stop, daemon=True).start()
 
     def stepped(self, report: Any) -> None:
         """Send one message with what all ranks did; nobody waits for it."""
+        self.step = report.step
         if not self._speaks:
             return
         if len(self._sent) >= 8:  # an error that the recorder raised must not stay unseen
@@ -213,10 +267,30 @@ class _Reporter:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )
 
+    def end(self) -> None:
+        """Tell the recorder that this attempt has done what it was to do."""
+        self.flush()
+        if self._speaks:
+            ray.get(self._recorder.trained.remote(self.attempt))
+
     def flush(self) -> None:
         """Wait until the recorder has written all that was sent."""
         ray.get(self._sent)
         self._sent.clear()
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        self._closed.set()
+
+    def _await_stop(self) -> None:
+        """Ask the recorder every now and then whether to stop; the training loop does not wait for it."""
+        while not self._closed.wait(_STOP_POLL_SECONDS):
+            try:
+                self.stop_requested = ray.get(self._recorder.stop_requested.remote())
+            except Exception:  # it is being started anew, or this worker is being ended
+                continue
+            if self.stop_requested:
+                return
 
     def _permit(self) -> None:
         ray.get(self._recorder.permit.remote(self.attempt))

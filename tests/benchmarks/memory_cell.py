@@ -28,6 +28,8 @@ class _Quiet:
     def __init__(self) -> None:
         self.losses: list[float] = []
 
+    stop_requested = False
+
     def stepped(self, report: StepReport) -> None:
         self.losses.append(report.loss)
 

@@ -18,6 +18,8 @@ from torch import distributed as dist
 class _Deaf:
     """Is told what happens and saves nothing."""
 
+    stop_requested = False
+
     def stepped(self, report: object) -> None:
         pass
 

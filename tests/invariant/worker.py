@@ -50,6 +50,8 @@ class _Recorder:
         self.steps: list[dict[str, Any]] = []
         self.evaluations: list[list[float]] = []
 
+    stop_requested = False
+
     def stepped(self, report: StepReport) -> None:
         self.steps.append(
             {

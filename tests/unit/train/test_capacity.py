@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,8 @@ import ray
 import torch
 
 from orchestrator.errors import MemoryExhaustedError, TrainingError
-from orchestrator.train.brief import Brief
 from orchestrator.train.capacity import is_out_of_memory, limited_memory
-from orchestrator.train.driver import _explain
+from orchestrator.train.failures import explain
 
 CPU = torch.device("cpu")
 LIMITED = """
@@ -80,6 +80,12 @@ def test_what_says_that_memory_did_not_do(error: Exception, expected: bool) -> N
             RuntimeError("1 worker(s) were killed due to the node running low on memory."),
             MemoryExhaustedError,
         ),
+        (
+            RuntimeError(
+                "The actor died. Refer to the documentation on how to address the out of memory issue"
+            ),
+            MemoryExhaustedError,
+        ),
         (MemoryExhaustedError("rank 0 ran out of memory"), MemoryExhaustedError),
         (RuntimeError("worker died"), TrainingError),
     ],
@@ -88,6 +94,4 @@ def test_a_worker_that_ray_ended_for_its_node_ran_out_of_memory(
     failure: Exception, expected: type[Exception]
 ) -> None:
     group: Any = SimpleNamespace(worker_failures={0: failure})
-    brief = Brief.__new__(Brief)
-    object.__setattr__(brief, "job", SimpleNamespace(run=SimpleNamespace(max_failures=0)))
-    assert type(_explain(group, brief)) is expected
+    assert type(explain(group, [], 0, Path("logs"))) is expected

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.errors import TrainingError
 from orchestrator.metrics.meter import RankStep, RankSteps
+from orchestrator.train.failures import Failure
 from orchestrator.train.lease import Lease
 from orchestrator.train.recorder import Recorder, WorkerInfo
 from orchestrator.train.watch import AttemptWatch
@@ -176,3 +177,39 @@ def test_ray_train_tells_the_recorder_of_workers_that_failed() -> None:
     context: Any = None
     AttemptWatch(Actor()).after_exception(run_context=context, worker_exceptions={1: RuntimeError("killed")})
     assert told == ["ended"]
+
+
+def failure(group: str, rank: int = 0, step: int | None = 3) -> Failure:
+    return Failure(group, rank, step, "TypeError", "bad operand", "model.py:7", ("raise",), "rank-0.log")
+
+
+def test_what_fails_twice_in_the_same_way_is_not_begun_again(recorder: Recorder) -> None:
+    recorder.begin_attempt(WORKERS, INFO, 0, 10)
+    recorder.failed(failure("one"))
+    recorder.failed(failure("one", rank=1))
+    assert recorder.status().fatal is None
+    recorder.attempt_ended()
+    recorder.begin_attempt(WORKERS, INFO, 0, 10)
+    recorder.failed(failure("two"))
+    assert isinstance(recorder.status().fatal, TrainingError)
+    with pytest.raises(TrainingError, match="failed twice in the same way in step 4"):
+        recorder.begin_attempt(WORKERS, INFO, 0, 10)
+
+
+def test_an_attempt_that_was_stopped_is_no_failure(recorder: Recorder, tmp_path: Path) -> None:
+    assert recorder.request_stop() is False, "nobody is there to be stopped"
+    first = recorder.begin_attempt(WORKERS, INFO, 0, 10)
+    step(recorder, first, 1)
+    assert recorder.request_stop() is True
+    assert recorder.stop_requested()
+    recorder.trained(first)
+    assert not recorder.status().is_running
+    recorder.ended("stopped")
+    entries = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
+    assert [(entry["attempt"], entry["ended"], entry["end_step"]) for entry in entries] == [(1, "stopped", 1)]
+    second = recorder.begin_attempt(WORKERS, INFO, 1, 10)
+    assert second == 2
+    assert shown(recorder)["restarts"] == [0.0]
+    recorder.attempt_ended()
+    recorder.begin_attempt(WORKERS, INFO, 1, 10)
+    assert shown(recorder)["restarts"] == [1.0]
