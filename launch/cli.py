@@ -202,11 +202,15 @@ def train(
 
         spec = take_over(load_to_train(job, overrides, workers_here=address is None))
         from launch.progress import Progress
-        from orchestrator.train.driver import run
+        from orchestrator.train.resume import finished_before
 
         with stdout_for_results() as out:
             progress = Progress(TolerantStream(sys.stderr if as_json else out))
-            report = run(spec, address, progress, progress.note, force=force)
+            report = finished_before(spec, progress.note)
+            if report is None:
+                from orchestrator.train.driver import run
+
+                report = run(spec, address, progress, progress.note, force=force)
         _say(json.dumps(report) if as_json else summary(report))
 
 

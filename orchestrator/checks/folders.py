@@ -21,6 +21,8 @@ JOB = "job.yaml"
 ATTEMPTS = "attempts.jsonl"
 # What may differ between the first start of a run and a later one: no trained number depends on it.
 _FREE = (
+    "optim.max_steps",  # these two as long as they ask for no fewer steps than are done
+    "optim.epochs",
     "run.max_failures",
     "run.stop_grace_seconds",
     "run.env",

@@ -33,6 +33,7 @@ from orchestrator.spec import SourceSpec
 
 _ROWS_PER_BLOCK = 4096
 _BYTES_PER_BLOCK = 4 * 2**20
+_fingerprints: dict[tuple[str, str, int, int], str] = {}  # of files as they were at a size and a time
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,12 @@ class DataFile:
                 raise changed(self.name)
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.name, error) from None
+        _fingerprints[(self.uri or "", self.path, *before)] = digest.hexdigest()
         return digest.hexdigest()
+
+    def known_fingerprint(self) -> str:
+        """Return the hash that this process has computed of the file as it is now, or compute it."""
+        return _fingerprints.get((self.uri or "", self.path, *self.stamp())) or self.fingerprint()
 
     def stamp(self) -> tuple[int, int]:
         """Return size and time of change."""

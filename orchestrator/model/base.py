@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.model.vocabulary import tokenizer_rows
 from orchestrator.paths import resolve
 from orchestrator.spec import JobSpec
 
@@ -28,6 +27,8 @@ def identity(job: JobSpec) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
+    from orchestrator.model.vocabulary import tokenizer_rows
+
     model = job.model
     path = resolve(model.path)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
@@ -40,9 +41,14 @@ def identity(job: JobSpec) -> dict[str, Any]:
     if model.weights == "random":
         return {**found, "weights": f"random, seed {job.run.seed}"}
     if path.is_dir():
-        files = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".bin"))
-        return {**found, "weights": {each.name: _describe(each) for each in files}}
+        return {**found, "weights": weight_files(path)}
     return {**found, "commit": getattr(config, "_commit_hash", None)}
+
+
+def weight_files(folder: Path) -> dict[str, Any]:
+    """Return size and hash of the head and the tail of each weight file of a model's folder, by name."""
+    files = sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", ".bin"))
+    return {each.name: _describe(each) for each in files}
 
 
 def _describe(file: Path) -> dict[str, Any]:

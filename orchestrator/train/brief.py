@@ -130,9 +130,7 @@ def training_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[P
     """Return the loader of the training data, the packs of all steps together, and the steps."""
     optim = job.optim
     batches = loader(job, documents, packs, optim.global_batch_size, shuffle=True)
-    if optim.max_steps is not None:
-        return batches, optim.max_steps * optim.global_batch_size, optim.max_steps
-    return batches, batches.packs(optim.epochs), batches.steps(optim.epochs)
+    return batches, optim.packs(len(packs)), optim.steps(len(packs))
 
 
 def evaluation_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int]:

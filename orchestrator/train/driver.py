@@ -39,6 +39,7 @@ from orchestrator.train import (
     folder,
     forecast,
     placing,
+    resume,
     session,
     summary,
     vocabulary,
@@ -86,7 +87,7 @@ def run(
     folder.require_inputs(job)
     made = folder.absent_folders(job)
     home = folder.open_run(job, workers_here=address is None)
-    finished = folder.finished(home)
+    finished = resume.finished_report(job, home, note)
     if finished is not None:
         return finished
     lease = Lease.acquire(home)
@@ -133,7 +134,10 @@ def _train(
     planned = forecast.require_fit(job, device, home, force or trial is not None, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
-    folder.require_same_data(home, training, held_out)
+    folder.require_same_data(home, training, held_out, resume.input_files(job))
+    finished = resume.require_steps_to_go(job, home, packing["packs"], note)
+    if finished is not None:
+        return finished
     folder.record_job(home, job)
     if planned:
         planned = planned.with_data(home, packing)

@@ -18,7 +18,6 @@ from orchestrator.model.base import BASE
 from orchestrator.records import read_object
 from orchestrator.spec import JobSpec
 from orchestrator.train.own_files import overwritten_by_a_run
-from orchestrator.train.recorder import REPORT
 
 DATA = "data.json"  # which plans the run trains and evaluates on
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -119,25 +118,33 @@ def record_job(home: Path, job: JobSpec) -> None:
     (home / _RAY_SNAPSHOT).unlink(missing_ok=True)
 
 
-def require_same_data(home: Path, training: Path, evaluation: Path | None) -> None:
+def require_same_data(
+    home: Path, training: Path, evaluation: Path | None, files: Mapping[str, Any] | None = None
+) -> None:
     """Record which data a run trains on at its first start, and hold every later start to it.
 
     Args:
         home: The run's folder.
         training: The plan of the training data; its name is a hash of all that decides it.
         evaluation: The plan of the held-out data.
+        files: The files that they were made from, to be recorded with them.
 
     Raises:
         SpecError: The run has trained on other data.
     """
     found = {"train": training.name, "eval": evaluation.name if evaluation else None}
-    changed = [f"data.{kind}" for kind in _changed(home, DATA, found)]
+    changed = [f"data.{kind}" for kind in _changed(home, DATA, found, {"files": files} if files else {})]
     if changed:
-        raise SpecError(
-            f"{' and '.join(changed)} of the run in {home} changed since it began (a data file, the "
-            "tokenizer or its template is another), so it would not go on where it stood; bring the old ones "
-            "back, give this job another name, or remove the folder"
-        )
+        raise changed_since(home, changed)
+
+
+def changed_since(home: Path, changed: list[str]) -> SpecError:
+    """Return the error for a run whose inputs are not those that it began with."""
+    return SpecError(
+        f"{' and '.join(changed)} of the run in {home} changed since it began (a data file, the tokenizer or "
+        "its template, or the model is another), so this is another job; bring the old ones back, give this "
+        "job another name, or remove the folder"
+    )
 
 
 def require_same_base(home: Path, found: Mapping[str, Any]) -> None:
@@ -175,11 +182,20 @@ def base_of(home: Path) -> dict[str, Any]:
     return found
 
 
-def _changed(home: Path, record: str, found: Mapping[str, Any]) -> list[str]:
-    """Return what differs from what a run recorded when it began; record it where it has not begun."""
+def _changed(
+    home: Path, record: str, found: Mapping[str, Any], more: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return what differs from what a run recorded when it began; record it where it has not begun.
+
+    Args:
+        home: The run's folder.
+        record: Name of the file.
+        found: What is compared.
+        more: What is recorded with it, and not compared.
+    """
     file = home / record
     if not (home / ATTEMPTS).exists() or not file.exists():
-        write_json(file, dict(found))
+        write_json(file, {**found, **(more or {})})
         return []
     before = json.loads(file.read_text(encoding="utf-8"))
     return [name for name in found if found[name] != before.get(name)]
@@ -194,15 +210,6 @@ def job_of(home: Path) -> JobSpec:
     if not (home / JOB).is_file():
         raise SpecError(f"{home} is not the folder of a run (it has no {JOB}); name STORAGE/NAME of a run")
     return jobfile.load(home / JOB)
-
-
-def finished(home: Path) -> dict[str, Any] | None:
-    """Return the report of a run that is complete, or None."""
-    try:
-        report: dict[str, Any] = json.loads((home / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -29,3 +29,24 @@ def learning_rate(optim: OptimSpec, step: int, steps: int) -> float:
     if optim.schedule == "linear":
         return optim.lr * (1.0 - progress)
     return optim.lr
+
+
+def replanned(before: OptimSpec, now: OptimSpec, done: int, steps_before: int, steps_now: int) -> str:
+    """Say in a sentence what becomes of the schedule of a run that is to have another number of steps.
+
+    Args:
+        before: As the run has been trained so far.
+        now: As it is to go on.
+        done: Steps that are done.
+        steps_before: Steps that the run was to have.
+        steps_now: Steps that it is to have.
+    """
+    told = f"the run goes on from step {done} to step {steps_now} in place of {steps_before}"
+    if not done or done >= steps_now:
+        return told
+    last, following = learning_rate(before, done - 1, steps_before), learning_rate(now, done, steps_now)
+    change = (
+        "stays" if math.isclose(last, following, rel_tol=1e-9) else f"was {last:.3g} in step {done} and is"
+    )
+    what = "schedule" if now.schedule == "constant" else f"{now.schedule} schedule, which now ends there"
+    return f"{told}; by its {what}, the learning rate {change} {following:.3g} in step {done + 1}"

@@ -11,6 +11,8 @@ FRAMEWORKS = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets")
 LIGHT = [
     "orchestrator",
     "orchestrator.errors",
+    "orchestrator.stop",
+    "orchestrator.train.resume",  # a finished run is to be answered at once
     "orchestrator.spec",
     "orchestrator.jobfile",
     "orchestrator.checks.job",

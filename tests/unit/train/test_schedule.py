@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from orchestrator.spec import OptimSpec
-from orchestrator.train.schedule import learning_rate
+from orchestrator.train.schedule import learning_rate, replanned
 
 
 def rates(steps: int, **options: Any) -> list[float]:
@@ -68,3 +68,20 @@ def test_a_run_of_one_step_trains_at_the_peak(schedule: str, ratio: float) -> No
 def test_the_rate_depends_on_the_step_alone_and_not_on_where_a_run_was_resumed() -> None:
     optim = OptimSpec(lr=2.0)
     assert learning_rate(optim, 7, 50) == rates(50)[7]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("constant", "by its schedule, the learning rate stays 1 in step 5"),
+        (
+            "linear",
+            "by its linear schedule, which now ends there, the learning rate was 0.25 in step 4 and is 0.5 "
+            "in step 5",
+        ),
+    ],
+)
+def test_other_steps_change_the_schedule_as_is_said(schedule: Any, words: str) -> None:
+    optim = OptimSpec(lr=1.0, schedule=schedule, warmup_ratio=0.0)
+    assert replanned(optim, optim, 4, 4, 8) == f"the run goes on from step 4 to step 8 in place of 4; {words}"
+    assert replanned(optim, optim, 0, 4, 8) == "the run goes on from step 0 to step 8 in place of 4"

@@ -1,0 +1,212 @@
+"""What a run that is started again has still to do, if anything, and whether it is for the same job.
+
+A finished run is held to the files that it was made from without Ray and without tokenising: their sizes and
+times of change are in data.json, and a hash for where these differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.checks.folders import JOB
+from orchestrator.data.files import locate
+from orchestrator.data.sources import looks_like_hub_name
+from orchestrator.errors import SpecError
+from orchestrator.model.base import weight_files
+from orchestrator.paths import resolve
+from orchestrator.records import read_lines, read_object
+from orchestrator.spec import JobSpec, SourceSpec
+from orchestrator.train import folder
+from orchestrator.train.recorder import ATTEMPTS, REPORT, STEPS
+from orchestrator.train.schedule import replanned
+
+Note = Callable[[str], None]
+_CHECKPOINTS = "checkpoints"
+# Files of a model's folder that decide what tokens and which model come out of it.
+_MODEL_FILES = (
+    "config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.tiktoken",
+)  # fmt: skip
+
+
+def finished_before(job: JobSpec, note: Note) -> dict[str, Any] | None:
+    """Return the report of a run that is complete, before anything that takes time is loaded.
+
+    Args:
+        job: The job.
+        note: Told when the run had finished.
+
+    Raises:
+        OrchestratorError: The run's folder is of another job, or an input is missing or has changed.
+    """
+    home = Path(job.checkpoint.storage).expanduser() / job.name
+    if not (home / REPORT).is_file():
+        return None
+    job = folder.with_absolute_paths(job)
+    folder.require_inputs(job)
+    return finished_report(job, folder.open_run(job), note)
+
+
+def finished_report(job: JobSpec, home: Path, note: Note) -> dict[str, Any] | None:
+    """Return the report of a run that is complete, and say that nothing was trained.
+
+    Args:
+        job: The job, with absolute paths, found to be that of the run but for its steps.
+        home: The run's folder.
+        note: Told when the run had finished.
+
+    Returns:
+        The report; None where there is none, or the job asks for another number of steps than the run's.
+
+    Raises:
+        SpecError: A file that the run was made from has changed, or more steps are done than asked for.
+    """
+    if not (home / ATTEMPTS).is_file() or not (home / JOB).is_file():
+        return None
+    if job.optim.max_steps is not None:
+        require_no_fewer(job, home, job.optim.max_steps, steps_done(home))
+    report = read_object(home / REPORT)
+    if report is None:
+        return None
+    before = folder.job_of(home).optim
+    if (before.max_steps, before.epochs) != (job.optim.max_steps, job.optim.epochs):
+        return None
+    changed = _changed_inputs(home, job)
+    if changed:
+        raise folder.changed_since(home, changed)
+    _say_finished(home, report, note)
+    return report
+
+
+def require_steps_to_go(job: JobSpec, home: Path, packs: int, note: Note) -> dict[str, Any] | None:
+    """Hold a run that is started again to the steps that it has done, and say what becomes of its schedule.
+
+    Args:
+        job: The job.
+        home: The run's folder.
+        packs: Packs of an epoch.
+        note: Told where the job asks for other steps than the run was to have.
+
+    Returns:
+        The report where the run has all steps that the job asks for; None where there is something to do.
+
+    Raises:
+        SpecError: The job asks for fewer steps than the run has done.
+    """
+    attempts = read_lines(home / ATTEMPTS)
+    if not attempts or not (home / JOB).is_file():
+        return None
+    optim, old = job.optim, folder.job_of(home).optim
+    steps = optim.steps(packs)
+    planned, done = int(attempts[-1]["steps_planned"]), steps_done(home)
+    require_no_fewer(job, home, steps, done)
+    report = read_object(home / REPORT)
+    if report is not None and steps == done:
+        _say_finished(home, report, note)
+        return report
+    if steps != planned:
+        note(replanned(old, optim, done, planned, steps))
+        unread = planned * old.global_batch_size - old.packs(packs) if done == planned else 0
+        if unread:
+            note(
+                f"step {planned} ended with the data, {unread} packs short of a batch; the first {unread} "
+                "of the next pass are left out for it"
+            )
+    if report is not None:
+        (home / REPORT).rename(home / f"report.step-{done:08d}.json")
+    return None
+
+
+def require_no_fewer(job: JobSpec, home: Path, steps: int, done: int) -> None:
+    """Refuse a job that ends before the run already is."""
+    if steps < done:
+        field, value = (
+            ("max_steps", job.optim.max_steps) if job.optim.max_steps else ("epochs", job.optim.epochs)
+        )
+        raise SpecError(
+            f"optim.{field}={value} asks for {steps} steps, and the run in {home} has done {done}; ask for "
+            "at least as many, or give this job another name"
+        )
+
+
+def steps_done(home: Path) -> int:
+    """Return the last step that a run has written or saved."""
+    saved = [
+        int(path.parent.name.removeprefix("step-"))
+        for path in (home / _CHECKPOINTS).glob("step-*/manifest.json")
+        if path.parent.name.removeprefix("step-").isdigit()
+    ]
+    rows = read_lines(home / STEPS)
+    return max([*saved, *(int(row["step"]) for row in rows)], default=0)
+
+
+def input_files(job: JobSpec) -> dict[str, Any]:
+    """Return size, time of change and hash of each file that a job reads; data on a hub have none."""
+    model = resolve(job.model.path)
+    return {
+        "data.train": [_described(source) for source in job.data.train],
+        "eval.data": [_described(source) for source in job.eval.data] if job.eval else None,
+        "model": _model_files(model) if model.is_dir() else None,
+    }
+
+
+def _changed_inputs(home: Path, job: JobSpec) -> list[str]:
+    """Return what is not as it was when the run began, by name."""
+    try:
+        files = json.loads((home / folder.DATA).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return []  # a run of a version that did not write it
+    changed = []
+    groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
+    for field, sources in groups:
+        for source, known in zip(sources, files.get(field) or (), strict=False):
+            if known is not None and not _is_same(source, known):
+                changed.append(f"{field} ({source.path})")
+    model = resolve(job.model.path)
+    if files.get("model") is not None and model.is_dir():
+        now = _model_files(model)
+        names = sorted(name for name in {*now, *files["model"]} if now.get(name) != files["model"].get(name))
+        changed += [f"model.path ({', '.join(names)})"] if names else []
+    return changed
+
+
+def _described(source: SourceSpec) -> list[dict[str, Any]] | None:
+    if looks_like_hub_name(source.path):
+        return None
+    found = []
+    for file in locate(source):
+        size, changed = file.stamp()
+        found.append(
+            {"name": file.name, "bytes": size, "mtime_ns": changed, "sha256": file.known_fingerprint()}
+        )
+    return found
+
+
+def _is_same(source: SourceSpec, known: Sequence[dict[str, Any]]) -> bool:
+    files = locate(source)
+    if len(files) != len(known):
+        return False
+    for file, entry in zip(files, known, strict=True):
+        if file.stamp() != (entry["bytes"], entry["mtime_ns"]) and file.fingerprint() != entry["sha256"]:
+            return False
+    return True
+
+
+def _model_files(model: Path) -> dict[str, Any]:
+    """Return a hash of each small file of a model, and of both ends of each large one."""
+    small = sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern) if path.is_file()})
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small}
+    return {**hashes, **weight_files(model)}
+
+
+def _say_finished(home: Path, report: dict[str, Any], note: Note) -> None:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((home / REPORT).stat().st_mtime))
+    note(
+        f"the run in {home} had finished before ({when}, {report['steps']} steps), so nothing was trained; "
+        "this is its report of then"
+    )

@@ -1,0 +1,159 @@
+"""A finished run answers for its own job only, at once; one that goes on keeps what it has done."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import JobSpec
+from orchestrator.train import folder
+from orchestrator.train.recorder import ATTEMPTS, REPORT, STEPS
+from orchestrator.train.resume import finished_before, input_files, require_steps_to_go
+
+
+def make_job(root: Path, **optim: Any) -> JobSpec:
+    """Return a job on files below a folder, which are made where they are not there."""
+    if not (root / "model").exists():
+        (root / "model").mkdir()
+        (root / "model" / "config.json").write_text("{}")
+        (root / "model" / "tokenizer.json").write_text("[]")
+        (root / "model" / "model.safetensors").write_bytes(b"weights")
+        (root / "data").mkdir()
+        for name in ("a.jsonl", "b.jsonl"):
+            (root / "data" / name).write_text('{"text": "x"}\n')
+        (root / "eval.jsonl").write_text('{"text": "y"}\n')
+    return JobSpec.model_validate_json(
+        json.dumps(
+            {
+                "name": "run",
+                "model": {"path": str(root / "model")},
+                "data": {"train": [{"path": str(root / "data")}]},
+                "eval": {"data": [{"path": str(root / "eval.jsonl")}]},
+                "optim": {"global_batch_size": 8, "lr": 1e-3, **optim},
+                "checkpoint": {"storage": str(root / "runs")},
+            }
+        )
+    )
+
+
+def finish(root: Path, job: JobSpec, steps: int) -> Path:
+    """Leave what a run leaves that has done all its steps."""
+    home = folder.open_run(job)
+    folder.require_same_data(home, Path("plan-a"), Path("plan-b"), input_files(job))
+    folder.record_job(home, job)
+    (home / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": steps}) + "\n")
+    (home / STEPS).write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
+    (home / REPORT).write_text(json.dumps({"steps": steps, "loss": 1.0}))
+    return home
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def test_the_same_job_again_is_answered_with_what_was(tmp_path: Path, said: list[str]) -> None:
+    job = make_job(tmp_path, max_steps=3)
+    assert finished_before(job, said.append) is None, "no run yet"
+    home = finish(tmp_path, job, 3)
+    for file in (tmp_path / "data" / "a.jsonl", tmp_path / "eval.jsonl"):
+        os.utime(file, (1, 1))  # another time is not another file
+    assert finished_before(job, said.append) == {"steps": 3, "loss": 1.0}
+    (line,) = said
+    assert line.startswith(f"the run in {home} had finished before (20")
+    assert "3 steps), so nothing was trained" in line
+
+
+def replace_text(path: str, text: str) -> Any:
+    def change(root: Path) -> None:
+        (root / path).write_text(text)
+
+    return change
+
+
+def add_file(root: Path) -> None:
+    (root / "data" / "c.jsonl").write_text('{"text": "z"}\n')
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (replace_text("data/b.jsonl", '{"text": "w"}\n'), r"data\.train \(.*/data\)"),
+        (add_file, r"data\.train \(.*/data\)"),
+        (replace_text("eval.jsonl", '{"text": "w"}\n'), r"eval\.data \(.*/eval\.jsonl\)"),
+        (replace_text("model/tokenizer.json", "[1]"), r"model\.path \(tokenizer\.json\)"),
+        (replace_text("model/model.safetensors", "Weights"), r"model\.path \(model\.safetensors\)"),
+        (replace_text("model/chat_template.jinja", "x"), r"model\.path \(chat_template\.jinja\)"),
+    ],
+)
+def test_other_files_are_another_job(change: Any, named: str, tmp_path: Path, said: list[str]) -> None:
+    job = make_job(tmp_path, max_steps=3)
+    finish(tmp_path, job, 3)
+    change(tmp_path)
+    with pytest.raises(SpecError, match=named + " of the run in .* changed since it began"):
+        finished_before(job, said.append)
+    assert not said
+
+
+def test_other_hyperparameters_are_another_job(tmp_path: Path, said: list[str]) -> None:
+    finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
+    with pytest.raises(SpecError, match=r"holds a run of another job: optim\.lr=0\.1 \(the run has 0\.001\)"):
+        finished_before(make_job(tmp_path, max_steps=3, lr=0.1), said.append)
+
+
+def test_fewer_steps_than_are_done_are_refused_before_anything_starts(
+    tmp_path: Path, said: list[str]
+) -> None:
+    home = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
+    with pytest.raises(SpecError, match=r"optim\.max_steps=2 asks for 2 steps, and the run .* has done 3"):
+        finished_before(make_job(tmp_path, max_steps=2), said.append)
+    with pytest.raises(SpecError, match=r"optim\.epochs=1\.0 asks for 2 steps, and the run .* has done 3"):
+        require_steps_to_go(make_job(tmp_path), home, packs=16, note=said.append)
+    assert (home / REPORT).exists()
+
+
+def test_more_steps_go_on_and_keep_the_report_of_then(tmp_path: Path, said: list[str]) -> None:
+    home = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
+    more = make_job(tmp_path, max_steps=5)
+    assert finished_before(more, said.append) is None
+    assert require_steps_to_go(more, home, packs=40, note=said.append) is None
+    assert said == [
+        "the run goes on from step 3 to step 5 in place of 3; by its cosine schedule, which now ends there, "
+        "the learning rate stays 0.0005 in step 4"
+    ]
+    assert json.loads((home / "report.step-00000003.json").read_text())["steps"] == 3
+    assert not (home / REPORT).exists(), "or a kill would leave it for the longer run's"
+
+
+def test_as_many_steps_in_other_words_are_the_same_job(tmp_path: Path, said: list[str]) -> None:
+    home = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
+    same = make_job(tmp_path, epochs=1.0)
+    assert finished_before(same, said.append) is None, "only the packs can tell"
+    assert require_steps_to_go(same, home, packs=24, note=said.append) == {"steps": 3, "loss": 1.0}
+    assert "nothing was trained" in said[0]
+
+
+def test_packs_that_a_cut_short_step_leaves_out_are_counted(tmp_path: Path, said: list[str]) -> None:
+    home = finish(tmp_path, make_job(tmp_path), 3)  # 20 packs: 8, 8 and 4
+    assert require_steps_to_go(make_job(tmp_path, epochs=2.0), home, packs=20, note=said.append) is None
+    assert said[1] == (
+        "step 3 ended with the data, 4 packs short of a batch; the first 4 of the next pass are left out for "
+        "it"
+    )
+
+
+def test_a_run_that_has_not_finished_goes_by_the_same_rule(tmp_path: Path, said: list[str]) -> None:
+    home = finish(tmp_path, make_job(tmp_path, max_steps=9), 4)
+    (home / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": 9}) + "\n")
+    (home / REPORT).unlink()
+    assert require_steps_to_go(make_job(tmp_path, max_steps=9), home, 40, said.append) is None
+    assert not said, "nothing is new"
+    assert require_steps_to_go(make_job(tmp_path, max_steps=6), home, 40, said.append) is None
+    assert "from step 4 to step 6 in place of 9" in said[0]
+    with pytest.raises(SpecError, match="has done 4"):
+        require_steps_to_go(make_job(tmp_path, max_steps=3), home, 40, said.append)
