@@ -31,7 +31,7 @@ class Progress:
             self._attempt, self._step = status.attempt, -1
             where = f", metrics on port {status.metrics_port}" if status.metrics_port else ""
             again = f"attempt {status.attempt}: " if status.attempt > 1 else ""
-            self._line(f"{again}training from step {status.step} of {status.steps}{where}")
+            self._line(f"{again}training from step {status.start} of {status.steps}{where}")
         due = time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES or status.step == status.steps
         if status.step > self._step and status.latest and due and status.latest["step"] == status.step:
             self._step, self._printed = status.step, time.monotonic()
