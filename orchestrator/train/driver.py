@@ -50,6 +50,7 @@ from orchestrator.train.failures import explain, first_line
 from orchestrator.train.lease import Lease
 from orchestrator.train.optimizers import require_bitsandbytes
 from orchestrator.train.recorder import REPORT, Recorder, Status
+from orchestrator.train.remedies import node_memory_remedies
 from orchestrator.train.run_log import LOGS, driver_log
 from orchestrator.train.stopping import stop_run
 
@@ -295,7 +296,9 @@ def _fit(brief: Brief, recorder: Any, watches: Sequence[Watch]) -> None:
     if stop.received():
         raise stop_run(recorder, thread, brief.checkpoints, grace, show)
     if "error" in box:
-        raise explain(box["error"], _get(recorder.failures.remote()), run.max_failures, brief.folder / LOGS)
+        reported = _get(recorder.failures.remote())
+        remedies = node_memory_remedies(brief.job, brief.device)
+        raise explain(box["error"], reported, run.max_failures, brief.folder / LOGS, remedies)
 
 
 def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -> None:

@@ -118,7 +118,11 @@ def hopeless(failure: Failure) -> TrainingError:
 
 
 def explain(
-    error: BaseException, failures: Sequence[Failure], max_failures: int, logs: Path
+    error: BaseException,
+    failures: Sequence[Failure],
+    max_failures: int,
+    logs: Path,
+    node_remedies: str = "place fewer workers on a node, or use nodes with more memory",
 ) -> OrchestratorError:
     """Return the error for a run whose worker group failed more often than it may.
 
@@ -127,6 +131,7 @@ def explain(
         failures: What ranks could still report, in order.
         max_failures: How often the group was started again.
         logs: Folder of the run's logs.
+        node_remedies: What helps where the host memory of a node ran out.
     """
     by_rank = getattr(error, "worker_failures", {})
     causes = [getattr(failure, "cause", None) or failure for failure in by_rank.values()]
@@ -136,8 +141,7 @@ def explain(
     for cause in causes:
         if type(cause).__name__ == "OutOfMemoryError" or _KILLED_FOR_MEMORY.search(str(cause)):
             return MemoryExhaustedError(
-                "Ray ended a worker because its node ran out of memory; place fewer workers on a node, lower "
-                "data.max_length, or use nodes with more memory"
+                f"Ray ended a worker because its node ran out of memory; {node_remedies}"
             )
     reported = cause_of(failures) if failures else None
     if reported:

@@ -26,6 +26,7 @@ from orchestrator.train.brief import Brief, evaluation_loader, training_loader
 from orchestrator.train.capacity import is_out_of_memory, limited_memory
 from orchestrator.train.failures import Failure
 from orchestrator.train.recorder import WorkerInfo
+from orchestrator.train.remedies import memory_remedies
 from orchestrator.train.run_log import rank_log
 
 _STOP_POLL_SECONDS = 0.5
@@ -46,7 +47,7 @@ def run_worker(config: dict[str, Any]) -> None:
     reporter = _Reporter(brief, recorder)
     limit_bytes = brief.trial.memory_limit_bytes if brief.trial else None
     attempt = ray.get(recorder.next_attempt.remote())
-    with rank_log(brief.folder, dist.get_rank(), attempt) as log, _reported(reporter, recorder, log):
+    with rank_log(brief.folder, dist.get_rank(), attempt) as log, _reported(brief, reporter, recorder, log):
         _logger.info(
             "rank %d of %d: process %d on %s",
             dist.get_rank(),
@@ -61,7 +62,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _reported(reporter: _Reporter, recorder: Any, log: Path) -> Iterator[None]:
+def _reported(brief: Brief, reporter: _Reporter, recorder: Any, log: Path) -> Iterator[None]:
     """Write what is raised to the rank's log, and tell the recorder, which decides whether to try again.
 
     Raises:
@@ -78,8 +79,7 @@ def _reported(reporter: _Reporter, recorder: Any, log: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError | MemoryError | OSError) and is_out_of_memory(error):
             fatal = MemoryExhaustedError(
                 f"rank {dist.get_rank()} ran out of memory ({(str(error) or 'none left').splitlines()[0]}); "
-                "lower data.max_length or optim.micro_batch_size, or use zero_stage: 3 or "
-                "offload_optimizer: cpu"
+                f"{memory_remedies(brief.job, brief.device)}"
             )
             ray.get(recorder.give_up.remote(fatal, reporter.attempt))
             raise fatal from error
