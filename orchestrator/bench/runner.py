@@ -19,10 +19,10 @@ from orchestrator.bench.cell import INSTRUCTIONS, OUTCOME
 from orchestrator.bench.report import describe, foreign_file
 from orchestrator.bench.results import Row, label
 from orchestrator.bench.sweep import Cell, Sweep
+from orchestrator.checks.own_files import RUN_FILES, remove_own
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.paths import module_command
 from orchestrator.records import read_lines, read_object, read_value
-from orchestrator.train.own_files import RUN_FILES, remove_own
 
 CELLS = "cells"
 _LOG, _LOCK = "driver.log", ".lock"

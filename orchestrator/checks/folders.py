@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import jobfile
+from orchestrator.checks.own_files import overwritten_by_a_run
 from orchestrator.errors import SpecError
 from orchestrator.paths import as_submitted, resolve
 from orchestrator.rules import Problem
@@ -97,10 +98,16 @@ def folder_problems(job: JobSpec, workers_here: bool = True) -> Iterator[Problem
 
 
 def run_problems(job: JobSpec) -> Iterator[Problem]:
-    """Yield what keeps a job from going on with the run that lies in its folder, if one does."""
+    """Yield what keeps a job from training in its run's folder: another job's run, or files of the user's."""
     home = run_folder(job)
     try:
         if not (home / ATTEMPTS).exists():
+            if name := overwritten_by_a_run(home):
+                yield (
+                    ("name",),
+                    f"{home} holds a {name} that no run wrote, and this run would overwrite it; move it "
+                    "away, or give this job another name",
+                )
             return
         old = jobfile.load(home / JOB)
     except SpecError as error:

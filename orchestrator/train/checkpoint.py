@@ -22,8 +22,8 @@ from typing import Any
 
 from torch import distributed as dist
 
+from orchestrator.checks.own_files import move_others, remove_own
 from orchestrator.errors import TrainingError
-from orchestrator.train.own_files import move_others, remove_own
 from orchestrator.train.swap import keeps_to_its_shards, restores_to_disk, whole_state
 
 MANIFEST = "manifest.json"

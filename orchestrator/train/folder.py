@@ -17,7 +17,6 @@ from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.model.base import BASE
 from orchestrator.records import read_object
 from orchestrator.spec import JobSpec
-from orchestrator.train.own_files import overwritten_by_a_run
 
 DATA = "data.json"  # which plans the run trains and evaluates on
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -65,11 +64,6 @@ def open_run(job: JobSpec, workers_here: bool = True) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):  # has no name that could be another file's
             pass
-        if name := overwritten_by_a_run(home):
-            raise SpecError(
-                f"{home} holds a {name} that no run wrote, and this run would overwrite it; move it away, or "
-                "give this job another name"
-            )
     except OSError as error:
         raise ClusterError(
             f"checkpoint.storage={job.checkpoint.storage} cannot be written ({error.strerror}); name a "

@@ -124,3 +124,14 @@ def test_a_disk_for_offloading_that_is_memory_is_found(
     ((fields, sentence),) = folder_problems(job(tmp_path, parallel=offloaded))
     assert fields == ("parallel.offload_path",)
     assert "lies on tmpfs, which is memory and no disk" in sentence
+
+
+def test_a_file_of_the_users_in_the_runs_folder_is_not_overwritten(tmp_path: Path) -> None:
+    home = tmp_path / "run"
+    home.mkdir()
+    (home / "report.json").write_text('{"mine": true}')
+    ((fields, sentence),) = run_problems(job(tmp_path))
+    assert fields == ("name",)
+    assert f"{home} holds a report.json that no run wrote" in sentence
+    (home / "report.json").rename(home / "notes.json")
+    assert list(run_problems(job(tmp_path))) == []
