@@ -65,6 +65,12 @@ def unusual_here(job: JobSpec) -> Iterator[Problem]:
             f"data.max_length={job.data.max_length} is above max_position_embeddings={limit} of the model, "
             "which may not have seen such distances",
         )
+    for name in (name for name, value in job.run.env.items() if value is None and name not in os.environ):
+        yield (
+            (f"run.env.{name}",),
+            f"run.env.{name} is null, which takes the value from where the command runs, and it is not "
+            "set here; export it before, or it is refused",
+        )
 
 
 def _learning_rates(job: JobSpec) -> Iterator[Problem]:

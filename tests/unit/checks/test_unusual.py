@@ -165,3 +165,21 @@ def test_documents_longer_than_the_model_knows_are_warned_of_before_a_run(tmp_pa
             found = [sentence for _, sentence in unusual_here(job)]
             assert len(found) == (limit is not None and max_length > limit)
             assert all(f"is above max_position_embeddings={limit}" in sentence for sentence in found)
+
+
+def test_variables_that_are_taken_from_here_and_not_set_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IS_SET", "secret")
+    monkeypatch.delenv("IS_NOT_SET", raising=False)
+    values = {
+        "name": "job",
+        "model": {"path": "builtin/tiny-llama", "weights": "random"},
+        "data": {"train": [{"path": "builtin/alpaca_sample"}]},
+        "run": {"env": {"IS_SET": None, "IS_NOT_SET": None, "WRITTEN": "value"}},
+    }
+    job = JobSpec.model_validate_json(json.dumps(values))
+    assert list(unusual(job)) == []
+    ((fields, sentence),) = unusual_here(job)
+    assert fields == ("run.env.IS_NOT_SET",)
+    assert "export it before" in sentence
