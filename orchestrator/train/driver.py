@@ -86,7 +86,7 @@ def run(
     started = time.monotonic()
     job = folder.with_absolute_paths(environment.adopt(job))
     folder.require_inputs(job)
-    made = folder.absent_folders(job)
+    made = folder.absent_folders(Path(job.checkpoint.storage) / job.name)
     home = folder.open_run(job, workers_here=address is None)
     finished = resume.finished_report(job, home, note)
     if finished is not None:
@@ -186,8 +186,13 @@ def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
     """
     job = folder.with_absolute_paths(environment.adopt(job))
     folder.require_inputs(job)
-    with session.connected(address, job.run.env):
-        return _prepare_data(job, note)[2]
+    made = folder.absent_folders(Path(job.checkpoint.storage) / folder.CACHE)
+    try:
+        with session.connected(address, job.run.env):
+            return _prepare_data(job, note)[2]
+    except (SpecError, ClusterError):
+        folder.remove_empty(made)
+        raise
 
 
 def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note) -> None:
@@ -217,7 +222,7 @@ def _prepare_data(job: JobSpec, note: Note) -> tuple[Path, Path | None, dict[str
     Returns:
         The plan of the training data, that of the held-out data, and what became of the rows.
     """
-    cache = Path(job.checkpoint.storage) / ".cache"
+    cache = Path(job.checkpoint.storage) / folder.CACHE
     training, figures = _plan(job, job.data.train, cache, note)
     held_out = _plan(job, job.eval.data, cache, note)[0] if job.eval else None
     for line in vocabulary.notes(job):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from orchestrator.records import read_object
 from orchestrator.spec import JobSpec
 
 DATA = "data.json"  # which plans the run trains and evaluates on
+CACHE = ".cache"  # of tokens and packs, beside the runs of a storage
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _RAY_MARKER = ".validate_storage_marker"  # written by Ray Train to try the storage, and left there
 # What a start writes before its first attempt, in the order in which it can be removed.
@@ -72,10 +73,16 @@ def open_run(job: JobSpec, workers_here: bool = True) -> Path:
     return home
 
 
-def absent_folders(job: JobSpec) -> list[Path]:
-    """Return the folders that opening a run will make, the run's own first."""
-    home = Path(job.checkpoint.storage) / job.name
-    return [place for place in (home, *home.parents) if not place.exists()]
+def absent_folders(folder: Path) -> list[Path]:
+    """Return a folder and those above it, as far as making it will make them, the innermost first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that hold nothing, in their order; others stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def withdraw(home: Path, made: Sequence[Path]) -> None:
@@ -94,9 +101,8 @@ def withdraw(home: Path, made: Sequence[Path]) -> None:
         with suppress(OSError):
             (home / name).rmdir() if (home / name).is_dir() else (home / name).unlink()
     own = home.parent in made  # then nobody else keeps tokens there
-    for folder in (home, *([home.parent / ".cache"] if own else []), *made[1:]):
-        with suppress(OSError):  # it holds something: another run, the cache of tokens, a file of the user
-            folder.rmdir()
+    # What stays holds something: another run, the cache of tokens, a file of the user.
+    remove_empty((home, *([home.parent / CACHE] if own else []), *made[1:]))
 
 
 def remove_marker(home: Path) -> None:

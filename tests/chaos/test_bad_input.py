@@ -217,6 +217,8 @@ def test_rows(kind: str, tmp_path: Path, watched: Callable[..., Finished]) -> No
     (tmp_path / "rows.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     _write(tmp_path, job_text(tmp_path / "runs", data__train=[{"path": "rows.json"}]))
     _assert_clear(watched("pack", "job.yaml"), 2, "rows.json", *words)
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert all(any(path.iterdir()) for path in folders), folders  # what was refused leaves no empty folder
 
 
 @pytest.mark.ray

@@ -82,7 +82,7 @@ def test_a_run_that_cannot_begin_is_refused_before_its_folder_is_made(tmp_path: 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
     storage = tmp_path / "a" / "runs"
-    made = absent_folders(job(storage))
+    made = absent_folders(storage / "run")
     assert made == [storage / "run", storage, tmp_path / "a"]
     home = open_run(job(storage))
     for name in ("job.yaml", "data.json", "base.json", "plan.json", "owner.json"):
@@ -104,7 +104,7 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_start_did_not_write_or_says_why_stays(tmp_path: Path, kept: str, content: str) -> None:
-    made = absent_folders(job(tmp_path))
+    made = absent_folders(tmp_path / "run")
     home = open_run(job(tmp_path))
     (home / kept).parent.mkdir(exist_ok=True)
     (home / kept).write_text(content)
@@ -114,7 +114,7 @@ def test_what_a_start_did_not_write_or_says_why_stays(tmp_path: Path, kept: str,
 
 def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    made = absent_folders(job(tmp_path))
+    made = absent_folders(tmp_path / "run")
     home = open_run(job(tmp_path))
     (home / "job.yaml").write_text("of an earlier start")
     withdraw(home, made)
