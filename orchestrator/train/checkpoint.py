@@ -83,6 +83,8 @@ def _remove(checkpoint: Path, manifest: str) -> None:
     names = _own_files(checkpoint, manifest)
     if names:
         remove_own(checkpoint, names - {manifest})
+        with suppress(OSError):  # it holds what is not ours; empty from the start where no file is listed
+            (checkpoint / SHARDS).rmdir()
         remove_own(checkpoint, {manifest})
 
 
