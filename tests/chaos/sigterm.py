@@ -70,13 +70,13 @@ def interrupt(process: subprocess.Popen[str], marker: str, number: int = signal.
     return Answer(done.code, seconds, lines[-1], shown, problems)
 
 
-def begin(*arguments: str, cwd: Path, marker: str) -> subprocess.Popen[str]:
+def begin(*arguments: str, cwd: Path, marker: str, **environment: str) -> subprocess.Popen[str]:
     """Start a command, and wait until it listens for signals.
 
     Before that, while Python itself starts, a signal ends it in the system's way, without a line.
     """
     name, _, value = marker.partition("=")
-    process = start(*arguments, cwd=cwd, **{name: value})
+    process = start(*arguments, cwd=cwd, **{name: value}, **environment)
     wait_until(lambda: _listens(process), 60, "the command has begun")
     return process
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.sigterm import begin, interrupt
-from tests.conftest import Observed, job_text, losses, orchestrator, step_rows, wait_until
+from tests.conftest import ROOT, Observed, job_text, losses, orchestrator, step_rows, wait_until
 
 pytestmark = pytest.mark.ray
 _dice = random.Random(14)
+SLOW_STEPS = {"PYTHONPATH": f"{ROOT / 'tests' / 'chaos' / 'faults'}:{ROOT}", "STEP_SECONDS": "0.5"}
 
 
 def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on(
@@ -33,7 +34,7 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on(
     ]
     for reached, number, words in moments:
         marker = f"TEST_MARKER={uuid.uuid4().hex}"
-        process = begin("train", "job.yaml", cwd=tmp_path, marker=marker)
+        process = begin("train", "job.yaml", cwd=tmp_path, marker=marker, **SLOW_STEPS)
         wait_until(reached, 200, "the moment has come")
         time.sleep(_dice.uniform(0.0, 0.3))
         answer = interrupt(process, marker, number)

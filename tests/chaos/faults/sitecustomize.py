@@ -1,12 +1,14 @@
-"""Makes a step of the training loop fail in every process that has this folder in PYTHONPATH.
+"""Changes the steps of the training loop in every process that has this folder in PYTHONPATH.
 
-FAULT_STEP is the step, from 0, and FAULT_RANK the rank on which it raises what model code might.
+FAULT_STEP is the step, from 0, and FAULT_RANK the rank on which it raises what model code might. STEP_SECONDS
+is how much longer each step takes, so that a signal is sure to come between two of them.
 """
 
 import importlib.abc
 import importlib.machinery
 import os
 import sys
+import time
 
 _MODULE = "orchestrator.train.loop"
 
@@ -22,12 +24,13 @@ class _Loader(importlib.abc.Loader):
         self._real.exec_module(module)
         run_step = module.run_step
 
-        def failing(engine, course, step, clock):
-            if step == int(os.environ["FAULT_STEP"]) and course.rank == int(os.environ["FAULT_RANK"]):
+        def changed(engine, course, step, clock):
+            time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
+            if (str(step), str(course.rank)) == (os.environ.get("FAULT_STEP"), os.environ.get("FAULT_RANK")):
                 raise TypeError(f"unsupported operand at {id(object()):#x}")
             return run_step(engine, course, step, clock)
 
-        module.run_step = failing
+        module.run_step = changed
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -39,5 +42,5 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "FAULT_STEP" in os.environ:
+if {"FAULT_STEP", "STEP_SECONDS"} & os.environ.keys():
     sys.meta_path.insert(0, _Finder())
