@@ -40,10 +40,15 @@ class Finished:
 
 
 def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start `orchestrator` with arguments, in a process group of its own, where Ctrl-C can reach it.
+    """Start `orchestrator` with arguments, in a process group of its own, where signals can reach it.
 
-    A shell that starts tests in the background has them ignore SIGINT, and that would be inherited.
+    A shell that starts tests in the background has them ignore SIGINT, nohup SIGHUP, and that is inherited.
     """
+
+    def take_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
     return subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *arguments],
         cwd=cwd,
@@ -52,7 +57,7 @@ def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[st
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=take_signals,
     )
 
 

@@ -44,5 +44,6 @@ def test_a_job_goes_on_wherever_it_was_ended(undisturbed_run: Observed, tmp_path
     attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
     assert len(attempts) == 3
     assert 0 < attempts[1]["start_step"] < attempts[2]["start_step"]
-    assert report["restarts"] == 2
+    assert (attempts[0]["ended"], attempts[1]["start_step"]) == ("stopped", stopped_at)
+    assert report["restarts"] == 1, "to be told to stop is no restart, and the cluster's end is one"
     assert losses(run) == pytest.approx(losses(undisturbed_run.folder), rel=1e-5)

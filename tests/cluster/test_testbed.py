@@ -13,6 +13,7 @@ import pytest
 
 from cluster import netns
 from cluster.testbed import Testbed, TestbedError, unavailable_reason
+from tests.conftest import wait_until
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def test_a_node_dies_and_comes_back_and_nothing_is_left() -> None:
 
 def test_nodes_reach_each_other_by_name_until_the_link_is_cut(network: netns.Network) -> None:
     with subprocess.Popen(netns.inside(network.namespace(1), ["sleep", "60"])) as process:
-        assert network.pids(1) == [process.pid]
+        wait_until(lambda: network.pids(1) == [process.pid], 10, "the process is in its namespace")
         assert network.pids(0) == []
         assert connects(network)
         network.set_link(1, "down")
