@@ -1,4 +1,4 @@
-"""Reading the JSON and JSON-lines files of runs and sweeps; a crash may have cut the last line short."""
+"""The JSON and JSON-lines files of runs and sweeps: written whole, and read as a crash left them."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: whoever is killed meanwhile leaves what was there before.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -38,9 +38,9 @@ def main(folder: Path) -> None:
 
 def _run(folder: Path) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    from orchestrator.records import write_json
     from orchestrator.train.brief import Trial
     from orchestrator.train.driver import run
-    from orchestrator.train.folder import write_json
 
     asked: dict[str, Any] = json.loads((folder / INSTRUCTIONS).read_text(encoding="utf-8"))
     job = jobfile.parse(asked["job"])

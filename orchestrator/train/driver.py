@@ -32,6 +32,7 @@ from orchestrator.model.support import model_notes
 from orchestrator.parallel.deepspeed import fit_buffers, render
 from orchestrator.parallel.layout import sequence_parallel_problem
 from orchestrator.plan.host_memory import disk_bytes
+from orchestrator.records import write_json
 from orchestrator.spec import JobSpec, SourceSpec
 from orchestrator.train import (
     checkpoint,
@@ -145,7 +146,7 @@ def _train(
     prepared = time.monotonic()
     on_disk = disk_bytes(ds_config, count, job.parallel.workers) if count is not None else 0
     brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, on_disk, trial)
-    folder.write_json(home / "deepspeed.json", brief.ds_config)
+    write_json(home / "deepspeed.json", brief.ds_config)
     checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
     recorder = _start_recorder(job, home, lease)
     watches: list[Watch] = [watch]
@@ -165,7 +166,7 @@ def _train(
     report = summary.report(job, home, packing, seconds)
     if exported is not None:
         report["export"] = str(exported.path)
-    folder.write_json(home / REPORT, report)
+    write_json(home / REPORT, report)
     if planned:
         planned.remember(home, report)
     _get(recorder.ended.remote("finished"))

@@ -30,9 +30,8 @@ MARKER = ".orchestrator-export.json"
 _HOLDER = ".orchestrator-export-"
 _OWNER = "owner.json"
 _HASHED_WHOLE_BYTES = 64 * 2**20
-_HASHED_END_BYTES = (
-    2**20
-)  # of larger files both ends are hashed: names and shapes of tensors, the last tensor
+# Of larger files both ends are hashed: names and shapes of tensors, and the last tensor.
+_HASHED_END_BYTES = 2**20
 _EXPORT_OF_A_RUN = re.compile(r"export(-[0-9]+)?")
 _OF_A_RUN = ("checkpoints", "attempts.jsonl", "steps.jsonl", "data.json")
 _SHOWN = 3

@@ -15,7 +15,7 @@ from orchestrator.checks.folders import with_absolute_paths as with_absolute_pat
 from orchestrator.checks.inputs import require_inputs as require_inputs
 from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.model.base import BASE
-from orchestrator.records import read_object
+from orchestrator.records import read_object, write_json, write_whole
 from orchestrator.spec import JobSpec
 
 DATA = "data.json"  # which plans the run trains and evaluates on
@@ -113,7 +113,7 @@ def remove_marker(home: Path) -> None:
 
 def record_job(home: Path, job: JobSpec) -> None:
     """Write the job as resolved, and make the folder ready for a new driver."""
-    (home / JOB).write_text(jobfile.dump(job), encoding="utf-8")
+    write_whole(home / JOB, jobfile.dump(job))
     # Ray's list of checkpoints may name some that are gone; ours are found by their manifests.
     (home / _RAY_SNAPSHOT).unlink(missing_ok=True)
 
@@ -210,10 +210,3 @@ def job_of(home: Path) -> JobSpec:
     if not (home / JOB).is_file():
         raise SpecError(f"{home} is not the folder of a run (it has no {JOB}); name STORAGE/NAME of a run")
     return jobfile.load(home / JOB)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)

@@ -24,7 +24,7 @@ from orchestrator.plan.store import constants_of, observed, rates_of_processor, 
 from orchestrator.plan.throughput import NoPeak, micro_steps
 from orchestrator.plan.wording import figures
 from orchestrator.plan.work import UNREAD, DataShape, Model
-from orchestrator.records import read_lines
+from orchestrator.records import read_lines, write_json
 from orchestrator.spec import JobSpec
 from orchestrator.train import session
 from orchestrator.train.recorder import STEPS, Status
@@ -65,7 +65,7 @@ class Forecast:
         found = self.prediction(constants_of(self.stack, str(home)))
         settings = asked_of(self.job, self.config, self.machines).settings
         kept = {"machines": str(self.machines), "stack": self.stack, "settings": settings, **found.as_json()}
-        (home / PLAN).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        write_json(home / PLAN, kept)
         return found
 
     def with_data(self, home: Path, packing: Mapping[str, Any]) -> Forecast:

@@ -21,7 +21,7 @@ from orchestrator.metrics.exporter import Exporter, RankLabels
 from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, rank_columns, step_values
 from orchestrator.metrics.targets import address
 from orchestrator.metrics.trackers import Trackers, no_trackers
-from orchestrator.records import read_lines
+from orchestrator.records import read_lines, write_json, write_whole
 from orchestrator.train.failures import Failure, comes_back, hopeless
 from orchestrator.train.lease import Lease
 
@@ -144,7 +144,7 @@ class Recorder:
             **info,
         }
         self._workers = [WorkerInfo(**{**asdict(worker), "attempt": attempt}) for worker in workers]
-        _write_json(self._folder / WORKERS, [asdict(worker) for worker in self._workers])
+        write_json(self._folder / WORKERS, [asdict(worker) for worker in self._workers])
         self._past.append(entry)
         _append(self._folder / ATTEMPTS, entry)
         self._status.attempt, self._status.start = attempt, start
@@ -272,9 +272,7 @@ class Recorder:
         """Note in attempts.jsonl that the current attempt ended without a failure."""
         self.attempt_ended()
         self._past[-1] |= {"ended": how, "end_step": self._status.step}
-        draft = self._folder / f".{ATTEMPTS}.draft"
-        draft.write_text("".join(json.dumps(entry) + "\n" for entry in self._past), encoding="utf-8")
-        draft.replace(self._folder / ATTEMPTS)
+        write_whole(self._folder / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in self._past))
 
     def status(self) -> Status:
         """Return where the run stands, and keep the driver's lease alive."""
@@ -302,7 +300,7 @@ class Recorder:
         if self._exporter is None:
             return
         where = {"target": address(host, self._exporter.port), "host": host, "port": self._exporter.port}
-        _write_json(self._folder / METRICS, {**where, "hostname": os.uname().nodename, "pid": os.getpid()})
+        write_json(self._folder / METRICS, {**where, "hostname": os.uname().nodename, "pid": os.getpid()})
         if self._exporter.unlisted:
             self._note(self._exporter.unlisted)
 
@@ -356,9 +354,3 @@ def restarts(attempts: Sequence[Mapping[str, Any]]) -> int:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    draft.replace(path)

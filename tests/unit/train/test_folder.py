@@ -137,3 +137,21 @@ def test_fp16_is_refused_on_cpu_with_the_formats_that_work_there(tmp_path: Path)
         number_format(half, "cpu")
     for written, on_cpu in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
         assert number_format(job(tmp_path, dtype=written), "cpu") == on_cpu
+
+
+def test_a_job_that_cannot_be_written_whole_stays_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = open_run(job(tmp_path))
+    record_job(home, job(tmp_path))
+    before = (home / "job.yaml").read_text()
+
+    def die(self: Path, text: str, **_: object) -> int:
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt  # as a kill would, in the middle of the file
+
+    monkeypatch.setattr(Path, "write_text", die)
+    with pytest.raises(KeyboardInterrupt):
+        record_job(home, job(tmp_path).model_copy(update={"name": "another"}))
+    assert (home / "job.yaml").read_text() == before
