@@ -39,10 +39,13 @@ class Finished:
     err: str
 
 
-def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+def start(
+    *arguments: str, cwd: Path, options: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen[str]:
     """Start `orchestrator` with arguments, in a process group of its own, where signals can reach it.
 
-    A shell that starts tests in the background has them ignore SIGINT, nohup SIGHUP, and that is inherited.
+    `options` are Python's. A shell that starts tests in the background has them ignore SIGINT, nohup SIGHUP,
+    and that is inherited.
     """
 
     def take_signals() -> None:
@@ -50,7 +53,7 @@ def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[st
             signal.signal(number, signal.SIG_DFL)
 
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", *arguments],
+        [sys.executable, *options, "-m", "launch.cli", *arguments],
         cwd=cwd,
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.paths import PACKAGES
-from tests.conftest import ENVIRONMENT, ROOT, Finished, finish, job_text, wait_until
+from tests.conftest import ENVIRONMENT, ROOT, Finished, finish, job_text, start, wait_until
 
 pytestmark = pytest.mark.ray
 SECRET = "canary-5e1f0c"
@@ -90,15 +90,7 @@ def project(tmp_path: Path) -> Path:
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """Start `orchestrator` as its console script does, which has no working directory on its path."""
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "launch.cli", *arguments],
-        cwd=cwd,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return start(*arguments, cwd=cwd, options=("-P",), **environment)
 
 
 def test_tasks_and_actors_of_a_cluster_have_the_drivers_variables(head: Head, project: Path) -> None:

@@ -2,118 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import SpecError
-from orchestrator.model.build import base_model, build_model, require_supported, stored_config
-from orchestrator.model.weights import Difference, weight_files, without_empty_biases
-from orchestrator.spec import JobSpec, ModelSpec
+from orchestrator.model.build import base_model, build_model, require_supported
+from orchestrator.model.weights import Difference, without_empty_biases
 from tests.invariant import material
+from tests.unit.model.damage import (
+    FILE,
+    HEAD,
+    INDEX,
+    SECOND,
+    STAGE_2,
+    UP,
+    Tensors,
+    configure,
+    cut,
+    job,
+    lora_folder,
+    pickle,
+    pointer,
+    rewrite,
+    shard,
+    shard_and,
+    under,
+)
 
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-UP = "model.layers.1.mlp.up_proj.weight"
-HEAD = "lm_head.weight"
-STAGE_2 = {"zero_optimization": {"stage": 2}}
-Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "whole"
-    material.write_model(folder)
-    return folder
-
-
-@pytest.fixture
-def model(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "model")
-
-
-def job(folder: Path, **sections: Any) -> JobSpec:
-    document = material.job(folder, 1, {"zero_stage": 2}, **sections)
-    return JobSpec.model_validate_json(json.dumps(document))
-
-
-def rewrite(change: Callable[[Tensors], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        tensors = load_file(folder / FILE)
-        change(tensors)
-        save_file(tensors, folder / FILE, metadata={"format": "pt"})
-
-    return apply
-
-
-def configure(**changes: Any) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        file = folder / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-    return apply
-
-
-def under(prefix: str) -> Callable[[Path], None]:
-    def change(tensors: Tensors) -> None:
-        for name in list(tensors):
-            tensors[prefix + name] = tensors.pop(name)
-
-    return rewrite(change)
-
-
-def shard(folder: Path) -> None:
-    """Spread the weights over two files with an index."""
-    tensors = load_file(folder / FILE)
-    (folder / FILE).unlink()
-    where = {}
-    for number in (0, 1):
-        name = f"model-{number + 1:05d}-of-00002.safetensors"
-        part = {key: tensors[key] for key in sorted(tensors)[number::2]}
-        save_file(part, folder / name, metadata={"format": "pt"})
-        where.update(dict.fromkeys(part, name))
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
-
-
-def shard_and(change: Callable[[Path], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        shard(folder)
-        change(folder)
-
-    return apply
-
-
-def pickle(folder: Path, change: Callable[[Tensors], object] = lambda tensors: None) -> None:
-    tensors = load_file(folder / FILE)
-    (folder / FILE).unlink()
-    change(tensors)
-    torch.save(tensors, folder / "pytorch_model.bin")
-
-
-def cut(name: str) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[: len(data) // 2])
-
-    return apply
-
-
-def pointer(folder: Path) -> None:
-    (folder / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-
-
-def lora_folder(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-
-
-SECOND = "model-00002-of-00002.safetensors"
 REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "one tensor lost": (rewrite(lambda t: t.pop(UP)), ("lacks 1 of", UP, "copy the model again")),
     "head lost and not tied": (
@@ -369,92 +289,3 @@ def test_a_model_with_code_of_its_own_is_compared_too(
         require_supported(trusted)
     with pytest.raises(SpecError, match="lacks 1 of the tensors of OwnForCausalLM"):
         build_model(trusted, torch.float32, STAGE_2)
-
-
-@pytest.fixture
-def hub(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Lay a model out as the hub's cache has it, where the hub itself is out of reach; return its folder."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--org--name"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    return shutil.copytree(whole, repository / "snapshots" / ("0" * 40))
-
-
-@pytest.mark.parametrize("layout", ["one file", "shards"])
-def test_a_hub_model_is_looked_at_where_it_is_cached(layout: str, hub: Path) -> None:
-    if layout == "shards":
-        shard(hub)
-    named = job(hub).model_copy(update={"model": ModelSpec(path="org/name")})
-    config = stored_config(named.model)
-    assert {file.parent for file in weight_files(named.model, config, download=False) or ()} == {hub}
-    require_supported(named)
-    build_model(named, torch.float32, STAGE_2)
-    configure(num_hidden_layers=3)(hub)
-    with pytest.raises(SpecError, match=r"model\.path=org/name lacks 9 of the tensors"):
-        require_supported(named)
-    with pytest.raises(SpecError, match=r"model\.path=org/name lacks 9 of the tensors"):
-        build_model(named, torch.float32, STAGE_2)
-
-
-@pytest.mark.parametrize("lost", ["all", "a shard"])
-def test_a_hub_model_that_is_not_cached_is_left_to_the_workers(lost: str, hub: Path) -> None:
-    shard(hub)
-    for file in hub.glob("*.safetensors*" if lost == "all" else SECOND):
-        file.unlink()
-    named = job(hub).model_copy(update={"model": ModelSpec(path="org/name")})
-    require_supported(named)
-    with pytest.raises(SpecError, match=r"model\.path=org/name "):
-        build_model(named, torch.float32, STAGE_2)
-
-
-def write_adapter(folder: Path, whole: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16.0, target_modules=["q_proj", "up_proj"])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(whole), config).save_pretrained(folder)
-
-
-A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-ADAPTERS: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
-    "one lost": (lambda t: t.pop(A), ("lacks 1 of the tensors of the adapter of this job", A)),
-    "one too many": (
-        lambda t: t.update({"x.lora_A.weight": torch.zeros(2)}),
-        ("has 1 tensor that", "x.lora_A"),
-    ),
-    "another width": (lambda t: t.update({A: torch.zeros(8, 32)}), (f"{A} is [8, 32] and not [8, 64]",)),
-}
-
-
-@pytest.mark.parametrize("case", ADAPTERS)
-def test_an_adapter_that_is_not_whole_is_refused(case: str, whole: Path, tmp_path: Path) -> None:
-    change, words = ADAPTERS[case]
-    write_adapter(tmp_path, whole)
-    method = {"type": "lora", "targets": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
-    require_supported(job(whole, method=method))
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(SpecError) as refusal:
-        require_supported(job(whole, method=method))
-    assert all(word in str(refusal.value) for word in (f"method.adapter={tmp_path} does not have", *words))
-
-
-@pytest.mark.parametrize("damage", ["cut", "pointer", "lost"])
-def test_an_adapter_whose_file_cannot_be_read_is_refused(damage: str, whole: Path, tmp_path: Path) -> None:
-    write_adapter(tmp_path, whole)
-    file = tmp_path / "adapter_model.safetensors"
-    if damage == "cut":
-        cut(file.name)(tmp_path)
-    elif damage == "pointer":
-        file.write_text("version https://git-lfs.github.com/spec/v1\n")
-    else:
-        file.unlink()
-    method = {"type": "lora", "targets": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
-    words = {"cut": "cannot be read", "pointer": "git lfs pull", "lost": "has no adapter_model.safetensors"}
-    with pytest.raises(SpecError, match=words[damage]):
-        require_supported(job(whole, method=method))
