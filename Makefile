@@ -18,11 +18,11 @@ $(READY): pyproject.toml constraints/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --constraint constraints/cpu.txt --editable ".[dev]"
-	$(BIN)/python -m orchestrator.train.ops
+	$(BIN)/python -m orchestrator.engine.deepspeed_ops
 	touch $(READY)
 
 demo: setup  ## train, scrape, export and reload the embedded default
-	$(BIN)/python -m launch.demo
+	$(BIN)/python -m orchestrator.cli.demo
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest

@@ -53,7 +53,7 @@ def start(
             signal.signal(number, signal.SIG_DFL)
 
     return subprocess.Popen(
-        [sys.executable, *options, "-m", "launch.cli", *arguments],
+        [sys.executable, *options, "-m", "orchestrator", *arguments],
         cwd=cwd,
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,

@@ -16,34 +16,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator import jobfile, stop
+from orchestrator import shutdown
 from orchestrator.bench import environment
+from orchestrator.config import loader
+from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, MemoryExhaustedError, OrchestratorError
-from orchestrator.spec import JobSpec
 
 INSTRUCTIONS, OUTCOME = "cell.json", "outcome.json"
 
 
 def main(folder: Path) -> None:
     """Run the cell whose instructions lie in a run's folder, and write its outcome beside them."""
-    stop.install()
-    with stop.interruptible("the cell is run again when the sweep is"):
+    shutdown.install()
+    with shutdown.interruptible("the cell is run again when the sweep is"):
         try:
             _run(folder)
         except KeyboardInterrupt:
-            if stop.received() is None:
+            if shutdown.received() is None:
                 raise
-            stop.leave()
+            shutdown.leave()
 
 
 def _run(folder: Path) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
-    from orchestrator.records import write_json
-    from orchestrator.train.brief import Trial
+    from orchestrator.atomic_files import write_json
+    from orchestrator.run.worker_config import Trial
     from orchestrator.train.driver import run
 
     asked: dict[str, Any] = json.loads((folder / INSTRUCTIONS).read_text(encoding="utf-8"))
-    job = jobfile.parse(asked["job"])
+    job = loader.parse(asked["job"])
     outcome: dict[str, Any] = {"status": "ok", "reason": None}
     try:
         run(job, asked["address"], lambda status: None, _note, Trial(asked["memory_limit_bytes"]))
@@ -73,8 +74,8 @@ def _end_with_the_sweep() -> None:
 
 
 def _shape(job: JobSpec) -> dict[str, int] | None:
+    from orchestrator.arch.model_dims import ModelShape
     from orchestrator.model.build import load_config
-    from orchestrator.plan.shape import ModelShape
 
     shape = ModelShape.from_config(load_config(job.model).get_text_config().to_dict())
     return asdict(shape) if shape else None

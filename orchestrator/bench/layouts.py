@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from orchestrator.arch.flops import flops_per_token_xtuner
+from orchestrator.arch.model_dims import ModelShape
 from orchestrator.bench.results import Row
 from orchestrator.bench.table import Column, Table, Value, spread_of
-from orchestrator.metrics.flops import flops_per_token_xtuner
-from orchestrator.plan.shape import ModelShape
 
 GIB, MIB, GB = 2.0**30, 2.0**20, 1e9
 _WORDS = {"out_of_memory": "OOM", "failed": "failed"}

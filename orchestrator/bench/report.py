@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from orchestrator.atomic_files import read_object
 from orchestrator.bench import results
 from orchestrator.bench.layouts import LAYOUTS, table
 from orchestrator.bench.results import Row
 from orchestrator.bench.table import Table
 from orchestrator.errors import SpecError
-from orchestrator.records import read_object
 
 SWEEP = "sweep.json"
 PLOTS = ("memory_over_length", "tgs_over_length", "scaling_over_workers", "step_time_by_phase")

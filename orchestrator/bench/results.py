@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from orchestrator.atomic_files import read_lines
 from orchestrator.errors import SpecError
 from orchestrator.metrics.meter import PHASES, last_attempt
-from orchestrator.records import read_lines
 
 RESULTS = "results.jsonl"
 STEPS, REPORT, WORKERS = "steps.jsonl", "report.json", "workers.json"  # of a run's folder

@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator import jobfile
+from orchestrator.atomic_files import read_lines, read_object, read_value
 from orchestrator.bench import results
 from orchestrator.bench.cell import INSTRUCTIONS, OUTCOME
 from orchestrator.bench.report import describe, foreign_file
 from orchestrator.bench.results import Row, label
 from orchestrator.bench.sweep import Cell, Sweep
-from orchestrator.checks.own_files import RUN_FILES, remove_own
+from orchestrator.checks.owned_files import RUN_FILES, remove_own
+from orchestrator.config import loader
+from orchestrator.config.paths import module_command
 from orchestrator.errors import ClusterError, SpecError
-from orchestrator.paths import module_command
-from orchestrator.records import read_lines, read_object, read_value
 
 CELLS = "cells"
 _LOG, _LOCK = "driver.log", ".lock"
@@ -132,7 +132,7 @@ def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, 
     home.mkdir(exist_ok=True)
     gib = sweep.spec.memory_limit_gib
     asked = {
-        "job": jobfile.dump(cell.job),
+        "job": loader.dump(cell.job),
         "address": address,
         "memory_limit_bytes": None if gib is None else int(gib * 2**30),
     }

@@ -25,9 +25,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from orchestrator import jobfile, yamltext
+from orchestrator.config import loader, yaml_loader
+from orchestrator.config.schema import Count, JobSpec, Place, Section
 from orchestrator.errors import SpecError
-from orchestrator.spec import Count, JobSpec, Place, Section
 
 Layout = Literal["plain", "xtuner", "qwen", "ms-swift", "llm-action", "llama2-lora"]
 Values = dict[str, Any]
@@ -104,7 +104,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         SpecError: With every problem of the file, of its bases and of every cell.
     """
-    data, places, problems = yamltext.read(jobfile.text_of(path, "sweep"), path.name, "sweep")
+    data, places, problems = yaml_loader.read(loader.text_of(path, "sweep"), path.name, "sweep")
     spec, broken = _validate(data, places, path.name)
     if problems or spec is None:
         raise SpecError(*problems, *broken)
@@ -129,24 +129,24 @@ class _Base:
 
     label: str
     data: dict[str, Any]
-    places: yamltext.Places
+    places: yaml_loader.Places
     origin: str
 
 
 def _validate(
-    data: dict[str, Any], places: yamltext.Places, origin: str
+    data: dict[str, Any], places: yaml_loader.Places, origin: str
 ) -> tuple[SweepSpec | None, list[str]]:
     problems = []
     try:
         spec = SweepSpec.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         # A base may be a text or a list of them, and pydantic says of each why it is not: once will do.
-        first: dict[yamltext.Location, ErrorDetails] = {}
+        first: dict[yaml_loader.Location, ErrorDetails] = {}
         for detail in error.errors(include_url=False):
             first.setdefault(detail["loc"][:1] if detail["loc"][0] == "base" else detail["loc"], detail)
         return None, [
-            f"{yamltext.place_of(places, [at], origin)}: "
-            + jobfile.sentence_of({**detail, "loc": at}, SweepSpec, "sweep")
+            f"{yaml_loader.place_of(places, [at], origin)}: "
+            + loader.sentence_of({**detail, "loc": at}, SweepSpec, "sweep")
             for at, detail in first.items()
         ]
     if (spec.base is None) == (spec.job is None):
@@ -154,7 +154,7 @@ def _validate(
         problems.append(f"{origin}: the sweep has {how}; write base: JOB.yaml, or the job itself below job:")
     for index, cell in enumerate(spec.cells):
         for name in cell.keys() & spec.matrix.keys():
-            where = yamltext.place_of(places, [("cells", index, name)], origin)
+            where = yaml_loader.place_of(places, [("cells", index, name)], origin)
             problems.append(f"{where}: {name} is in cells and in matrix; vary it in one of them")
     count = len(spec.cells) * len(_base_names(spec))
     for values in spec.matrix.values():
@@ -171,7 +171,7 @@ def _base_names(spec: SweepSpec) -> tuple[str, ...]:
 
 
 def _bases(
-    spec: SweepSpec, data: dict[str, Any], places: yamltext.Places, path: Path, overrides: Sequence[str]
+    spec: SweepSpec, data: dict[str, Any], places: yaml_loader.Places, path: Path, overrides: Sequence[str]
 ) -> list[_Base]:
     """Read the job files, or the job that stands in the sweep, and set the overrides in each."""
     problems: list[str] = []
@@ -180,9 +180,9 @@ def _bases(
         if name:
             file = path.parent / Path(name).expanduser()
             try:
-                job, where, twice = yamltext.read(jobfile.text_of(file, "job"), file.name)
+                job, where, twice = yaml_loader.read(loader.text_of(file, "job"), file.name)
             except SpecError as error:
-                named = yamltext.place_of(places, [("base",)], path.name)
+                named = yaml_loader.place_of(places, [("base",)], path.name)
                 problems += [f"{named}: {problem}" for problem in error.problems]
                 continue
             base = _Base(file.stem, job, where, file.name)
@@ -192,7 +192,7 @@ def _bases(
             }
             base, twice = _Base(spec.name, dict(data["job"]), below, path.name), []
         problems += twice
-        problems += [p for text in overrides if (p := jobfile.apply_override(base.data, base.places, text))]
+        problems += [p for text in overrides if (p := loader.apply_override(base.data, base.places, text))]
         bases.append(base)
     if problems:
         raise SpecError(*problems)
@@ -200,28 +200,28 @@ def _bases(
 
 
 def _combinations(
-    spec: SweepSpec, places: yamltext.Places, origin: str
+    spec: SweepSpec, places: yaml_loader.Places, origin: str
 ) -> Iterator[tuple[Values, dict[str, str]]]:
     """Yield the fields of every cell, and the line that each of them was written on."""
     for index, listed in enumerate(spec.cells):
         for chosen in itertools.product(*(range(len(values)) for values in spec.matrix.values())):
             picked = dict(zip(spec.matrix, chosen, strict=True))
             fields = {**listed, **{name: spec.matrix[name][at] for name, at in picked.items()}}
-            locations: dict[str, yamltext.Location] = {name: ("cells", index, name) for name in listed}
+            locations: dict[str, yaml_loader.Location] = {name: ("cells", index, name) for name in listed}
             locations |= {name: ("matrix", name, at) for name, at in picked.items()}
-            yield fields, {n: yamltext.place_of(places, [at], origin) for n, at in locations.items()}
+            yield fields, {n: yaml_loader.place_of(places, [at], origin) for n, at in locations.items()}
 
 
 def _job(base: _Base, fields: Values, written: Mapping[str, str]) -> tuple[JobSpec | None, list[str]]:
     data, places = copy.deepcopy(base.data), dict(base.places)
     problems = []
     for name, value in fields.items():
-        reason = jobfile.put(data, places, name, value, written[name])
+        reason = loader.put(data, places, name, value, written[name])
         if reason:
             problems.append(f"{written[name]}: {name}: {reason}")
     if problems:
         return None, problems
-    return jobfile.judge(data, places, base.origin)
+    return loader.judge(data, places, base.origin)
 
 
 def _cell(spec: SweepSpec, job: JobSpec, fields: Values, base: str | None) -> Cell:

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator import jobfile
-from orchestrator.checks.own_files import overwritten_by_a_run
+from orchestrator.checks.owned_files import overwritten_by_a_run
+from orchestrator.config import loader
+from orchestrator.config.paths import as_submitted, resolve
+from orchestrator.config.schema import JobSpec, SourceSpec
+from orchestrator.config.validation import Problem
 from orchestrator.errors import SpecError
-from orchestrator.paths import as_submitted, resolve
-from orchestrator.rules import Problem
-from orchestrator.spec import JobSpec, SourceSpec
 
 JOB = "job.yaml"
 ATTEMPTS = "attempts.jsonl"
@@ -109,7 +109,7 @@ def run_problems(job: JobSpec) -> Iterator[Problem]:
                     "away, or give this job another name",
                 )
             return
-        old = jobfile.load(home / JOB)
+        old = loader.load(home / JOB)
     except SpecError as error:
         for sentence in error.problems:
             yield ("name",), f"{home} holds a run whose {JOB} cannot be used: {sentence}"

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from orchestrator.arch.hf_config import local_config
 from orchestrator.checks.folders import run_folder
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import JobSpec, ModelSpec
+from orchestrator.config.validation import Problem
 from orchestrator.data.sources import source_problem
 from orchestrator.errors import SpecError
-from orchestrator.paths import resolve
-from orchestrator.plan.configs import local_config
-from orchestrator.rules import Problem
-from orchestrator.spec import JobSpec, ModelSpec
 
 # The names by which transformers finds weights in a folder.
 _WEIGHTS = (

@@ -8,8 +8,8 @@ from orchestrator.checks.folders import folder_problems, run_problems
 from orchestrator.checks.inputs import input_problems
 from orchestrator.checks.models import model_problems
 from orchestrator.checks.packages import package_problems
-from orchestrator.rules import Problem
-from orchestrator.spec import JobSpec
+from orchestrator.config.schema import JobSpec
+from orchestrator.config.validation import Problem
 
 
 def none(_: JobSpec) -> Iterator[Problem]:

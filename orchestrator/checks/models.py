@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from orchestrator.parallel.layout import sequence_parallel_problem
-from orchestrator.plan.configs import local_config
-from orchestrator.rules import Problem
-from orchestrator.spec import JobSpec
+from orchestrator.arch.hf_config import local_config
+from orchestrator.config.schema import JobSpec
+from orchestrator.config.validation import Problem
+from orchestrator.parallel.parallel_dims import sequence_parallel_problem
 
 
 def text_config(path: str) -> Mapping[str, Any]:

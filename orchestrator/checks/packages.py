@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
+from orchestrator.config.schema import JobSpec
+from orchestrator.config.validation import Problem
 from orchestrator.metrics.trackers import missing_packages
-from orchestrator.parallel.deepspeed import BITSANDBYTES
-from orchestrator.rules import Problem
-from orchestrator.spec import JobSpec
+from orchestrator.parallel.deepspeed_config import BITSANDBYTES
 
 
 def package_problems(job: JobSpec) -> Iterator[Problem]:

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.packing import Pieces
-from orchestrator.data.store import LossOn, TokenStore, is_trained
+from orchestrator.data.token_cache import LossOn, TokenStore, is_trained
 from orchestrator.errors import SpecError
-from orchestrator.spec import DataSpec, SourceSpec
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator.spec import DataSpec
+from orchestrator.config.schema import DataSpec
 
 Learnt = Literal["answers", "ends", "all"]
 """What can be learnt of a row: answers that have text; these, and the end of empty ones; every token."""

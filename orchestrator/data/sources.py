@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import SourceSpec
 from orchestrator.errors import SpecError
-from orchestrator.paths import resolve
-from orchestrator.spec import SourceSpec
 
 Kind = Literal["json", "parquet", "arrow"]
 _KINDS: dict[str, Kind] = {

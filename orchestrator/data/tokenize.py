@@ -22,16 +22,24 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
+from orchestrator.data.chat_template import Template, choose, encode
 from orchestrator.data.encoder import Encoder
-from orchestrator.data.files import Block, DataFile, changed, locate
 from orchestrator.data.formats import Malformed, parse
-from orchestrator.data.rejects import empty_rows, left_out, require_rows, too_many
+from orchestrator.data.readers import Block, DataFile, changed, locate
 from orchestrator.data.rows import Learnt, Row, empty_answers, learnt_of, nothing_to_learn
-from orchestrator.data.store import MANIFEST, Left, Shard, TokenStore, draft_of, write_index, write_shard
-from orchestrator.data.template import Template, choose, encode
+from orchestrator.data.skipped_rows import empty_rows, left_out, require_rows, too_many
+from orchestrator.data.token_cache import (
+    MANIFEST,
+    Left,
+    Shard,
+    TokenStore,
+    draft_of,
+    write_index,
+    write_shard,
+)
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError
-from orchestrator.paths import resolve
-from orchestrator.spec import DataSpec, ModelSpec, SourceSpec
 
 Note = Callable[[str], None]
 _VERSION = 5  # of the store; a change makes every cached store unknown

@@ -10,12 +10,12 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import JobSpec, MethodSpec
 from orchestrator.errors import SpecError
-from orchestrator.model import base
+from orchestrator.model import base_model_id
 from orchestrator.model.quantization import is_of_few_bits, let_dora_read
 from orchestrator.model.weights import Difference, UnreadableError, shapes_in
-from orchestrator.paths import resolve
-from orchestrator.spec import JobSpec, MethodSpec
 
 WEIGHTS = "adapter_model.safetensors"
 _SAME = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
@@ -107,8 +107,8 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
             f"{other.in_words('the adapter of this job')}; write the adapter's targets in this job, or name "
             "the model that it was trained beside"
         )
-    known = folder / base.BASE
-    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != base.identity(job):
+    known = folder / base_model_id.BASE
+    if known.exists() and json.loads(known.read_text(encoding="utf-8")) != base_model_id.identity(job):
         return (
             f"{where} was trained beside another model than model.path={job.model.path}; name that one, or "
             "another adapter"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import SpecError
-from orchestrator.model.dense import Scoring, attend
+from orchestrator.model.sdpa import Scoring, attend
 from orchestrator.parallel.ulysses import SequenceGroup
 
 IMPLEMENTATION = "documents"

@@ -7,11 +7,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from orchestrator.arch.parameters import ParameterCount
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import JobSpec, ModelSpec
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
+from orchestrator.model.activation_memory import checkpoint_layers, tile_mlps
 from orchestrator.model.adapters import adapt, adapter_problem, load_adapter
+from orchestrator.model.compatibility import (
+    length_problem,
+    obstacle_in_config,
+    obstacle_in_model,
+    obstacle_to_muon,
+    position_problem,
+)
 from orchestrator.model.loss import TiledHead
-from orchestrator.model.memory import checkpoint_layers, tile_mlps
 from orchestrator.model.quantization import (
     dequantized,
     keep_weights_in_place,
@@ -19,13 +29,6 @@ from orchestrator.model.quantization import (
     quantization_config,
     quantization_problem,
     stored_quantization,
-)
-from orchestrator.model.support import (
-    length_problem,
-    obstacle_in_config,
-    obstacle_in_model,
-    obstacle_to_muon,
-    position_problem,
 )
 from orchestrator.model.vocabulary import grown, resize, resize_problem
 from orchestrator.model.weights import (
@@ -37,9 +40,6 @@ from orchestrator.model.weights import (
     weights_problem,
     without_empty_biases,
 )
-from orchestrator.paths import resolve
-from orchestrator.plan.host_memory import ParameterCount
-from orchestrator.spec import JobSpec, ModelSpec
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CANNOT_BUILD = (OSError, ValueError, KeyError)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.spec import JobSpec, MethodSpec
+from orchestrator.config.schema import JobSpec, MethodSpec
 
 _PACKAGE_OF = {"bitsandbytes": ("bitsandbytes", "qlora"), "gptq": ("gptqmodel", "gptq")}
 

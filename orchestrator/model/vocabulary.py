@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import ModelSpec
 from orchestrator.errors import SpecError
-from orchestrator.model.support import is_positions
-from orchestrator.paths import resolve
-from orchestrator.spec import ModelSpec
+from orchestrator.model.compatibility import is_positions
 
 
 def grown(config: Any, model: ModelSpec) -> Any:
@@ -32,7 +32,7 @@ def grown(config: Any, model: ModelSpec) -> Any:
         return config
     try:
         text = config.get_text_config()
-    except ValueError:  # several parts that read text: refused by `orchestrator.model.support`
+    except ValueError:  # several parts that read text: refused by `orchestrator.model.compatibility`
         return config
     rows = getattr(text, "vocab_size", None)
     if rows is not None:

@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import distributed as dist
 
-from orchestrator.paths import resolve
-from orchestrator.spec import ModelSpec
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import ModelSpec
 
 ADAPTER_CONFIG = "adapter_config.json"
 _NAMES = ("model.safetensors", "model.safetensors.index.json")

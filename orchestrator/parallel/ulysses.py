@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 
-from orchestrator.parallel.layout import Layout
+from orchestrator.parallel.parallel_dims import Layout
 
 
 @dataclass(frozen=True)

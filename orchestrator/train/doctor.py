@@ -1,6 +1,6 @@
 """Looking at every node of a cluster before a job is given to it: what is there, and how fast ranks talk.
 
-`cluster.preflight` says what a node is found to be like; here Ray takes that to all nodes.
+`orchestrator.cluster.preflight` says what a node is found to be like; here Ray takes that to all nodes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import preflight
-from cluster.preflight import Finding, Found
-from cluster.topology import Node
+from orchestrator.cluster import preflight
+from orchestrator.cluster.preflight import Finding, Found
+from orchestrator.cluster.topology import Node
 from orchestrator.errors import ClusterError
-from orchestrator.train import session
+from orchestrator.train import ray_session
 
 _ALL_REDUCE_BYTES = 32 * 2**20
 _ALL_REDUCE_REPEATS = 5
@@ -90,8 +90,8 @@ def examine(address: str | None, storage: Path | None, note: Callable[[str], Non
     Raises:
         ClusterError: The cluster cannot be reached, or a node does not answer.
     """
-    with session.connected(address):
-        nodes = session.live_nodes()
+    with ray_session.connected(address):
+        nodes = ray_session.live_nodes()
         note(f"looking at {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
         looking = [_actor(_Examiner, node) for node in nodes]
         found = _answers(

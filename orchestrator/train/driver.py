@@ -19,41 +19,35 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator import stop
-from orchestrator.data import plan
-from orchestrator.data.store import TokenStore
+from orchestrator import shutdown
+from orchestrator.atomic_files import write_json
+from orchestrator.checkpoint import checkpointer
+from orchestrator.config.schema import JobSpec, SourceSpec
+from orchestrator.data import packed_dataset
+from orchestrator.data.token_cache import TokenStore
 from orchestrator.data.tokenize import Note, tokenize_sources
+from orchestrator.engine.optimizers import require_bitsandbytes
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError
+from orchestrator.export.run_exports import export_finished
 from orchestrator.metrics.exporter import require_port
 from orchestrator.metrics.trackers import Trackers, require_packages
-from orchestrator.model.base import identity
+from orchestrator.model.base_model_id import identity
 from orchestrator.model.build import load_config, require_supported
-from orchestrator.model.support import model_notes
-from orchestrator.parallel.deepspeed import fit_buffers, render
-from orchestrator.parallel.layout import sequence_parallel_problem
-from orchestrator.plan.host_memory import disk_bytes
-from orchestrator.records import write_json
-from orchestrator.spec import JobSpec, SourceSpec
-from orchestrator.train import (
-    checkpoint,
-    environment,
-    folder,
-    forecast,
-    placing,
-    resume,
-    session,
-    summary,
-    vocabulary,
-)
-from orchestrator.train.brief import CHECKPOINTS, Brief, Trial
-from orchestrator.train.export_run import export_finished
-from orchestrator.train.failures import explain, first_line
-from orchestrator.train.lease import Lease
-from orchestrator.train.optimizers import require_bitsandbytes
-from orchestrator.train.recorder import REPORT, Recorder, Status
-from orchestrator.train.remedies import node_memory_remedies
-from orchestrator.train.run_log import LOGS, driver_log
-from orchestrator.train.stopping import stop_run
+from orchestrator.model.compatibility import model_notes
+from orchestrator.parallel.deepspeed_config import fit_buffers, render
+from orchestrator.parallel.parallel_dims import sequence_parallel_problem
+from orchestrator.planner.host_memory import disk_bytes
+from orchestrator.run import run_dir
+from orchestrator.run.failures import explain, first_line
+from orchestrator.run.recorder import REPORT, Recorder, Status
+from orchestrator.run.report import packing_figures
+from orchestrator.run.report import report as summarise
+from orchestrator.run.run_lock import Lease
+from orchestrator.run.run_log import LOGS, driver_log
+from orchestrator.run.worker_config import CHECKPOINTS, Brief, Trial
+from orchestrator.train import admission, environment, ray_session, resources, resume, vocabulary
+from orchestrator.train.graceful_stop import stop_run
+from orchestrator.train.suggestions import node_memory_remedies
 
 Watch = Callable[[Status], None]
 _POLL_SECONDS = 0.5
@@ -85,10 +79,10 @@ def run(
         OrchestratorError: What went wrong, by whose side it was.
     """
     started = time.monotonic()
-    job = folder.with_absolute_paths(environment.adopt(job))
-    folder.require_inputs(job)
-    made = folder.absent_folders(Path(job.checkpoint.storage) / job.name)
-    home = folder.open_run(job, workers_here=address is None)
+    job = run_dir.with_absolute_paths(environment.adopt(job))
+    run_dir.require_inputs(job)
+    made = run_dir.absent_folders(Path(job.checkpoint.storage) / job.name)
+    home = run_dir.open_run(job, workers_here=address is None)
     finished = resume.finished_report(job, home, note)
     if finished is not None:
         return finished
@@ -96,15 +90,15 @@ def run(
     try:
         with driver_log(home):
             require_port(job.metrics.host, job.metrics.port)
-            with session.connected(address, job.run.env):
-                device = placing.place(job)
-                folder.number_format(job, device)  # refuses what the device cannot do
+            with ray_session.connected(address, job.run.env):
+                device = resources.place(job)
+                run_dir.number_format(job, device)  # refuses what the device cannot do
                 return _train(job, device, home, lease, (watch, note), started, trial, force)
     except (SpecError, ClusterError):
-        folder.withdraw(home, made)
+        run_dir.withdraw(home, made)
         raise
     finally:
-        folder.remove_marker(home)
+        run_dir.remove_marker(home)
         lease.release(home)
 
 
@@ -121,37 +115,37 @@ def _train(
     watch, note = tell
     require_bitsandbytes(job.optim.optimizer)
     require_packages(job.metrics.trackers)
-    resumes = bool(checkpoint.published(home / CHECKPOINTS))
+    resumes = bool(checkpointer.published(home / CHECKPOINTS))
     count = require_supported(job, reads_weights=not resumes)
     for line in model_notes(job.model, load_config(job.model), job.data.max_length):
         note(line)
     if job.method.type == "lora":
-        folder.require_same_base(home, identity(job))
+        run_dir.require_same_base(home, identity(job))
     _require_shareable(job, device, note)
-    dtype = folder.number_format(job, device)
+    dtype = run_dir.number_format(job, device)
     ds_config = render(job, dtype, device)
     if count is not None:
         fit_buffers(ds_config, -(-count.largest // job.parallel.workers))
-    memory = placing.reserve_host_memory(job, device, ds_config, count, note)
-    planned = forecast.require_fit(job, device, home, force or trial is not None, note)
+    memory = resources.reserve_host_memory(job, device, ds_config, count, note)
+    planned = admission.require_fit(job, device, home, force or trial is not None, note)
     begun = time.monotonic()
     training, held_out, packing = _prepare_data(job, note)
-    folder.require_same_data(home, training, held_out, resume.input_files(job))
+    run_dir.require_same_data(home, training, held_out, resume.input_files(job))
     finished = resume.require_steps_to_go(job, home, packing["packs"], note)
     if finished is not None:
         return finished
-    folder.record_job(home, job)
+    run_dir.record_job(home, job)
     if planned:
         planned = planned.with_data(home, packing)
     prepared = time.monotonic()
     on_disk = disk_bytes(ds_config, count, job.parallel.workers) if count is not None else 0
     brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, on_disk, trial)
     write_json(home / "deepspeed.json", brief.ds_config)
-    checkpoint.clean(brief.checkpoints, job.checkpoint.keep)
+    checkpointer.clean(brief.checkpoints, job.checkpoint.keep)
     recorder = _start_recorder(job, home, lease)
     watches: list[Watch] = [watch]
     if planned:
-        watches.append(forecast.FirstSteps(planned, home, note))
+        watches.append(admission.FirstSteps(planned, home, note))
     _fit(brief, recorder, watches)
     trained = time.monotonic()
     exported = export_finished(home, job, dtype, note) if trial is None else None
@@ -163,7 +157,7 @@ def _train(
         "checkpoints": _get(recorder.checkpoint_seconds.remote()),
         "export": ended - trained,
     }
-    report = summary.report(job, home, packing, seconds)
+    report = summarise(job, home, packing, seconds)
     if exported is not None:
         report["export"] = str(exported.path)
     write_json(home / REPORT, report)
@@ -185,14 +179,14 @@ def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
     Returns:
         What became of the rows and how full the packs are.
     """
-    job = folder.with_absolute_paths(environment.adopt(job))
-    folder.require_inputs(job)
-    made = folder.absent_folders(Path(job.checkpoint.storage) / folder.CACHE)
+    job = run_dir.with_absolute_paths(environment.adopt(job))
+    run_dir.require_inputs(job)
+    made = run_dir.absent_folders(Path(job.checkpoint.storage) / run_dir.CACHE)
     try:
-        with session.connected(address, job.run.env):
+        with ray_session.connected(address, job.run.env):
             return _prepare_data(job, note)[2]
     except (SpecError, ClusterError):
-        folder.remove_empty(made)
+        run_dir.remove_empty(made)
         raise
 
 
@@ -208,7 +202,7 @@ def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note)
     if problem:
         raise SpecError(problem)
     cpus = job.parallel.cpus_per_worker
-    places = [int(node.gpus if device == "cuda" else node.cpus // cpus) for node in session.live_nodes()]
+    places = [int(node.gpus if device == "cuda" else node.cpus // cpus) for node in ray_session.live_nodes()]
     crossing = [count for count in places if count % size]
     if len(places) > 1 and crossing:
         note(
@@ -223,7 +217,7 @@ def _prepare_data(job: JobSpec, note: Note) -> tuple[Path, Path | None, dict[str
     Returns:
         The plan of the training data, that of the held-out data, and what became of the rows.
     """
-    cache = Path(job.checkpoint.storage) / folder.CACHE
+    cache = Path(job.checkpoint.storage) / run_dir.CACHE
     training, figures = _plan(job, job.data.train, cache, note)
     held_out = _plan(job, job.eval.data, cache, note)[0] if job.eval else None
     for line in vocabulary.notes(job):
@@ -247,9 +241,9 @@ def _make_plan(
     job: JobSpec, sources: Sequence[SourceSpec], cache: Path, stores: Sequence[Path]
 ) -> tuple[Path, dict[str, Any]]:
     opened = [TokenStore(folder) for folder in stores]
-    folder = plan.plan_in(cache, opened, sources, job.data, job.run.seed)
+    folder = packed_dataset.plan_in(cache, opened, sources, job.data, job.run.seed)
     is_training = tuple(sources) == job.data.train
-    return folder, summary.packing_figures(job, *plan.load(folder)) if is_training else {}
+    return folder, packing_figures(job, *packed_dataset.load(folder)) if is_training else {}
 
 
 def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:
@@ -291,7 +285,7 @@ def _fit(brief: Brief, recorder: Any, watches: Sequence[Watch]) -> None:
 
     run = brief.job.run
     grace = run.stop_grace_seconds if brief.trial is None else 0  # of a trial nothing is saved
-    with stop.deferred(grace) as told:
+    with shutdown.deferred(grace) as told:
         thread.start()
         while thread.is_alive() and not told.is_set():
             thread.join(timeout=_POLL_SECONDS)
@@ -299,7 +293,7 @@ def _fit(brief: Brief, recorder: Any, watches: Sequence[Watch]) -> None:
             show(status)
             if status.fatal is not None and not told.is_set():
                 raise status.fatal
-    if stop.received():
+    if shutdown.received():
         raise stop_run(recorder, thread, brief.checkpoints, grace, show)
     if "error" in box:
         reported = _get(recorder.failures.remote())
@@ -312,7 +306,7 @@ def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from orchestrator.train.watch import AttemptWatch
+    from orchestrator.train.callbacks import AttemptWatch
     from orchestrator.train.worker import run_worker
 
     job = brief.job

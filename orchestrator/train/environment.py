@@ -13,9 +13,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
-from orchestrator.paths import PACKAGES
-from orchestrator.spec import JobSpec
+from orchestrator.package_data import PACKAGE
 
 HANDOVER = "ORCHESTRATOR_ENVIRONMENT"
 """Names the entry of the GCS that holds what `submit` sends; the name is no secret, its content is."""
@@ -92,27 +92,25 @@ def names_only(job: JobSpec) -> JobSpec:
 
 
 def worker_setup(values: Mapping[str, str]) -> Callable[[], None]:
-    """Return what every worker process does first: set the variables, and import this program's packages.
+    """Return what every worker process does first: set the variables, and import this program's package.
 
-    Ray puts the driver's working directory first on a worker's path afterwards, so that a `launch` or
-    `cluster` package that lies there would be taken for ours.
+    Ray puts the driver's working directory first on a worker's path afterwards; an `orchestrator` package of
+    another project there would shadow this one.
 
     Args:
         values: The variables by name. They replace what a node has of the same names.
     """
-    known, packages = dict(values), PACKAGES
+    known, package = dict(values), PACKAGE.name
 
     # Pickled by value, since it is local: no name of this module may be used inside.
     def orchestrator_setup() -> None:
+        import contextlib
         import importlib
         import os
 
         os.environ.update(known)
-        for package in packages:
-            try:
-                importlib.import_module(package)
-            except ImportError:  # not installed on this node: the working directory may hold it
-                continue
+        with contextlib.suppress(ImportError):  # not installed on this node
+            importlib.import_module(package)
 
     return orchestrator_setup
 

@@ -14,9 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import distributed as dist
 
-from orchestrator.data.loader import MicroBatch, PackLoader
-from orchestrator.errors import TrainingError
-from orchestrator.metrics.flops import (
+from orchestrator.arch.flops import (
     Frozen,
     Recomputation,
     forward_flops,
@@ -24,15 +22,10 @@ from orchestrator.metrics.flops import (
     model_flops,
     square_within,
 )
-from orchestrator.metrics.meter import RankStep, RankSteps
-from orchestrator.model.attention import Kernel
-from orchestrator.model.loss import Inputs, TiledHead, loss_sum
-from orchestrator.parallel.layout import Layout
-from orchestrator.parallel.ulysses import SequenceGroup
-from orchestrator.plan.shape import ModelShape
-from orchestrator.spec import JobSpec
-from orchestrator.train.clock import StepClock, memory
-from orchestrator.train.engine import (
+from orchestrator.arch.model_dims import ModelShape
+from orchestrator.config.schema import JobSpec
+from orchestrator.data.loader import MicroBatch, PackLoader
+from orchestrator.engine.deepspeed_engine import (
     backward,
     end_micro_step,
     gradient_norm,
@@ -40,7 +33,14 @@ from orchestrator.train.engine import (
     seed_step,
     set_learning_rate,
 )
-from orchestrator.train.schedule import learning_rate
+from orchestrator.engine.lr_schedule import learning_rate
+from orchestrator.engine.step_timer import StepClock, memory
+from orchestrator.errors import TrainingError
+from orchestrator.metrics.meter import RankStep, RankSteps
+from orchestrator.model.attention import Kernel
+from orchestrator.model.loss import Inputs, TiledHead, loss_sum
+from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.parallel.ulysses import SequenceGroup
 
 
 @dataclass(frozen=True)

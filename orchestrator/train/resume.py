@@ -13,17 +13,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.atomic_files import read_lines, read_object
 from orchestrator.checks.folders import JOB
-from orchestrator.data.files import locate
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import JobSpec, SourceSpec
+from orchestrator.data.readers import locate
 from orchestrator.data.sources import looks_like_hub_name
+from orchestrator.engine.lr_schedule import replanned
 from orchestrator.errors import SpecError
-from orchestrator.model.base import weight_files
-from orchestrator.paths import resolve
-from orchestrator.records import read_lines, read_object
-from orchestrator.spec import JobSpec, SourceSpec
-from orchestrator.train import folder
-from orchestrator.train.recorder import ATTEMPTS, REPORT, STEPS
-from orchestrator.train.schedule import replanned
+from orchestrator.model.base_model_id import weight_files
+from orchestrator.run import run_dir
+from orchestrator.run.recorder import ATTEMPTS, REPORT, STEPS
 
 Note = Callable[[str], None]
 _CHECKPOINTS = "checkpoints"
@@ -47,9 +47,9 @@ def finished_before(job: JobSpec, note: Note) -> dict[str, Any] | None:
     home = Path(job.checkpoint.storage).expanduser() / job.name
     if not (home / REPORT).is_file():
         return None
-    job = folder.with_absolute_paths(job)
-    folder.require_inputs(job)
-    return finished_report(job, folder.open_run(job), note)
+    job = run_dir.with_absolute_paths(job)
+    run_dir.require_inputs(job)
+    return finished_report(job, run_dir.open_run(job), note)
 
 
 def finished_report(job: JobSpec, home: Path, note: Note) -> dict[str, Any] | None:
@@ -73,12 +73,12 @@ def finished_report(job: JobSpec, home: Path, note: Note) -> dict[str, Any] | No
     report = read_object(home / REPORT)
     if report is None:
         return None
-    before = folder.job_of(home).optim
+    before = run_dir.job_of(home).optim
     if (before.max_steps, before.epochs) != (job.optim.max_steps, job.optim.epochs):
         return None
     changed = _changed_inputs(home, job)
     if changed:
-        raise folder.changed_since(home, changed)
+        raise run_dir.changed_since(home, changed)
     _say_finished(home, report, note)
     return report
 
@@ -101,7 +101,7 @@ def require_steps_to_go(job: JobSpec, home: Path, packs: int, note: Note) -> dic
     attempts = read_lines(home / ATTEMPTS)
     if not attempts or not (home / JOB).is_file():
         return None
-    optim, old = job.optim, folder.job_of(home).optim
+    optim, old = job.optim, run_dir.job_of(home).optim
     steps = optim.steps(packs)
     planned, done = int(attempts[-1]["steps_planned"]), steps_done(home)
     require_no_fewer(job, home, steps, done)
@@ -158,7 +158,7 @@ def input_files(job: JobSpec) -> dict[str, Any]:
 def _changed_inputs(home: Path, job: JobSpec) -> list[str]:
     """Return what is not as it was when the run began, by name."""
     try:
-        files = json.loads((home / folder.DATA).read_text(encoding="utf-8"))["files"]
+        files = json.loads((home / run_dir.DATA).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return []  # a run of a version that did not write it
     changed = []

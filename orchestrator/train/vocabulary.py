@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.data.store import TokenStore
+from orchestrator.config.schema import JobSpec, SourceSpec
+from orchestrator.data.token_cache import TokenStore
 from orchestrator.errors import SpecError
 from orchestrator.model.build import load_config, stored_config
 from orchestrator.model.vocabulary import vocabulary_notes, vocabulary_problem
-from orchestrator.spec import JobSpec, SourceSpec
 
 
 def require_embedded(job: JobSpec, sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> None:

@@ -16,18 +16,18 @@ import ray.train
 import torch
 from torch import distributed as dist
 
-from cluster import hardware
-from orchestrator.data import plan
+from orchestrator.arch.model_dims import ModelShape
+from orchestrator.checkpoint import checkpointer
+from orchestrator.cluster import hardware
+from orchestrator.data import packed_dataset
+from orchestrator.engine.memory_limit import is_out_of_memory, limited_memory
 from orchestrator.errors import MemoryExhaustedError, OrchestratorError
 from orchestrator.metrics.meter import RankSteps
-from orchestrator.plan.shape import ModelShape
-from orchestrator.train import checkpoint
-from orchestrator.train.brief import Brief, evaluation_loader, training_loader
-from orchestrator.train.capacity import is_out_of_memory, limited_memory
-from orchestrator.train.failures import Failure
-from orchestrator.train.recorder import WorkerInfo
-from orchestrator.train.remedies import memory_remedies
-from orchestrator.train.run_log import rank_log
+from orchestrator.run.failures import Failure
+from orchestrator.run.recorder import WorkerInfo
+from orchestrator.run.run_log import rank_log
+from orchestrator.run.worker_config import Brief, evaluation_loader, training_loader
+from orchestrator.train.suggestions import memory_remedies
 
 _STOP_POLL_SECONDS = 0.5
 _SECONDS_TO_REPORT = 30.0
@@ -110,9 +110,9 @@ def _load_framework(brief: Brief) -> torch.device:
 
 
 def _train(brief: Brief, reporter: _Reporter, device: torch.device) -> None:
-    from orchestrator.train.disk import swap_folder
-    from orchestrator.train.engine import join_process_group
-    from orchestrator.train.ops import require_async_io
+    from orchestrator.engine.deepspeed_engine import join_process_group
+    from orchestrator.engine.deepspeed_ops import require_async_io
+    from orchestrator.engine.nvme_dir import swap_folder
 
     job = brief.job
     join_process_group(job.run.collective_timeout_seconds)
@@ -123,22 +123,22 @@ def _train(brief: Brief, reporter: _Reporter, device: torch.device) -> None:
 
 
 def _train_with(brief: Brief, ds_config: dict[str, Any], reporter: _Reporter, device: torch.device) -> None:
+    from orchestrator.engine.deepspeed_engine import start_engine
     from orchestrator.model.adapters import adapter_parameters, adapts_last_product
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
     from orchestrator.model.loss import TiledHead
     from orchestrator.parallel import ulysses
-    from orchestrator.train.engine import start_engine
     from orchestrator.train.loop import Course, train
 
     job, rank = brief.job, dist.get_rank()
-    saved = _agree(checkpoint.published(brief.checkpoints)[-1:])
+    saved = _agree(checkpointer.published(brief.checkpoints)[-1:])
     dtype = torch_dtype(brief.dtype)
     model = build_model(job, dtype, ds_config, load_weights=not saved)
     engine = start_engine(model, ds_config)
-    start = checkpoint.load(engine, saved[0]) if saved else 0
-    loader, packs, steps = training_loader(job, *plan.load(brief.training))
-    evaluation = evaluation_loader(job, *plan.load(brief.evaluation)) if brief.evaluation else None
+    start = checkpointer.load(engine, saved[0]) if saved else 0
+    loader, packs, steps = training_loader(job, *packed_dataset.load(brief.training))
+    evaluation = evaluation_loader(job, *packed_dataset.load(brief.evaluation)) if brief.evaluation else None
     course = Course(
         job=job,
         loader=loader,
@@ -250,10 +250,10 @@ class _Reporter:
             return
         started = time.perf_counter()
         self.flush()
-        path = checkpoint.save(engine, self._brief.checkpoints, step, self.attempt or 0, self._permit)
+        path = checkpointer.save(engine, self._brief.checkpoints, step, self.attempt or 0, self._permit)
         self.adopt(path)
         if self._speaks:
-            checkpoint.retain(self._brief.checkpoints, self._brief.job.checkpoint.keep)
+            checkpointer.retain(self._brief.checkpoints, self._brief.job.checkpoint.keep)
             self._sent.append(self._recorder.saved.remote(self.attempt, step, time.perf_counter() - started))
 
     def adopt(self, path: Path) -> None:
@@ -262,7 +262,7 @@ class _Reporter:
         if known is not None and Path(known.path) == path:
             return
         ray.train.report(
-            {"step": checkpoint.step_of(path)},
+            {"step": checkpointer.step_of(path)},
             checkpoint=ray.train.Checkpoint.from_directory(path),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )

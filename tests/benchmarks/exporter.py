@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from orchestrator.metrics.meter import RankStep, RankSteps
-from orchestrator.train.lease import Lease
+from orchestrator.run.recorder import Recorder, WorkerInfo
+from orchestrator.run.run_lock import Lease
 from orchestrator.train.loop import StepReport
-from orchestrator.train.recorder import Recorder, WorkerInfo
 from orchestrator.train.worker import message
 from tests.benchmarks.environment import describe, say
 

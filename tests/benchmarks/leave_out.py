@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.hardware import Device, device
-from orchestrator.plan.calibration import (
+from orchestrator.cluster.hardware import Device, device
+from orchestrator.planner.calibration import (
     MemoryConstants,
     Seconds,
     Spread,
@@ -19,9 +19,9 @@ from orchestrator.plan.calibration import (
     fit_time,
     predicted_seconds,
 )
-from orchestrator.plan.memory import GIB, GpuMemory, gpu_memory
-from orchestrator.plan.throughput import MicroSteps, TimeConstants, micro_steps
-from orchestrator.plan.work import Work
+from orchestrator.planner.memory import GIB, GpuMemory, gpu_memory
+from orchestrator.planner.step_time import MicroSteps, TimeConstants, micro_steps
+from orchestrator.planner.workload import Work
 from tests.benchmarks.measurements import Measurement, context_bytes, timed_work_of, work_of
 
 Same = Callable[["Case", "Case"], bool]

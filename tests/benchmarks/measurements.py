@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.plan.host_memory import Offload
-from orchestrator.plan.memory import CONTEXT_BYTES
-from orchestrator.plan.models import require_bundled
-from orchestrator.plan.work import Model, Work
+from orchestrator.arch.registry import require_bundled
+from orchestrator.planner.host_memory import Offload
+from orchestrator.planner.memory import CONTEXT_BYTES
+from orchestrator.planner.workload import Model, Work
 
 _UNKNOWN = ("", "unknown")
 _QUANTIZATIONS = {"none": "none", "bnb-nf4": "nf4", "bnb-int8": "int8", "nf4": "nf4", "int8": "int8",

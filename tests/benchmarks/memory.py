@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.data.store import write_index, write_shard
-from orchestrator.data.template import CONTEXT, LAST_RESPONSE, Encoded
+from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, Encoded
+from orchestrator.data.token_cache import write_index, write_shard
 from tests.benchmarks.environment import describe, say
 from tests.benchmarks.packing import lengths_of
 from tests.invariant.group import run_group

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.model import memory
+from orchestrator.model import activation_memory
 from orchestrator.train.loop import StepReport, train
 from tests.invariant.worker import Answer, Task, course_of, engine_of, main
 
@@ -81,7 +81,7 @@ def measure(task: Task) -> Answer:
     With `budget_bytes` the kernel grants no more than that on top, so that a pack which needs more fails as
     it would on a device that is full.
     """
-    memory.save_on_cpu = OnDisk  # type: ignore[misc, assignment]
+    activation_memory.save_on_cpu = OnDisk  # type: ignore[misc, assignment]
     engine = engine_of(task)
     course, listener = course_of(task, engine.module), _Quiet()
     before = _status("VmRSS")

@@ -22,9 +22,9 @@ Of 60 rows drawn from these (20 draws) leave-one-out gives 2.6 % and 8.8 %, 6.5 
 average: with fewer rows a stack less is learned, and a row within 3 % of its GPU's memory may be
 called wrongly.
 
-The general constants of orchestrator/plan were chosen with these rows in sight, which leaving rows out does
-not undo. Pages of one model (two of the five) are uncalibrated where that model is left out. Pages that no
-constant was chosen with, uncalibrated: docs/benchmarks.md.
+The general constants of orchestrator/planner were chosen with these rows in sight, which leaving rows out
+does not undo. Pages of one model (two of the five) are uncalibrated where that model is left out. Pages that
+no constant was chosen with, uncalibrated: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.metrics.flops import flops_per_token_xtuner, forward_flops, model_flops
-from orchestrator.plan.calibration import MemoryConstants, verdict
-from orchestrator.plan.memory import GIB
-from orchestrator.plan.throughput import TimeConstants
+from orchestrator.arch.flops import flops_per_token_xtuner, forward_flops, model_flops
+from orchestrator.planner.calibration import MemoryConstants, verdict
+from orchestrator.planner.memory import GIB
+from orchestrator.planner.step_time import TimeConstants
 from tests.benchmarks.environment import say
 from tests.benchmarks.leave_out import Case, Same, alike, case_of, itself, memory_constants, time_constants
 from tests.benchmarks.measurements import Measurement, read

@@ -21,11 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cluster.machines import Machines
-from orchestrator import jobfile
-from orchestrator.plan.configs import config_of
-from orchestrator.plan.planner import best_plan
-from orchestrator.plan.store import PLACE
+from orchestrator.arch.hf_config import config_of
+from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.config import loader
+from orchestrator.planner.calibration_store import PLACE
+from orchestrator.planner.search import best_plan
 from tests.benchmarks.environment import describe, say
 
 SEARCH_LIMIT_SECONDS = 1.0
@@ -49,7 +49,7 @@ def searches() -> list[dict[str, Any]]:
     """Return the seconds of a search for each job and cluster, and how many plans it predicted."""
     rows = []
     for name, text in CASES:
-        job, machines = jobfile.load(JOBS / f"{name}.yaml"), Machines.parse(text)
+        job, machines = loader.load(JOBS / f"{name}.yaml"), Machines.parse(text)
         many = job.model_copy(update={"optim": job.optim.model_copy(update={"global_batch_size": PACKS})})
         config = config_of(job.model.path)
         plan = best_plan(many, config, machines)
@@ -74,7 +74,7 @@ def commands() -> list[dict[str, Any]]:
     for name, text in CASES:
         job = str(JOBS / f"{name}.yaml")
         batch = ("--set", f"optim.global_batch_size={PACKS}")
-        arguments = ("-m", "launch.cli", "plan", job, "--gpus", text, "--explain", *batch)
+        arguments = ("-m", "orchestrator", "plan", job, "--gpus", text, "--explain", *batch)
         seconds = _median_seconds(partial(_run, *arguments))
         rows.append(
             {

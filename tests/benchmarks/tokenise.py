@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.paths import resolve
+from orchestrator.config.paths import resolve
 from tests.benchmarks.environment import describe, run_peer, say
 
 
@@ -40,8 +40,8 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
 
 def ours(path: Path, cache: Path) -> dict[str, Any]:
     """Tokenise with Ray tasks on all cores of a local Ray."""
+    from orchestrator.config.schema import ModelSpec, SourceSpec
     from orchestrator.data.tokenize import tokenize_sources
-    from orchestrator.spec import ModelSpec, SourceSpec
 
     started = time.perf_counter()
     (store,) = tokenize_sources(
@@ -101,7 +101,7 @@ def measure(rows: int, with_peers: bool) -> dict[str, Any]:
     """Return all figures of a run."""
     import ray
 
-    from cluster.auth import choose_auth_mode
+    from orchestrator.cluster.auth import choose_auth_mode
 
     choose_auth_mode()
     home = Path(tempfile.mkdtemp(prefix="tokenise-"))

@@ -19,17 +19,17 @@ from typing import Any
 
 import yaml
 
-from cluster.hardware import Device
-from orchestrator import jobfile
+from orchestrator.arch.hf_config import config_of
 from orchestrator.bench.runner import run_cells
 from orchestrator.bench.sweep import load
-from orchestrator.plan.calibration import MemoryConstants, fit_memory, fit_time, predicted_seconds
-from orchestrator.plan.configs import config_of
-from orchestrator.plan.memory import GpuMemory, gpu_memory, host_memory_of
-from orchestrator.plan.prediction import PROCESS_BYTES, work_of
-from orchestrator.plan.probe import measure, processor
-from orchestrator.plan.throughput import MicroSteps, micro_steps
-from orchestrator.plan.work import Model
+from orchestrator.cluster.hardware import Device
+from orchestrator.config import loader
+from orchestrator.planner.calibration import MemoryConstants, fit_memory, fit_time, predicted_seconds
+from orchestrator.planner.cpu_benchmark import measure, processor
+from orchestrator.planner.estimate import PROCESS_BYTES, work_of
+from orchestrator.planner.memory import GpuMemory, gpu_memory, host_memory_of
+from orchestrator.planner.step_time import MicroSteps, micro_steps
+from orchestrator.planner.workload import Model
 from tests.benchmarks.environment import describe, say
 
 SWEEP = Path(__file__).with_suffix(".yaml")
@@ -59,7 +59,7 @@ class Cell:
 
 def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping[int, Device]) -> Cell:
     """Return a cell with its parts."""
-    job = jobfile.parse(job_text)
+    job = loader.parse(job_text)
     config = config_of(job.model.path)
     model = Model.of(config)
     assert model is not None

@@ -16,7 +16,7 @@ def tokenising() -> Iterator[ModuleType]:
     """Start a local Ray in this process, so that what the driver does can be got at."""
     import ray
 
-    from cluster.auth import choose_auth_mode
+    from orchestrator.cluster.auth import choose_auth_mode
     from orchestrator.data import tokenize
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.store import TokenStore
+from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
+from orchestrator.data.token_cache import TokenStore
 from orchestrator.errors import ClusterError, SpecError
-from orchestrator.spec import DataSpec, ModelSpec, SourceSpec
 
 pytestmark = pytest.mark.ray
 

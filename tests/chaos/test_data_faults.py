@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.plan import load, plan_in
-from orchestrator.data.store import TokenStore, write_index, write_shard
-from orchestrator.data.template import Encoded
+from orchestrator.config.schema import DataSpec, SourceSpec
+from orchestrator.data.chat_template import Encoded
+from orchestrator.data.packed_dataset import load, plan_in
+from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.errors import ClusterError
-from orchestrator.spec import DataSpec, SourceSpec
 from tests.benchmarks.tokenise import write_rows
 from tests.conftest import (
     ENVIRONMENT,
@@ -217,8 +217,8 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from orchestrator.data import plan
-from orchestrator.data.store import TokenStore
-from orchestrator.spec import DataSpec, SourceSpec
+from orchestrator.data.token_cache import TokenStore
+from orchestrator.config.schema import DataSpec, SourceSpec
 
 save = np.save
 def save_and_die(file, array):

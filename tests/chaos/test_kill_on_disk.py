@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.train import disk
+from orchestrator.engine import nvme_dir
 from tests.conftest import Observed, finish, job_text, losses, orchestrator, start, step_rows, wait_until
 from tests.invariant.test_nvme import needs_async_io
 
@@ -24,7 +24,7 @@ def _job(folder: Path, where: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not MEMORY.exists() or disk._file_system_of(MEMORY.stat().st_dev) != "tmpfs",
+    not MEMORY.exists() or nvme_dir._file_system_of(MEMORY.stat().st_dev) != "tmpfs",
     reason="there is no tmpfs at /dev/shm here",
 )
 def test_a_folder_in_memory_is_refused_by_the_worker_that_sees_it(tmp_path: Path) -> None:

@@ -22,21 +22,22 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.paths import PACKAGES
 from tests.conftest import ENVIRONMENT, ROOT, Finished, finish, job_text, start, wait_until
 
 pytestmark = pytest.mark.ray
+FOREIGN_PACKAGES = ("orchestrator", "launch", "cluster", "ds_configs")
 SECRET = "canary-5e1f0c"
 PROBE = """
 import json, os, sys
 import ray
-from orchestrator.train import session
+from orchestrator.train import ray_session
 
 def seen():
-    import launch
-    return {name: os.environ.get(name) for name in ("HF_TOKEN", "GLOO_X", "MINE", "OTHER")}, launch.__file__
+    import orchestrator
+    names = ("HF_TOKEN", "GLOO_X", "MINE", "OTHER")
+    return {name: os.environ.get(name) for name in names}, orchestrator.__file__
 
-with session.connected(sys.argv[1], ["MINE"]):
+with ray_session.connected(sys.argv[1], ["MINE"]):
     task = ray.remote(num_cpus=0)(seen).remote()
     class Actor:
         def seen(self):
@@ -80,7 +81,7 @@ def head() -> Iterator[Head]:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Return a folder with packages that fail when they are imported, and with rows in a folder."""
-    for name in PACKAGES:
+    for name in FOREIGN_PACKAGES:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('of another project')\n")
     (tmp_path / "data" / "rows").mkdir(parents=True)
@@ -104,9 +105,9 @@ def test_tasks_and_actors_of_a_cluster_have_the_drivers_variables(head: Head, pr
         check=True,
         timeout=120,
     )
-    for seen, launch in json.loads(done.stdout.splitlines()[-1]):
+    for seen, package in json.loads(done.stdout.splitlines()[-1]):
         assert seen == {**variables, "OTHER": None}
-        assert launch == str(ROOT / "launch" / "__init__.py")
+        assert package == str(ROOT / "orchestrator" / "__init__.py")
 
 
 def test_two_runs_at_once_both_start_and_leave_no_value_behind(head: Head, project: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed, unavailable_reason
+from tests.support.testbed import Testbed, unavailable_reason
 
 
 def new_bed(nodes: int, cpus_per_node: int, **env: str) -> Testbed:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.cluster.beds import new_bed
 from tests.conftest import finish, job_text, start, step_rows, wait_until
-from tests.prometheus import Prometheus
+from tests.support.prometheus import Prometheus
 
 CLUSTER = "two-nodes"
 _TGS_OF_RANK_1 = 'orchestrator_tgs{run="run", rank="1"}'

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed
 from tests.cluster.beds import new_bed
 from tests.conftest import ENVIRONMENT, ROOT
+from tests.support.testbed import Testbed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
@@ -27,7 +27,7 @@ def doctor(bed: Testbed, *arguments: str, cwd: Path) -> tuple[int, str, str]:
     """Run the command on the head, as a driver of the cluster."""
     process = bed.run(
         0,
-        [sys.executable, "-m", "launch.cli", "doctor", "--address", bed.gcs_address, *arguments],
+        [sys.executable, "-m", "orchestrator", "doctor", "--address", bed.gcs_address, *arguments],
         cwd=cwd,
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
         stdout=subprocess.PIPE,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.monitored import CLUSTER, Monitored, monitored_run
 from tests.cluster.pictures import draw
-from tests.prometheus import needs_prometheus
+from tests.support.prometheus import needs_prometheus
 from tests.unit.monitoring.test_dashboards import PANELS, substituted
 from tests.unit.monitoring.test_rules import ALERTS, RECORDED
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT
-from tests.prometheus import needs_prometheus
+from tests.support.prometheus import needs_prometheus
 
 pytestmark = [pytest.mark.ray, needs_prometheus]
 _HEADING = "## From nothing to numbers in Prometheus\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed
 from tests.cluster.beds import new_bed
 from tests.conftest import Observed, job_text, losses, orchestrator, step_rows, wait_until
+from tests.support.testbed import Testbed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import netns
-from cluster.testbed import Testbed, TestbedError, unavailable_reason
 from tests.conftest import wait_until
+from tests.support import netns
+from tests.support.testbed import Testbed, TestbedError, unavailable_reason
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def test_the_number_of_nodes_has_limits(nodes: int) -> None:
 
 
 def test_the_shell_command_ends_in_order_on_a_signal() -> None:
-    argv = [sys.executable, "-m", "cluster.testbed", "up", "--nodes", "1", "--cpus-per-node", "1"]
+    argv = [sys.executable, "-m", "tests.support.testbed", "up", "--nodes", "1", "--cpus-per-node", "1"]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

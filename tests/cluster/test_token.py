@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.testbed import Testbed
 from tests.cluster.beds import new_bed
 from tests.conftest import job_text, orchestrator
+from tests.support.testbed import Testbed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5f" * 32}

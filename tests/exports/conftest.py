@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.train.export_run import export_run
+from orchestrator.export.run_exports import export_run
 from tests.exports import runs
 from tests.exports.compute import IDS
 

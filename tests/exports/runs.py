@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 import orchestrator.builtin
-from orchestrator import jobfile
+from orchestrator.checkpoint import checkpointer
+from orchestrator.config import loader
+from orchestrator.config.schema import JobSpec
+from orchestrator.export.destination import describe
 from orchestrator.model.adapters import adapt
-from orchestrator.model.base import BASE, identity
+from orchestrator.model.base_model_id import BASE, identity
 from orchestrator.model.build import base_model
-from orchestrator.spec import JobSpec
-from orchestrator.train import checkpoint
-from orchestrator.train.export_target import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = Path(orchestrator.builtin.__file__).parent / "tiny-llama"
@@ -182,7 +182,7 @@ def write_run(folder: Path, base: Path, steps: tuple[int, ...] = (2, 4), **secti
     }
     job = JobSpec.model_validate_json(json.dumps(document))
     folder.mkdir(parents=True)
-    (folder / "job.yaml").write_text(jobfile.dump(job))
+    (folder / "job.yaml").write_text(loader.dump(job))
     (folder / "deepspeed.json").write_text(
         json.dumps({name: {"enabled": False} for name in ("bf16", "fp16")})
     )
@@ -224,10 +224,10 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
 def write_checkpoint(folder: Path, step: int, state: Mapping[str, torch.Tensor]) -> Path:
     """Write and publish a checkpoint of ZeRO-0."""
     saved = folder / f"step-{step:08d}"
-    shards = saved / checkpoint.SHARDS
+    shards = saved / checkpointer.SHARDS
     shards.mkdir(parents=True)
     file = shards / "mp_rank_00_model_states.pt"
     torch.save({"module": dict(state), "optimizer": {}, "buffer_names": []}, file)
     manifest = {"step": step, "world_size": 1, "zero_stage": 0, "files": {file.name: describe(file)}}
-    (saved / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (saved / checkpointer.MANIFEST).write_text(json.dumps(manifest))
     return saved

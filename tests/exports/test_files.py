@@ -18,14 +18,14 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError, TrainingError
-from orchestrator.spec import JobSpec
-from orchestrator.train import export_config
-from orchestrator.train.base_files import base_folder, carried_files
-from orchestrator.train.export_run import export_run
-from orchestrator.train.export_target import MARKER
-from orchestrator.train.export_weights import shard_bytes
-from orchestrator.train.model_card import hub_name
+from orchestrator.export import config_files
+from orchestrator.export.base_files import base_folder, carried_files
+from orchestrator.export.destination import MARKER
+from orchestrator.export.model_card import hub_name
+from orchestrator.export.run_exports import export_run
+from orchestrator.export.weight_files import shard_bytes
 from tests.exports import compute, runs
 from tests.exports.conftest import LORA, Exported
 
@@ -80,7 +80,7 @@ def test_config_says_what_the_base_model_says(exported: dict[str, Exported]) -> 
 
 def test_rope_of_transformers_5_is_said_in_both_ways() -> None:
     def added(**base: Any) -> dict[str, Any]:
-        config = export_config.model_config(base, "bf16", "X", {})
+        config = config_files.model_config(base, "bf16", "X", {})
         assert config.items() >= base.items()
         return {
             name: value for name, value in config.items() if name.startswith(("rope_", "rotary", "partial"))
@@ -107,9 +107,7 @@ def test_rope_of_transformers_5_is_said_in_both_ways() -> None:
 
 def test_config_follows_the_weights_and_drops_their_quantisation() -> None:
     base = {"vocab_size": 10, "quantization_config": {"bits": 4}, "hidden_size": 8, "torch_dtype": "float16"}
-    config = export_config.model_config(
-        base, "bf16", "LlamaForCausalLM", {"vocab_size": 12, "hidden_size": 9}
-    )
+    config = config_files.model_config(base, "bf16", "LlamaForCausalLM", {"vocab_size": 12, "hidden_size": 9})
     assert config == {
         "vocab_size": 12,
         "hidden_size": 8,
@@ -276,7 +274,7 @@ def test_a_model_of_the_hub_is_exported_from_the_cache(cached: str, tmp_path: Pa
     """In a process of its own, as the hub's client reads its settings when it is imported."""
     script = (
         "import sys; from pathlib import Path; from tests.exports import runs\n"
-        "from orchestrator.train.export_run import export_run\n"
+        "from orchestrator.export.run_exports import export_run\n"
         "here = Path(sys.argv[1])\n"
         "for name, method in (('full', {}), ('lora', {'type': 'lora'})):\n"
         f"    made = runs.write_run(here / 'runs' / name, Path('{cached}'), method=method)\n"

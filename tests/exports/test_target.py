@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import SpecError, TrainingError
-from orchestrator.train import export_target
-from orchestrator.train.export_run import export_run
-from orchestrator.train.export_target import MARKER, draft_of, foreign_entries, free_target, target_problem
+from orchestrator.export import destination
+from orchestrator.export.destination import MARKER, draft_of, foreign_entries, free_target, target_problem
+from orchestrator.export.run_exports import export_run
 from tests.exports import runs
 
 
@@ -190,7 +190,7 @@ def test_a_failed_export_leaves_nothing_and_the_earlier_one(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("orchestrator.train.export_weights.save_file", full)
+    monkeypatch.setattr("orchestrator.export.weight_files.save_file", full)
     for target in ("model", "a/b/c"):
         with pytest.raises(TrainingError, match=r"cannot be written \(.*No space left.*make room") as caught:
             export_run(run, Path(target))
@@ -200,7 +200,7 @@ def test_a_failed_export_leaves_nothing_and_the_earlier_one(
 
 
 def test_room_is_looked_for_before_anything_is_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = export_target.shutil.disk_usage(".")
+    usage = destination.shutil.disk_usage(".")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=200_000))
     with pytest.raises(TrainingError, match=r"needs 0\.\d MiB, and .* has 0\.2 MiB free; make room"):
         export_run(place / "runs" / "case", Path("model"))
@@ -220,7 +220,7 @@ def test_a_disk_that_is_too_small_is_one_sentence(
         assert "is a mount point" in refusal(place, "small")
         for knows_room in (True, False):
             if not knows_room:  # as a quota, or another writer, makes it fail only on the way
-                monkeypatch.setattr("orchestrator.train.export_weights.require_room", lambda *_: None)
+                monkeypatch.setattr("orchestrator.export.weight_files.require_room", lambda *_: None)
             with pytest.raises(TrainingError) as caught:
                 export_run(place / "runs" / "case", Path("small/model"))
             assert len(caught.value.problems) == 1
@@ -233,7 +233,7 @@ def test_a_disk_that_is_too_small_is_one_sentence(
 _HANGS = """
 import sys, time
 from pathlib import Path
-from orchestrator.train.export_target import draft_of
+from orchestrator.export.destination import draft_of
 with draft_of(Path(sys.argv[1])) as draft:
     (draft.folder / "config.json").write_text("{}")
     if draft.target.exists():

@@ -33,9 +33,9 @@ class _Deaf:
 def main(task_file: Path, device: str) -> None:
     """Run the task and print what was found."""
     os.environ["DS_ACCELERATOR"] = device
+    from orchestrator.engine.deepspeed_engine import join_process_group, parameter_count, start_engine
     from orchestrator.model.build import build_model
-    from orchestrator.parallel.deepspeed import render
-    from orchestrator.train.engine import join_process_group, parameter_count, start_engine
+    from orchestrator.parallel.deepspeed_config import render
     from orchestrator.train.loop import train
     from tests.invariant import probe
     from tests.invariant.worker import course_of, job_of

@@ -18,12 +18,12 @@ from typing import Any, Literal
 from allpairspy import AllPairs
 from pydantic import BaseModel
 
-from orchestrator import yamltext
+from orchestrator.config import yaml_loader
+from orchestrator.config.schema import JobSpec
+from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
 from orchestrator.model.build import require_supported
-from orchestrator.rules import broken_rules
-from orchestrator.spec import JobSpec
-from orchestrator.train.folder import number_format
+from orchestrator.run.run_dir import number_format
 from tests.invariant import material
 
 Document = dict[str, Any]
@@ -195,7 +195,7 @@ def cover(choices: Collection[Choice] | None = None, begun: Sequence[Choice] = (
 def remedies(sentence: str) -> list[tuple[str, Any]]:
     """Return what a refusal says to write: dotted fields and values, and None for a field to leave out."""
     found = [
-        (_dotted(name), yamltext.value_of(value))
+        (_dotted(name), yaml_loader.value_of(value))
         for name, value in re.findall(r"\b([a-z]\w*(?:\.[a-z]\w*)?): ([\w.+-]*\w)", sentence)
     ]
     if "leave it out" in sentence:

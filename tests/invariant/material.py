@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchestrator.data import plan
+from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, SourceSpec
+from orchestrator.data import packed_dataset
+from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, Encoded
 from orchestrator.data.corpus import Corpus
 from orchestrator.data.packing import Packs
-from orchestrator.data.store import TokenStore, write_index, write_shard
-from orchestrator.data.template import CONTEXT, LAST_RESPONSE, Encoded
-from orchestrator.spec import DataSpec, JobSpec, ModelSpec, SourceSpec
+from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 
 MAX_LENGTH = 96
 VOCABULARY = 160
@@ -123,7 +123,7 @@ def job_with(model: ModelSpec, max_length: int = MAX_LENGTH) -> JobSpec:
 
 def planned(job: JobSpec, folder: Path) -> tuple[Corpus, Packs]:
     """Return the documents of a store and their packs, as a job says."""
-    return plan.make([TokenStore(folder)], [SourceSpec(path="unused")], job.data, job.run.seed)
+    return packed_dataset.make([TokenStore(folder)], [SourceSpec(path="unused")], job.data, job.run.seed)
 
 
 def job(folder: Path, workers: int, parallel: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from orchestrator.config.schema import JobSpec
+from orchestrator.export.export import fp32_weights
 from orchestrator.model.quantization import keep_weights_in_place, let_dora_read, quantization_config
-from orchestrator.spec import JobSpec
-from orchestrator.train.export import fp32_weights
 from tests.invariant import choices, material, reference
 from tests.invariant.choices import STEPS, WORKERS, Choice
 from tests.invariant.group import Outcome, has_outcome, outcome_of, run_group

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from orchestrator.config.schema import JobSpec, OptimSpec
 from orchestrator.data.corpus import Corpus, Document
-from orchestrator.spec import JobSpec, OptimSpec
-from orchestrator.train.brief import training_loader
-from orchestrator.train.schedule import learning_rate
+from orchestrator.engine.lr_schedule import learning_rate
+from orchestrator.run.worker_config import training_loader
 from tests.invariant import material
 
 Arrays = dict[str, npt.NDArray[np.float32]]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError, TrainingError
-from orchestrator.model.base import identity
+from orchestrator.export.adapter import merged_model, write_adapter
+from orchestrator.export.export import Request, export, fp32_weights
+from orchestrator.model.base_model_id import identity
 from orchestrator.model.build import require_supported
-from orchestrator.spec import JobSpec
-from orchestrator.train.adapter import merged_model, write_adapter
-from orchestrator.train.export import Request, export, fp32_weights
 from tests.exports.runs import TOKENIZER
 from tests.invariant import material, reference
 from tests.invariant.conftest import Material

@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from orchestrator.config.schema import ModelSpec
 from orchestrator.data.loader import MicroBatch
 from orchestrator.errors import SpecError
 from orchestrator.model.attention import Documents, document_attention
 from orchestrator.model.build import build_model, require_supported
 from orchestrator.model.loss import Inputs, loss_sum
-from orchestrator.spec import ModelSpec
 from tests.invariant import material
 
 CPU = torch.device("cpu")

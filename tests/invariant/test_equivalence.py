@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.spec import JobSpec
+from orchestrator.config.schema import JobSpec
 from tests.invariant import material, reference
 from tests.invariant.conftest import Material
 from tests.invariant.group import Outcome, assert_close, run_group

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.data.files import locate
+from orchestrator.config.schema import SourceSpec
+from orchestrator.data.chat_template import encode
 from orchestrator.data.formats import parse
-from orchestrator.data.store import is_trained
-from orchestrator.data.template import encode
-from orchestrator.spec import SourceSpec
+from orchestrator.data.readers import locate
+from orchestrator.data.token_cache import is_trained
 from tests.conftest import Observed
 
 pytestmark = pytest.mark.ray

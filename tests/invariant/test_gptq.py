@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.model.base import identity
-from orchestrator.spec import JobSpec
-from orchestrator.train.adapter import merged_model, write_adapter
-from orchestrator.train.export import fp32_weights
+from orchestrator.config.schema import JobSpec
+from orchestrator.export.adapter import merged_model, write_adapter
+from orchestrator.export.export import fp32_weights
+from orchestrator.model.base_model_id import identity
 from tests.invariant import material
 from tests.invariant.group import Outcome, run_group
 from tests.invariant.material import POLICIES, job

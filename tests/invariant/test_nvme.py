@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.train import checkpoint
-from orchestrator.train.export import fp32_weights
+from orchestrator.checkpoint import checkpointer
+from orchestrator.export.export import fp32_weights
 from tests.invariant import material, reference
 from tests.invariant.group import Outcome, assert_close, run_group
 from tests.invariant.test_equivalence import assert_same_training
@@ -23,7 +23,7 @@ _CACHE = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_e
 needs_async_io = pytest.mark.skipif(
     not (_CACHE / "async_io" / "async_io.so").exists(),
     reason="DeepSpeed's async_io is not compiled here; it needs libaio-dev and some minutes: "
-    "python -m orchestrator.train.ops nvme",
+    "python -m orchestrator.engine.deepspeed_ops nvme",
 )
 pytestmark = [pytest.mark.distributed, needs_async_io]
 SIZES = {"hidden_size": 512, "intermediate_size": 1024}  # MLP matrices of two mebibytes in fp32
@@ -203,12 +203,12 @@ def test_a_checkpoint_holds_the_weights_and_nothing_else(
     name: str, home: Path, outcomes: dict[str, Outcome]
 ) -> None:
     saved = home / name / SAVED
-    assert checkpoint.verify(saved) == []
-    in_memory = checkpoint.read_manifest(home / MEMORY / SAVED)["files"]
-    as_in_memory = {file.replace("bf16_zero", "zero") for file in checkpoint.read_manifest(saved)["files"]}
+    assert checkpointer.verify(saved) == []
+    in_memory = checkpointer.read_manifest(home / MEMORY / SAVED)["files"]
+    as_in_memory = {file.replace("bf16_zero", "zero") for file in checkpointer.read_manifest(saved)["files"]}
     assert as_in_memory == set(in_memory)
-    assert {path.name for path in (saved / checkpoint.SHARDS).iterdir()} == set(
-        checkpoint.read_manifest(saved)["files"]
+    assert {path.name for path in (saved / checkpointer.SHARDS).iterdir()} == set(
+        checkpointer.read_manifest(saved)["files"]
     )
     weights = fp32_weights(saved, only_trained=name == "lora")
     found = {key: weight.contiguous().detach().numpy() for key, weight in weights.items()}

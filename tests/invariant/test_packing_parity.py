@@ -14,18 +14,18 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.data import plan
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, SourceSpec
+from orchestrator.data import packed_dataset
+from orchestrator.data.chat_template import Encoded, encode
 from orchestrator.data.corpus import Corpus
-from orchestrator.data.files import locate
 from orchestrator.data.formats import parse
 from orchestrator.data.loader import PackLoader
-from orchestrator.data.store import TokenStore, write_index, write_shard
-from orchestrator.data.template import Encoded, encode
+from orchestrator.data.readers import locate
+from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.model.build import build_model
 from orchestrator.model.loss import Inputs, loss_sum
-from orchestrator.paths import resolve
-from orchestrator.spec import DataSpec, JobSpec, ModelSpec, SourceSpec
-from orchestrator.train.brief import loader
+from orchestrator.run.worker_config import loader
 from tests.invariant import material
 from tests.invariant.material import write_model
 
@@ -87,7 +87,7 @@ def _planned(home: Path, kind: str, **data: Any) -> tuple[Corpus, PackLoader, in
     source = SourceSpec(path=str(home / f"{kind}.jsonl"))
     settings = DataSpec(train=(source,), max_length=MAX_LENGTH, **data)
     job = JobSpec(name="parity", model=ModelSpec(path=str(home / "model")), data=settings)
-    corpus, packs = plan.make([TokenStore(home / kind)], [source], settings, seed=3)
+    corpus, packs = packed_dataset.make([TokenStore(home / kind)], [source], settings, seed=3)
     return corpus, loader(job, corpus, packs, 1, shuffle=True), len(packs)
 
 

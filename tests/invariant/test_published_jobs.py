@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator import jobfile
+from orchestrator.config import loader
 from tests.invariant import material
 from tests.invariant.conftest import Material
 from tests.invariant.group import Outcome, run_group
-from tests.unit.test_published_jobs import FOLDER, ROWS
+from tests.unit.config.test_published_jobs import FOLDER, ROWS
 
 pytestmark = pytest.mark.distributed
 
@@ -34,7 +34,7 @@ def toy(name: str, profile: str, model: Path, workers: int) -> dict[str, Any]:
         "parallel.device=cpu",
         "run.seed=11",
     ]
-    found: dict[str, Any] = jobfile.load(FOLDER / f"{name}.yaml", [*changes, *PROFILES[profile]]).model_dump(
+    found: dict[str, Any] = loader.load(FOLDER / f"{name}.yaml", [*changes, *PROFILES[profile]]).model_dump(
         mode="json"
     )
     found["data"]["train"] = [{"path": "unused"}]

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.model.base import identity
+from orchestrator.config.schema import JobSpec
+from orchestrator.export.adapter import merged_model, write_adapter
+from orchestrator.export.export import fp32_weights
+from orchestrator.model.base_model_id import identity
 from orchestrator.model.build import base_model
 from orchestrator.model.quantization import keep_weights_in_place
-from orchestrator.spec import JobSpec
-from orchestrator.train.adapter import merged_model, write_adapter
-from orchestrator.train.export import fp32_weights
 from tests.invariant import material, reference
 from tests.invariant.conftest import Material
 from tests.invariant.group import Outcome, run_group

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.model.base import identity
-from orchestrator.spec import JobSpec
-from orchestrator.train.export import Request, export
+from orchestrator.config.schema import JobSpec
+from orchestrator.export.export import Request, export
+from orchestrator.model.base_model_id import identity
 from tests.invariant import material
 from tests.invariant.group import Outcome, assert_close, run_group
 from tests.invariant.material import VOCABULARY

@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 from torch.nn import functional
 
+from orchestrator.config.schema import ModelSpec
 from orchestrator.data.balance import Geometry
 from orchestrator.data.corpus import Document, Int64Array
 from orchestrator.data.loader import MicroBatch, Order, PackLoader
@@ -23,8 +24,7 @@ from orchestrator.data.packing import Packs
 from orchestrator.model.build import build_model
 from orchestrator.model.loss import Inputs, loss_sum
 from orchestrator.parallel import ulysses
-from orchestrator.parallel.layout import Layout
-from orchestrator.spec import ModelSpec
+from orchestrator.parallel.parallel_dims import Layout
 from tests.invariant import material, worker
 from tests.invariant.material import VOCABULARY
 

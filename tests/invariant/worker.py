@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from orchestrator.checkpoint import checkpointer
+from orchestrator.config.schema import JobSpec
+from orchestrator.engine.deepspeed_engine import join_process_group, start_engine
 from orchestrator.errors import SpecError, TrainingError
 from orchestrator.model.build import build_model, torch_dtype
 from orchestrator.model.loss import TiledHead
 from orchestrator.parallel import ulysses
-from orchestrator.parallel.deepspeed import render
-from orchestrator.parallel.layout import Layout
-from orchestrator.spec import JobSpec
-from orchestrator.train import checkpoint
-from orchestrator.train.brief import evaluation_loader, training_loader
-from orchestrator.train.engine import join_process_group, start_engine
+from orchestrator.parallel.deepspeed_config import render
+from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.run.worker_config import evaluation_loader, training_loader
 from orchestrator.train.loop import Course, StepReport, train
 from tests.invariant import probe
 from tests.invariant.material import planned
@@ -71,7 +71,7 @@ class _Recorder:
 
     def save(self, engine: Any, step: int) -> None:
         if "save_to" in self._task:
-            checkpoint.save(engine, Path(self._task["save_to"]), step, 1, lambda: None)
+            checkpointer.save(engine, Path(self._task["save_to"]), step, 1, lambda: None)
         if step == self._task.get("end_at"):
             raise _End
 
@@ -140,7 +140,7 @@ def run_training(task: Task) -> Answer:
     initial = probe.full_parameters(engine.module) if task.get("initial") else {}
     answer: dict[str, Any] = {}
     with probe.first_gradients(engine) as gradients:
-        start = checkpoint.load(engine, Path(task["resume"])) if resumed else 0
+        start = checkpointer.load(engine, Path(task["resume"])) if resumed else 0
         try:
             train(engine, course, recorder, start)
         except _End:
@@ -167,7 +167,7 @@ def refuse_to_load(task: Task) -> Answer:
     found = {}
     for path in task["checkpoints"]:
         try:
-            checkpoint.load(engine, Path(path))
+            checkpointer.load(engine, Path(path))
             found[Path(path).name] = None
         except TrainingError as error:
             found[Path(path).name] = list(error.problems)
@@ -188,7 +188,7 @@ def fail_to_save(task: Task) -> Answer:
             engine._copy_recovery_script = _full
         try:
             with _file_limit(case.get("file_limit_bytes")):
-                checkpoint.save(engine, Path(case["folder"]), step, 1, lambda case=case: _permit(case))
+                checkpointer.save(engine, Path(case["folder"]), step, 1, lambda case=case: _permit(case))
             found[case["name"]] = None
         except Exception as error:
             found[case["name"]] = f"{type(error).__name__}: {error}"

@@ -11,28 +11,28 @@ FRAMEWORKS = ("torch", "ray", "deepspeed", "transformers", "peft", "datasets")
 LIGHT = [
     "orchestrator",
     "orchestrator.errors",
-    "orchestrator.stop",
+    "orchestrator.shutdown",
     "orchestrator.train.resume",  # a finished run is to be answered at once
-    "orchestrator.spec",
-    "orchestrator.jobfile",
+    "orchestrator.config.schema",
+    "orchestrator.config.loader",
     "orchestrator.checks.job",
-    "orchestrator.checks.unusual",
-    "orchestrator.parallel.layout",
-    "orchestrator.parallel.deepspeed",
+    "orchestrator.checks.warnings",
+    "orchestrator.parallel.parallel_dims",
+    "orchestrator.parallel.deepspeed_config",
     "orchestrator.data.packing",
     "orchestrator.data.balance",
     "orchestrator.metrics.catalogue",
-    "orchestrator.metrics.flops",
+    "orchestrator.arch.flops",
     "orchestrator.metrics.meter",
     "orchestrator.bench.report",
-    "launch.kubernetes",
-    "launch.kubernetes_size",
-    "launch.kubernetes_lint",
+    "orchestrator.kubernetes.rayjob",
+    "orchestrator.kubernetes.pod_sizing",
+    "tests.support.kubernetes_lint",
     *(
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        for file in (ROOT / "orchestrator/plan").glob("*.py")
+        for room in ("arch", "planner", "cluster", "config")
+        for file in (ROOT / "orchestrator" / room).glob("*.py")
     ),
-    *(".".join(file.relative_to(ROOT).with_suffix("").parts) for file in (ROOT / "cluster").glob("*.py")),
 ]
 EXISTING = sorted(
     name.removesuffix(".__init__")
@@ -52,7 +52,11 @@ def loaded_by(statement: str) -> str:
 
 
 def test_the_list_is_not_empty() -> None:
-    assert {"cluster.placement", "orchestrator.plan.shape", "orchestrator.jobfile"} <= set(EXISTING)
+    assert {
+        "orchestrator.cluster.placement",
+        "orchestrator.arch.model_dims",
+        "orchestrator.config.loader",
+    } <= set(EXISTING)
 
 
 def test_light_modules_load_no_framework() -> None:
@@ -67,8 +71,8 @@ def test_a_module_outside_the_zone_would_be_seen(name: str) -> None:
 def test_a_job_is_read_and_rendered_without_a_framework() -> None:
     statement = (
         "from pathlib import Path\n"
-        "from orchestrator.jobfile import dump, json_schema, load\n"
-        "from orchestrator.parallel.deepspeed import render\n"
+        "from orchestrator.config.loader import dump, json_schema, load\n"
+        "from orchestrator.parallel.deepspeed_config import render\n"
         "job = load(Path('launch/jobs/quickstart.yaml'))\n"
         "assert dump(job) and json_schema() and render(job, 'bf16', 'cuda')"
     )

@@ -1,30 +1,95 @@
-"""Three packages have generic names: from any other directory, Python must find those of this checkout."""
+"""One import package: a checkout, a wheel and a submitted working_dir find themselves among foreign packages.
+
+Ray puts the working directory of a job first on `sys.path`, and a project may have folders that are called
+`launch`, `cluster` or `ds_configs`, as top-level folders of this repository are.
+"""
 
 import json
+import os
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-DISTRIBUTION = "orchestrator-llm-trainer"
-PACKAGES = ("orchestrator", "cluster", "launch", "ds_configs")
+from orchestrator.config import loader
+from orchestrator.package_data import RESOURCES, ROOT
+from orchestrator.submit import working_dir
 
+DISTRIBUTION = "orchestrator-llm-trainer"
+FOREIGN_PACKAGES = ("launch", "cluster", "ds_configs")
+JOB = ROOT / "launch" / "jobs" / "quickstart.yaml"
 CODE = f"""
-import importlib, json
-from importlib import resources
-places = {{name: importlib.import_module(name).__file__ for name in {PACKAGES}}}
-names = [each.name for each in resources.files("ds_configs").iterdir()]
-policies = sorted(name for name in names if name.endswith(".json"))
-print(json.dumps({{"places": places, "policies": policies}}))
+import json, orchestrator
+from orchestrator.cluster.hardware import device
+from orchestrator.package_data import resource
+found = {{name: str(resource(name)) for name in {RESOURCES!r}}}
+policies = sorted(path.name for path in resource("ds_configs").glob("*.json"))
+gpu = device("H100-80G-SXM").name
+print(json.dumps({{"package": orchestrator.__file__, "found": found, "policies": policies, "gpu": gpu}}))
 """
 
 
-def installed_here() -> bool:
-    """Tell whether this checkout, and not another one, is what the environment has installed."""
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """Return a working directory with packages of another project, which fail when they are imported."""
+    folder = tmp_path / "project"
+    for name in FOREIGN_PACKAGES:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise RuntimeError('of another project')\n")
+    return folder
+
+
+def found_by(python_path: Path | None, cwd: Path) -> dict[str, Any]:
+    """Return which package and data files a Python with `cwd` first on its path finds."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if python_path is not None:
+        environment["PYTHONPATH"] = str(python_path)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def run_plan(*options: str, cwd: Path, python_path: Path) -> dict[str, Any]:
+    """Return what `orchestrator plan` prints for the quickstart job: it reads policies and the catalogue."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            *options,
+            "-m",
+            "orchestrator",
+            "plan",
+            str(JOB),
+            "--gpus",
+            "8xA100-80G-SXM",
+            "--json",
+        ],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(python_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
+
+
+def assert_complete(found: dict[str, Any], package: Path, resources: Path) -> None:
+    assert Path(found["package"]).resolve() == (package / "__init__.py").resolve()
+    assert found["found"] == {name: str(resources / name) for name in RESOURCES}
+    assert found["policies"] == sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
+    assert found["gpu"] == "H100-80G-SXM"
+
+
+def is_installed_from_here() -> bool:
+    """Return whether the environment has this checkout installed, and not another one."""
     try:
         direct = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except metadata.PackageNotFoundError:
@@ -32,28 +97,42 @@ def installed_here() -> bool:
     return direct is not None and json.loads(direct).get("url") == ROOT.as_uri()
 
 
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Any:
-    """Return what a Python that is started in another directory finds."""
-    if not installed_here():
+def test_an_editable_install_is_found_among_foreign_packages(foreign: Path) -> None:
+    if not is_installed_from_here():
         pytest.skip(f"this checkout is not installed in {sys.prefix}; run: pip install --no-deps -e .")
-    (tmp_path / "empty").mkdir()
-    result = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=tmp_path / "empty", capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    assert_complete(found_by(None, foreign), ROOT / "orchestrator", ROOT)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_is_found_in_this_checkout(elsewhere: Any, package: str) -> None:
-    assert Path(elsewhere["places"][package]).resolve() == ROOT / package / "__init__.py"
+def test_a_checkout_is_found_among_foreign_packages(foreign: Path) -> None:
+    assert_complete(found_by(ROOT, foreign), ROOT / "orchestrator", ROOT)
+    run_plan(cwd=foreign, python_path=ROOT)
 
 
-def test_policies_are_found_beside_their_package(elsewhere: Any) -> None:
-    assert elsewhere["policies"] == sorted(file.name for file in (ROOT / "ds_configs").glob("*.json"))
+def test_a_working_dir_is_found_among_foreign_packages(foreign: Path) -> None:
+    (foreign / "orchestrator").mkdir()  # `submit` runs where the project has even a package of this name
+    (foreign / "orchestrator" / "__init__.py").write_text("raise RuntimeError('of another project')\n")
+    travelled = foreign.parent / "working_dir"
+    travelled.mkdir()
+    job = loader.load(JOB, ["checkpoint.storage=/mnt/runs"])
+    working_dir.pack(job, travelled, lambda _: None)
+    found = found_by(None, travelled)
+    assert_complete(found, travelled / "orchestrator", travelled / "orchestrator" / "_bundled")
+    run_plan("-P", cwd=foreign, python_path=travelled)
 
 
-def test_every_folder_of_a_package_is_a_regular_one() -> None:
-    folders = {file.parent for package in PACKAGES for file in (ROOT / package).rglob("*.py")}
+def test_a_wheel_is_found_among_foreign_packages(foreign: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist", str(ROOT)]
+    done = subprocess.run(build, cwd=foreign.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (foreign.parent / "dist").glob("*.whl")
+    site = foreign.parent / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    top_level = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
+    assert top_level == {"orchestrator"}
+    assert_complete(found_by(site, foreign), site / "orchestrator", site / "orchestrator" / "_bundled")
+    assert run_plan(cwd=foreign, python_path=site) == run_plan(cwd=foreign, python_path=ROOT)
+
+
+def test_every_folder_of_the_package_is_a_regular_package() -> None:
+    folders = {file.parent for file in (ROOT / "orchestrator").rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.bench.results import Row
-from orchestrator.spec import JobSpec
+from orchestrator.config.schema import JobSpec
 
 # The sizes of Llama-2-7B.
 LLAMA_7B = {

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator import jobfile
 from orchestrator.checks import folders
 from orchestrator.checks.folders import (
     ATTEMPTS,
@@ -20,8 +19,9 @@ from orchestrator.checks.folders import (
     with_absolute_paths,
 )
 from orchestrator.checks.job import all_problems, refusals
-from orchestrator.spec import JobSpec
-from orchestrator.train import recorder
+from orchestrator.config import loader
+from orchestrator.config.schema import JobSpec
+from orchestrator.run import recorder
 
 
 def job(storage: Path | str, **sections: Any) -> JobSpec:
@@ -83,7 +83,7 @@ def test_storage_and_the_disk_of_offloading_are_looked_at(tmp_path: Path) -> Non
 
 def record(home: Path, old: JobSpec, attempts: bool = True) -> None:
     home.mkdir(parents=True)
-    (home / JOB).write_text(jobfile.dump(with_absolute_paths(old)))
+    (home / JOB).write_text(loader.dump(with_absolute_paths(old)))
     if attempts:
         (home / ATTEMPTS).write_text("{}\n")
 

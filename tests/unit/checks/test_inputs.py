@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator import jobfile
 from orchestrator.checks.inputs import input_problems, require_inputs
 from orchestrator.checks.job import all_problems
+from orchestrator.config import loader
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.paths import resolve
-from orchestrator.spec import JobSpec
 
 ROW = '{"instruction": "a", "output": "b"}\n'
 
@@ -208,17 +208,17 @@ checkpoint:
 """
     (here / "job.yaml").write_text(text)
     with pytest.raises(SpecError) as problem:
-        jobfile.load(here / "job.yaml", (), all_problems)
+        loader.load(here / "job.yaml", (), all_problems)
     places = [sentence.split(": ")[0] for sentence in problem.value.problems]
     assert sorted(places) == sorted(f"job.yaml:{line}" for line in (3, 7, 8, 9, 11, 13))
     with pytest.raises(SpecError) as problem:  # of a section that is wrong, nothing is said twice
-        jobfile.load(here / "job.yaml", ["data.train=5"], all_problems)
+        loader.load(here / "job.yaml", ["data.train=5"], all_problems)
     assert not any("absent.jsonl" in sentence for sentence in problem.value.problems)
 
 
 def test_what_validate_finds_is_what_train_refuses(here: Path) -> None:
-    wanted = yaml.safe_load(jobfile.dump(job(path="absent.json")))
-    spec = jobfile.parse(yaml.safe_dump(wanted))
+    wanted = yaml.safe_load(loader.dump(job(path="absent.json")))
+    spec = loader.parse(yaml.safe_dump(wanted))
     with pytest.raises(SpecError) as problem:
         require_inputs(spec)
     assert list(problem.value.problems) == found(spec)
@@ -228,7 +228,7 @@ def test_heads_that_cannot_be_shared_and_packages_that_are_not_installed(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    spec = jobfile.parse(
+    spec = loader.parse(
         "name: job\nmodel: {path: model}\ndata: {train: [{path: rows.jsonl}], max_length: 510}\n"
         "parallel: {workers: 3, sequence_parallel_size: 3}\n"
         "optim: {optimizer: paged_adamw, global_batch_size: 3}\nmetrics: {trackers: [wandb]}\n"

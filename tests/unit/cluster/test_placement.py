@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.placement import capacity, missing
-from cluster.topology import Node
+from orchestrator.cluster.placement import capacity, missing
+from orchestrator.cluster.topology import Node
 
 
 def node(number: int, cpus: float, gpus: float, alive: bool = True) -> Node:

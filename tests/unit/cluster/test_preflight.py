@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import preflight
-from cluster.preflight import PACKAGES, Finding, Found, Gpu, judge
+from orchestrator.cluster import preflight
+from orchestrator.cluster.preflight import PACKAGES, Finding, Found, Gpu, judge
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81559, "570.1")
 VERSIONS = {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.topology import Node, from_state_api
+from orchestrator.cluster.topology import Node, from_state_api
 
 LIVE = {
     "node_id": "b",

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.paths import resolve
+from orchestrator.config.paths import resolve
 from tests.unit.data.talks import TOOL_TEMPLATE, with_template, without_marks
 
 

@@ -4,15 +4,15 @@ import copy
 import json
 from typing import Any
 
-from orchestrator.data.formats import Malformed
-from orchestrator.data.rows import Conversation, Instruction, Row
-from orchestrator.data.template import (
+from orchestrator.data.chat_template import (
     LAST_RESPONSE,
     RESPONSE,
     Encoded,
     Template,
     encode,
 )
+from orchestrator.data.formats import Malformed
+from orchestrator.data.rows import Conversation, Instruction, Row
 
 PLAIN = Instruction("Name a colour.", "", "Blue.")
 WITH_INPUT = Instruction("Translate.", "bleu", "Blue {sic}.")

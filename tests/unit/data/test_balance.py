@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.arch.flops import forward_flops
+from orchestrator.arch.model_dims import ModelShape
 from orchestrator.data.balance import Geometry, deal, epoch_order, wait_factor
 from orchestrator.data.packing import best_fit
-from orchestrator.metrics.flops import forward_flops
-from orchestrator.plan.shape import ModelShape
 
 LLAMA_2_7B = ModelShape(4096, 32, 32, 32, 128, 11008, 32000)
 

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from orchestrator.data.formats import Malformed, parse
-from orchestrator.data.rows import Conversation, Row, Text, Tokens
-from orchestrator.data.template import (
+from orchestrator.data.chat_template import (
     CONTEXT,
     LAST_RESPONSE,
     Encoded,
@@ -17,6 +15,8 @@ from orchestrator.data.template import (
     encode,
     render,
 )
+from orchestrator.data.formats import Malformed, parse
+from orchestrator.data.rows import Conversation, Row, Text, Tokens
 from tests.unit.data.talks import (
     PLAIN,
     TOOL_ROWS,

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.config.schema import DataSpec, SourceSpec
+from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded
 from orchestrator.data.corpus import Account, Corpus, build, choose_rows
-from orchestrator.data.store import LossOn, TokenStore, write_index, write_shard
-from orchestrator.data.template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded
+from orchestrator.data.token_cache import LossOn, TokenStore, write_index, write_shard
 from orchestrator.errors import SpecError
-from orchestrator.spec import DataSpec, SourceSpec
 
 Truncation = Literal["right", "left", "drop", "split"]
 TRUNCATIONS: list[Truncation] = ["right", "left", "drop", "split"]

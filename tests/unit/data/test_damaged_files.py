@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from orchestrator.data.files import DataFile, locate
+from orchestrator.data.readers import DataFile, locate
 from orchestrator.data.sources import looks_like_hub_name, source_problem
 from orchestrator.errors import SpecError
-from tests.unit.data.test_files import (
+from tests.unit.data.test_readers import (
     KINDS,
     ROWS,
     problem_of,

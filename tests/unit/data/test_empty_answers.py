@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data import tokenize
+from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded, Template, encode
 from orchestrator.data.corpus import build
-from orchestrator.data.files import Block
-from orchestrator.data.rejects import left_out, require_rows
+from orchestrator.data.readers import Block
 from orchestrator.data.rows import Conversation, Instruction, Learnt, Text, learnt_of
-from orchestrator.data.store import TokenStore, write_index, write_shard
-from orchestrator.data.template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded, Template, encode
+from orchestrator.data.skipped_rows import left_out, require_rows
+from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.errors import SpecError
-from orchestrator.paths import resolve
-from orchestrator.spec import DataSpec, ModelSpec, SourceSpec
 from tests.unit.data.talks import TOOL_TEMPLATE, talk, with_template, without_marks
 
 MODEL = ModelSpec(path="builtin/tiny-llama")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from orchestrator.config.paths import resolve
 from orchestrator.data.encoder import _SPLITS, Encoder, splits_before_spaces
-from orchestrator.paths import resolve
 
 SAMPLE = [json.loads(line)["output"] for line in resolve("builtin/alpaca_sample").read_text().splitlines()]
 SPECIAL = ["<|a|>", "<|a|>b", "</s>", "[X]"]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.formats import parse
 from orchestrator.data.rows import Learnt, empty_answers, learnt_of, nothing_to_learn
-from orchestrator.spec import DataSpec, SourceSpec
 from tests.unit.data.test_formats import CALL, assistant, turn, user
 
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launch.kubernetes import IMAGES, RAY_VERSION, rayjob_spec
-from launch.kubernetes_size import Wanted, size_of
-from orchestrator import jobfile
+from orchestrator.config import loader
+from orchestrator.kubernetes.pod_sizing import Wanted, size_of
+from orchestrator.kubernetes.rayjob import IMAGES, RAY_VERSION, rayjob_spec
 from tests.conftest import ROOT
 
 DOCKERFILES = {kind: ROOT / "k8s" / "images" / f"Dockerfile.{kind}" for kind in IMAGES}
@@ -62,8 +62,9 @@ def test_all_that_is_installed_is_copied_and_there(kind: str) -> None:
         for name in line.split()[1:-1]
     ]
     assert [name for name in copied if not (ROOT / name).exists()] == []
-    packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    assert {*packages, "constraints", "pyproject.toml", "README.md"} <= set(copied)
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {*wheel["packages"], *(name.split("/")[0] for name in wheel["force-include"])}
+    assert {*needed, "constraints", "pyproject.toml", "README.md"} <= set(copied)
     asked = re.findall(r"\.\[([\w,]+)\]|EXTRAS=([\w,]+)", "\n".join(lines))
     extras = {extra for found in asked for part in found for extra in part.split(",") if extra}
     assert extras
@@ -72,7 +73,7 @@ def test_all_that_is_installed_is_copied_and_there(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(IMAGES))
 def test_pods_run_as_the_user_of_the_image_in_its_home(kind: str) -> None:
-    job = jobfile.load(ROOT / "k8s" / "base" / "job.yaml")
+    job = loader.load(ROOT / "k8s" / "base" / "job.yaml")
     head = rayjob_spec(job, Wanted(), size_of(job, Wanted(), "cpu"), "c")["rayClusterSpec"]["headGroupSpec"]
     pod = head["template"]["spec"]
     user, group = pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsGroup"]

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import kubernetes_lint
-from launch.kubernetes import documents
-from launch.kubernetes_lint import lint, problems_of
-from launch.kubernetes_size import Wanted, size_of
-from orchestrator import jobfile
+from orchestrator.config import loader
+from orchestrator.kubernetes.pod_sizing import Wanted, size_of
+from orchestrator.kubernetes.rayjob import documents
 from tests.conftest import ROOT
+from tests.support import kubernetes_lint
+from tests.support.kubernetes_lint import lint, problems_of
 from tests.unit.k8s.schemas import core_problem, custom_problems
 
 
 def rayjob() -> dict[str, Any]:
-    job = jobfile.load(ROOT / "k8s" / "base" / "job.yaml")
+    job = loader.load(ROOT / "k8s" / "base" / "job.yaml")
     return documents(job, Wanted(nodes=2), size_of(job, Wanted(nodes=2), "cpu"))[1]
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.hardware import CATALOGUE
-from launch.kubernetes import PART_OF, documents, dump, rayjob_spec
-from launch.kubernetes_lint import problems_of
-from launch.kubernetes_size import GIB, RAY_PORTS, Wanted, size_of
-from orchestrator import jobfile
+from orchestrator.cluster.hardware import CATALOGUE
+from orchestrator.config import loader
+from orchestrator.config.schema import JobSpec
+from orchestrator.kubernetes.pod_sizing import GIB, RAY_PORTS, Wanted, size_of
+from orchestrator.kubernetes.rayjob import PART_OF, documents, dump, rayjob_spec
 from orchestrator.metrics.catalogue import PREFIX
 from orchestrator.metrics.endpoint import AUTO_PORTS
-from orchestrator.spec import JobSpec
 from tests.conftest import ENVIRONMENT, ROOT
+from tests.support.kubernetes_lint import problems_of
 from tests.unit.k8s.schemas import core_problem, custom_problems, is_custom, pods, templates
 
 BASE = ROOT / "k8s" / "base"
@@ -52,7 +52,7 @@ def cluster_of(ray: dict[str, Any]) -> Any:
 
 def job_of(name: str) -> JobSpec:
     file = ROOT / "k8s" / "overlays" / name / "job.yaml"
-    return jobfile.load(file if file.exists() else BASE / "job.yaml")
+    return loader.load(file if file.exists() else BASE / "job.yaml")
 
 
 def test_what_is_looked_at_is_there() -> None:
@@ -272,7 +272,7 @@ def test_nodes_are_chosen_by_a_device_of_the_catalogue(build: Any, name: str) ->
 )
 def test_the_job_inside_is_valid_and_its_endpoint_can_be_scraped(build: Any, folder: str) -> None:
     (config,) = of_kind(build(folder), "ConfigMap")
-    job = jobfile.parse(config["data"]["job.yaml"])
+    job = loader.parse(config["data"]["job.yaml"])
     assert job == job_of(Path(folder).name)
     assert job.metrics.host == "0.0.0.0"
     assert job.parallel.device != "auto"
@@ -299,7 +299,7 @@ def test_a_long_lived_cluster_is_that_of_the_job_without_the_job(build: Any) -> 
 
 
 def test_the_base_is_what_render_prints() -> None:
-    job, wanted = jobfile.load(BASE / "job.yaml"), Wanted(nodes=2)
+    job, wanted = loader.load(BASE / "job.yaml"), Wanted(nodes=2)
     size = size_of(job, wanted, "cpu")
     _, rayjob = documents(job, wanted, size)
     rayjob["metadata"] = {"name": "orchestrator", "labels": PART_OF}
@@ -318,7 +318,7 @@ def test_the_lint_reads_what_kustomize_prints(build: Any) -> None:
     broken = text.replace("K8sJobMode", "Foo")
     results = [
         subprocess.run(
-            [sys.executable, "-m", "launch.kubernetes_lint", "-"],
+            [sys.executable, "-m", "tests.support.kubernetes_lint", "-"],
             input=each, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
         )
         for each in (text, broken)

@@ -18,8 +18,8 @@ from orchestrator.metrics import endpoint, targets
 from orchestrator.metrics.endpoint import Endpoint
 from orchestrator.metrics.exporter import Exporter, require_port
 from orchestrator.metrics.targets import Target, address
-from orchestrator.train.lease import Lease
-from orchestrator.train.recorder import Recorder
+from orchestrator.run.recorder import Recorder
+from orchestrator.run.run_lock import Lease
 from tests.conftest import ROOT
 
 

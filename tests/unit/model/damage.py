@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from orchestrator.spec import JobSpec
+from orchestrator.config.schema import JobSpec
 from tests.invariant import material
 
 FILE = "model.safetensors"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from orchestrator.config.schema import MethodSpec
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
 from orchestrator.model.adapters import adapt, adapter_parameters
-from orchestrator.spec import MethodSpec
 
 
 def build(kind: str = "llama", **changes: Any) -> Any:

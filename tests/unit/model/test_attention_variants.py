@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from orchestrator.model import attention, dense
+from orchestrator.model import attention, sdpa
 from orchestrator.model.attention import Documents, document_attention
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ LENGTHS = [5, 17, 33, 1, 9, 63, 2, 62]
 @pytest.fixture(params=[(512, 64), (8, 3)], ids=["whole", "blocks"], autouse=True)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute these short documents as one block of queries, and as many."""
-    monkeypatch.setattr(dense, "_QUERIES_AT_ONCE", request.param[0])
-    monkeypatch.setattr(dense, "_LEAST_BLOCK", request.param[1])
+    monkeypatch.setattr(sdpa, "_QUERIES_AT_ONCE", request.param[0])
+    monkeypatch.setattr(sdpa, "_LEAST_BLOCK", request.param[1])
 
 
 def tensors(lengths: Sequence[int], dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.config.schema import MethodSpec
 from orchestrator.data.loader import MicroBatch
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
 from orchestrator.model.adapters import adapt
 from orchestrator.model.loss import Inputs, TiledHead, loss_sum
-from orchestrator.spec import MethodSpec
 
 LENGTHS = (9, 4, 11)
 EVERY_OTHER = [3, 5, 7, 10, 12, 15, 17, 19, 21]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.config.schema import DataSpec, JobSpec, MethodSpec, ModelSpec, ParallelSpec, SourceSpec
 from orchestrator.model.adapters import adapt
 from orchestrator.model.quantization import quantization_config, quantization_problem
-from orchestrator.spec import DataSpec, JobSpec, MethodSpec, ModelSpec, ParallelSpec, SourceSpec
 
 GPTQ = SimpleNamespace(quantization_config={"quant_method": "gptq", "bits": 4})
 PLAIN = SimpleNamespace()

@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.arch.hf_config import config_of, resized
+from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.parameters import parameter_count
+from orchestrator.config.schema import JobSpec, ModelSpec
+from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
-from orchestrator.model.base import identity
+from orchestrator.model.base_model_id import identity
 from orchestrator.model.build import (
     base_model,
     build_model,
@@ -20,13 +25,8 @@ from orchestrator.model.build import (
     skeleton,
     stored_config,
 )
-from orchestrator.model.support import balance_note, length_note, model_notes
+from orchestrator.model.compatibility import balance_note, length_note, model_notes
 from orchestrator.model.vocabulary import tokenizer_rows, vocabulary_notes, vocabulary_problem
-from orchestrator.plan.configs import config_of, resized
-from orchestrator.plan.parameters import parameter_count
-from orchestrator.plan.shape import ModelShape
-from orchestrator.rules import broken_rules
-from orchestrator.spec import JobSpec, ModelSpec
 from tests.invariant import material
 from tests.invariant.material import VOCABULARY
 

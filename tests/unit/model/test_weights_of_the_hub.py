@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.config.schema import ModelSpec
 from orchestrator.errors import SpecError
 from orchestrator.model.build import build_model, require_supported, stored_config
 from orchestrator.model.weights import weight_files
-from orchestrator.spec import ModelSpec
 from tests.unit.model.damage import SECOND, STAGE_2, configure, job, shard
 
 

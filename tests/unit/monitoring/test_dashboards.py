@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.monitoring import devices, panels
-from launch.monitoring.manifests import TARGET, prometheus_rule
+from orchestrator.dashboards import devices, panels
+from orchestrator.dashboards.prometheus_rules import TARGET, prometheus_rule
 from orchestrator.metrics import catalogue
-from tests.prometheus import MONITORING
+from tests.support.prometheus import MONITORING
 from tests.unit.monitoring.test_rules import RECORDED, labels_in, names_in, promtool
 
 FOLDER = MONITORING / "grafana" / "dashboards"
@@ -130,13 +130,13 @@ def test_prometheus_takes_every_query(tmp_path: Path) -> None:
 def test_files_are_what_the_code_writes() -> None:
     if util.find_spec("grafana_foundation_sdk") is None:
         pytest.skip("grafana-foundation-sdk is missing: pip install -e .[dashboards]")
-    from launch.monitoring.dashboards import files
+    from orchestrator.dashboards.grafana import files
 
     assert {file.name: file.read_text() for file in FOLDER.glob("*.json")} == files()
 
 
 def test_the_operators_manifest_holds_the_rules() -> None:
-    """Written anew by `python -m launch.monitoring.manifests`."""
+    """Written anew by `python -m orchestrator.dashboards.prometheus_rules`."""
     assert TARGET.read_text() == prometheus_rule()
 
 

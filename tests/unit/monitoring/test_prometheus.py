@@ -13,10 +13,10 @@ from orchestrator.metrics import targets
 from orchestrator.metrics.endpoint import Endpoint
 from orchestrator.metrics.exporter import Exporter
 from orchestrator.metrics.meter import RankStep, RankSteps
-from orchestrator.train.lease import Lease
-from orchestrator.train.recorder import Recorder, WorkerInfo
+from orchestrator.run.recorder import Recorder, WorkerInfo
+from orchestrator.run.run_lock import Lease
 from tests.conftest import wait_until
-from tests.prometheus import Prometheus, needs_prometheus
+from tests.support.prometheus import Prometheus, needs_prometheus
 from tests.unit.monitoring.test_dashboards import PANELS, substituted
 from tests.unit.monitoring.test_rules import RECORDED
 

@@ -14,7 +14,7 @@ import yaml
 
 from orchestrator.metrics import catalogue
 from tests.conftest import ROOT
-from tests.prometheus import MONITORING
+from tests.support.prometheus import MONITORING
 
 RULES = [
     {**rule, "group": group["name"]}

@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 from ray import cloudpickle
 
-from orchestrator import jobfile
+from orchestrator.config import loader
+from orchestrator.config.paths import ROOT
+from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.paths import ROOT
-from orchestrator.spec import JobSpec
-from orchestrator.train import environment, folder
+from orchestrator.run import run_dir
+from orchestrator.train import environment
 
 SECRET = "hunter-2"
 
 
 def job(**env: str | None) -> JobSpec:
-    return jobfile.parse(
+    return loader.parse(
         json.dumps(
             {
                 "name": "run",
@@ -87,7 +88,7 @@ def test_variables_that_are_not_set_are_all_named() -> None:
 
 def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
     asked = job(TOKEN=SECRET)
-    folder.record_job(tmp_path, asked)
+    run_dir.record_job(tmp_path, asked)
     written = (tmp_path / "job.yaml").read_text()
     for text in (
         written,
@@ -98,7 +99,7 @@ def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
     ):
         assert "TOKEN" in text
         assert SECRET not in text
-    assert folder.job_of(tmp_path).run.env == {"TOKEN": None}
+    assert run_dir.job_of(tmp_path).run.env == {"TOKEN": None}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
 def test_no_error_shows_a_value(env: object) -> None:
     text = f"name: run\nmodel: {{path: m}}\ndata: {{train: [{{path: d}}]}}\nrun: {{env: {json.dumps(env)}}}\n"
     with pytest.raises(SpecError) as caught:
-        jobfile.parse(text)
+        loader.parse(text)
     assert SECRET not in str(caught.value)
     assert "run.env" in str(caught.value)
 
@@ -117,7 +118,7 @@ def test_no_error_shows_a_value(env: object) -> None:
 )
 def test_no_error_of_an_override_shows_a_value(override: str) -> None:
     with pytest.raises(SpecError) as caught:
-        jobfile.parse("name: run\nmodel: {path: m}\ndata: {train: [{path: d}]}\n", [override.format(SECRET)])
+        loader.parse("name: run\nmodel: {path: m}\ndata: {train: [{path: d}]}\n", [override.format(SECRET)])
     assert SECRET not in str(caught.value)
 
 
@@ -133,41 +134,41 @@ def test_other_variables_do_not_make_another_job(tmp_path: Path) -> None:
     asked = asked.model_copy(
         update={"checkpoint": asked.checkpoint.model_copy(update={"storage": str(tmp_path)})}
     )
-    folder.open_run(asked)
-    folder.record_job(home, asked)
+    run_dir.open_run(asked)
+    run_dir.record_job(home, asked)
     (home / "attempts.jsonl").write_text("{}\n")
-    folder.open_run(asked)
+    run_dir.open_run(asked)
     run = asked.run.model_copy(update={"env": {}})
-    folder.open_run(asked.model_copy(update={"run": run}))
+    run_dir.open_run(asked.model_copy(update={"run": run}))
 
 
 def test_data_that_were_unpacked_elsewhere_do_not_make_another_job(tmp_path: Path) -> None:
     def unpacked(session: str, digest: str, name: str) -> JobSpec:
         path = f"/tmp/ray/{session}/runtime_resources/working_dir_files/_ray_pkg_{digest}/data/{name}"
         text = {"name": "run", "model": {"path": "m"}, "data": {"train": [{"path": path}]}}
-        return jobfile.parse(json.dumps({**text, "checkpoint": {"storage": str(tmp_path)}}))
+        return loader.parse(json.dumps({**text, "checkpoint": {"storage": str(tmp_path)}}))
 
     first = unpacked("session_1", "0a1b", "rows.jsonl")
-    home = folder.open_run(first)
-    folder.record_job(home, first)
+    home = run_dir.open_run(first)
+    run_dir.record_job(home, first)
     (home / "attempts.jsonl").write_text("{}\n")
-    folder.open_run(unpacked("session_2", "ffff", "rows.jsonl"))
+    run_dir.open_run(unpacked("session_2", "ffff", "rows.jsonl"))
     with pytest.raises(SpecError, match=r"data\.train\.0\.path"):
-        folder.open_run(unpacked("session_2", "ffff", "other.jsonl"))
+        run_dir.open_run(unpacked("session_2", "ffff", "other.jsonl"))
 
 
 def test_the_set_up_of_a_worker_takes_our_packages_and_not_those_of_the_working_directory(
     tmp_path: Path,
 ) -> None:
     """Ray runs it before it puts the driver's working directory on the path."""
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "__init__.py").write_text("raise RuntimeError('theirs')")
+    (tmp_path / "orchestrator").mkdir()
+    (tmp_path / "orchestrator" / "__init__.py").write_text("raise RuntimeError('theirs')")
     (tmp_path / "setup").write_bytes(cloudpickle.dumps(environment.worker_setup({"TOKEN": SECRET})))
     code = (
         "import pickle, sys, os; pickle.load(open('setup', 'rb'))(); sys.path.insert(0, os.getcwd());"
-        "import launch; print(launch.__file__, os.environ['TOKEN'])"
+        "import orchestrator; print(orchestrator.__file__, os.environ['TOKEN'])"
     )
     command = [sys.executable, "-P", "-c", code]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(ROOT / "launch" / "__init__.py"), SECRET]
+    assert done.stdout.split() == [str(ROOT / "orchestrator" / "__init__.py"), SECRET]

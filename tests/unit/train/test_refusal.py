@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
 from orchestrator.errors import SpecError
-from orchestrator.spec import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
 from orchestrator.train import driver
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.spec import JobSpec
-from orchestrator.train import folder
-from orchestrator.train.recorder import ATTEMPTS, REPORT, STEPS
+from orchestrator.run import run_dir
+from orchestrator.run.recorder import ATTEMPTS, REPORT, STEPS
 from orchestrator.train.resume import finished_before, input_files, require_steps_to_go
 
 
@@ -43,9 +43,9 @@ def make_job(root: Path, **optim: Any) -> JobSpec:
 
 def finish(root: Path, job: JobSpec, steps: int) -> Path:
     """Leave what a run leaves that has done all its steps."""
-    home = folder.open_run(job)
-    folder.require_same_data(home, Path("plan-a"), Path("plan-b"), input_files(job))
-    folder.record_job(home, job)
+    home = run_dir.open_run(job)
+    run_dir.require_same_data(home, Path("plan-a"), Path("plan-b"), input_files(job))
+    run_dir.record_job(home, job)
     (home / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": steps}) + "\n")
     (home / STEPS).write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
     (home / REPORT).write_text(json.dumps({"steps": steps, "loss": 1.0}))

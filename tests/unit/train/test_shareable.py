@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.topology import Node
+from orchestrator.cluster.topology import Node
+from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
 from orchestrator.errors import SpecError
-from orchestrator.spec import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
 from orchestrator.train import driver
 
 
@@ -15,7 +15,7 @@ def notes_of(monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]) -> lis
     config = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8)
     monkeypatch.setattr(driver, "load_config", lambda _: SimpleNamespace(get_text_config=lambda: config))
     nodes = [Node(str(n), f"10.0.0.{n}", f"n{n}", 64.0, float(count), 0) for n, count in enumerate(gpus)]
-    monkeypatch.setattr(driver.session, "live_nodes", lambda: tuple(nodes))
+    monkeypatch.setattr(driver.ray_session, "live_nodes", lambda: tuple(nodes))
     job = JobSpec(
         name="j",
         model=ModelSpec(path="m"),

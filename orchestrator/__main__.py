@@ -1,0 +1,6 @@
+"""The command line, also as `python -m orchestrator`."""
+
+from orchestrator.cli.main import app
+
+if __name__ == "__main__":
+    app()

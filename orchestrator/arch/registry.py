@@ -1,0 +1,71 @@
+"""Published models whose configuration is bundled, so that a plan needs neither weights nor a hub."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+MODELS = Path(__file__).with_name("registry.toml")
+_NO_SIZE = re.compile(r"hf|chat|base|instruct|it|meta|v0\.1|\d+k|gptq|int[48]|awq")
+"""What names add that changes no parameter: tuning, repository, context length, numbers of bits."""
+
+
+class UnknownModel(ValueError):
+    """A model's name is not bundled."""
+
+
+def bundled() -> Mapping[str, Mapping[str, Any]]:
+    """Return the facts of each bundled model by its name: `config`, `parameters` and `source`."""
+    return _read()
+
+
+def bundled_config(name: str) -> Mapping[str, Any] | None:
+    """Return the configuration of a published model; None where it is not bundled.
+
+    Args:
+        name: As a hub or a table writes it, such as `meta-llama/Llama-2-7b-hf`, `llama2-7b` or
+            `Qwen-7B-Chat`. Case, owner and what says nothing of the sizes do not matter.
+    """
+    found = _names().get(_normal(name))
+    return None if found is None else _read()[found]["config"]
+
+
+def require_bundled(name: str) -> Mapping[str, Any]:
+    """Return the configuration of a published model.
+
+    Args:
+        name: As for `bundled_config`.
+
+    Raises:
+        UnknownModel: It is not bundled.
+    """
+    found = bundled_config(name)
+    if found is None:
+        raise UnknownModel(
+            f"model {name!r} is not bundled, so its sizes are not known; give a folder with its config.json, "
+            f"or use one of {', '.join(_read())}"
+        )
+    return found
+
+
+def _normal(name: str) -> str:
+    words = re.split(r"[-_ ]", name.rsplit("/", 1)[-1].casefold())
+    return "".join(word for word in words if not _NO_SIZE.fullmatch(word))
+
+
+@cache
+def _read() -> Mapping[str, Mapping[str, Any]]:
+    return MappingProxyType(tomllib.loads(MODELS.read_text(encoding="utf-8")))
+
+
+@cache
+def _names() -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for name, facts in _read().items():
+        found |= {_normal(each): name for each in (name, *facts.get("names", ()))}
+    return MappingProxyType(found)

@@ -1,0 +1,108 @@
+"""The demonstration behind `make demo`: train, scrape, export, reload, summarise, and check each of them.
+
+Run as `python -m orchestrator.cli.demo`. It writes to runs/demo, or to the first of runs/demo-2, ... that
+does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from itertools import chain, count
+from pathlib import Path
+
+from orchestrator.package_data import resource
+
+_STORAGE = Path("runs")
+_SERIES = re.compile(r"^(orchestrator_(?:tgs|tflops_model)\{.*rank=\"(\d+)\".*\}) (\S+)$", re.MULTILINE)
+
+
+def main() -> int:
+    """Run the demonstration; 0 when every part of it worked."""
+    storage = _free(_STORAGE)
+    job = resource("launch/jobs/quickstart.yaml")
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator",
+        "train",
+        str(job),
+        "--set",
+        f"checkpoint.storage={storage}",
+    ]
+    _say(f"$ orchestrator train {job.name} --set checkpoint.storage={storage}")
+    started = time.monotonic()
+    process = subprocess.Popen(command)
+    try:
+        # The run's endpoint takes the first free port, and its folder says which.
+        seen = _scrape_while_running(process, storage / "quickstart" / "metrics.json")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=60)
+    if process.returncode:
+        return process.returncode
+    if len(seen) < 4:
+        _say("the endpoint did not answer with TGS and TFLOPs of both ranks while the run went on")
+        return 1
+    _say(f"\n{_reload(storage / 'quickstart' / 'export')}")
+    _say(f"demo finished in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def _free(folder: Path) -> Path:
+    """Return a folder for this demonstration alone; what an earlier one left may be of use to somebody."""
+    names = chain(["demo"], (f"demo-{number}" for number in count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _scrape_while_running(process: subprocess.Popen[bytes], where: Path) -> dict[str, str]:
+    """Ask the endpoint until it has shown both ranks, print that once, and wait for the run to end."""
+    seen: dict[str, str] = {}
+    while process.poll() is None:
+        time.sleep(0.5)
+        if len(seen) >= 4:
+            continue
+        try:
+            url = f"http://{json.loads(where.read_text(encoding='utf-8'))['target']}/metrics"
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                text = answer.read().decode()
+        except (OSError, ValueError):  # not there yet, or there no longer
+            continue
+        seen = {series: value for series, _, value in _SERIES.findall(text)}
+        if len(seen) >= 4:
+            _say(f"{url} answers, among other series:")
+            for series, value in seen.items():
+                _say(f"{series} {value}")
+    return seen
+
+
+def _reload(folder: Path) -> str:
+    """Load the exported model as any user of transformers would, and let it continue a prompt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name three primary colors."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return f"reloaded {folder}: {parameters:,} parameters; after so few steps it writes: {text!r}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What commands print of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.atomic_files import read_object
+from orchestrator.errors import SpecError
+
+SUMMARY_FIELDS = (
+    "name", "steps", "epoch", "loss", "first_loss", "evaluation_loss", "tgs", "tgs_trained", "tgs_slots",
+    "memory_reserved_peak_bytes", "world_size", "nodes", "restarts", "steps_lost", "seconds",
+)  # fmt: skip
+
+
+def read_report(run: Path, fields: Sequence[str] = ("name",)) -> dict[str, Any]:
+    """Return the report of a finished run.
+
+    Args:
+        run: Its folder.
+        fields: Fields that the caller needs of it.
+
+    Raises:
+        SpecError: There is none, or it lacks one of the fields.
+    """
+    found = read_object(run / "report.json")
+    if found is None:
+        raise SpecError(
+            f"{run} has no readable report.json; name the folder STORAGE/NAME of a run that has finished"
+        )
+    if missing := [name for name in fields if name not in found]:
+        raise SpecError(
+            f"{run / 'report.json'} lacks {', '.join(missing)}, so it is not the report of a run, or of "
+            "another version; name the folder STORAGE/NAME of a run of this version"
+        )
+    return found
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the numbers that a person looks for first."""
+    mfu = f"{report['mfu']:.1%}" if "mfu" in report else "not known for this device"
+    evaluation = report["evaluation_loss"]
+    rows = {
+        "run": report["name"],
+        "steps": f"{report['steps']} ({report['epoch']:.2f} epochs)",
+        "loss": f"{report['first_loss']:.4f} -> {report['loss']:.4f}",
+        "evaluation loss": "no held-out data" if evaluation is None else f"{evaluation:.4f}",
+        "TGS": f"{report['tgs']:.1f} tokens/GPU/s ({report['tgs_trained']:.1f} trained, "
+        f"{report['tgs_slots']:.1f} slots{_expected(report, 'tgs')})",
+        "TFLOPs": f"{report['tflops_model']:.4f} model, {report['tflops_hardware']:.4f} hardware, per GPU"
+        if "tflops_model" in report
+        else "not known for this architecture",
+        "MFU": mfu,
+        "memory": _memory(report),
+        "workers": f"{report['world_size']} on {', '.join(report['nodes'])}",
+        "restarts": f"{report['restarts']} ({report['steps_lost']} steps done again)",
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()),
+    }
+    return table(rows)
+
+
+def _expected(report: dict[str, Any], name: str) -> str:
+    """Return what was predicted of a figure, where something was."""
+    found = (report.get("predicted") or {}).get(name)
+    return "" if found is None else f"; {found:.1f} predicted"
+
+
+def _memory(report: dict[str, Any]) -> str:
+    """Return the measured peak beside the predicted one."""
+    said = f"{report['memory_reserved_peak_bytes'] / 2**30:.2f} GiB held by the fullest worker"
+    expected = report.get("predicted")
+    return f"{said}, {expected['memory_reserved_peak_bytes'] / 2**30:.2f} predicted" if expected else said
+
+
+def side_by_side(reports: list[dict[str, Any]]) -> str:
+    """Return the main numbers of several runs, a column each."""
+    names = (
+        "loss",
+        "evaluation_loss",
+        "tgs",
+        "tflops_model",
+        "mfu",
+        "step_seconds",
+        "world_size",
+        "restarts",
+    )
+    header = ["".ljust(18), *(str(report["name"]).rjust(14) for report in reports)]
+    lines = ["  ".join(header)]
+    for name in names:
+        values = [report.get(name) for report in reports]
+        cells = ["-" if value is None else f"{value:.5g}" for value in values]
+        lines.append("  ".join([name.ljust(18), *(cell.rjust(14) for cell in cells)]))
+    return "\n".join(lines)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Return lines of a name and a value."""
+    width = max(len(name) for name in rows)
+    return "\n".join(
+        f"{name.ljust(width)}  {value:.4f}" if isinstance(value, float) else f"{name.ljust(width)}  {value}"
+        for name, value in rows.items()
+    )

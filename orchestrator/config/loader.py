@@ -1,0 +1,339 @@
+"""Reading a job file: YAML with line numbers, overrides, and all errors at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from orchestrator.config import yaml_loader
+from orchestrator.config.schema import JobSpec
+from orchestrator.config.validation import Problem, broken_rules
+from orchestrator.config.yaml_loader import Location, Places, dotted, location_of, place_of
+from orchestrator.errors import SpecError
+
+_NO_OVERRIDE = "not of the form field.name=value; write for example --set optim.lr=1e-5"
+
+
+Check = Callable[[JobSpec], Iterable[Problem]]
+_Found = list[tuple[list[Location], str]]
+
+
+def _nothing(_: JobSpec) -> Iterable[Problem]:
+    return ()
+
+
+def load(path: Path, overrides: Sequence[str] = (), check: Check = _nothing) -> JobSpec:
+    """Read a job file.
+
+    Args:
+        path: The YAML file.
+        overrides: Texts such as `parallel.zero_stage=2`, applied in order on top of the file.
+        check: Finds problems beyond those of the fields, such as files that are missing.
+
+    Returns:
+        The valid job.
+
+    Raises:
+        SpecError: With every problem of the file and of the overrides.
+    """
+    return load_with_warnings(path, overrides, check)[0]
+
+
+def load_with_warnings(
+    path: Path, overrides: Sequence[str], check: Check = _nothing, warn: Check = _nothing
+) -> tuple[JobSpec, list[str]]:
+    """Read a job file as `load` does, and return with the job what `warn` finds, each with its line."""
+    job, problems, warnings = examine(path, overrides, check, warn)
+    if job is None:
+        raise SpecError(*problems)
+    return job, warnings
+
+
+def examine(
+    path: Path, overrides: Sequence[str], check: Check, warn: Check
+) -> tuple[JobSpec | None, list[str], list[str]]:
+    """Return the job of a file, None where it has problems, with all problems and all warnings.
+
+    Args:
+        path: The YAML file.
+        overrides: As `load` takes them.
+        check: As `load` takes it.
+        warn: Finds what is allowed and still most likely a slip.
+
+    Raises:
+        SpecError: The file cannot be read, or is no YAML.
+    """
+    return _read(text_of(path, "job"), overrides, path.name, check, warn)
+
+
+def text_of(path: Path, thing: str) -> str:
+    """Return the text of a file.
+
+    Raises:
+        SpecError: The file cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(
+            f"{thing} file {path} cannot be read ({error.strerror}); name an existing YAML file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise SpecError(
+            f"{thing} file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None
+
+
+def parse(text: str, overrides: Sequence[str] = (), origin: str = "job") -> JobSpec:
+    """Read a job from YAML text; as `load`, with `origin` naming the text in errors."""
+    job, problems, _ = _read(text, overrides, origin, _nothing, _nothing)
+    if job is None:
+        raise SpecError(*problems)
+    return job
+
+
+def _read(
+    text: str, overrides: Sequence[str], origin: str, check: Check, warn: Check
+) -> tuple[JobSpec | None, list[str], list[str]]:
+    data, places, problems = yaml_loader.read(text, origin)
+    for override in overrides:
+        problem = apply_override(data, places, override)
+        if problem:
+            problems.append(problem)
+    job, broken, warnings = _validate(data, check, warn)
+    problems += _placed(broken, places, origin)
+    return None if problems else job, problems, _placed(warnings, places, origin)
+
+
+def judge(data: dict[str, Any], places: Places, origin: str) -> tuple[JobSpec | None, list[str]]:
+    """Return the job that the data are, or a sentence for every problem, each with the place it stands at."""
+    job, broken, _ = _validate(data, _nothing, _nothing)
+    return job, _placed(broken, places, origin)
+
+
+def _placed(found: _Found, places: Places, origin: str) -> list[str]:
+    return [f"{place_of(places, locations, origin)}: {sentence}" for locations, sentence in found]
+
+
+def dump(job: JobSpec) -> str:
+    """Return the job as YAML with every default written out; `parse` reads it back equal."""
+    return yaml_loader.dump(job.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the job file, for editors."""
+    schema = JobSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "orchestrator job"}
+
+
+def apply_override(data: dict[str, Any], places: Places, text: str) -> str | None:
+    """Put an override's value into the data; return the sentence that says why it cannot be."""
+    path, equals, value = text.partition("=")
+    is_secret = path.strip() == "run" or path.strip().startswith("run.env")
+    shown = f"--set {path}=..." if is_secret and equals else f"--set {text[:80]}"
+    if not equals:
+        return f"{shown}: {_NO_OVERRIDE}"
+    try:
+        parsed = yaml_loader.value_of(value)
+    except yaml.YAMLError as error:
+        why = "" if is_secret else f" ({yaml_loader.reason_of(error)})"  # which may quote a part of the value
+        return f"{shown}: the value is not valid YAML{why}; quote it"
+    reason = put(data, places, path.strip(), parsed, shown)
+    return f"{shown}: {reason}" if reason else None
+
+
+def put(data: dict[str, Any], places: Places, path: str, value: Any, origin: str) -> str | None:
+    """Set a field of a job that has been read and is not judged yet.
+
+    Args:
+        data: The job; changed in place.
+        places: Where its fields stand; changed in place.
+        path: The field's dotted name.
+        value: Its value.
+        origin: Where the value was written.
+
+    Returns:
+        The sentence that says why it cannot be set, or None.
+    """
+    keys = path.split(".")
+    if not all(keys) or not path.isprintable() or len(keys) > yaml_loader.DEEPEST:
+        return _NO_OVERRIDE
+    target: Any = data
+    location: list[str | int] = []
+    for number, key in enumerate(keys, start=1):
+        at = _key_in(target, key)
+        if at is None:
+            valid = (
+                f"use 0 to {len(target) - 1}"
+                if isinstance(target, list) and target
+                else "check the dotted name"
+            )
+            inside = f"a list of {len(target)}" if isinstance(target, list) else "a value without fields"
+            return f"{key} is not in {dotted(location)}, which is {inside}; {valid}"
+        location.append(at)
+        if number == len(keys):
+            target[at] = value
+        elif isinstance(target, dict) and target.get(key) is None:
+            target[at] = {}
+        target = target[at]
+    yaml_loader.forget(places, tuple(location))
+    places[tuple(location)] = origin
+    return None
+
+
+def _key_in(target: Any, key: str) -> str | int | None:
+    """Return the key or index by which a container may be set, None where it may not."""
+    if isinstance(target, list):
+        return next((index for index in range(len(target)) if str(index) == key), None)
+    return key if isinstance(target, dict) else None
+
+
+def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec | None, _Found, _Found]:
+    """Validate fields, then the rules between those fields that are valid.
+
+    Returns:
+        The job, its problems with those that `check` finds, and what `warn` finds.
+    """
+    problems: _Found = []
+    wrong: set[str] = set()
+    for _ in range(8):  # each round removes what was wrong, so that defaults stand in for it
+        try:
+            job = JobSpec.model_validate_json(json.dumps(data, default=str))
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+        else:
+            problems += _of_others(wrong, (*broken_rules(job), *check(job)))
+            return None if problems else job, problems, _of_others(wrong, warn(job))
+        places = [tuple(detail["loc"]) for detail in found]
+        for detail, place in zip(found, places, strict=True):
+            consequence = any(place == other[: len(place)] and place != other for other in places)
+            if not consequence and dotted(place) not in wrong:
+                problems.append(([place], sentence_of(detail, JobSpec, "job")))
+        data = json.loads(json.dumps(data, default=str))
+        for detail, place in zip(found, places, strict=True):
+            if dotted(place) in wrong:  # the stand-in does not do here, so what it is part of goes
+                place = place[:-1]
+            wrong.add(dotted(place))
+            _repair(data, place, unknown=detail["type"] == "extra_forbidden")
+    return None, problems, []
+
+
+def _of_others(wrong: set[str], found: Iterable[Problem]) -> _Found:
+    """Return by their locations those that are about no field that is wrong and has a stand-in."""
+    return [
+        ([location_of(field) for field in fields], sentence)
+        for fields, sentence in found
+        if not any(field == bad or field.startswith(f"{bad}.") for field in fields for bad in wrong)
+    ]
+
+
+_STAND_INS: Mapping[str, Any] = {
+    "name": "job",
+    "model": {"path": "model"},
+    "data": {"train": [{"path": "data"}]},
+    "train": [{"path": "data"}],
+    "path": "path",
+}
+
+
+def _repair(data: Any, location: Location, unknown: bool) -> None:
+    """Take a wrong value out, or put a stand-in where the field is required."""
+    target = data
+    for part in location[:-1]:
+        try:
+            target = target[part]
+        except (KeyError, IndexError, TypeError):
+            return
+    last = location[-1] if location else ""
+    stand_in = _STAND_INS.get(str(last))
+    if isinstance(target, dict) and stand_in is not None and not unknown:
+        target[str(last)] = stand_in
+    elif isinstance(target, dict):
+        target.pop(str(last), None)
+    elif isinstance(target, list) and isinstance(last, int) and last < len(target):
+        target[last] = {"path": "path"}
+
+
+_LIMITS: Mapping[str, str] = {
+    "greater_than": "above",
+    "greater_than_equal": "at least",
+    "less_than": "below",
+    "less_than_equal": "at most",
+}
+
+
+def sentence_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str:
+    """Turn pydantic's finding into value, rule and remedy.
+
+    Args:
+        detail: The finding.
+        model: The model that was validated.
+        thing: What it describes.
+    """
+    location = tuple(detail["loc"])
+    field, value, kind = dotted(location), detail.get("input"), detail["type"]
+    context = detail.get("ctx", {})
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    if location[:2] == ("run", "env") and kind != "string_pattern_mismatch":
+        shown = "(not shown)"  # of a name that breaks its rule, pydantic's input is the name
+    if kind == "port":
+        return f"{field}={shown} is no port; it must be {detail['msg']}"
+    if kind == "dict_type":
+        return f"{field}={shown} has the wrong type; write NAME: value, one a line, indented below the key"
+    if kind == "missing":
+        return f"{field} is missing and has no default; add it"
+    if kind == "extra_forbidden":
+        return f"{field} is not a field of a {thing}; {_did_you_mean(location, model)}"
+    if kind == "literal_error":
+        return f"{field}={shown} is not one of the values known; use {context['expected']}"
+    if kind in _LIMITS:
+        limit = next(iter(context.values()))
+        return f"{field}={shown} is out of range; it must be {_LIMITS[kind]} {limit}"
+    if kind == "too_short":
+        return f"{field} has {context['actual_length']} elements; give at least {context['min_length']}"
+    if kind == "too_long":
+        return f"{field} has {context['actual_length']} elements; give at most {context['max_length']}"
+    if kind == "string_too_short":
+        return f"{field} is empty; write a value"
+    if kind == "string_pattern_mismatch":
+        return f"{field}={shown} has characters outside the rule; match {context['pattern']}"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{field}={shown} is not a section; write its fields indented below the key"
+    if kind == "tuple_type":
+        return f"{field}={shown} has the wrong type; it must be a list"
+    if kind == "bool_type":
+        return f"{field}={shown} has the wrong type; it must be true or false, without quotes"
+    if kind == "string_type":
+        return f"{field}={shown} has the wrong type; it must be text; put it in quotes"
+    message = detail["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"{field}={shown} has the wrong type; it must be {message}"
+
+
+def _did_you_mean(location: Location, model: type[BaseModel]) -> str:
+    known = _fields_at(location[:-1], model)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def _fields_at(location: Iterable[str | int], root: type[BaseModel]) -> list[str]:
+    model: Any = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *_arguments(annotation)]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    direct = list(getattr(annotation, "__args__", ()))
+    return direct + [inner for each in direct for inner in _arguments(each)]

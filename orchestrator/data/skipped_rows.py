@@ -1,0 +1,67 @@
+"""Rows of which nothing is learnt: how they are refused, and what is said of those that are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.config.schema import SourceSpec
+from orchestrator.data.token_cache import Left, TokenStore
+from orchestrator.errors import SpecError
+
+_SHOWN = 10
+
+
+def too_many(found: Sequence[Left], allowed: int) -> SpecError:
+    """Return the error for more malformed rows than are allowed; it names the first."""
+    shown = [f"{place}: {reason}" for place, reason in found[:_SHOWN]]
+    more = len(found) - len(shown)
+    limit = f" (data.malformed_rows_allowed={allowed})" if allowed else ""
+    rest = [f"{more} more malformed rows{limit}"] if more > 0 else []
+    return SpecError(*shown, *rest)
+
+
+def left_out(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> list[str]:
+    """Return what was left out of data sets: for each kind how many rows, and the first of them by place."""
+    sentences: list[str] = []
+    for source, store in zip(sources, stores, strict=True):
+        for rows, what in (
+            (store.malformed, "are malformed and left out"),
+            (store.empty, "have nothing to learn and are left out"),
+            (store.partly_empty, "have an empty answer, of which nothing is learnt"),
+        ):
+            if rows:
+                total = len(store) + len(store.malformed) + len(store.empty)
+                sentences.append(f"{len(rows):,} of {total:,} rows of {source.path} {what}")
+                sentences += [f"  {place}: {reason}" for place, reason in rows[:_SHOWN]]
+                if len(rows) > _SHOWN:
+                    sentences.append(f"  and {len(rows) - _SHOWN:,} more")
+    return sentences
+
+
+def empty_rows(store: TokenStore) -> list[Left]:
+    """Return what data.empty_answers: error refuses, with the remedies."""
+    remedy = "fill or remove the row, or use data.empty_answers: skip"
+    return [(place, f"{reason}; {remedy}") for place, reason in store.empty + store.partly_empty]
+
+
+def require_rows(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> None:
+    """Refuse sources of which no row can be learnt.
+
+    Raises:
+        SpecError: With each such source, how many of its rows are what, and the first.
+    """
+    problems: list[str] = []
+    for source, store in zip(sources, stores, strict=True):
+        if len(store):
+            continue
+        if left := store.empty + store.malformed:
+            place, reason = left[0]
+            problems.append(
+                f"data file {source.path} has no row to train on: {len(store.empty)} have nothing to learn "
+                f"and {len(store.malformed)} are malformed (the first: {place}: {reason}); give rows with "
+                "answers, or see data.format, data.empty_answers and data.loss_on"
+            )
+        else:
+            problems.append(f"data file {source.path} has no rows; give at least one")
+    if problems:
+        raise SpecError(*problems)

@@ -1,0 +1,115 @@
+"""Exports of a run: what the command `export` asks for, and what a run writes when it has finished."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.checkpoint import checkpointer
+from orchestrator.config.schema import JobSpec
+from orchestrator.data.tokenize import Note
+from orchestrator.errors import OrchestratorError, SpecError, TrainingError
+from orchestrator.export.destination import free_target, require_target
+from orchestrator.export.export import MAX_SHARD_BYTES, Dtype, Exported, Request, export
+from orchestrator.run import run_dir
+
+_SECONDS_TO_CLEAN_UP = 10.0
+
+
+def export_run(
+    home: Path,
+    to: Path,
+    merge: bool = False,
+    step: int | None = None,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Exported:
+    """Export a checkpoint of a run to a folder.
+
+    Args:
+        home: The run's folder.
+        to: Folder to write; an earlier export is replaced, nothing else is.
+        merge: Whether adapters are merged into the base model.
+        step: Of the checkpoint; None takes the newest.
+        dtype: Number format of the weights; None takes that of the run.
+        max_shard_bytes: Largest size of a file of weights.
+
+    Raises:
+        SpecError: The folder must not be written, there is nothing to merge, or no checkpoint of that step.
+        TrainingError: The run has no checkpoint, or the export cannot be written.
+    """
+    job = run_dir.job_of(home)
+    if merge and job.method.type != "lora":
+        raise SpecError(f"{home} trained every parameter, so there is nothing to merge; leave out --merge")
+    require_target(to, home, job)
+    saved = _checkpoint(home, step)
+    request = Request(job, home, saved, dtype or _dtype_of(home), _base(job, home), merge, max_shard_bytes)
+    return export(request, to)
+
+
+def export_finished(home: Path, job: JobSpec, dtype: Dtype, note: Note) -> Exported:
+    """Export the newest checkpoint of a run that has finished, in a task of the cluster.
+
+    It goes to STORAGE/NAME/export; where that holds what no export wrote, to the first free of export-2,
+    export-3, ..., and `note` is told.
+
+    Args:
+        home: The run's folder.
+        job: The job as it ran.
+        dtype: Number format of the weights.
+        note: Told in a sentence where the export went instead.
+
+    Raises:
+        TrainingError: The export cannot be written.
+    """
+    to, problem = free_target(home, job)
+    if problem:
+        note(f"exporting to {to}, because {problem}")
+    request = Request(job, home, checkpointer.published(home / "checkpoints")[-1], dtype, _base(job, home))
+    reference = ray.remote(num_cpus=1)(export).remote(request, to)
+    try:
+        found: Exported = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OrchestratorError):
+            raise error.cause from None
+        raise
+    except BaseException:  # Ctrl-C: the task removes its draft before Ray ends its process
+        ray.cancel(reference)
+        with suppress(Exception):
+            ray.get(reference, timeout=_SECONDS_TO_CLEAN_UP)
+        raise
+    return found
+
+
+def _checkpoint(home: Path, step: int | None) -> Path:
+    saved = checkpointer.published(home / "checkpoints")
+    if not saved:
+        raise TrainingError(f"{home} has no published checkpoint; train the job first, then export")
+    if step is None:
+        return saved[-1]
+    for each in saved:
+        if checkpointer.step_of(each) == step:
+            return each
+    there = ", ".join(str(checkpointer.step_of(each)) for each in saved)
+    raise SpecError(f"--step {step}: {home} has no checkpoint of that step; there are {there}")
+
+
+def _dtype_of(home: Path) -> Dtype:
+    """Return the number format that a run trained in."""
+    try:
+        rendered = json.loads((home / "deepspeed.json").read_text(encoding="utf-8"))
+        enabled = {name: bool(rendered[name]["enabled"]) for name in ("bf16", "fp16")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TrainingError(
+            f"{home / 'deepspeed.json'}, which says in which number format the run trained, cannot be read; "
+            "say it with --dtype"
+        ) from None
+    return "bf16" if enabled["bf16"] else "fp16" if enabled["fp16"] else "fp32"
+
+
+def _base(job: JobSpec, home: Path) -> dict[str, Any] | None:
+    return run_dir.base_of(home) if job.method.type == "lora" else None

@@ -1,0 +1,60 @@
+"""Which base model an adapter belongs to: told from its configuration and the heads of its weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.paths import resolve
+from orchestrator.config.schema import JobSpec
+
+BASE = "base.json"  # where a run and an adapter keep it
+_HEAD_BYTES = 2**20  # names, shapes and places of a safetensors file's tensors stand at its start
+_NOT_WEIGHTS = frozenset({"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"})
+
+
+def identity(job: JobSpec) -> dict[str, Any]:
+    """Return what tells a base model from another, without reading all of its weights.
+
+    Args:
+        job: Names a folder or a model of the hub.
+
+    Returns:
+        A hash of the configuration; for a folder, size and hash of the head and the tail of each weight file;
+        for a hub name, its commit; for random weights, their seed; where the model is resized, its tokens.
+    """
+    from transformers import AutoConfig
+
+    from orchestrator.model.vocabulary import tokenizer_rows
+
+    model = job.model
+    path = resolve(model.path)
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_WEIGHTS}
+    found: dict[str, Any] = {
+        "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    }
+    if model.resize_embeddings:
+        found["vocabulary"] = tokenizer_rows(model)
+    if model.weights == "random":
+        return {**found, "weights": f"random, seed {job.run.seed}"}
+    if path.is_dir():
+        return {**found, "weights": weight_files(path)}
+    return {**found, "commit": getattr(config, "_commit_hash", None)}
+
+
+def weight_files(folder: Path) -> dict[str, Any]:
+    """Return size and hash of the head and the tail of each weight file of a model's folder, by name."""
+    files = sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", ".bin"))
+    return {each.name: _describe(each) for each in files}
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD_BYTES)
+        opened.seek(max(0, size - _HEAD_BYTES))
+        tail = opened.read()
+    return {"bytes": size, "sha256_of_ends": hashlib.sha256(head + tail).hexdigest()}

@@ -1,0 +1,149 @@
+"""report.json: what a run did, from the files that it left."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orchestrator.atomic_files import read_lines
+from orchestrator.config.schema import JobSpec
+from orchestrator.data.corpus import Corpus
+from orchestrator.data.packing import Packs, lower_bound
+from orchestrator.metrics.meter import last_attempt
+from orchestrator.run.recorder import ATTEMPTS, EVALUATIONS, STEPS, WORKERS, restarts
+from orchestrator.run.worker_config import training_loader
+
+_RATES = ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu")
+_MEDIANS = (
+    *_RATES,
+    "step_seconds",
+    "data_seconds",
+    "forward_seconds",
+    "backward_seconds",
+    "optimizer_seconds",
+)
+_PEAKS = ("memory_peak_bytes", "memory_reserved_peak_bytes", "host_memory_peak_bytes")
+PLAN = "plan.json"
+_PREDICTED = ("memory_reserved_peak_bytes", "step_seconds", "tgs", "tflops_model", "mfu", "calibrated")
+_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "peft", "datasets", "numpy")
+
+
+def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any]:
+    """Return what became of the rows, how full the packs are, and how long workers will wait for one another.
+
+    Args:
+        job: The job.
+        corpus: The documents of an epoch.
+        packs: Their packs.
+    """
+    account = corpus.account
+    batches, _, _ = training_loader(job, corpus, packs)
+    by_chance, ordered = batches.wait_factors()
+    squares = packs.sums(corpus.lengths**2).astype(float)
+    return {
+        **vars(account),
+        "packs": len(packs),
+        "max_length": job.data.max_length,
+        "non_padding_fraction": account.tokens_kept / (len(packs) * job.data.max_length),
+        "lower_bound": lower_bound(corpus.lengths, job.data.max_length),
+        "mean_square_tokens": float(squares.sum() / account.tokens_kept),
+        "labelled_share": account.trained_tokens / (len(packs) * job.data.max_length),
+        "largest_labelled_share": float(packs.sums(corpus.trained).max() / job.data.max_length),
+        "attention_cost_cv": float(squares.std() / squares.mean()),
+        "wait_factor_by_chance": by_chance,
+        "wait_factor": ordered,
+        "sources": [
+            {"path": source.path, **vars(part), "share_of_tokens": part.tokens_kept / account.tokens_kept}
+            for source, part in zip(job.data.train, corpus.accounts, strict=True)
+        ],
+    }
+
+
+def report(
+    job: JobSpec, folder: Path, packing: Mapping[str, Any], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Rates over the run are totals over totals, so that a long step weighs as much as it took; medians stand
+    beside them.
+
+    Args:
+        job: The job as it ran.
+        folder: The run's folder with steps.jsonl, workers.json and attempts.jsonl.
+        packing: As `packing_figures` returns it.
+        seconds: Seconds by part: start, data, training, checkpoints, export.
+    """
+    steps = last_attempt(read_lines(folder / STEPS))
+    attempts = read_lines(folder / ATTEMPTS)
+    workers = json.loads((folder / WORKERS).read_text(encoding="utf-8"))
+    evaluations = read_lines(folder / EVALUATIONS)
+    return {
+        "name": job.name,
+        "steps": len(steps),
+        "epoch": steps[-1]["epoch"],
+        "loss": steps[-1]["loss"],
+        "first_loss": steps[0]["loss"],
+        "evaluation_loss": evaluations[-1]["evaluation_loss"] if evaluations else None,
+        **_totals(steps, len(workers)),
+        "medians": {
+            name: statistics.median(row[name] for row in steps)
+            for name in _MEDIANS
+            if all(name in row for row in steps)
+        },
+        **{
+            name: max(row[name] for row in steps if name in row)
+            for name in _PEAKS
+            if any(name in row for row in steps)
+        },
+        "packing": dict(packing),
+        "nodes": sorted({worker["node"] for worker in workers}),
+        "metrics_port": attempts[-1].get("metrics_port"),
+        "world_size": len(workers),
+        "parallel": {
+            "zero_stage": attempts[-1]["zero_stage"],
+            "sequence_parallel_size": attempts[-1]["sequence_parallel_size"],
+            "offload_optimizer": job.parallel.offload_optimizer,
+            "offload_param": job.parallel.offload_param,
+            "micro_batch_size": job.optim.micro_batch_size,
+            "gradient_accumulation_steps": job.gradient_accumulation_steps,
+        },
+        "dtype": attempts[-1]["dtype"],
+        "device": attempts[-1]["device"],
+        "restarts": restarts(attempts),
+        "steps_lost": sum(attempt["steps_lost"] for attempt in attempts),
+        "predicted": predicted(folder),
+        "seconds": dict(seconds),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _totals(steps: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, float]:
+    """Return totals and rates over the whole run; each rate is weighted by the seconds of its step."""
+    seconds = sum(row["step_seconds"] for row in steps)
+    totals = {
+        "step_seconds": seconds,
+        "tokens": sum(row["tokens"] for row in steps),
+        "trained_tokens": sum(row["trained_tokens"] for row in steps),
+    }
+    for name in _RATES:
+        if all(name in row for row in steps):
+            totals[name] = sum(row[name] * row["step_seconds"] for row in steps) / seconds
+    slots = totals["tgs_slots"] * seconds * world_size
+    return {**totals, "padding_fraction": 1.0 - totals["tokens"] / slots}
+
+
+def predicted(home: Path) -> dict[str, Any] | None:
+    """Return what was predicted of a run, in the terms of its report; None where nothing was.
+
+    Args:
+        home: The run's folder.
+    """
+    try:
+        found = json.loads((home / PLAN).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return {name: found[name] for name in _PREDICTED}

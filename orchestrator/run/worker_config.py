@@ -1,0 +1,139 @@
+"""What the driver hands to every worker: all paths and choices, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.arch.flops import forward_flops
+from orchestrator.arch.model_dims import ModelShape
+from orchestrator.config.schema import JobSpec
+from orchestrator.data.balance import Geometry
+from orchestrator.data.corpus import Documents
+from orchestrator.data.loader import Order, PackLoader
+from orchestrator.data.packing import Packs
+from orchestrator.model.build import load_config
+from orchestrator.parallel.parallel_dims import Layout
+
+CHECKPOINTS = "checkpoints"
+_ALLOCATOR = "PYTORCH_ALLOC_CONF"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run for its figures only: nothing is saved and nothing exported.
+
+    Attributes:
+        memory_limit_bytes: What each worker may take for training: of its device's memory, and on CPU on top
+            of what its process holds before the model is built. None sets no limit.
+    """
+
+    memory_limit_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Brief:
+    """The run as it was decided.
+
+    Attributes:
+        job: The job, with absolute paths.
+        folder: The run's folder, on storage that every node sees.
+        training: Folder of the training data's plan.
+        evaluation: Folder of the held-out data's plan.
+        dtype: Number format of the model.
+        device: Kind of device.
+        ds_config: The rendered DeepSpeed configuration.
+        host_memory_bytes: What each worker reserves of its node's memory; 0 where nothing is offloaded.
+        disk_bytes: What each worker writes at most to its node's disk; 0 where nothing goes to nvme.
+        trial: Set where the run is one for its figures only.
+    """
+
+    job: JobSpec
+    folder: Path
+    training: Path
+    evaluation: Path | None
+    dtype: Literal["bf16", "fp16", "fp32"]
+    device: Literal["cuda", "cpu"]
+    ds_config: dict[str, Any]
+    host_memory_bytes: int = 0
+    disk_bytes: int = 0
+    trial: Trial | None = None
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        resources: dict[str, float] = {"CPU": self.job.parallel.cpus_per_worker}
+        if self.device == "cuda":
+            resources["GPU"] = 1
+        if self.host_memory_bytes:
+            resources["memory"] = self.host_memory_bytes
+        return resources
+
+    @property
+    def layout(self) -> Layout:
+        """Degrees of parallelism."""
+        return Layout.of(self.job)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / CHECKPOINTS
+
+    def worker_environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """Return what a worker's environment needs before CUDA starts, on top of what it inherits."""
+        if self.device == "cpu" or _ALLOCATOR in inherited:
+            return {}  # whoever has set the allocator's options knows better
+        return {_ALLOCATOR: f"expandable_segments:{self.job.parallel.expandable_segments}"}
+
+
+def cost_of_a_slot(job: JobSpec) -> tuple[float, float]:
+    """Return the FLOPs of one slot of a pack without attention, and of one squared token of a document.
+
+    For an architecture whose shape is not known, those of a plain transformer of its hidden size: 24 h^2 and
+    2 h a layer.
+    """
+    config = load_config(job.model).to_dict()
+    shape = ModelShape.from_config(config)
+    if shape is None:
+        hidden = float(config.get("hidden_size") or 0)
+        return (24.0 * hidden**2, 2.0 * hidden) if hidden else (1.0, 0.0)
+    return forward_flops(shape, 1, 0, 0).linear, forward_flops(shape, 0, 1, 0).attention
+
+
+def loader(
+    job: JobSpec, documents: Documents, packs: Packs, global_batch_size: int, shuffle: bool
+) -> PackLoader:
+    """Return the batches of a data set, with so many packs in a step."""
+    geometry = Geometry(
+        job.data.max_length,
+        global_batch_size,
+        job.optim.micro_batch_size,
+        Layout.of(job).data_parallel_size,
+        waits_each_micro_step=job.parallel.zero_stage >= 2,
+        sequence_parallel_size=job.parallel.sequence_parallel_size,
+    )
+    slot_cost, square_cost = cost_of_a_slot(job)
+    order = Order(
+        job.run.seed,
+        shuffle,
+        job.data.balance_window_steps,
+        slot_cost,
+        square_cost,
+        job.data.cross_document_attention,
+    )
+    return PackLoader(documents, packs, geometry, order)
+
+
+def training_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int, int]:
+    """Return the loader of the training data, the packs of all steps together, and the steps."""
+    optim = job.optim
+    batches = loader(job, documents, packs, optim.global_batch_size, shuffle=True)
+    return batches, optim.packs(len(packs)), optim.steps(len(packs))
+
+
+def evaluation_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int]:
+    """Return the loader of the held-out data, one micro-batch a worker and step, and the number of packs."""
+    at_once = job.optim.micro_batch_size * Layout.of(job).data_parallel_size
+    return loader(job, documents, packs, at_once, shuffle=False), len(packs)

@@ -1,0 +1,177 @@
+"""What a run removes is what it wrote; files of others stay, and stay where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.bench import report
+from orchestrator.bench.runner import run_cells
+from orchestrator.bench.sweep import load
+from orchestrator.checkpoint import checkpointer
+from orchestrator.cli import demo
+from orchestrator.config import loader
+from orchestrator.config.schema import JobSpec
+from orchestrator.data.token_cache import draft_of
+from orchestrator.data.tokenize import _sweep
+from orchestrator.engine import nvme_dir
+from orchestrator.errors import SpecError
+from orchestrator.run.run_dir import open_run, record_job
+
+
+def plant(*folders: Path) -> dict[Path, str]:
+    """Put a file into each folder."""
+    planted = {folder / "notes.txt": f"mine, in {folder.name}" for folder in folders}
+    for file, text in planted.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return planted
+
+
+def published(folder: Path, step: int, content: str = "x") -> Path:
+    saved = folder / f"step-{step:08d}"
+    (saved / checkpointer.SHARDS).mkdir(parents=True, exist_ok=True)
+    for name in ("zero_to_fp32.py", "zero_to_torch.py", f"{checkpointer.SHARDS}/a.pt"):
+        (saved / name).write_text(content)
+    manifest = {"step": step, "world_size": 1, "zero_stage": 2, "files": {"a.pt": {}}}
+    (saved / checkpointer.MANIFEST).write_text(json.dumps(manifest))
+    return saved
+
+
+def assert_unchanged(planted: dict[Path, str]) -> None:
+    assert {file: file.read_text() for file in planted} == planted
+
+
+def test_retention_leaves_what_others_put_into_checkpoints(tmp_path: Path) -> None:
+    old = [published(tmp_path, step) for step in (1, 2, 3, 4)]
+    pinned = shutil.copytree(old[0], tmp_path / "step-00000001-best")
+    mine = (tmp_path / "mine.partial", tmp_path / "step-00000009", tmp_path / "step-x.old.partial")
+    planted = plant(tmp_path, old[0], old[1] / checkpointer.SHARDS, old[3], *mine)
+    for _ in range(2):
+        checkpointer.clean(tmp_path, keep=2)
+        assert_unchanged(planted)
+        assert checkpointer.published(tmp_path) == old[2:]
+        assert (pinned / checkpointer.SHARDS / "a.pt").is_file()
+    assert [path.name for path in old[0].iterdir()] == ["notes.txt"]
+    assert [path.name for path in (old[1] / checkpointer.SHARDS).iterdir()] == ["notes.txt"]
+
+
+def test_retention_removes_whole_checkpoints_and_our_drafts(tmp_path: Path) -> None:
+    old = [published(tmp_path, step) for step in (1, 2, 3)]
+    for name in ("step-00000004.attempt-1.partial", "step-00000001.old.partial"):
+        (tmp_path / name / checkpointer.SHARDS).mkdir(parents=True)
+    checkpointer.clean(tmp_path, keep=1)
+    assert list(tmp_path.iterdir()) == [old[2]]
+
+
+def test_a_removal_that_was_interrupted_is_finished(tmp_path: Path) -> None:
+    first, second = published(tmp_path, 1), published(tmp_path, 2)
+    (first / checkpointer.MANIFEST).rename(first / "manifest.retired.json")
+    (first / checkpointer.SHARDS / "a.pt").unlink()
+    assert checkpointer.published(tmp_path) == [second]
+    checkpointer.clean(tmp_path, keep=1)
+    assert list(tmp_path.iterdir()) == [second]
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_publishing_a_step_again_keeps_what_others_put_there(tmp_path: Path, with_manifest: bool) -> None:
+    final = published(tmp_path, 1, "old")
+    if not with_manifest:
+        shutil.rmtree(final)
+    planted = plant(final, final / checkpointer.SHARDS / "deep")
+    draft = published(tmp_path / "draft", 1, "new")
+    manifest = json.loads((draft / checkpointer.MANIFEST).read_text())
+    checkpointer._publish(draft, final, manifest)
+    assert_unchanged(planted)
+    assert (final / checkpointer.SHARDS / "a.pt").read_text() == "new"
+    assert checkpointer.published(tmp_path) == [final]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", final.name]
+
+
+@pytest.mark.parametrize("new_is_there", [True, False])
+def test_a_publication_that_was_interrupted_is_settled(tmp_path: Path, new_is_there: bool) -> None:
+    replaced = published(tmp_path, 1, "old").rename(tmp_path / "step-00000001.replaced.partial")
+    planted = plant(replaced)
+    final = published(tmp_path, 1, "new") if new_is_there else tmp_path / "step-00000001"
+    checkpointer.clean(tmp_path, keep=1)
+    assert (final / checkpointer.SHARDS / "a.pt").read_text() == ("new" if new_is_there else "old")
+    assert (final / "notes.txt").read_text() == planted[replaced / "notes.txt"]
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_the_cache_and_the_folder_of_swaps_lose_only_drafts(tmp_path: Path) -> None:
+    ours = [draft_of(tmp_path / f"{'a' * 24}"), draft_of(tmp_path / f"plan-{'b' * 24}")]
+    mine = [tmp_path / name for name in ("mine.partial", "a.b.c.partial", "a.1.2.partial", "x.swap")]
+    planted = plant(*ours, *mine)
+    for folder in (*ours, *mine):
+        os.utime(folder, (time.time() - 1e6,) * 2)
+    _sweep(tmp_path)
+    swap = tmp_path / "run.rank-0.0123abcd.swap"
+    swap.mkdir()
+    with nvme_dir._own(tmp_path, "run.rank-0"):
+        pass
+    assert not any(folder.exists() for folder in (*ours, swap))
+    assert_unchanged({file: text for file, text in planted.items() if file.parent in mine})
+
+
+def job(storage: Path) -> JobSpec:
+    document = {
+        "name": "run",
+        "model": {"path": "builtin/tiny-llama"},
+        "data": {"train": [{"path": "builtin/alpaca_sample"}]},
+        "checkpoint": {"storage": str(storage)},
+    }
+    return JobSpec.model_validate_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "deepspeed.json", "report.json", "plan.json"])
+def test_a_run_overwrites_no_file_that_none_wrote(name: str, tmp_path: Path) -> None:
+    home = open_run(job(tmp_path))
+    (home / name).write_text("# my own\n" + loader.dump(job(tmp_path)))
+    with pytest.raises(SpecError, match=f"holds a {name} that no run wrote"):
+        open_run(job(tmp_path))
+    assert (home / name).read_text().startswith("# my own\n")
+
+
+def test_a_run_starts_beside_other_files_and_again_after_a_failed_start(tmp_path: Path) -> None:
+    planted = plant(tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "run" / "export")
+    (tmp_path / "run" / ".writable").write_text("mine")
+    home = open_run(job(tmp_path))
+    for name, key in (("data.json", "train"), ("base.json", "config"), ("plan.json", "machines")):
+        (home / name).write_text(json.dumps({key: "of a start that failed"}))
+    open_run(job(tmp_path))
+    record_job(home, job(tmp_path))
+    (home / "deepspeed.json").write_text("{}")
+    open_run(job(tmp_path))
+    assert_unchanged({**planted, home / ".writable": "mine"})
+
+
+def test_a_sweep_overwrites_no_table_that_none_wrote(tmp_path: Path) -> None:
+    from orchestrator.bench import plots
+
+    sweep: dict[str, Any] = {
+        "name": "s",
+        "job": {"name": "j", "model": {"path": "builtin/tiny-llama"}, "data": {"train": [{"path": "x"}]}},
+        "cells": [{"data.max_length": 256}],
+        "storage": str(tmp_path / "results"),
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    (tmp_path / "results" / "s").mkdir(parents=True)
+    (tmp_path / "results" / "s" / "table.csv").write_text("mine")
+    with pytest.raises(SpecError, match=r"holds a table\.csv that no sweep wrote"):
+        run_cells(load(tmp_path / "sweep.yaml", []), None, lambda _: None)
+    assert os.listdir(tmp_path / "results" / "s") == ["table.csv"]
+    source = Path(plots.__file__).read_text()
+    assert all(f'"{name}"' in source for name in report.PLOTS)
+
+
+def test_the_demonstration_takes_a_folder_of_its_own(tmp_path: Path) -> None:
+    planted = plant(tmp_path / "demo", tmp_path / "demo-2")
+    assert demo._free(tmp_path) == tmp_path / "demo-3"
+    assert_unchanged(planted)

@@ -1,0 +1,161 @@
+"""The command line: what it loads, how soon it answers, and that what it ships is what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import loader
+from tests.conftest import ENVIRONMENT, ROOT, orchestrator
+
+QUICKSTART = ROOT / "launch" / "jobs" / "quickstart.yaml"
+SCHEMA = ROOT / "launch" / "jobs" / "job.schema.json"
+LIGHT_COMMANDS = [
+    ["--help"],
+    ["validate", str(QUICKSTART)],
+    ["render", "--target", "deepspeed", str(QUICKSTART)],
+    ["render", "--target", "rayjob", str(QUICKSTART), "--set", "checkpoint.storage=/mnt/shared/runs"],
+]
+PROBE = """
+import sys
+from orchestrator.cli.main import app
+try:
+    app(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"torch", "ray", "deepspeed", "transformers", "peft", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", LIGHT_COMMANDS, ids=lambda arguments: arguments[0])
+def test_light_commands_load_no_framework_and_answer_in_a_second(arguments: list[str]) -> None:
+    seconds = []
+    for _ in range(5):  # the machine may be busy with something else
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", PROBE, *arguments],
+            cwd=ROOT,
+            env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+        )
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize(
+    "command", ["validate", "pack", "train", "bench", "submit", "export", "render", "report"]
+)
+def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) -> None:
+    done = orchestrator(command, "--help", cwd=tmp_path)
+    assert done.code == 0
+    assert f"orchestrator {command}" in done.out.split("Example:")[1]
+
+
+def test_validate_answers_in_json(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("name: a/b\nmodel: {path: m}\ndata: {train: [{path: d}]}\n")
+    good = orchestrator("validate", str(QUICKSTART), "--json", cwd=tmp_path)
+    assert (good.code, json.loads(good.out)) == (0, {"valid": True, "problems": [], "warnings": []})
+    bad = orchestrator("validate", str(QUICKSTART), "bad.yaml", "--json", cwd=tmp_path)
+    assert bad.code == 2
+    found = json.loads(bad.out)
+    assert [problem.split(": ")[0] for problem in found["problems"]] == ["bad.yaml:1", "bad.yaml:3"]
+    elsewhere = orchestrator("validate", "bad.yaml", "--no-files", "--json", cwd=tmp_path)
+    assert [problem.split(": ")[0] for problem in json.loads(elsewhere.out)["problems"]] == ["bad.yaml:1"]
+
+
+def test_validate_and_train_refuse_the_same_and_leave_nothing(tmp_path: Path) -> None:
+    text = "name: j\nmodel:\n  path: ./modle\ndata:\n  train: [{path: nope.json}]\nmetrics: {port: null}\n"
+    (tmp_path / "job.yaml").write_text(text)
+    checked = orchestrator("validate", "job.yaml", cwd=tmp_path)
+    trained = orchestrator("train", "job.yaml", cwd=tmp_path)
+    assert (checked.code, trained.code) == (2, 2)
+    assert checked.err == trained.err
+    assert "job.yaml:3: model.path=./modle is not there" in checked.err
+    assert "job.yaml:5: data file nope.json is not there" in checked.err
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
+def test_warnings_are_printed_beside_a_result_and_fail_nothing(tmp_path: Path) -> None:
+    odd = ("--set", "optim.lr=50", "--set", "optim.warmup_ratio=1")
+    checked = orchestrator("validate", str(QUICKSTART), *odd, cwd=tmp_path)
+    assert (checked.code, checked.out) == (0, "1 job file valid\n")
+    lines = checked.err.splitlines()
+    assert [line.split("=")[0] for line in lines] == [
+        "warning: --set optim.lr",
+        "warning: --set optim.warmup_ratio",
+    ]
+    answered = orchestrator("validate", str(QUICKSTART), *odd, "--json", cwd=tmp_path)
+    found = json.loads(answered.out)
+    assert (answered.code, answered.err, found["valid"]) == (0, "", True)
+    assert [f"warning: {warning}" for warning in found["warnings"]] == lines
+    wrong = orchestrator("validate", str(QUICKSTART), *odd, "--set", "optim.epoch=1", cwd=tmp_path)
+    assert wrong.code == 2
+    assert wrong.err.startswith("\n".join(lines) + "\njob file error: --set optim.epoch=1: ")
+    for command in (("train",), ("submit", "--address", "http://127.0.0.1:9")):
+        refused = orchestrator(
+            command[0],
+            str(QUICKSTART),
+            *command[1:],
+            *odd,
+            "--set",
+            "checkpoint.storage=/proc/x",
+            "--set",
+            "metrics.port=null",
+            cwd=tmp_path,
+        )
+        assert refused.code == 3
+        assert refused.err.splitlines()[:2] == lines
+        assert refused.err.count("warning:") == 2
+
+
+def test_render_prints_what_a_run_would_use(tmp_path: Path) -> None:
+    on_gpu = orchestrator("render", str(QUICKSTART), "--set", "parallel.zero_stage=2", cwd=tmp_path)
+    assert on_gpu.code == 0
+    config = json.loads(on_gpu.out)
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["bf16"]["enabled"]
+    on_cpu = orchestrator("render", str(QUICKSTART), "--device", "cpu", cwd=tmp_path)
+    assert not json.loads(on_cpu.out)["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "null", '{"name": "run"}', "{", "\x00"])
+def test_a_file_that_is_no_report_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(text)
+    done = orchestrator("report", ".", cwd=tmp_path)
+    assert done.code == 2
+    assert "report.json" in done.err
+    assert "name the folder STORAGE/NAME of a run" in done.err
+
+
+def test_steps_that_are_no_steps_are_not_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "steps.jsonl").write_text('[1]\n5\n{"step": 1}\n{"step": "x", "attempt": 1}\n{"st')
+    done = orchestrator("report", "--compare", "a", "b", cwd=tmp_path)
+    assert done.code == 2
+    assert "a holds no sweep and no run with more than 2 steps" in done.err
+
+
+def test_reports_stand_side_by_side(tmp_path: Path) -> None:
+    common = {"evaluation_loss": None, "tgs": 1.0, "step_seconds": 2.0, "world_size": 2, "restarts": 0}
+    for name, loss in (("a", 1.5), ("b", 1.25)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({"name": name, "loss": loss, **common}))
+    done = orchestrator("report", "a", "b", cwd=tmp_path)
+    assert done.code == 0
+    assert [line.split() for line in done.out.splitlines()[:2]] == [["a", "b"], ["loss", "1.5", "1.25"]]
+
+
+def test_the_schema_for_editors_is_that_of_the_code() -> None:
+    text = json.dumps(loader.json_schema(), indent=2) + "\n"
+    if os.environ.get("GOLDEN_UPDATE"):
+        SCHEMA.write_text(text)
+    assert SCHEMA.read_text() == text, "run with GOLDEN_UPDATE=1 and commit launch/jobs/job.schema.json"

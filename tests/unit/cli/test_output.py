@@ -1,0 +1,74 @@
+"""Output that cannot be written, or not as it is: the command still ends as it should."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.output import TolerantStream, describe_unexpected
+from tests.conftest import ENVIRONMENT, ROOT
+
+PLAN = "-m orchestrator plan launch/jobs/quickstart.yaml --gpus 8xA100-80G-SXM --explain"
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash, where `PLAN` prints some 4 KiB to standard output, with signs outside ASCII."""
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line.replace('PLAN', f'{sys.executable} {PLAN}')}"],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("PLAN | true", 0, ""),
+        ("PLAN >&-", 0, ""),
+        ("PLAN 2>&-", 0, ""),
+        ("PLAN > /dev/full", 3, "the result cannot be written to standard output (No space left on device)"),
+    ],
+)
+def test_a_result_that_nobody_takes(line: str, code: int, words: str) -> None:
+    done = shell(line)
+    assert (done.returncode, "Traceback" in done.stderr, "Exception ignored" in done.stderr) == (
+        code,
+        False,
+        False,
+    )
+    assert words in done.stderr
+
+
+def test_signs_that_the_terminal_does_not_know_are_escaped() -> None:
+    done = shell("PLAN", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert r"\xb1" in done.stdout
+
+
+def test_a_message_that_cannot_be_written_ends_nothing() -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        stream = TolerantStream(full)
+        stream.write("lost\n")
+        stream.write("lost as well\n")
+    TolerantStream(full).write("closed by now\n")
+
+
+def test_what_nobody_foresaw_is_one_sentence_and_a_traceback_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    try:
+        raise KeyError("lost\nkey")
+    except KeyError as error:
+        said = describe_unexpected(error)
+    (file,) = tmp_path.iterdir()
+    assert said.startswith("unexpected error: KeyError: ")
+    assert "\n" not in said
+    assert str(file) in said
+    assert "Traceback (most recent call last)" in file.read_text()

@@ -1,0 +1,97 @@
+"""Memory that is not enough is told apart from all other failures."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from orchestrator.engine.memory_limit import is_out_of_memory, limited_memory
+from orchestrator.errors import MemoryExhaustedError, TrainingError
+from orchestrator.run.failures import explain
+
+CPU = torch.device("cpu")
+LIMITED = """
+import resource
+import torch
+from orchestrator.engine.memory_limit import is_out_of_memory, limited_memory
+MIB = 2**20
+before = resource.getrlimit(resource.RLIMIT_DATA)
+with limited_memory(torch.device("cpu"), 256 * MIB):
+    within = torch.ones(64 * MIB, dtype=torch.uint8)
+    try:
+        torch.ones(512 * MIB, dtype=torch.uint8)
+    except RuntimeError as error:
+        assert is_out_of_memory(error), error
+    else:
+        raise AssertionError("512 MiB were given, and 256 are allowed")
+assert resource.getrlimit(resource.RLIMIT_DATA) == before
+torch.ones(512 * MIB, dtype=torch.uint8)
+"""
+
+
+def test_a_worker_is_given_what_it_may_take_and_no_more() -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_limit_is_set_where_none_is_asked_for() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with limited_memory(CPU, None):
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_the_limit_is_lifted_before_the_failure_is_told() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(RuntimeError, match="the step"), limited_memory(CPU, 2**40):
+        raise RuntimeError("the step")
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("std::bad_alloc"), False),
+    ],
+)
+def test_what_says_that_memory_did_not_do(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (ray.exceptions.OutOfMemoryError("Task was killed"), MemoryExhaustedError),
+        (
+            RuntimeError("1 worker(s) were killed due to the node running low on memory."),
+            MemoryExhaustedError,
+        ),
+        (
+            RuntimeError(
+                "The actor died. Refer to the documentation on how to address the out of memory issue"
+            ),
+            MemoryExhaustedError,
+        ),
+        (MemoryExhaustedError("rank 0 ran out of memory"), MemoryExhaustedError),
+        (RuntimeError("worker died"), TrainingError),
+    ],
+)
+def test_a_worker_that_ray_ended_for_its_node_ran_out_of_memory(
+    failure: Exception, expected: type[Exception]
+) -> None:
+    group: Any = SimpleNamespace(worker_failures={0: failure})
+    assert type(explain(group, [], 0, Path("logs"))) is expected

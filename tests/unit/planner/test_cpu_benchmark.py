@@ -1,0 +1,21 @@
+"""The speed of this machine's processors, as a device that predictions can be made for."""
+
+from __future__ import annotations
+
+from orchestrator.planner.cpu_benchmark import measure, processor
+
+
+def test_processors_become_a_device_with_all_that_a_prediction_needs() -> None:
+    rates = measure(1)
+    found = processor(4.0, rates)
+    assert found.is_processor
+    assert found.memory_bytes == 4 * 2**30
+    assert found.peak_flops("fp32") == rates.flops > 1e8
+    assert found.peak_flops("bf16") is None
+    assert (found.memory_bandwidth_gb_per_second or 0) > 0.1
+
+
+def test_without_rates_only_its_memory_is_known() -> None:
+    found = processor(4.0)
+    assert found.memory_bytes == 4 * 2**30
+    assert found.peak_flops("fp32") is None

@@ -1,0 +1,202 @@
+"""A job is planned on the cluster that there is: kept with the run, and refused where it cannot fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cluster.topology import Node
+from orchestrator.config import loader
+from orchestrator.config.schema import JobSpec
+from orchestrator.errors import ClusterError
+from orchestrator.planner.calibration_store import recall
+from orchestrator.planner.cpu_benchmark import ProcessorRates
+from orchestrator.planner.estimate import Constants
+from orchestrator.planner.search import FIELDS
+from orchestrator.run.recorder import Status
+from orchestrator.run.report import predicted
+from orchestrator.train import admission, ray_session
+
+GIB = 2**30
+
+
+def job(length: int = 512, model: str = "builtin/tiny-llama") -> JobSpec:
+    return loader.parse(
+        json.dumps(
+            {
+                "name": "planned",
+                "model": {"path": model, "weights": "random"},
+                "data": {"train": [{"path": "builtin/alpaca_sample"}], "max_length": length},
+                "parallel": {"workers": 2, "zero_stage": 3, "device": "cpu"},
+                "optim": {"global_batch_size": 4},
+            }
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = tuple(
+        Node(node_id=str(k), address=f"10.0.0.{k}", hostname=f"n{k}", cpus=1, gpus=0, memory_bytes=8 * GIB)
+        for k in (1, 2)
+    )
+    monkeypatch.setattr(ray_session, "live_nodes", lambda: nodes)
+
+
+@pytest.fixture
+def kept_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
+
+
+def test_what_fits_is_noted_and_kept_with_the_run(tmp_path: Path) -> None:
+    notes: list[str] = []
+    admission.require_fit(job(), "cpu", tmp_path, False, notes.append)
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    assert kept["verdict"] == "fits"
+    assert kept["machines"] == "2x1xcpu"
+    assert kept["memory_capacity_bytes"] == pytest.approx(8 * GIB, rel=1e-6)
+    assert kept["stack"].startswith("cpu between nodes, none full, torch ")
+    assert notes[0].startswith("planned: fits: ")
+    expected = predicted(tmp_path)
+    assert expected is not None
+    assert expected["memory_reserved_peak_bytes"] == kept["memory_reserved_peak_bytes"]
+    assert set(kept["settings"]) == set(FIELDS)
+
+
+def test_what_cannot_fit_is_refused_with_the_cheapest_changes(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError) as refused:
+        admission.require_fit(job(196_608), "cpu", tmp_path, False, lambda note: None)
+    said = str(refused.value)
+    assert "planned on 2x1xcpu does not fit: " in said
+    assert "of 8.0" in said
+    assert "(1) --set model.loss_tile_tokens=8192 (" in said
+    assert "(2) " in said
+    assert "--force" in said
+    assert json.loads((tmp_path / "plan.json").read_text())["verdict"] == "does not fit"
+
+
+def test_who_forces_it_is_told_and_goes_on(tmp_path: Path) -> None:
+    notes: list[str] = []
+    admission.require_fit(job(196_608), "cpu", tmp_path, True, notes.append)
+    assert notes[0].startswith("planned, and forced: does not fit: ")
+
+
+def test_nodes_that_do_not_say_what_they_offer_refuse_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = Node(node_id="1", address="10.0.0.1", hostname="n1", cpus=2, gpus=0, memory_bytes=0)
+    monkeypatch.setattr(ray_session, "live_nodes", lambda: (silent,))
+    notes: list[str] = []
+    assert admission.require_fit(job(4_194_304), "cpu", tmp_path, False, notes.append) is None
+    assert notes == ["not planned: the nodes do not say how much memory they offer"]
+
+
+def report(peak_bytes: float) -> dict[str, Any]:
+    return {"memory_reserved_peak_bytes": peak_bytes, "medians": {"step_seconds": 1.5}}
+
+
+@pytest.mark.usefixtures("kept_runs")
+def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
+    tmp_path: Path,
+) -> None:
+    first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert first is not None
+    before = predicted(tmp_path)
+    assert before is not None
+    assert not before["calibrated"]
+    measured = before["memory_reserved_peak_bytes"] * 1.3
+    for number in range(3):
+        first.remember(tmp_path / str(number), report(measured))
+    admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    after = predicted(tmp_path)
+    assert after is not None
+    assert after["calibrated"]
+    assert after["memory_reserved_peak_bytes"] == pytest.approx(measured, rel=0.05)
+
+
+def made(home: Path, attempt: int, step: int, seconds: float, held: float = 2 * GIB) -> None:
+    row = {"attempt": attempt, "step": step, "step_seconds": seconds, "memory_reserved_peak_bytes": held}
+    with (home / "steps.jsonl").open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+@pytest.mark.usefixtures("kept_runs")
+def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
+    tmp_path: Path,
+) -> None:
+    planned = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert planned is not None
+    notes: list[str] = []
+    watch = admission.FirstSteps(planned, tmp_path, notes.append)
+    made(tmp_path, 1, 11, 50.0)
+    watch(Status(attempt=1, start=10, step=11))
+    # A worker was killed: the attempt that follows is measured from where it begins.
+    for step, seconds in enumerate((60.0, 40.0, 2.0, 2.0, 3.0, 2.0), 11):
+        made(tmp_path, 2, step, seconds)
+        watch(Status(attempt=2, start=10, step=step))
+    assert notes == []
+    assert recall(planned.stack) == []
+    for step in (17, 18, 19):
+        made(tmp_path, 2, step, 4.0 if step == 17 else 999.0)
+        watch(Status(attempt=2, start=10, step=step))
+    (note,) = notes
+    assert note.startswith("the 5 steps after the first 2: 2 s a step, 2.00 GiB held (")
+    (seen,) = recall(planned.stack)
+    assert (seen.run, seen.seconds) == (str(tmp_path), 2.0)
+    assert seen.peak_bytes == 2 * GIB
+    planned.remember(tmp_path, report(3 * GIB))  # at its end
+    assert [each.peak_bytes for each in recall(planned.stack)] == [3 * GIB]
+
+
+@pytest.mark.usefixtures("kept_runs")
+def test_a_processor_has_a_predicted_time_once_its_steps_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "measure", lambda workers, threads: ProcessorRates(5e10, 8e9))
+    first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert first is not None
+    before = predicted(tmp_path)
+    assert before is not None
+    assert before["step_seconds"] is None
+    first.remember(tmp_path / "earlier", report(before["memory_reserved_peak_bytes"]))
+    admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    after = predicted(tmp_path)
+    assert after is not None
+    assert after["step_seconds"] == pytest.approx(1.5, rel=0.2)
+    assert after["mfu"] is None
+
+
+@pytest.mark.parametrize(("seconds", "is_slow"), [(1.0, False), (1.19, False), (1.21, True)])
+def test_steps_slower_than_the_range_are_told_of(seconds: float, is_slow: bool) -> None:
+    expected = {"step_seconds": 1.0, "memory_reserved_peak_bytes": GIB, "calibrated": True}
+    said = admission.first_steps_text(5, seconds, GIB, expected)
+    assert f"{seconds:.3g} s a step (1 predicted), 1.00 GiB held (1.00 predicted)" in said
+    assert ("slower than the range" in said) == is_slow
+
+
+def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
+    first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    assert first is not None
+    packing = {"mean_square_tokens": 150.0, "labelled_share": 0.4, "largest_labelled_share": 0.8}
+    whole = first.prediction(Constants())
+    known = first.with_data(tmp_path, packing).prediction(Constants())
+    assert (whole.work.seen_tokens, whole.work.labelled_share) == (512, 1.0)
+    assert (known.work.seen_tokens, known.work.labelled_share) == (150, 0.4)
+    assert known.memory.logits == pytest.approx(0.8 * whole.memory.logits)
+    kept = json.loads((tmp_path / "plan.json").read_text())
+    assert kept["memory_bytes_by_part"]["logits"] == round(known.memory.logits)
+
+
+def test_a_family_that_is_not_known_is_not_planned_and_not_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    notes: list[str] = []
+    admission.require_fit(job(model=str(model)), "cpu", tmp_path, False, notes.append)
+    assert notes == ["not planned: the sizes of the family 'gpt2' are not known"]
+    assert predicted(tmp_path) is None
