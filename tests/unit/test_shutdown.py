@@ -13,7 +13,9 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT, wait_until
 
-_START = "import signal, subprocess, sys, time, threading\nfrom orchestrator import shutdown\nshutdown.install()\n"
+_START = (
+    "import signal, subprocess, sys, time, threading\nfrom orchestrator import shutdown\nshutdown.install()\n"
+)
 _READY = "print('ready', flush=True)\n"
 
 
@@ -160,7 +162,8 @@ print("ready", child.wait() == -signal.SIGTERM, flush=True)
 
 def test_without_install_nothing_changes() -> None:
     body = (
-        "from orchestrator import shutdown\nwith shutdown.interruptible('x'), shutdown.deferred(1.0) as told: print(told)"
+        "from orchestrator import shutdown\n"
+        "with shutdown.interruptible('x'), shutdown.deferred(1.0) as told: print(told)"
     )
     done = subprocess.run(
         [sys.executable, "-c", body],
