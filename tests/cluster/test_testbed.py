@@ -125,7 +125,8 @@ def test_two_networks_live_side_by_side(network: netns.Network) -> None:
 
 def test_what_a_crashed_owner_left_is_cleared() -> None:
     code = (
-        "import subprocess, signal; from tests.support import netns; network = netns.claim(); network.create(1);"
+        "import subprocess, signal; from tests.support import netns; network = netns.claim();"
+        "network.create(1);"
         "process = subprocess.Popen(netns.inside(network.namespace(0), ['sleep', '600']));"
         "print(network.slot, process.pid, flush=True); signal.pause()"
     )
