@@ -27,11 +27,12 @@ demo: setup  ## train, scrape, export and reload the embedded default
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
 
-check: setup  ## ruff, mypy strict, import contracts
+check: setup  ## ruff, mypy strict, import contracts, words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m tests.unit.words
 
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff format .
