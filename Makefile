@@ -27,12 +27,14 @@ demo: setup  ## train, scrape, export and reload the embedded default
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
 
-check: setup  ## ruff, mypy strict, import contracts, words
+check: setup  ## ruff, mypy strict, import contracts, spelling and words, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m tests.unit.words
+	git ls-files -z | xargs -0 $(BIN)/codespell
+	$(BIN)/shellcheck .ci/run
 
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff format .
