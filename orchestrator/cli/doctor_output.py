@@ -1,34 +1,34 @@
-"""What `orchestrator doctor` prints."""
+"""Text output of `orchestrator doctor`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchestrator.cluster.preflight import Found
-    from orchestrator.train.doctor import Examination
+    from orchestrator.cluster.preflight import NodeInfo
+    from orchestrator.train.doctor import ClusterReport
 
 
-def in_words(found: Examination) -> str:
-    """Return a line for each node, one for the all-reduce, and the warnings."""
-    lines = [_node(node) for node in found.nodes]
-    if found.all_reduce and found.all_reduce.seconds:
-        measured = found.all_reduce
+def format_report(report: ClusterReport) -> str:
+    """Return one line per node, one for the all-reduce, and the warnings."""
+    lines = [_format_node(node) for node in report.nodes]
+    if report.all_reduce and report.all_reduce.seconds:
+        measured = report.all_reduce
         size, bandwidth = measured.size_bytes / 2**20, measured.bus_gigabytes_per_second
         lines.append(
             f"all-reduce of {size:.0f} MiB over {measured.ranks} ranks ({measured.backend}): "
-            f"{1e3 * found.all_reduce.seconds:.1f} ms, {bandwidth:.2f} GB/s bus bandwidth"
+            f"{1e3 * report.all_reduce.seconds:.1f} ms, {bandwidth:.2f} GB/s bus bandwidth"
         )
-    lines += [f"warning: {each.sentence}" for each in found.findings if each.level == "warning"]
-    return "\n".join([*lines, "" if any_problem(found) else "ready"]).rstrip()
+    lines += [f"warning: {diag.sentence}" for diag in report.diagnostics if diag.level == "warning"]
+    return "\n".join([*lines, "" if has_problem(report) else "ready"]).rstrip()
 
 
-def any_problem(found: Examination) -> bool:
-    """Tell whether training would not work."""
-    return any(each.level == "problem" for each in found.findings)
+def has_problem(report: ClusterReport) -> bool:
+    """Return whether any diagnostic prevents training."""
+    return any(diag.level == "problem" for diag in report.diagnostics)
 
 
-def _node(node: Found) -> str:
+def _format_node(node: NodeInfo) -> str:
     gpus = f"{len(node.gpus)} x {node.gpus[0].name}, driver {node.gpus[0].driver}" if node.gpus else "no GPU"
     speed = f" at {node.interface_megabits / 1000:g} Gbit/s" if node.interface_megabits else ""
     skew = ""

@@ -155,13 +155,13 @@ def doctor(
         from orchestrator.train.environment import handed_over
 
         handed_over(last=False)  # variables of NCCL and gloo decide what the all-reduce goes through
-        from orchestrator.cli.doctor_output import in_words
-        from orchestrator.train.doctor import examine
+        from orchestrator.cli.doctor_output import format_report
+        from orchestrator.train.doctor import diagnose_cluster
 
         with stdout_for_results():
-            found = examine(address, storage and storage.expanduser().absolute(), _tell)
-        _say(json.dumps(found.as_json()) if as_json else in_words(found))
-        problems = [each.sentence for each in found.findings if each.level == "problem"]
+            cluster_report = diagnose_cluster(address, storage and storage.expanduser().absolute(), _tell)
+        _say(json.dumps(cluster_report.as_json()) if as_json else format_report(cluster_report))
+        problems = [diag.sentence for diag in cluster_report.diagnostics if diag.level == "problem"]
         if problems:
             raise ClusterError(*problems)
 

@@ -1,7 +1,7 @@
-"""The hardware catalogue: what one accelerator can hold and how fast it can go.
+"""The hardware catalogue: memory, bandwidths and peak FLOP/s of accelerators.
 
-The numbers live in ``catalogue.toml`` beside this file. A device that is not listed there is unknown: nothing
-is guessed from a similar name, because a wrong peak makes every MFU derived from it wrong.
+The numbers are in ``cluster/catalogue.toml``. A device that is not listed there is unknown: nothing is
+inferred from a similar name, because a wrong peak makes every MFU derived from it wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CATALOGUE = resource("cluster/catalogue.toml")
 
 
 class CatalogueError(ValueError):
-    """A catalogue file cannot be read or describes a device wrongly."""
+    """A catalogue file cannot be read or has an invalid entry."""
 
 
 class UnknownDevice(ValueError):
@@ -31,7 +31,7 @@ class UnknownDevice(ValueError):
 
 
 class PeakTflops(BaseModel):
-    """Dense peak rates of a device in 10^12 operations a second; None where it has none."""
+    """Dense peak rates of a device in 10^12 FLOP/s; None for an unsupported dtype."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,8 +41,8 @@ class PeakTflops(BaseModel):
     fp32: PositiveFloat | None = None
 
 
-class ReachedTflops(BaseModel):
-    """What others measured a device to reach in bf16, in 10^12 operations a second; None where nobody has."""
+class AchievedTflops(BaseModel):
+    """Published measurements of achieved bf16 rates in 10^12 FLOP/s; None if there are none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,19 +54,19 @@ class Device(BaseModel):
     """One accelerator of the catalogue.
 
     Attributes:
-        name: The catalogue's name, such as ``H100-80G-SXM``.
-        memory_gib: Memory that a process can see, in GiB.
-        memory_bandwidth_gb_per_second: Bandwidth of the device memory in 10^9 bytes a second.
-        interconnect: The fastest link between devices of one node.
-        interconnect_gb_per_second: Bandwidth of that link, both directions added, in 10^9 bytes a second.
-        host_link_gb_per_second: Bandwidth to the host's memory, both directions added.
-        network_gb_per_second: Bandwidth between nodes for each device, in one direction.
-        host_memory_gib: Share of a node's memory for each device.
-        system: The machine that network and host memory are read from.
-        cuda_names: Whole names as CUDA reports them.
-        peak_tflops: Dense peak rates by data type.
-        reached_tflops: What is reached of the peak in bf16: power and kernels differ by device.
-        source: The data sheet the numbers come from.
+        name: Catalogue name, such as ``H100-80G-SXM``.
+        memory_gib: Memory visible to a process, in GiB.
+        memory_bandwidth_gb_per_second: Bandwidth of the device memory in 10^9 bytes/s.
+        interconnect: Fastest link between devices of one node.
+        interconnect_gb_per_second: Bandwidth of that link in 10^9 bytes/s, sum of both directions.
+        host_link_gb_per_second: Bandwidth to host memory in 10^9 bytes/s, sum of both directions.
+        network_gb_per_second: Inter-node bandwidth per device in 10^9 bytes/s, one direction.
+        host_memory_gib: Node memory per device, in GiB.
+        system: Reference machine for network and host memory.
+        cuda_names: Device names as reported by CUDA.
+        peak_tflops: Dense peak rates by dtype.
+        achieved_tflops: Measured bf16 rates, limited by power and kernels.
+        source: Data sheet of the numbers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,56 +82,56 @@ class Device(BaseModel):
     system: str = ""
     cuda_names: tuple[str, ...] = ()
     peak_tflops: PeakTflops = PeakTflops()
-    reached_tflops: ReachedTflops = ReachedTflops()
+    achieved_tflops: AchievedTflops = AchievedTflops()
     source: str
 
     @property
     def memory_bytes(self) -> int:
-        """Memory that a process can see, in bytes."""
+        """Memory visible to a process, in bytes."""
         return int(self.memory_gib * 2**30)
 
     @property
-    def is_processor(self) -> bool:
-        """Whether it stands for workers on a CPU, whose memory is their node's."""
+    def is_cpu(self) -> bool:
+        """Whether the device is a CPU worker, which uses host memory."""
         return self.name == "cpu"
 
     def peak_flops(self, dtype: str) -> float | None:
-        """Return the dense peak rate for a data type in operations a second.
+        """Return the dense peak rate of a dtype in FLOP/s.
 
         Args:
             dtype: ``bf16``, ``fp16``, ``tf32`` (fp32 data on tensor cores) or ``fp32`` (no tensor cores).
 
         Returns:
-            Operations a second, or None where the catalogue has no peak: MFU is then absent, never estimated.
+            FLOP/s, or None if the catalogue has no peak; MFU is then not reported.
         """
         tflops: float | None = self.peak_tflops.model_dump().get(dtype)
         return None if tflops is None else tflops * 1e12
 
-    def reached_share(self, kernel: Literal["matmul", "flash_attention"]) -> float | None:
-        """Return the share of the bf16 peak that a kernel was measured to reach; None where none was."""
-        reached: float | None = self.reached_tflops.model_dump()[kernel]
+    def achieved_fraction(self, kernel: Literal["matmul", "flash_attention"]) -> float | None:
+        """Return the fraction of the bf16 peak that a kernel achieves; None if it was not measured."""
+        achieved: float | None = self.achieved_tflops.model_dump()[kernel]
         peak = self.peak_tflops.bf16
-        return None if reached is None or peak is None else reached / peak
+        return None if achieved is None or peak is None else achieved / peak
 
 
 def catalogue(extra: Path | None = None) -> dict[str, Device]:
-    """Return every known device by name.
+    """Return all known devices by name.
 
     Args:
-        extra: A TOML file of the same form as ``catalogue.toml``; its devices are added, and replace those of
+        extra: A TOML file in the format of ``catalogue.toml``; its devices are added and override those with
             the same name.
 
     Raises:
-        CatalogueError: A file cannot be read, is not TOML, or has a wrong or missing field.
+        CatalogueError: A file cannot be read, is not valid TOML, or has an invalid or missing field.
     """
     return {**_builtin(), **(_read(extra) if extra is not None else {})}
 
 
 def device(name: str, extra: Path | None = None) -> Device:
-    """Return the device with a catalogue name.
+    """Look up a device by its catalogue name.
 
     Args:
-        name: Such as ``A100-80G-SXM``; case matters.
+        name: Such as ``A100-80G-SXM``; case-sensitive.
         extra: As for `catalogue`.
 
     Raises:
@@ -144,27 +144,27 @@ def device(name: str, extra: Path | None = None) -> Device:
     where = f"{CATALOGUE.name} and {extra}" if extra is not None else CATALOGUE.name
     raise UnknownDevice(
         f"device {name!r} is not in {where}; use one of {', '.join(known)}, or add it: copy the table of a"
-        f" similar device into a TOML file of your own, put in the numbers of its data sheet (dense ones),"
-        f" and pass that file with --catalogue"
+        f" similar device into a TOML file, enter the dense rates of its data sheet, and pass the file with"
+        f" --catalogue"
     )
 
 
 def match(cuda_name: str, extra: Path | None = None) -> Device | None:
-    """Return the device that reports a CUDA name, or None when no entry lists exactly this name.
+    """Return the device with exactly this CUDA name, or None.
 
-    Whole names are compared, so that "RTX 4090 D", "H100 NVL" or a MIG slice, which have other peaks, are not
-    taken for their relatives.
+    Prefixes do not match: "RTX 4090 D", "H100 NVL" and MIG slices have other peaks than the devices they are
+    named after.
 
     Args:
         cuda_name: As ``torch.cuda.get_device_name`` returns it.
-        extra: As for `catalogue`; its entries are looked at first.
+        extra: As for `catalogue`; its entries take precedence.
 
     Raises:
         CatalogueError: As for `catalogue`.
     """
-    wanted = _normal(cuda_name)
+    normalized = _normal(cuda_name)
     for entry in reversed(catalogue(extra).values()):
-        if wanted in map(_normal, entry.cuda_names):
+        if normalized in map(_normal, entry.cuda_names):
             return entry
     return None
 
@@ -190,12 +190,12 @@ def _read(path: Path) -> dict[str, Device]:
 def _entry(path: Path, name: str, table: object) -> Device:
     if not isinstance(table, dict):
         raise CatalogueError(
-            f"hardware catalogue {path}: {name} is a value, not a table; write [{name}] and its fields"
+            f"hardware catalogue {path}: {name} must be a table; write [{name}] followed by its fields"
         )
     try:
         return Device.model_validate({**table, "name": name})
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CatalogueError(
-            f"hardware catalogue {path}, device {name}: {wrong}; the fields are those of {CATALOGUE.name}"
+            f"hardware catalogue {path}, device {name}: {wrong}; use the fields of {CATALOGUE.name}"
         ) from error

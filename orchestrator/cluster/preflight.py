@@ -1,6 +1,7 @@
-"""What a node is found to be like before training starts on it, and what of that would go wrong.
+"""Preflight checks of cluster nodes.
 
-`inspect` looks at the node that it runs on; `judge`, a pure function, compares what was found on all.
+`collect_node_info` runs on each node and reports GPUs, versions, /dev/shm and network. `diagnose`, a pure
+function, compares the reports of all nodes and returns errors and warnings.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "orchestrator-llm-trainer")
-"""Packages whose versions have to be the same on all nodes."""
+"""Packages that must have the same version on all nodes."""
 SMALLEST_SHM_BYTES_PER_GPU = 2**30
-"""NCCL's buffers between the GPUs of a node lie in /dev/shm, and so do Ray's objects."""
+"""NCCL's intra-node buffers and Ray's object store both use /dev/shm."""
 LARGEST_SKEW_SECONDS = 1.0
-"""Leases of runs and Prometheus compare clocks of nodes."""
+"""Run locks and Prometheus compare timestamps from different nodes."""
 _NVIDIA_SMI_SECONDS = 20.0
 _NET = Path("/sys/class/net")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi tells it.
+    """One GPU as reported by nvidia-smi.
 
     Attributes:
-        name: Name of the device.
-        memory_mib: Its memory in MiB.
-        driver: Version of the driver.
+        name: Product name.
+        memory_mib: Total memory in MiB.
+        driver: Driver version.
     """
 
     name: str
@@ -46,22 +47,22 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found on one node.
+class NodeInfo:
+    """Hardware, software and network of one node.
 
     Attributes:
-        node: Address by which other nodes reach it.
-        hostname: Its own name.
-        gpus: Its GPUs.
-        gpu_error: Why nvidia-smi does not answer; None where it does, or is not there.
-        shm_bytes: Size of /dev/shm; 0 where there is none.
-        interface: Network interface that has the address, on which collectives run.
-        interface_megabits: Speed of that interface as the kernel states it; None where it states none.
-        compiler: Whether a C++ compiler is there, with which DeepSpeed builds its operators.
-        versions: Version of Python and of each package; None where one is not installed.
-        skew_seconds: How far its clock is ahead of the driver's; None where that was not measured.
-        skew_error_seconds: How far that may be off.
-        storage_problem: Why it cannot use the storage; None where it can.
+        node: IP address by which other nodes reach it.
+        hostname: Hostname of the node.
+        gpus: GPUs listed by nvidia-smi.
+        gpu_error: Why nvidia-smi failed; None if it succeeded or is not installed.
+        shm_bytes: Size of /dev/shm; 0 if it does not exist.
+        interface: Network interface with the address `node`; collectives use it.
+        interface_megabits: Link speed in Mbit/s from sysfs; None if unknown.
+        compiler: Whether a C++ compiler is installed; DeepSpeed compiles its ops with it.
+        versions: Version of Python and of each package; None if a package is not installed.
+        skew_seconds: Clock offset to the driver, positive if the node is ahead; None if not measured.
+        skew_error_seconds: Upper bound of the error of `skew_seconds`.
+        storage_problem: Why the node cannot use the storage; None if it can.
     """
 
     node: str
@@ -79,11 +80,11 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing that was found.
+class Diagnostic:
+    """One problem or warning about a cluster.
 
     Attributes:
-        level: `problem` keeps training from working; `warning` may make it slow or surprise.
+        level: `problem` prevents training; `warning` may slow it down or surprise the user.
         sentence: Value, rule and remedy.
     """
 
@@ -91,16 +92,16 @@ class Finding:
     sentence: str
 
 
-def inspect(address: str) -> Found:
-    """Look at this node.
+def collect_node_info(address: str) -> NodeInfo:
+    """Collect hardware, software and network information of the current node.
 
     Args:
-        address: By which other nodes reach it.
+        address: IP address by which other nodes reach this one.
     """
     gpus, error = _gpus()
     shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
     interface = _interface(address)
-    return Found(
+    return NodeInfo(
         node=address,
         hostname=socket.gethostname(),
         gpus=gpus,
@@ -113,130 +114,139 @@ def inspect(address: str) -> Found:
     )
 
 
-def mark(folder: Path, token: str, name: str) -> str | None:
-    """Write a file into the storage, to be looked for from other nodes; return why it cannot be.
+def write_marker(folder: Path, token: str, name: str) -> str | None:
+    """Write a marker file into the storage for other nodes to look for.
 
     Args:
-        folder: The storage.
-        token: Of this examination.
-        name: Of this node.
+        folder: Storage to check, e.g. `checkpoint.storage`.
+        token: Identifies this check; part of the file name.
+        name: Name of this node.
+
+    Returns:
+        Why the file could not be written or read back; None on success.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _mark(folder, token, name)
+        file = _marker(folder, token, name)
         file.write_text(token, encoding="utf-8")
         if file.read_text(encoding="utf-8") != token:
-            return "reads back other bytes than were written"
+            return "returned different bytes than were written"
     except OSError as error:
         return f"cannot be written ({error.strerror})"
     return None
 
 
-def missing_marks(folder: Path, token: str, names: Iterable[str]) -> list[str]:
-    """Return the nodes whose files this node does not see in the storage.
+def missing_markers(folder: Path, token: str, names: Iterable[str]) -> list[str]:
+    """Return the nodes whose marker files are not visible from this node.
 
     Args:
-        folder: The storage.
-        token: Of this examination.
-        names: Of all nodes.
+        folder: Storage to check.
+        token: As for `write_marker`.
+        names: Names of all nodes.
     """
-    return [name for name in names if not _mark(folder, token, name).is_file()]
+    return [name for name in names if not _marker(folder, token, name).is_file()]
 
 
-def unmark(folder: Path, token: str, names: Iterable[str]) -> None:
-    """Remove the files of an examination."""
+def remove_markers(folder: Path, token: str, names: Iterable[str]) -> None:
+    """Remove the marker files of a check."""
     for name in names:
-        with suppress(OSError):  # where they could not be written they cannot be removed either
-            _mark(folder, token, name).unlink()
+        with suppress(OSError):  # a file that could not be written cannot be removed either
+            _marker(folder, token, name).unlink()
 
 
-def _mark(folder: Path, token: str, name: str) -> Path:
+def _marker(folder: Path, token: str, name: str) -> Path:
     return folder / f".doctor-{token}-{name.replace(':', '_')}"
 
 
 def now() -> float:
-    """Return this node's clock."""
+    """Return the Unix time of this node's clock in seconds."""
     return time.time()
 
 
-def judge(found: Sequence[Found], wants_gpus: bool) -> list[Finding]:
-    """Return what would go wrong on the nodes, worst first.
+def diagnose(nodes: Sequence[NodeInfo], expect_gpus: bool) -> list[Diagnostic]:
+    """Return problems and warnings about the nodes, problems first.
 
     Args:
-        found: What was found on each.
-        wants_gpus: Whether training is to run on GPUs.
+        nodes: Reports of all nodes.
+        expect_gpus: Whether training runs on GPUs.
     """
-    every = [*_of_versions(found), *_of_gpus(found, wants_gpus)]
-    for one in found:
-        every += _of_node(one, alone=len(found) == 1)
-    return sorted(every, key=lambda finding: finding.level != "problem")
+    diagnostics = [*_check_versions(nodes), *_check_gpus(nodes, expect_gpus)]
+    for node in nodes:
+        diagnostics += _check_node(node, single_node=len(nodes) == 1)
+    return sorted(diagnostics, key=lambda diagnostic: diagnostic.level != "problem")
 
 
-def _of_versions(found: Sequence[Found]) -> Iterator[Finding]:
-    for name in dict.fromkeys(name for one in found for name in one.versions):
-        versions = {one.node: one.versions.get(name) for one in found}
+def _check_versions(nodes: Sequence[NodeInfo]) -> Iterator[Diagnostic]:
+    for name in dict.fromkeys(name for node in nodes for name in node.versions):
+        versions = {node.node: node.versions.get(name) for node in nodes}
         if len(set(versions.values())) > 1:
             listed = ", ".join(f"{version or 'none'} on {node}" for node, version in versions.items())
-            yield Finding(
+            yield Diagnostic(
                 "problem",
-                f"{name} differs between nodes ({listed}); install the same on all, or use one image",
+                f"{name} differs between nodes ({listed}); install one version everywhere, or use one image",
             )
-        elif None in versions.values() and name != PACKAGES[-1]:  # a job that is submitted brings that along
-            yield Finding("problem", f"{name} is installed on no node; install it on all, or use one image")
+        elif None in versions.values() and name != PACKAGES[-1]:  # `submit` uploads the package itself
+            yield Diagnostic(
+                "problem", f"{name} is installed on no node; install it on all nodes, or use one image"
+            )
 
 
-def _of_gpus(found: Sequence[Found], wants_gpus: bool) -> Iterator[Finding]:
-    with_gpus = [one for one in found if one.gpus]
-    if wants_gpus and not with_gpus:
-        yield Finding(
-            "problem", "no node has a GPU that nvidia-smi shows; check the driver, or set device: cpu"
+def _check_gpus(nodes: Sequence[NodeInfo], expect_gpus: bool) -> Iterator[Diagnostic]:
+    gpu_nodes = [node for node in nodes if node.gpus]
+    if expect_gpus and not gpu_nodes:
+        yield Diagnostic(
+            "problem", "nvidia-smi lists no GPU on any node; check the driver, or set device: cpu"
         )
-    every = [gpu for one in with_gpus for gpu in one.gpus]
-    for what, kinds in (("models", {gpu.name for gpu in every}), ("drivers", {gpu.driver for gpu in every})):
-        if len(kinds) > 1:
-            listed = ", ".join(sorted(kinds))
-            yield Finding("warning", f"GPU {what} differ ({listed}); use nodes of one kind and one image")
-    counts = {one.node: len(one.gpus) for one in with_gpus}
+    gpus = [gpu for node in gpu_nodes for gpu in node.gpus]
+    for noun, values in (("models", {gpu.name for gpu in gpus}), ("drivers", {gpu.driver for gpu in gpus})):
+        if len(values) > 1:
+            listed = ", ".join(sorted(values))
+            yield Diagnostic(
+                "warning", f"GPU {noun} differ ({listed}); use nodes of the same type and one image"
+            )
+    counts = {node.node: len(node.gpus) for node in gpu_nodes}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{count} on {node}" for node, count in counts.items())
-        yield Finding("warning", f"nodes have different numbers of GPUs ({listed}); use nodes of one kind")
+        yield Diagnostic(
+            "warning", f"nodes have different numbers of GPUs ({listed}); use nodes of the same type"
+        )
 
 
-def _of_node(one: Found, alone: bool) -> Iterator[Finding]:
-    where = f"{one.node} ({one.hostname})"
-    if one.gpu_error:
-        yield Finding("problem", f"{where}: nvidia-smi fails ({one.gpu_error}); check the driver")
-    if one.storage_problem:
-        yield Finding(
+def _check_node(node: NodeInfo, single_node: bool) -> Iterator[Diagnostic]:
+    where = f"{node.node} ({node.hostname})"
+    if node.gpu_error:
+        yield Diagnostic("problem", f"{where}: nvidia-smi fails ({node.gpu_error}); check the driver")
+    if node.storage_problem:
+        yield Diagnostic(
             "problem",
-            f"{where}: the storage {one.storage_problem}; mount storage that every node reads and writes",
+            f"{where}: storage {node.storage_problem}; mount storage that every node can read and write",
         )
-    if not one.compiler:
-        yield Finding(
+    if not node.compiler:
+        yield Diagnostic(
             "problem",
-            f"{where}: there is no C++ compiler, and DeepSpeed builds operators at first use; install g++",
+            f"{where}: no C++ compiler found, and DeepSpeed compiles its ops at first use; install g++",
         )
-    needed = SMALLEST_SHM_BYTES_PER_GPU * max(1, len(one.gpus))
-    if one.shm_bytes < needed:
-        level: Literal["problem", "warning"] = "problem" if len(one.gpus) > 1 else "warning"
-        yield Finding(
+    required = SMALLEST_SHM_BYTES_PER_GPU * max(1, len(node.gpus))
+    if node.shm_bytes < required:
+        level: Literal["problem", "warning"] = "problem" if len(node.gpus) > 1 else "warning"
+        yield Diagnostic(
             level,
-            f"{where}: /dev/shm has {one.shm_bytes / 2**20:.0f} MiB, and NCCL and Ray want "
-            f"{needed / 2**20:.0f} MiB; start the container with --shm-size, or mount an emptyDir of medium "
-            "Memory there",
+            f"{where}: /dev/shm has {node.shm_bytes / 2**20:.0f} MiB, and NCCL and Ray need "
+            f"{required / 2**20:.0f} MiB; start the container with --shm-size, or mount an emptyDir with "
+            "medium: Memory at /dev/shm",
         )
-    if one.skew_seconds is not None:
-        ahead = abs(one.skew_seconds) - one.skew_error_seconds
+    if node.skew_seconds is not None:
+        ahead = abs(node.skew_seconds) - node.skew_error_seconds
         if ahead > LARGEST_SKEW_SECONDS:
-            yield Finding(
+            yield Diagnostic(
                 "warning",
-                f"{where}: its clock is {one.skew_seconds:+.1f} s from the driver's, and "
-                f"{LARGEST_SKEW_SECONDS:g} s are tolerated; run NTP on all nodes",
+                f"{where}: clock is {node.skew_seconds:+.1f} s from the driver's (limit "
+                f"{LARGEST_SKEW_SECONDS:g} s); run NTP on all nodes",
             )
-    if one.interface == "lo" and not alone:
-        yield Finding(
+    if node.interface == "lo" and not single_node:
+        yield Diagnostic(
             "warning",
-            f"{where}: its address belongs to lo, which no other node reaches; start Ray with "
+            f"{where}: the address belongs to lo and other nodes cannot reach it; start Ray with "
             "--node-ip-address",
         )
 
@@ -251,16 +261,16 @@ def _gpus() -> tuple[tuple[Gpu, ...], str | None]:
             capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        return (), f"it does not answer: {type(error).__name__}"
+        return (), f"no response: {type(error).__name__}"
     if done.returncode:
         lines = (done.stdout + done.stderr).strip().splitlines()
-        return (), lines[0] if lines else f"code {done.returncode}"
+        return (), lines[0] if lines else f"exit code {done.returncode}"
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     return tuple(Gpu(name, int(float(memory)), driver) for name, memory, driver in rows), None
 
 
 def _interface(address: str) -> str | None:
-    """Return the interface that has an address."""
+    """Return the network interface with an IP address."""
     try:
         done = subprocess.run(
             ["ip", "-o", "address"], capture_output=True, text=True, timeout=10, check=False

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster are: plain values that say nothing about how they were found."""
+"""Nodes of a cluster as plain values, and their conversion from Ray's state API."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One node of the cluster, with the resources it offers in total.
+    """One node of the cluster with its total resources.
 
     Attributes:
-        node_id: The cluster's own identifier; a node that comes back has a new one.
+        node_id: Ray's node ID; a restarted node gets a new one.
         address: IP address by which other nodes reach it.
-        hostname: Name the node gives itself.
-        cpus: Logical processors offered, which may be a fraction.
-        gpus: Logical accelerators offered.
-        memory_bytes: Main memory offered, in bytes.
-        alive: Whether the cluster believes it is up.
+        hostname: Name of the node.
+        cpus: Logical CPUs; may be fractional.
+        gpus: Logical GPUs.
+        memory_bytes: Host memory that Ray schedules, in bytes.
+        alive: Whether Ray considers the node alive.
     """
 
     node_id: str
@@ -33,11 +33,11 @@ class Node:
 
 
 def from_state_api(records: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
-    """Turn node records of Ray's state API into nodes, ordered by address, live ones first.
+    """Convert node records of Ray's state API to nodes, live ones first, then by address.
 
     Args:
-        records: What ``GET /api/v0/nodes?detail=1`` of the dashboard lists, one mapping a node. The hostname
-            is its ``node_name``, which is the address unless ``ray start --node-name`` says otherwise.
+        records: Node records of ``GET /api/v0/nodes?detail=1``. The hostname is ``node_name``, which is the
+            address unless the node was started with ``ray start --node-name``.
 
     Raises:
         KeyError: A record lacks ``node_id``, ``node_ip`` or ``state``.
@@ -47,14 +47,14 @@ def from_state_api(records: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
 
 
 def _node(record: Mapping[str, Any]) -> Node:
-    # Ray drops the resources of a dead node, and leaves out those a node has none of.
-    offered = record.get("resources_total") or {}
+    # Ray omits the resources of dead nodes, and resources of which a node has none.
+    total = record.get("resources_total") or {}
     return Node(
         node_id=record["node_id"],
         address=record["node_ip"],
         hostname=record.get("node_name") or record["node_ip"],
-        cpus=float(offered.get("CPU", 0)),
-        gpus=float(offered.get("GPU", 0)),
-        memory_bytes=int(offered.get("memory", 0)),
+        cpus=float(total.get("CPU", 0)),
+        gpus=float(total.get("GPU", 0)),
+        memory_bytes=int(total.get("memory", 0)),
         alive=record["state"] == "ALIVE",
     )

@@ -194,7 +194,7 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         machines: On what.
         constants: What is known of the stack.
     """
-    processor = machines.device.is_processor
+    processor = machines.device.is_cpu
     host, beside = host_memory_of(work), 0.0
     if processor:  # a process, and both in one memory
         memory = gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0)

@@ -270,7 +270,7 @@ class _Search:
             )
         self._job, self._config, self._model = job, config, model
         self._machines, self._constants, self._data = machines, constants, data
-        self._device: Any = "cpu" if machines.device.is_processor else "cuda"
+        self._device: Any = "cpu" if machines.device.is_cpu else "cuda"
 
     def candidate(self, job: JobSpec) -> Candidate:
         """Return a job with its prediction."""

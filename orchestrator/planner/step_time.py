@@ -374,8 +374,8 @@ def _rates(work: Work, device: Device) -> _Rates:
             f"device {device.name} has no {dtype} peak or no memory bandwidth in the catalogue, so its speed "
             "cannot be predicted; add them in a file for --catalogue"
         )
-    matmul = device.reached_share("matmul") or MATMUL_SHARE
-    flash = device.reached_share("flash_attention") or FLASH_SHARE
+    matmul = device.achieved_fraction("matmul") or MATMUL_SHARE
+    flash = device.achieved_fraction("flash_attention") or FLASH_SHARE
     return _Rates(LINEAR_EFFICIENCY * matmul * peak, ATTENTION_EFFICIENCY * flash * peak, bandwidth * 1e9)
 
 

@@ -1,6 +1,6 @@
-"""Looking at every node of a cluster before a job is given to it: what is there, and how fast ranks talk.
+"""`orchestrator doctor`: preflight checks on every node of a Ray cluster, and an all-reduce benchmark.
 
-`orchestrator.cluster.preflight` says what a node is found to be like; here Ray takes that to all nodes.
+Runs the checks of `orchestrator.cluster.preflight` in one actor per node.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster import preflight
-from orchestrator.cluster.preflight import Finding, Found
+from orchestrator.cluster.preflight import Diagnostic, NodeInfo
 from orchestrator.cluster.topology import Node
 from orchestrator.errors import ClusterError
 from orchestrator.train import ray_session
@@ -25,18 +25,18 @@ from orchestrator.train import ray_session
 _ALL_REDUCE_BYTES = 32 * 2**20
 _ALL_REDUCE_REPEATS = 5
 _SECONDS_TO_ANSWER = 60.0
-_CLOCK_LOOKS = 5
+_CLOCK_SAMPLES = 5
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """A small all-reduce over all nodes.
+    """Result of the all-reduce benchmark.
 
     Attributes:
-        ranks: Processes that took part.
+        ranks: World size.
         backend: nccl or gloo.
-        size_bytes: Bytes that each rank gave.
-        seconds: Median of the repeats; None where it did not end.
+        size_bytes: Size of the reduced tensor in bytes.
+        seconds: Median latency; None if the all-reduce failed or timed out.
     """
 
     ranks: int
@@ -46,28 +46,28 @@ class AllReduce:
 
     @property
     def bus_gigabytes_per_second(self) -> float | None:
-        """10^9 bytes a second that the slowest link carried, as nccl-tests define bus bandwidth."""
+        """Bus bandwidth in 10^9 bytes per second, as defined by nccl-tests."""
         if not self.seconds:
             return None
         return 2 * (self.ranks - 1) / self.ranks * self.size_bytes / self.seconds / 1e9
 
 
 @dataclass(frozen=True)
-class Examination:
-    """What was found on a cluster.
+class ClusterReport:
+    """Result of `orchestrator doctor`.
 
     Attributes:
-        nodes: What each node is like.
-        all_reduce: How fast they talk; None with one rank.
-        findings: What would go wrong, worst first.
+        nodes: Information about each node.
+        all_reduce: Result of the all-reduce benchmark; None with one rank.
+        diagnostics: Problems, then warnings.
     """
 
-    nodes: tuple[Found, ...]
+    nodes: tuple[NodeInfo, ...]
     all_reduce: AllReduce | None
-    findings: tuple[Finding, ...]
+    diagnostics: tuple[Diagnostic, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values."""
+    def as_json(self) -> dict[str, object]:
+        """Return the report as JSON-serializable values."""
         measured = None
         if self.all_reduce:
             bandwidth = self.all_reduce.bus_gigabytes_per_second
@@ -75,57 +75,58 @@ class Examination:
         return {
             "nodes": [asdict(node) for node in self.nodes],
             "all_reduce": measured,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [asdict(diagnostic) for diagnostic in self.diagnostics],
         }
 
 
-def examine(address: str | None, storage: Path | None, note: Callable[[str], None]) -> Examination:
-    """Look at every live node of a cluster, and let one rank of each GPU, or node, reduce a tensor.
+def diagnose_cluster(address: str | None, storage: Path | None, note: Callable[[str], None]) -> ClusterReport:
+    """Run the preflight checks on every live node, and an all-reduce over all GPUs, or all nodes on CPU.
 
     Args:
-        address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
-        storage: Folder that every node has to read and write; None looks at none.
-        note: Told in a sentence how far it is.
+        address: Address of a Ray cluster; None starts a local Ray and stops it afterwards.
+        storage: Folder that every node must be able to read and write; None skips this check.
+        note: Called with progress messages.
 
     Raises:
-        ClusterError: The cluster cannot be reached, or a node does not answer.
+        ClusterError: The cluster cannot be reached, or a node does not respond.
     """
     with ray_session.connected(address):
         nodes = ray_session.live_nodes()
-        note(f"looking at {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
-        looking = [_actor(_Examiner, node) for node in nodes]
-        found = _answers(
-            nodes, [each.inspect.remote(node.address) for each, node in zip(looking, nodes, strict=True)]
+        note(f"checking {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
+        probes = [_actor(_NodeProbe, node) for node in nodes]
+        infos: list[NodeInfo] = _gather(
+            nodes,
+            [probe.collect_node_info.remote(node.address) for probe, node in zip(probes, nodes, strict=True)],
         )
-        found = [_with_skew(one, each) for one, each in zip(found, looking, strict=True)]
+        infos = [_with_skew(info, probe) for info, probe in zip(infos, probes, strict=True)]
         if storage is not None:
-            found = _with_storage(nodes, looking, found, storage)
-        wants_gpus = any(node.gpus for node in nodes)
-        findings = preflight.judge(found, wants_gpus)
-        for each in looking:
-            ray.kill(each)
-        note("letting the nodes reduce a tensor")
-        measured, problem = _all_reduce(nodes, wants_gpus)
-        return Examination(tuple(found), measured, (*problem, *findings))
+            infos = _with_storage(nodes, probes, infos, storage)
+        expect_gpus = any(node.gpus for node in nodes)
+        diagnostics = preflight.diagnose(infos, expect_gpus)
+        for probe in probes:
+            ray.kill(probe)
+        note("running an all-reduce over all nodes")
+        all_reduce, problems = _all_reduce(nodes, expect_gpus)
+        return ClusterReport(tuple(infos), all_reduce, (*problems, *diagnostics))
 
 
-class _Examiner:
-    """Looks at the node that it runs on."""
+class _NodeProbe:
+    """Runs the preflight functions on the node of its actor."""
 
-    def inspect(self, address: str) -> Found:
-        return preflight.inspect(address)
+    def collect_node_info(self, address: str) -> NodeInfo:
+        return preflight.collect_node_info(address)
 
     def now(self) -> float:
         return preflight.now()
 
-    def mark(self, folder: Path, token: str, name: str) -> str | None:
-        return preflight.mark(folder, token, name)
+    def write_marker(self, folder: Path, token: str, name: str) -> str | None:
+        return preflight.write_marker(folder, token, name)
 
-    def missing_marks(self, folder: Path, token: str, names: Sequence[str]) -> list[str]:
-        return preflight.missing_marks(folder, token, names)
+    def missing_markers(self, folder: Path, token: str, names: Sequence[str]) -> list[str]:
+        return preflight.missing_markers(folder, token, names)
 
-    def unmark(self, folder: Path, token: str, names: Sequence[str]) -> None:
-        preflight.unmark(folder, token, names)
+    def remove_markers(self, folder: Path, token: str, names: Sequence[str]) -> None:
+        preflight.remove_markers(folder, token, names)
 
 
 class _Rank:
@@ -138,8 +139,8 @@ class _Rank:
             probe.bind(("", 0))
             return int(probe.getsockname()[1])
 
-    def reduce(self, rank: int, ranks: int, where: str, on_gpu: bool) -> float:
-        """Return the median seconds of an all-reduce."""
+    def reduce(self, rank: int, world_size: int, master: str, on_gpu: bool) -> float:
+        """Return the median latency of an all-reduce in seconds."""
         from datetime import timedelta
 
         import torch
@@ -147,7 +148,7 @@ class _Rank:
 
         device = torch.device("cuda" if on_gpu else "cpu")
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", init_method=f"tcp://{where}", rank=rank, world_size=ranks,
+            "nccl" if on_gpu else "gloo", init_method=f"tcp://{master}", rank=rank, world_size=world_size,
             timeout=timedelta(seconds=_SECONDS_TO_ANSWER),
         )  # fmt: skip
         try:
@@ -165,87 +166,90 @@ class _Rank:
             dist.destroy_process_group()
 
 
-def _actor(of: type, node: Node, gpus: int = 0) -> Any:
-    """Return an actor on a node, which takes no CPU there."""
-    here = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-    return ray.remote(of).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=here).remote()
+def _actor(actor_class: type, node: Node, gpus: int = 0) -> Any:
+    """Start an actor on a node; it reserves no CPU."""
+    affinity = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+    return ray.remote(actor_class).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=affinity).remote()
 
 
-def _answers(nodes: Sequence[Node], asked: Sequence[Any]) -> list[Any]:
-    """Return what each node says.
+def _gather(nodes: Sequence[Node], futures: Sequence[Any]) -> list[Any]:
+    """Return the result of each node's future.
 
     Raises:
-        ClusterError: With every node that does not say anything in time.
+        ClusterError: With every node that failed or did not respond in time.
     """
-    answers, silent = [], []
+    results, problems = [], []
     deadline = time.monotonic() + _SECONDS_TO_ANSWER
-    for node, future in zip(nodes, asked, strict=True):
+    for node, future in zip(nodes, futures, strict=True):
         try:
-            answers.append(ray.get(future, timeout=max(0.1, deadline - time.monotonic())))
+            results.append(ray.get(future, timeout=max(0.1, deadline - time.monotonic())))
         except (ray.exceptions.RayError, TimeoutError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            silent.append(f"{node.address} ({node.hostname}) does not answer ({reason}); see its Ray's logs")
-    if silent:
-        raise ClusterError(*silent)
-    return answers
+            problems.append(
+                f"{node.address} ({node.hostname}) does not respond ({reason}); see Ray's logs on that node"
+            )
+    if problems:
+        raise ClusterError(*problems)
+    return results
 
 
-def _with_skew(one: Found, examiner: Any) -> Found:
-    """Compare clocks; of several looks the one that took least time says most."""
-    looks = []
-    for _ in range(_CLOCK_LOOKS):
+def _with_skew(info: NodeInfo, probe: Any) -> NodeInfo:
+    """Add the clock offset to the driver: of several samples, the one with the shortest round trip."""
+    samples = []
+    for _ in range(_CLOCK_SAMPLES):
         before = preflight.now()
-        theirs = ray.get(examiner.now.remote(), timeout=_SECONDS_TO_ANSWER)
+        remote = ray.get(probe.now.remote(), timeout=_SECONDS_TO_ANSWER)
         after = preflight.now()
-        looks.append(((after - before) / 2, theirs - (after + before) / 2))
-    error, skew = min(looks)
-    return replace(one, skew_seconds=skew, skew_error_seconds=error)
+        samples.append(((after - before) / 2, remote - (after + before) / 2))
+    error, skew = min(samples)
+    return replace(info, skew_seconds=skew, skew_error_seconds=error)
 
 
 def _with_storage(
-    nodes: Sequence[Node], looking: Sequence[Any], found: Sequence[Found], storage: Path
-) -> list[Found]:
-    """Let every node write into the storage, and look for what the others, and the driver, wrote."""
+    nodes: Sequence[Node], probes: Sequence[Any], infos: Sequence[NodeInfo], storage: Path
+) -> list[NodeInfo]:
+    """Check shared storage: every node writes a marker and looks for those of the others and the driver."""
     token, names = uuid.uuid4().hex[:8], [node.address for node in nodes]
-    everyone = [*names, "driver"]
-    own = preflight.mark(storage, token, "driver")
-    marked = _answers(
-        nodes, [each.mark.remote(storage, token, name) for each, name in zip(looking, names, strict=True)]
+    writers = [*names, "driver"]
+    driver_error = preflight.write_marker(storage, token, "driver")
+    errors = _gather(
+        nodes,
+        [probe.write_marker.remote(storage, token, name) for probe, name in zip(probes, names, strict=True)],
     )
-    unseen = _answers(nodes, [each.missing_marks.remote(storage, token, everyone) for each in looking])
-    _answers(nodes, [each.unmark.remote(storage, token, everyone) for each in looking])
-    if own is None:
-        preflight.unmark(storage, token, everyone)
-    problems = []
-    for problem, missed in zip(marked, unseen, strict=True):
-        others = [name for name in missed if problem is None]
-        said = f"does not show what {', '.join(others)} wrote" if others else None
-        problems.append(f"{storage} {problem or said}" if problem or said else None)
-    return [replace(one, storage_problem=problem) for one, problem in zip(found, problems, strict=True)]
+    missing = _gather(nodes, [probe.missing_markers.remote(storage, token, writers) for probe in probes])
+    _gather(nodes, [probe.remove_markers.remote(storage, token, writers) for probe in probes])
+    if driver_error is None:
+        preflight.remove_markers(storage, token, writers)
+    problems: list[str | None] = []
+    for error, unseen in zip(errors, missing, strict=True):
+        problem = error or (f"does not show files written by {', '.join(unseen)}" if unseen else None)
+        problems.append(f"{storage} {problem}" if problem else None)
+    return [replace(info, storage_problem=problem) for info, problem in zip(infos, problems, strict=True)]
 
 
-def _all_reduce(nodes: Sequence[Node], on_gpu: bool) -> tuple[AllReduce | None, list[Finding]]:
-    """Measure an all-reduce among all GPUs, or one process of each node."""
-    homes = [node for node in nodes for _ in range(int(node.gpus) if on_gpu else 1)]
-    if len(homes) < 2:
+def _all_reduce(nodes: Sequence[Node], on_gpu: bool) -> tuple[AllReduce | None, list[Diagnostic]]:
+    """Time an all-reduce with one rank per GPU, or one per node on CPU."""
+    rank_nodes = [node for node in nodes for _ in range(int(node.gpus) if on_gpu else 1)]
+    world_size = len(rank_nodes)
+    if world_size < 2:
         return None, []
     backend = "nccl" if on_gpu else "gloo"
-    ranks = [_actor(_Rank, node, gpus=int(on_gpu)) for node in homes]
+    ranks = [_actor(_Rank, node, gpus=int(on_gpu)) for node in rank_nodes]
     try:
         port = ray.get(ranks[0].free_port.remote(), timeout=_SECONDS_TO_ANSWER)
-        where = f"{homes[0].address}:{port}"
-        asked = [each.reduce.remote(rank, len(homes), where, on_gpu) for rank, each in enumerate(ranks)]
-        seconds = max(ray.get(asked, timeout=2 * _SECONDS_TO_ANSWER))
+        master = f"{rank_nodes[0].address}:{port}"
+        futures = [actor.reduce.remote(rank, world_size, master, on_gpu) for rank, actor in enumerate(ranks)]
+        seconds = max(ray.get(futures, timeout=2 * _SECONDS_TO_ANSWER))
     except (ray.exceptions.RayError, TimeoutError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-        problem = Finding(
+        problem = Diagnostic(
             "problem",
-            f"an all-reduce of {len(homes)} ranks over {backend} does not end ({reason}); see that nothing "
-            "else holds the GPUs, that no firewall is between the nodes, and set NCCL_SOCKET_IFNAME or "
-            "GLOO_SOCKET_IFNAME where they have several networks",
+            f"an all-reduce of {world_size} ranks over {backend} did not finish ({reason}); check that no "
+            "other process holds the GPUs and that no firewall separates the nodes, and set "
+            "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME if the nodes have several networks",
         )
-        return AllReduce(len(homes), backend, _ALL_REDUCE_BYTES, None), [problem]
+        return AllReduce(world_size, backend, _ALL_REDUCE_BYTES, None), [problem]
     finally:
-        for each in ranks:
-            ray.kill(each)
-    return AllReduce(len(homes), backend, _ALL_REDUCE_BYTES, seconds), []
+        for actor in ranks:
+            ray.kill(actor)
+    return AllReduce(world_size, backend, _ALL_REDUCE_BYTES, seconds), []

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import ray
 
 from orchestrator.arch.parameters import ParameterCount
-from orchestrator.cluster.placement import missing
+from orchestrator.cluster.placement import placement_problem
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError
 from orchestrator.planner.host_memory import host_memory
@@ -30,7 +30,7 @@ def place(job: JobSpec) -> Literal["cuda", "cpu"]:
     found: Literal["cuda", "cpu"] = "cuda" if any(node.gpus for node in nodes) else "cpu"
     device = found if parallel.device == "auto" else parallel.device
     gpus = 1 if device == "cuda" else 0
-    problem = missing(nodes, parallel.workers, parallel.cpus_per_worker, gpus)
+    problem = placement_problem(nodes, parallel.workers, parallel.cpus_per_worker, gpus)
     if problem:
         raise ClusterError(problem)
     _wait_until_free({"CPU": parallel.workers * parallel.cpus_per_worker, "GPU": parallel.workers * gpus})
@@ -70,7 +70,7 @@ def reserve_host_memory(
         f"workers ({parts} each, and half as much again for buffers)"
     )
     gpus = 1 if device == "cuda" else 0
-    problem = missing(
+    problem = placement_problem(
         ray_session.live_nodes(), parallel.workers, parallel.cpus_per_worker, gpus, needed.total
     )
     if problem:

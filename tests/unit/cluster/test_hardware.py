@@ -1,4 +1,4 @@
-"""The hardware catalogue: its numbers, its names, and what happens with a device it does not know."""
+"""The hardware catalogue: numbers, names and unknown devices."""
 
 import subprocess
 import sys
@@ -32,12 +32,12 @@ source = "Acme data sheet"
         ("B200-180G", "bf16", 2250),
     ],
 )
-def test_peaks_are_the_dense_ones(name: str, dtype: str, tflops: float) -> None:
+def test_peaks_are_dense(name: str, dtype: str, tflops: float) -> None:
     assert device(name).peak_flops(dtype) == pytest.approx(tflops * 1e12)
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_every_accelerator_is_described_in_full(name: str) -> None:
+def test_every_gpu_has_all_fields(name: str) -> None:
     entry = device(name)
     nominal_gib = float(name.split("-")[1].removesuffix("G"))
     assert 0.9 * nominal_gib < entry.memory_gib < nominal_gib
@@ -57,7 +57,7 @@ def test_every_accelerator_is_described_in_full(name: str) -> None:
     assert tf32
     assert fp32
     assert bf16 == fp16
-    # A sparse number that slipped in would break this ratio, which all generations here keep.
+    # A rate with sparsity would break this ratio, which holds for all generations.
     assert bf16 / tf32 == pytest.approx(2, rel=0.02)
     assert tf32 >= fp32
 
@@ -72,7 +72,7 @@ def test_cpu_has_no_peak() -> None:
     assert device("cpu").peak_flops("fp32") is None
 
 
-def test_a_dtype_without_a_peak_gives_none() -> None:
+def test_an_unsupported_dtype_has_no_peak() -> None:
     assert device("A100-80G-SXM").peak_flops("fp8") is None
 
 
@@ -90,7 +90,7 @@ def test_a_dtype_without_a_peak_gives_none() -> None:
         ("NVIDIA B200", "B200-180G"),
     ],
 )
-def test_match_knows_the_names_cuda_reports(cuda_name: str, name: str) -> None:
+def test_match_accepts_cuda_names(cuda_name: str, name: str) -> None:
     found = match(cuda_name)
     assert found is not None
     assert found.name == name
@@ -112,19 +112,19 @@ def test_match_knows_the_names_cuda_reports(cuda_name: str, name: str) -> None:
         "Tesla T4",
     ],
 )
-def test_match_never_takes_a_relative(cuda_name: str) -> None:
+def test_match_rejects_related_devices(cuda_name: str) -> None:
     assert match(cuda_name) is None
 
 
-def test_unknown_device_lists_the_known_ones_and_the_remedy() -> None:
+def test_an_unknown_device_lists_known_devices_and_the_remedy() -> None:
     with pytest.raises(UnknownDevice, match="'A100'") as caught:
         device("A100")
     message = str(caught.value)
     assert all(name in message for name in catalogue())
-    assert "TOML file of your own" in message
+    assert "--catalogue" in message
 
 
-def test_an_extra_catalogue_adds_and_replaces(tmp_path: Path) -> None:
+def test_an_extra_catalogue_adds_and_overrides_devices(tmp_path: Path) -> None:
     extra = tmp_path / "mine.toml"
     extra.write_text(NEW + '[H200-141G]\nmemory_gib = 1.0\nsource = "mine"\n', encoding="utf-8")
     assert device("MY-GPU", extra).peak_flops("bf16") == 100e12
@@ -145,26 +145,26 @@ def test_an_extra_catalogue_adds_and_replaces(tmp_path: Path) -> None:
         ('[a]\nsource = "x"\nmemory_gib = 1\npeak_tflops = { fp4 = 1 }', "peak_tflops.fp4: Extra inputs"),
     ],
 )
-def test_a_wrong_catalogue_is_refused_with_the_field(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_catalogue_error_names_the_field(tmp_path: Path, text: str, complaint: str) -> None:
     extra = tmp_path / "mine.toml"
     extra.write_text(text, encoding="utf-8")
     with pytest.raises(CatalogueError, match=complaint):
         catalogue(extra)
 
 
-def test_a_missing_catalogue_is_refused(tmp_path: Path) -> None:
+def test_a_missing_catalogue_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CatalogueError, match=r"absent\.toml cannot be read"):
         catalogue(tmp_path / "absent.toml")
 
 
-def test_values_cannot_be_changed() -> None:
+def test_catalogue_entries_are_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         setattr(device("cpu"), "memory_gib", 1.0)  # noqa: B010
     catalogue().clear()
     assert catalogue()
 
 
-def test_the_package_stays_light() -> None:
+def test_the_package_imports_no_framework() -> None:
     heavy = "{'torch', 'ray', 'numpy', 'deepspeed', 'transformers', 'yaml', 'orchestrator.config.schema'}"
     modules = ", ".join(f"orchestrator.cluster.{name}" for name in ("hardware", "placement", "topology"))
     code = f"import sys, {modules}; sys.exit(str({heavy} & set(sys.modules) or ''))"

@@ -1,4 +1,4 @@
-"""Nodes from the records of Ray's state API."""
+"""Conversion of Ray's state API records to nodes."""
 
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -24,11 +24,11 @@ def test_live_nodes_come_first_with_their_resources() -> None:
     )
 
 
-def test_a_record_without_a_state_is_refused() -> None:
+def test_a_record_without_state_is_an_error() -> None:
     with pytest.raises(KeyError, match="state"):
         from_state_api([{"node_id": "a", "node_ip": "10.0.0.1"}])
 
 
-def test_a_node_cannot_be_changed() -> None:
+def test_nodes_are_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
         from_state_api([LIVE])[0].cpus = 1  # type: ignore[misc]

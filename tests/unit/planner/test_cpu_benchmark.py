@@ -8,7 +8,7 @@ from orchestrator.planner.cpu_benchmark import measure, processor
 def test_processors_become_a_device_with_all_that_a_prediction_needs() -> None:
     rates = measure(1)
     found = processor(4.0, rates)
-    assert found.is_processor
+    assert found.is_cpu
     assert found.memory_bytes == 4 * 2**30
     assert found.peak_flops("fp32") == rates.flops > 1e8
     assert found.peak_flops("bf16") is None

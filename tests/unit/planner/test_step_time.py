@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.arch.flops import Frozen, Recomputation, forward_flops, hardware_flops
 from orchestrator.arch.registry import require_bundled
-from orchestrator.cluster.hardware import Device, ReachedTflops, device
+from orchestrator.cluster.hardware import AchievedTflops, Device, device
 from orchestrator.planner.calibration import fit_time, predicted_seconds
 from orchestrator.planner.host_memory import Offload
 from orchestrator.planner.step_time import (
@@ -70,7 +70,7 @@ def test_kernels_reach_another_part_of_the_peak_on_another_device() -> None:
 
 
 def test_where_nobody_measured_it_the_shares_of_an_a100_are_taken() -> None:
-    plain = A100.model_copy(update={"reached_tflops": ReachedTflops()})
+    plain = A100.model_copy(update={"achieved_tflops": AchievedTflops()})
     known, assumed = step_time(FULL, A100), step_time(FULL, plain)
     assert assumed.linear == pytest.approx(known.linear, rel=1e-3)
     assert assumed.attention == pytest.approx(known.attention, rel=1e-3)
