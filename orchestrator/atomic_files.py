@@ -1,14 +1,15 @@
-"""The JSON and JSON-lines files of runs and sweeps: written whole, and read as a crash left them."""
+"""Atomic writes of JSON files, and reads that tolerate what a crash left behind."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 
 def read_value(path: Path) -> Any:
-    """Return the JSON value of a file; None where the file is missing or cannot be read."""
+    """Return the JSON value of a file; None if the file is missing or not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -16,16 +17,16 @@ def read_value(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object of a file; None where it is missing, unreadable or another value."""
-    found = read_value(path)
-    return found if isinstance(found, dict) else None
+    """Return the JSON object of a file; None if it is missing, invalid or not an object."""
+    value = read_value(path)
+    return value if isinstance(value, dict) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; lines that are cut short or hold another value are skipped.
+    """Return the objects of a JSON-lines file; truncated lines and values that are no object are skipped.
 
     Raises:
-        OSError: The file is there and cannot be read.
+        OSError: The file exists but cannot be read.
     """
     rows = []
     try:
@@ -42,21 +43,30 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all: whoever is killed meanwhile leaves what was there before.
+def write_whole(path: Path, text: str, draft_suffix: str = "draft", fsync: bool = False) -> None:
+    """Write a file atomically: a reader, or a crash, sees the old content or the new, never a part.
+
+    Args:
+        path: File to replace.
+        text: Its new content.
+        draft_suffix: Ends the name of the temporary file; concurrent writers of one path need different ones.
+        fsync: Whether the content is on the disk before the rename, so that it survives a power failure.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{draft_suffix}")
     draft.write_text(text, encoding="utf-8")
+    if fsync:
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
     draft.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, whole or not at all.
+def write_json(path: Path, value: Any, draft_suffix: str = "draft", fsync: bool = False) -> None:
+    """Write a value as JSON atomically; arguments as for `write_whole`.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, json.dumps(value, indent=2) + "\n", draft_suffix, fsync)

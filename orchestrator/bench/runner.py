@@ -117,44 +117,44 @@ def in_words(row: Row) -> str:
 
 def _measure(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
     """Run a cell and return its row; where it failed for its machines' sake, after one more try."""
-    home = sweep.folder / CELLS / cell.name
+    run_dir = sweep.folder / CELLS / cell.name
     for _ in range(_TRIES):
         outcome = _try(sweep, cell, address, lock)
         if not outcome.get("machines"):
             break
-    return _row(sweep, cell, home, outcome)
+    return _row(sweep, cell, run_dir, outcome)
 
 
 def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, Any]:
     """Run a cell in a fresh process group, from nothing: what an earlier try wrote is removed."""
-    home = sweep.folder / CELLS / cell.name
-    remove_own(home, own_files(home))
-    home.mkdir(exist_ok=True)
+    run_dir = sweep.folder / CELLS / cell.name
+    remove_own(run_dir, own_files(run_dir))
+    run_dir.mkdir(exist_ok=True)
     gib = sweep.spec.memory_limit_gib
     asked = {
         "job": loader.dump(cell.job),
         "address": address,
         "memory_limit_bytes": None if gib is None else int(gib * 2**30),
     }
-    (home / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
-    ended = _run_process(home, sweep.spec.timeout_minutes, lock)
-    return read_object(home / OUTCOME) or {"status": "failed", "reason": ended}
+    (run_dir / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
+    ended = _run_process(run_dir, sweep.spec.timeout_minutes, lock)
+    return read_object(run_dir / OUTCOME) or {"status": "failed", "reason": ended}
 
 
-def own_files(home: Path) -> list[str]:
+def own_files(run_dir: Path) -> list[str]:
     """Return the files that a cell's process wrote into its folder; others are somebody's and stay."""
-    logs = [path.relative_to(home).as_posix() for path in home.glob("logs/**/*.log")]
+    logs = [path.relative_to(run_dir).as_posix() for path in run_dir.glob("logs/**/*.log")]
     return [INSTRUCTIONS, OUTCOME, _LOG, *RUN_FILES, *logs]
 
 
-def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:
+def _row(sweep: Sweep, cell: Cell, run_dir: Path, outcome: dict[str, Any]) -> Row:
     """Return a cell's row from its outcome and the files of its run."""
-    samples = results.samples_of(home, sweep.spec.warmup_steps)
+    samples = results.samples_of(run_dir, sweep.spec.warmup_steps)
     if outcome["status"] == "ok" and not samples:
-        outcome |= {"status": "failed", "reason": _no_steps(home, sweep.spec.warmup_steps)}
+        outcome |= {"status": "failed", "reason": _no_steps(run_dir, sweep.spec.warmup_steps)}
     succeeded = outcome["status"] == "ok"
-    report = read_object(home / results.REPORT) or {}
-    workers = read_value(home / results.WORKERS) or []
+    report = read_object(run_dir / results.REPORT) or {}
+    workers = read_value(run_dir / results.WORKERS) or []
     machines = {
         "nodes": len({worker["node"] for worker in workers}),
         "devices": sorted({worker["device"] for worker in workers}),
@@ -166,7 +166,7 @@ def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:
         status=outcome["status"],
         reason=outcome["reason"],
         samples=samples if succeeded else {},
-        peaks=results.peaks_of(home) if succeeded else {},
+        peaks=results.peaks_of(run_dir) if succeeded else {},
         packing=report.get("packing", {}),
         seconds=report.get("seconds", {}),
         shape=outcome.get("shape"),
@@ -174,19 +174,19 @@ def _row(sweep: Sweep, cell: Cell, home: Path, outcome: dict[str, Any]) -> Row:
     )
 
 
-def _no_steps(home: Path, warmup_steps: int) -> str:
-    steps = len(read_lines(home / results.STEPS))
+def _no_steps(run_dir: Path, warmup_steps: int) -> str:
+    steps = len(read_lines(run_dir / results.STEPS))
     return (
         f"the run has {steps} steps and warmup_steps={warmup_steps} leaves none to measure; set steps, or "
         "lower warmup_steps"
     )
 
 
-def _run_process(home: Path, timeout_minutes: float | None, lock: int) -> str:
+def _run_process(run_dir: Path, timeout_minutes: float | None, lock: int) -> str:
     """Run the cell's process to its end, and return how it ended, for a row that it did not fill itself."""
-    with (home / _LOG).open("w", encoding="utf-8") as log:
+    with (run_dir / _LOG).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            [*module_command("orchestrator.bench.cell"), str(home)],
+            [*module_command("orchestrator.bench.cell"), str(run_dir)],
             stdin=subprocess.PIPE,  # never written to: the cell ends when it is closed
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -197,12 +197,12 @@ def _run_process(home: Path, timeout_minutes: float | None, lock: int) -> str:
             code = process.wait(None if timeout_minutes is None else timeout_minutes * 60.0)
         except subprocess.TimeoutExpired:
             _stop(process)
-            return f"it took longer than timeout_minutes={timeout_minutes:g}; see {home / _LOG}"
+            return f"it took longer than timeout_minutes={timeout_minutes:g}; see {run_dir / _LOG}"
         except BaseException:
             _stop(process)
             raise
     how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-    return f"its driver {how}; see {home / _LOG}"
+    return f"its driver {how}; see {run_dir / _LOG}"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -99,20 +99,20 @@ def folder_problems(job: JobSpec, workers_here: bool = True) -> Iterator[Problem
 
 def run_problems(job: JobSpec) -> Iterator[Problem]:
     """Yield what keeps a job from training in its run's folder: another job's run, or files of the user's."""
-    home = run_folder(job)
+    run_dir = run_folder(job)
     try:
-        if not (home / ATTEMPTS).exists():
-            if name := overwritten_by_a_run(home):
+        if not (run_dir / ATTEMPTS).exists():
+            if name := overwritten_by_a_run(run_dir):
                 yield (
                     ("name",),
-                    f"{home} holds a {name} that no run wrote, and this run would overwrite it; move it "
+                    f"{run_dir} holds a {name} that no run wrote, and this run would overwrite it; move it "
                     "away, or give this job another name",
                 )
             return
-        old = loader.load(home / JOB)
+        old = loader.load(run_dir / JOB)
     except SpecError as error:
         for sentence in error.problems:
-            yield ("name",), f"{home} holds a run whose {JOB} cannot be used: {sentence}"
+            yield ("name",), f"{run_dir} holds a run whose {JOB} cannot be used: {sentence}"
         return
     except OSError:  # the folder's own problem, which `folder_problems` tells
         return
@@ -120,7 +120,7 @@ def run_problems(job: JobSpec) -> Iterator[Problem]:
     if differing:
         yield (
             ("name", *differing),
-            f"{home} holds a run of another job: {', '.join(differing.values())}; give this job another "
+            f"{run_dir} holds a run of another job: {', '.join(differing.values())}; give this job another "
             "name, or remove the folder",
         )
 

@@ -35,19 +35,19 @@ RUN_FILES = (
 folders."""
 
 
-def overwritten_by_a_run(home: Path) -> str | None:
+def overwritten_by_a_run(run_dir: Path) -> str | None:
     """Return a file that the first start of a run would overwrite and that no start of a run wrote.
 
     A start that failed before the first attempt left its job as the program writes it, or files that come
     before the job, which are known by a key that ours have.
 
     Args:
-        home: The run's folder.
+        run_dir: The run's folder.
     """
-    if (home / _BEGUN).exists() or _is_job_as_written(home / "job.yaml"):
+    if (run_dir / _BEGUN).exists() or _is_job_as_written(run_dir / "job.yaml"):
         return None
-    there = [name for name in _WRITTEN if (home / name).exists()]
-    return next((name for name in there if not _has_our_key(home / name)), None)
+    there = [name for name in _WRITTEN if (run_dir / name).exists()]
+    return next((name for name in there if not _has_our_key(run_dir / name)), None)
 
 
 def _has_our_key(file: Path) -> bool:

@@ -15,13 +15,13 @@ from orchestrator.data.tokenize import Note
 from orchestrator.errors import OrchestratorError, SpecError, TrainingError
 from orchestrator.export.destination import free_target, require_target
 from orchestrator.export.export import MAX_SHARD_BYTES, Dtype, Exported, Request, export
-from orchestrator.run import run_dir
+from orchestrator.run.run_dir import load_base_model_id, load_job
 
 _SECONDS_TO_CLEAN_UP = 10.0
 
 
 def export_run(
-    home: Path,
+    run_dir: Path,
     to: Path,
     merge: bool = False,
     step: int | None = None,
@@ -31,7 +31,7 @@ def export_run(
     """Export a checkpoint of a run to a folder.
 
     Args:
-        home: The run's folder.
+        run_dir: The run's folder.
         to: Folder to write; an earlier export is replaced, nothing else is.
         merge: Whether adapters are merged into the base model.
         step: Of the checkpoint; None takes the newest.
@@ -42,23 +42,25 @@ def export_run(
         SpecError: The folder must not be written, there is nothing to merge, or no checkpoint of that step.
         TrainingError: The run has no checkpoint, or the export cannot be written.
     """
-    job = run_dir.job_of(home)
+    job = load_job(run_dir)
     if merge and job.method.type != "lora":
-        raise SpecError(f"{home} trained every parameter, so there is nothing to merge; leave out --merge")
-    require_target(to, home, job)
-    saved = _checkpoint(home, step)
-    request = Request(job, home, saved, dtype or _dtype_of(home), _base(job, home), merge, max_shard_bytes)
+        raise SpecError(f"{run_dir} trained every parameter, so there is nothing to merge; leave out --merge")
+    require_target(to, run_dir, job)
+    saved = _checkpoint(run_dir, step)
+    request = Request(
+        job, run_dir, saved, dtype or _dtype_of(run_dir), _base(job, run_dir), merge, max_shard_bytes
+    )
     return export(request, to)
 
 
-def export_finished(home: Path, job: JobSpec, dtype: Dtype, note: Note) -> Exported:
+def export_finished(run_dir: Path, job: JobSpec, dtype: Dtype, note: Note) -> Exported:
     """Export the newest checkpoint of a run that has finished, in a task of the cluster.
 
     It goes to STORAGE/NAME/export; where that holds what no export wrote, to the first free of export-2,
     export-3, ..., and `note` is told.
 
     Args:
-        home: The run's folder.
+        run_dir: The run's folder.
         job: The job as it ran.
         dtype: Number format of the weights.
         note: Told in a sentence where the export went instead.
@@ -66,10 +68,12 @@ def export_finished(home: Path, job: JobSpec, dtype: Dtype, note: Note) -> Expor
     Raises:
         TrainingError: The export cannot be written.
     """
-    to, problem = free_target(home, job)
+    to, problem = free_target(run_dir, job)
     if problem:
         note(f"exporting to {to}, because {problem}")
-    request = Request(job, home, checkpointer.published(home / "checkpoints")[-1], dtype, _base(job, home))
+    request = Request(
+        job, run_dir, checkpointer.published(run_dir / "checkpoints")[-1], dtype, _base(job, run_dir)
+    )
     reference = ray.remote(num_cpus=1)(export).remote(request, to)
     try:
         found: Exported = ray.get(reference)
@@ -85,31 +89,31 @@ def export_finished(home: Path, job: JobSpec, dtype: Dtype, note: Note) -> Expor
     return found
 
 
-def _checkpoint(home: Path, step: int | None) -> Path:
-    saved = checkpointer.published(home / "checkpoints")
+def _checkpoint(run_dir: Path, step: int | None) -> Path:
+    saved = checkpointer.published(run_dir / "checkpoints")
     if not saved:
-        raise TrainingError(f"{home} has no published checkpoint; train the job first, then export")
+        raise TrainingError(f"{run_dir} has no published checkpoint; train the job first, then export")
     if step is None:
         return saved[-1]
     for each in saved:
         if checkpointer.step_of(each) == step:
             return each
     there = ", ".join(str(checkpointer.step_of(each)) for each in saved)
-    raise SpecError(f"--step {step}: {home} has no checkpoint of that step; there are {there}")
+    raise SpecError(f"--step {step}: {run_dir} has no checkpoint of that step; there are {there}")
 
 
-def _dtype_of(home: Path) -> Dtype:
+def _dtype_of(run_dir: Path) -> Dtype:
     """Return the number format that a run trained in."""
     try:
-        rendered = json.loads((home / "deepspeed.json").read_text(encoding="utf-8"))
+        rendered = json.loads((run_dir / "deepspeed.json").read_text(encoding="utf-8"))
         enabled = {name: bool(rendered[name]["enabled"]) for name in ("bf16", "fp16")}
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(
-            f"{home / 'deepspeed.json'}, which says in which number format the run trained, cannot be read; "
-            "say it with --dtype"
+            f"{run_dir / 'deepspeed.json'}, which records the dtype of the run, cannot be read; name the "
+            "dtype with --dtype"
         ) from None
     return "bf16" if enabled["bf16"] else "fp16" if enabled["fp16"] else "fp32"
 
 
-def _base(job: JobSpec, home: Path) -> dict[str, Any] | None:
-    return run_dir.base_of(home) if job.method.type == "lora" else None
+def _base(job: JobSpec, run_dir: Path) -> dict[str, Any] | None:
+    return load_base_model_id(run_dir) if job.method.type == "lora" else None

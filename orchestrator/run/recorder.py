@@ -22,8 +22,8 @@ from orchestrator.metrics.exporter import Exporter, RankLabels
 from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, rank_columns, step_values
 from orchestrator.metrics.targets import address
 from orchestrator.metrics.trackers import Trackers, no_trackers
-from orchestrator.run.failures import Failure, comes_back, hopeless
-from orchestrator.run.run_lock import Lease
+from orchestrator.run.failures import Failure, deterministic_failure_error, is_deterministic
+from orchestrator.run.run_lock import RunLock
 
 METRICS = "metrics.json"  # where the endpoint is, while there is one
 STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
@@ -70,7 +70,7 @@ class Recorder:
     Args:
         folder: The run's folder.
         run: Name of the run.
-        lease: The driver's lease, refreshed whenever the driver asks for the status.
+        run_lock: The lock of the driver, refreshed whenever the driver asks for the status.
         host: Address of the endpoint.
         port: Port of the endpoint, or auto; None opens none.
         trackers: Makes what else draws the numbers, given where to complain.
@@ -80,12 +80,12 @@ class Recorder:
         self,
         folder: Path,
         run: str,
-        lease: Lease,
+        run_lock: RunLock,
         host: str,
         port: int | Literal["auto"] | None,
         trackers: Callable[[Callable[[str], None]], Trackers] = no_trackers,
     ) -> None:
-        self._folder, self._lease = folder, lease
+        self._folder, self._run_lock = folder, run_lock
         self._exporter = Exporter(run, host, port) if port is not None else None
         self._status = Status(metrics_port=self._exporter.port if self._exporter else None)
         self._notes: deque[str] = deque()  # trackers add to it from their thread
@@ -229,7 +229,7 @@ class Recorder:
             TrainingError: A newer attempt, or another driver, has taken the run over.
         """
         self._require_current(attempt)
-        if not self._lease.is_held(self._folder):
+        if not self._run_lock.is_held(self._folder):
             raise TrainingError(
                 f"another driver has taken over the run in {self._folder}; this one stops writing"
             )
@@ -243,8 +243,8 @@ class Recorder:
     def failed(self, failure: Failure) -> None:
         """Note what a rank raised; where the try before ended in the same way, the run ends."""
         self._failures.append(failure)
-        if comes_back(self._failures):
-            self.give_up(hopeless(failure), None)
+        if is_deterministic(self._failures):
+            self.give_up(deterministic_failure_error(failure), None)
 
     def failures(self) -> list[Failure]:
         """Return what ranks have raised since the driver started, in order."""
@@ -275,9 +275,9 @@ class Recorder:
         write_whole(self._folder / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in self._past))
 
     def status(self) -> Status:
-        """Return where the run stands, and keep the driver's lease alive."""
-        if self._lease.is_held(self._folder):
-            self._lease.refresh(self._folder)
+        """Return where the run stands, and refresh the run lock."""
+        if self._run_lock.is_held(self._folder):
+            self._run_lock.refresh(self._folder)
         if self._exporter:
             self._exporter.keep_listed()
         notes = tuple(self._notes.popleft() for _ in range(len(self._notes)))

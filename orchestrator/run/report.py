@@ -136,14 +136,14 @@ def _totals(steps: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, fl
     return {**totals, "padding_fraction": 1.0 - totals["tokens"] / slots}
 
 
-def predicted(home: Path) -> dict[str, Any] | None:
+def predicted(run_dir: Path) -> dict[str, Any] | None:
     """Return what was predicted of a run, in the terms of its report; None where nothing was.
 
     Args:
-        home: The run's folder.
+        run_dir: The run's folder.
     """
     try:
-        found = json.loads((home / PLAN).read_text(encoding="utf-8"))
+        found = json.loads((run_dir / PLAN).read_text(encoding="utf-8"))
     except OSError:
         return None
     return {name: found[name] for name in _PREDICTED}

@@ -1,4 +1,4 @@
-"""The run's folder: what lies in it, and whether a job may go on in it."""
+"""The run directory STORAGE/NAME: what it contains, and whether a job may start or resume in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.atomic_files import read_object, write_json, write_whole
 from orchestrator.checks.folders import ATTEMPTS, JOB, folder_problems, run_problems
@@ -18,25 +18,26 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.model.base_model_id import BASE
 
-DATA = "data.json"  # which plans the run trains and evaluates on
-CACHE = ".cache"  # of tokens and packs, beside the runs of a storage
+DATA = "data.json"  # names of the packed datasets, and the files they were made from
+CACHE = ".cache"  # tokenized and packed data, shared by the runs of a storage
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
-_RAY_MARKER = ".validate_storage_marker"  # written by Ray Train to try the storage, and left there
-# What a start writes before its first attempt, in the order in which it can be removed.
+_RAY_MARKER = ".validate_storage_marker"  # Ray Train tests the storage with it and does not remove it
+# Files that a start writes before its first attempt, in an order in which they can be removed.
 _BEFORE_ATTEMPTS = (
     JOB, DATA, BASE, "plan.json", "deepspeed.json", "owner.json", "logs/driver.log", "logs", "checkpoints",
 )  # fmt: skip
 
 
-def number_format(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16", "fp16", "fp32"]:
-    """Return the number format that a job runs in: bf16 on CUDA and fp32 on CPU unless it says otherwise.
+def resolve_dtype(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16", "fp16", "fp32"]:
+    """Return the dtype of a job; `auto` is bf16 on CUDA and fp32 on CPU.
 
     Raises:
-        SpecError: fp16 is asked for on CPU, where DeepSpeed does not offer it.
+        SpecError: fp16 on CPU, which DeepSpeed does not support.
     """
     if job.model.dtype == "fp16" and device == "cpu":
         raise SpecError(
-            "model.dtype=fp16 needs CUDA, and this job runs on CPU; use dtype: fp32, or dtype: bf16 for a try"
+            "model.dtype=fp16 requires CUDA, and this job runs on CPU; use dtype: fp32, or dtype: bf16 to "
+            "test mixed precision"
         )
     if job.model.dtype == "auto":
         return "bf16" if device == "cuda" else "fp32"
@@ -44,169 +45,174 @@ def number_format(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16
 
 
 def open_run(job: JobSpec, workers_here: bool = True) -> Path:
-    """Return the run's folder, made where it is new and nothing speaks against the job.
+    """Return the run directory, created if it does not exist.
 
     Args:
         job: The job, with absolute paths.
         workers_here: Whether workers run on this machine.
 
     Raises:
-        ClusterError: The storage cannot be written.
-        SpecError: The folder holds a run of another job.
+        ClusterError: The storage is not writable.
+        SpecError: The directory contains a run of another job.
     """
-    home = Path(job.checkpoint.storage) / job.name
-    refused = [sentence for _, sentence in run_problems(job)]
-    in_the_way = [sentence for _, sentence in folder_problems(job, workers_here)]
-    if refused:
-        raise SpecError(*refused, *in_the_way)
-    if in_the_way:
-        raise ClusterError(*in_the_way)
+    run_dir = Path(job.checkpoint.storage) / job.name
+    run_errors = [message for _, message in run_problems(job)]
+    storage_errors = [message for _, message in folder_problems(job, workers_here)]
+    if run_errors:
+        raise SpecError(*run_errors, *storage_errors)
+    if storage_errors:
+        raise ClusterError(*storage_errors)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):  # has no name that could be another file's
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # A temporary file without a name: it cannot collide with a file of the user.
+        with tempfile.TemporaryFile(dir=run_dir):
             pass
     except OSError as error:
         raise ClusterError(
-            f"checkpoint.storage={job.checkpoint.storage} cannot be written ({error.strerror}); name a "
-            "folder that the driver and every node can write"
+            f"checkpoint.storage={job.checkpoint.storage} is not writable ({error.strerror}); name a "
+            "directory that the driver and every node can write"
         ) from None
-    return home
+    return run_dir
 
 
-def absent_folders(folder: Path) -> list[Path]:
-    """Return a folder and those above it, as far as making it will make them, the innermost first."""
-    return [place for place in (folder, *folder.parents) if not place.exists()]
+def missing_directories(path: Path) -> list[Path]:
+    """Return those of a directory and its parents that do not exist, innermost first."""
+    return [directory for directory in (path, *path.parents) if not directory.exists()]
 
 
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders that hold nothing, in their order; others stay."""
-    for folder in folders:
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Remove the directories that are empty, in the given order."""
+    for directory in directories:
         with suppress(OSError):
-            folder.rmdir()
+            directory.rmdir()
 
 
-def withdraw(home: Path, made: Sequence[Path]) -> None:
-    """Leave nothing of a run that was refused before its first attempt, so that no empty folder stays.
+def discard_refused_run(run_dir: Path, created: Sequence[Path]) -> None:
+    """Remove what a start wrote that was refused before its first attempt.
 
-    A plan that says why a job does not fit stays, and so does whatever this program did not write.
+    Files that this program did not write stay, and so does a plan whose verdict explains the refusal.
 
     Args:
-        home: The run's folder.
-        made: The folders that this start has made, the run's own first.
+        run_dir: The run directory.
+        created: The directories that this start created, the run directory first.
     """
-    plan = read_object(home / "plan.json") or {}
-    if home not in made or (home / ATTEMPTS).exists() or plan.get("verdict") == "does not fit":
+    plan = read_object(run_dir / "plan.json") or {}
+    if run_dir not in created or (run_dir / ATTEMPTS).exists() or plan.get("verdict") == "does not fit":
         return
     for name in _BEFORE_ATTEMPTS:
         with suppress(OSError):
-            (home / name).rmdir() if (home / name).is_dir() else (home / name).unlink()
-    own = home.parent in made  # then nobody else keeps tokens there
-    # What stays holds something: another run, the cache of tokens, a file of the user.
-    remove_empty((home, *([home.parent / CACHE] if own else []), *made[1:]))
+            (run_dir / name).rmdir() if (run_dir / name).is_dir() else (run_dir / name).unlink()
+    # The cache is shared; it is ours alone only if this start created the whole storage.
+    cache = [run_dir.parent / CACHE] if run_dir.parent in created else []
+    remove_empty((run_dir, *cache, *created[1:]))
 
 
-def remove_marker(home: Path) -> None:
-    """Remove what Ray Train leaves in a run's folder from trying whether it can write there."""
+def remove_ray_marker(run_dir: Path) -> None:
+    """Remove the file with which Ray Train tests that the run directory is writable."""
     with suppress(OSError):
-        (home / _RAY_MARKER).unlink(missing_ok=True)
+        (run_dir / _RAY_MARKER).unlink(missing_ok=True)
 
 
-def record_job(home: Path, job: JobSpec) -> None:
-    """Write the job as resolved, and make the folder ready for a new driver."""
-    write_whole(home / JOB, loader.dump(job))
-    # Ray's list of checkpoints may name some that are gone; ours are found by their manifests.
-    (home / _RAY_SNAPSHOT).unlink(missing_ok=True)
+def record_job(run_dir: Path, job: JobSpec) -> None:
+    """Write the resolved job, and prepare the directory for a new Ray Train controller."""
+    write_whole(run_dir / JOB, loader.dump(job))
+    # Ray's list of checkpoints may name some that were removed; ours are found by their manifests.
+    (run_dir / _RAY_SNAPSHOT).unlink(missing_ok=True)
 
 
 def require_same_data(
-    home: Path, training: Path, evaluation: Path | None, files: Mapping[str, Any] | None = None
+    run_dir: Path, training: Path, evaluation: Path | None, files: Mapping[str, object] | None = None
 ) -> None:
-    """Record which data a run trains on at its first start, and hold every later start to it.
+    """Record the data at the first start of a run; require the same data at every later start.
 
     Args:
-        home: The run's folder.
-        training: The plan of the training data; its name is a hash of all that decides it.
-        evaluation: The plan of the held-out data.
-        files: The files that they were made from, to be recorded with them.
+        run_dir: The run directory.
+        training: The packed training dataset; its name is a hash of everything that determines its content.
+        evaluation: The packed evaluation dataset.
+        files: The source files, recorded but not compared.
 
     Raises:
-        SpecError: The run has trained on other data.
+        SpecError: The run was started with other data.
     """
-    found = {"train": training.name, "eval": evaluation.name if evaluation else None}
-    changed = [f"data.{kind}" for kind in _changed(home, DATA, found, {"files": files} if files else {})]
+    names = {"train": training.name, "eval": evaluation.name if evaluation else None}
+    extra = {"files": files} if files else None
+    changed = [f"data.{split}" for split in _changed_fields(run_dir, DATA, names, extra)]
     if changed:
-        raise changed_since(home, changed)
+        raise changed_inputs_error(run_dir, changed)
 
 
-def changed_since(home: Path, changed: list[str]) -> SpecError:
-    """Return the error for a run whose inputs are not those that it began with."""
+def changed_inputs_error(run_dir: Path, changed: list[str]) -> SpecError:
+    """Return the error for a run whose inputs changed since its first start."""
     return SpecError(
-        f"{' and '.join(changed)} of the run in {home} changed since it began (a data file, the tokenizer or "
-        "its template, or the model is another), so this is another job; bring the old ones back, give this "
-        "job another name, or remove the folder"
+        f"{' and '.join(changed)} changed since run {run_dir} started (a data file, the tokenizer, the chat "
+        "template or the model), so it cannot resume; restore the old files, change name in the job file, or "
+        "remove the run directory"
     )
 
 
-def require_same_base(home: Path, found: Mapping[str, Any]) -> None:
-    """Record which model a run trains adapters beside at its first start, and hold every later start to it.
+def require_same_base(run_dir: Path, identity: Mapping[str, object]) -> None:
+    """Record the base model at the first start of a LoRA run; require the same at every later start.
 
     Args:
-        home: The run's folder.
-        found: As `orchestrator.model.base_model_id.identity` tells it.
+        run_dir: The run directory.
+        identity: As `orchestrator.model.base_model_id.identity` returns it.
 
     Raises:
-        SpecError: The run has trained beside another model.
+        SpecError: The run was started with another base model.
     """
-    changed = _changed(home, BASE, found)
+    changed = _changed_fields(run_dir, BASE, identity)
     if changed:
         raise SpecError(
-            f"model.path of the run in {home} names another model than when it began ({', '.join(changed)} "
-            "differ), and its adapters are for that one; bring it back, give this job another name, or "
-            "remove the folder"
+            f"model.path is not the base model that run {run_dir} started with "
+            f"({', '.join(changed)} differ), and its adapter only fits that one; restore that model, change "
+            "name in the job file, or remove the run directory"
         )
 
 
-def base_of(home: Path) -> dict[str, Any]:
-    """Return which model a run trained adapters beside.
+def load_base_model_id(run_dir: Path) -> dict[str, object]:
+    """Return the identity of the base model that a run's adapter belongs to.
 
     Raises:
-        TrainingError: The run's folder does not say it.
+        TrainingError: The run directory does not contain it.
     """
     try:
-        found: dict[str, Any] = json.loads((home / BASE).read_text(encoding="utf-8"))
+        identity: dict[str, object] = json.loads((run_dir / BASE).read_text(encoding="utf-8"))
     except OSError:
         raise TrainingError(
-            f"{home} has no {BASE}, which says what its adapters belong to; start the run again, which "
-            "writes it"
+            f"{run_dir / BASE}, which identifies the base model of the adapter, is missing; start the run "
+            "again to write it"
         ) from None
-    return found
+    return identity
 
 
-def _changed(
-    home: Path, record: str, found: Mapping[str, Any], more: Mapping[str, Any] | None = None
+def _changed_fields(
+    run_dir: Path, name: str, fields: Mapping[str, object], extra: Mapping[str, object] | None = None
 ) -> list[str]:
-    """Return what differs from what a run recorded when it began; record it where it has not begun.
+    """Compare fields with those recorded at the first start; record them if there was none.
 
     Args:
-        home: The run's folder.
-        record: Name of the file.
-        found: What is compared.
-        more: What is recorded with it, and not compared.
+        run_dir: The run directory.
+        name: Name of the file with the record.
+        fields: What is compared.
+        extra: Recorded with the fields but not compared.
+
+    Returns:
+        The names of the fields that differ.
     """
-    file = home / record
-    if not (home / ATTEMPTS).exists() or not file.exists():
-        write_json(file, {**found, **(more or {})})
+    file = run_dir / name
+    if not (run_dir / ATTEMPTS).exists() or not file.exists():
+        write_json(file, {**fields, **(extra or {})})
         return []
-    before = json.loads(file.read_text(encoding="utf-8"))
-    return [name for name in found if found[name] != before.get(name)]
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    return [field for field in fields if fields[field] != recorded.get(field)]
 
 
-def job_of(home: Path) -> JobSpec:
+def load_job(run_dir: Path) -> JobSpec:
     """Return the job of a run.
 
     Raises:
-        SpecError: The folder is none of a run.
+        SpecError: The directory is not a run directory.
     """
-    if not (home / JOB).is_file():
-        raise SpecError(f"{home} is not the folder of a run (it has no {JOB}); name STORAGE/NAME of a run")
-    return loader.load(home / JOB)
+    if not (run_dir / JOB).is_file():
+        raise SpecError(f"{run_dir} is not a run directory (it has no {JOB}); name STORAGE/NAME of a run")
+    return loader.load(run_dir / JOB)

@@ -1,4 +1,8 @@
-"""One writer a run: a driver holds a lease on the folder, and a newer one can tell whether it still lives."""
+"""A lock on the run directory: one driver writes a run, and a later driver can tell whether it is alive.
+
+The lock is a file, owner.json, that its driver rewrites every few seconds. flock would not do: the run
+directory may be on a network file system that has no locks across nodes.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from orchestrator.atomic_files import write_json
 from orchestrator.errors import ClusterError
 
 STALE_SECONDS = 60.0
@@ -17,13 +22,13 @@ _FILE = "owner.json"
 
 
 @dataclass(frozen=True)
-class Lease:
-    """Who writes a run's folder.
+class RunLock:
+    """The driver that writes a run directory.
 
     Attributes:
-        owner: Name of the driver, new for each.
-        host: Where it runs.
-        pid: Its process.
+        owner: Unique id of the driver.
+        host: Host name of its machine.
+        pid: Its process id.
     """
 
     owner: str
@@ -31,57 +36,56 @@ class Lease:
     pid: int
 
     @classmethod
-    def acquire(cls, folder: Path, wait_seconds: float = STALE_SECONDS + 5.0) -> Lease:
-        """Take the lease, waiting for that of a driver that no longer refreshes it.
+    def acquire(cls, run_dir: Path, wait_seconds: float = STALE_SECONDS + 5.0) -> RunLock:
+        """Acquire the lock, waiting until that of a dead driver is stale.
 
         Args:
-            folder: The run's folder.
-            wait_seconds: How long to wait for another driver's lease to grow stale.
+            run_dir: The run directory.
+            wait_seconds: How long to wait for another driver's lock to become stale.
 
         Raises:
             ClusterError: Another driver is alive and writes this run.
         """
-        mine = cls(uuid.uuid4().hex, socket.gethostname(), os.getpid())
+        lock = cls(uuid.uuid4().hex, socket.gethostname(), os.getpid())
         deadline = time.monotonic() + wait_seconds
-        while (other := _read(folder)) and _is_alive(other, folder):
-            if time.monotonic() > deadline or (other.host == mine.host and _is_running(other.pid)):
+        while (other := _read(run_dir)) and _is_alive(other, run_dir):
+            if time.monotonic() > deadline or (other.host == lock.host and _is_running(other.pid)):
                 raise ClusterError(
-                    f"the run in {folder} is being written by process {other.pid} on {other.host}; wait for "
-                    "it, stop it, or give this job another name"
+                    f"run {run_dir} is in use by process {other.pid} on {other.host}; wait for it to end, "
+                    "stop it, or change name in the job file"
                 )
             time.sleep(1.0)
-        mine.refresh(folder)
-        return mine
+        lock.refresh(run_dir)
+        return lock
 
-    def refresh(self, folder: Path) -> None:
-        """Say that this driver still lives."""
-        draft = folder / f".{_FILE}.{self.owner}"
-        draft.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        draft.replace(folder / _FILE)
+    def refresh(self, run_dir: Path) -> None:
+        """Renew the lock; without it the lock becomes stale after STALE_SECONDS."""
+        # A driver that was superseded may still refresh: each needs a draft of its own.
+        write_json(run_dir / _FILE, asdict(self), draft_suffix=self.owner)
 
-    def is_held(self, folder: Path) -> bool:
-        """Tell whether no other driver has taken the run over."""
-        return _read(folder) == self
+    def is_held(self, run_dir: Path) -> bool:
+        """Return whether no other driver has taken over the run."""
+        return _read(run_dir) == self
 
-    def release(self, folder: Path) -> None:
-        """Give the lease back."""
-        if self.is_held(folder):
-            (folder / _FILE).unlink(missing_ok=True)
+    def release(self, run_dir: Path) -> None:
+        """Remove the lock, unless another driver has taken over."""
+        if self.is_held(run_dir):
+            (run_dir / _FILE).unlink(missing_ok=True)
 
 
-def _read(folder: Path) -> Lease | None:
+def _read(run_dir: Path) -> RunLock | None:
     try:
-        return Lease(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
+        return RunLock(**json.loads((run_dir / _FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _is_alive(lease: Lease, folder: Path) -> bool:
-    """Judge by the file's age, and where it can be seen, by the process itself."""
-    if lease.host == socket.gethostname() and not _is_running(lease.pid):
+def _is_alive(lock: RunLock, run_dir: Path) -> bool:
+    """Check the age of the lock file, and the process itself when it would be on this machine."""
+    if lock.host == socket.gethostname() and not _is_running(lock.pid):
         return False
     try:
-        return time.time() - (folder / _FILE).stat().st_mtime < STALE_SECONDS
+        return time.time() - (run_dir / _FILE).stat().st_mtime < STALE_SECONDS
     except OSError:
         return False
 

@@ -1,8 +1,8 @@
-"""A run's logs: STORAGE/NAME/logs/driver.log, and rank-N.attempt-A.log for each worker of an attempt.
+"""Log files of a run: STORAGE/NAME/logs/driver.log, and rank-N.attempt-A.log for each worker of an attempt.
 
-All are appended to, so that a run that is started again keeps what was written before. A rank's log holds
-all that its process writes to stdout and stderr, whoever writes it: Python, DeepSpeed, NCCL or a C++ stack
-trace. Values of environment variables that look like secrets are replaced where the logging module writes.
+A later start appends to the files. A rank's log captures stdout and stderr of the process at the level of
+file descriptors, so it includes output of NCCL, DeepSpeed's C++ code and stack traces. The values of
+environment variables that look like secrets are redacted in what the logging module writes.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ _logger = logging.getLogger(__name__)
 LOGS = "logs"
 DRIVER_LOG = "driver.log"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_LARGEST_BYTES = 16 * 2**20
+_MAX_BYTES = 16 * 2**20
 _KEPT_BYTES = 2**20
-_ATTEMPTS_KEPT = 10
-_SECONDS_BETWEEN_LOOKS = 30.0
-_OURS = ("orchestrator",)  # loggers whose INFO is written; of others, warnings
+_MAX_ATTEMPTS = 10
+_TRIM_INTERVAL_SECONDS = 30.0
+_INFO_LOGGERS = ("orchestrator",)  # other loggers write warnings and errors only
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASS|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
-_SHORTEST_SECRET = 6
+_MIN_SECRET_LENGTH = 6
 _RANK_LOG = re.compile(r"rank-\d+\.attempt-(\d+)\.log")
 
 
 @contextmanager
-def driver_log(home: Path) -> Iterator[Path]:
-    """Append all that is logged in this process to the run's driver.log, and how it ended.
+def driver_log(run_dir: Path) -> Iterator[Path]:
+    """Append the log records of this process to the run's driver.log, and how the run ended.
 
     Args:
-        home: The run's folder; where logs cannot be written in it, the run goes on without.
+        run_dir: The run directory. If it is not writable, the run continues without a log file.
 
     Yields:
-        The file.
+        The log file.
     """
-    path = home / LOGS / DRIVER_LOG
+    path = run_dir / LOGS / DRIVER_LOG
     try:
         path.parent.mkdir(exist_ok=True)
         handler: logging.Handler = RotatingFileHandler(
-            path, maxBytes=_LARGEST_BYTES, backupCount=1, encoding="utf-8"
+            path, maxBytes=_MAX_BYTES, backupCount=1, encoding="utf-8"
         )
     except OSError:
         handler = logging.NullHandler()
@@ -68,41 +68,41 @@ def driver_log(home: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def rank_log(home: Path, rank: int, attempt: int) -> Iterator[Path]:
-    """Append all that this process writes to the log of a rank.
+def rank_log(run_dir: Path, rank: int, attempt: int) -> Iterator[Path]:
+    """Redirect stdout and stderr of this process to the log of its rank, and append its log records.
 
     Args:
-        home: The run's folder.
+        run_dir: The run directory.
         rank: Rank of this worker.
-        attempt: Number of the attempt that it is a part of.
+        attempt: Number of the current attempt.
 
     Yields:
-        The file.
+        The log file.
     """
-    path = home / LOGS / f"rank-{rank}.attempt-{attempt}.log"
+    path = run_dir / LOGS / f"rank-{rank}.attempt-{attempt}.log"
     try:
         path.parent.mkdir(exist_ok=True)
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    except OSError:  # no reason to end a run
+    except OSError:  # a run does not fail for want of a log
         yield path
         return
-    before = _redirect(file)
+    saved = _redirect(file)
     ended = threading.Event()
-    threading.Thread(target=_keep_small, args=(path, ended), daemon=True).start()
+    threading.Thread(target=_trim_periodically, args=(path, ended), daemon=True).start()
     try:
         stream = os.fdopen(os.dup(file), "a", encoding="utf-8")
-        with _no_consoles(), _attached(logging.StreamHandler(stream)):
+        with _without_console_handlers(), _attached(logging.StreamHandler(stream)):
             yield path
     finally:
         ended.set()
-        _restore(before)
+        _restore(saved)
         os.close(file)
 
 
 def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return a text without the values of environment variables whose names say that they are secret."""
+    """Return a text in which the value of each secret environment variable is replaced by its name."""
     for name, value in environment.items():
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and value in text:
+        if _SECRET_NAME.search(name) and len(value) >= _MIN_SECRET_LENGTH and value in text:
             text = text.replace(value, f"[{name}]")
     return text
 
@@ -114,25 +114,25 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def _attached(handler: logging.Handler) -> Iterator[None]:
-    """Have a handler write what any logger is told, and INFO of our own loggers."""
+    """Attach a handler to the root logger, and lower our own loggers to INFO."""
     handler.setFormatter(_Formatter(_FORMAT))
-    root, ours = logging.getLogger(), [logging.getLogger(name) for name in _OURS]
-    levels = [logger.level for logger in ours]
+    root, loggers = logging.getLogger(), [logging.getLogger(name) for name in _INFO_LOGGERS]
+    levels = [logger.level for logger in loggers]
     root.addHandler(handler)
-    for logger in ours:
+    for logger in loggers:
         logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         root.removeHandler(handler)
         handler.close()
-        for logger, level in zip(ours, levels, strict=True):
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
 @contextmanager
-def _no_consoles() -> Iterator[None]:
-    """Take away what Ray has the root logger write to stderr, which would stand in the file a second time."""
+def _without_console_handlers() -> Iterator[None]:
+    """Remove Ray's stderr handlers from the root logger: with stderr redirected they would double lines."""
     root = logging.getLogger()
     consoles = [
         handler
@@ -149,43 +149,43 @@ def _no_consoles() -> Iterator[None]:
 
 
 def _redirect(file: int) -> tuple[int, int]:
-    """Point stdout and stderr of the whole process to a file; return where they pointed."""
+    """Point file descriptors 1 and 2 to a file; return duplicates of the old ones."""
     sys.stdout.flush()
     sys.stderr.flush()
-    before = os.dup(1), os.dup(2)
+    saved = os.dup(1), os.dup(2)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    return before
+    return saved
 
 
-def _restore(before: tuple[int, int]) -> None:
+def _restore(saved: tuple[int, int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    for target, saved in zip((1, 2), before, strict=True):
-        os.dup2(saved, target)
-        os.close(saved)
+    for descriptor, duplicate in zip((1, 2), saved, strict=True):
+        os.dup2(duplicate, descriptor)
+        os.close(duplicate)
 
 
-def _keep_small(path: Path, ended: threading.Event) -> None:
-    """Drop the older part of a log that grows without end, every now and then."""
-    while not ended.wait(_SECONDS_BETWEEN_LOOKS):
-        shorten(path)
+def _trim_periodically(path: Path, ended: threading.Event) -> None:
+    """Trim a log every _TRIM_INTERVAL_SECONDS until the attempt ends."""
+    while not ended.wait(_TRIM_INTERVAL_SECONDS):
+        trim_log(path)
 
 
-def shorten(path: Path, largest: int = _LARGEST_BYTES, kept: int = _KEPT_BYTES) -> None:
-    """Keep only the end of a log that is larger than it may be; those who append to it go on.
+def trim_log(path: Path, max_bytes: int = _MAX_BYTES, kept_bytes: int = _KEPT_BYTES) -> None:
+    """Drop all but the end of a log that is too large, in place: writers keep appending to the same file.
 
     Args:
-        path: The file.
-        largest: Bytes that it may have.
-        kept: Bytes of its end that stay.
+        path: The log file.
+        max_bytes: Size above which it is trimmed.
+        kept_bytes: Size of the end that is kept.
     """
     try:
         size = path.stat().st_size
-        if size <= largest:
+        if size <= max_bytes:
             return
         with path.open("rb") as file:
-            file.seek(size - kept)
+            file.seek(size - kept_bytes)
             end = file.read().partition(b"\n")[2]
         with path.open("r+b") as file:
             file.truncate(0)
@@ -194,14 +194,14 @@ def shorten(path: Path, largest: int = _LARGEST_BYTES, kept: int = _KEPT_BYTES) 
         return
 
 
-def _remove_old_rank_logs(folder: Path) -> None:
-    """Keep the ranks' logs of the newest attempts."""
+def _remove_old_rank_logs(logs: Path) -> None:
+    """Remove rank logs of all but the newest attempts."""
     try:
-        found = [
-            (int(match[1]), file) for file in folder.iterdir() if (match := _RANK_LOG.fullmatch(file.name))
-        ]
-        for attempt, file in found:
-            if attempt <= max(number for number, _ in found) - _ATTEMPTS_KEPT:
+        attempts = {
+            file: int(match[1]) for file in logs.iterdir() if (match := _RANK_LOG.fullmatch(file.name))
+        }
+        for file, attempt in attempts.items():
+            if attempt <= max(attempts.values()) - _MAX_ATTEMPTS:
                 file.unlink(missing_ok=True)
     except OSError:
         return

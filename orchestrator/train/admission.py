@@ -64,19 +64,19 @@ class Forecast:
         """Return the prediction by constants of a stack."""
         return asked_of(self.job, self.config, self.machines, constants, self.data).prediction
 
-    def keep(self, home: Path) -> Prediction:
+    def keep(self, run_dir: Path) -> Prediction:
         """Write plan.json into the run's folder, and return what it says."""
-        found = self.prediction(constants_of(self.stack, str(home)))
+        found = self.prediction(constants_of(self.stack, str(run_dir)))
         settings = asked_of(self.job, self.config, self.machines).settings
         kept = {"machines": str(self.machines), "stack": self.stack, "settings": settings, **found.as_json()}
-        write_json(home / PLAN, kept)
+        write_json(run_dir / PLAN, kept)
         return found
 
-    def with_data(self, home: Path, packing: Mapping[str, Any]) -> Forecast:
+    def with_data(self, run_dir: Path, packing: Mapping[str, Any]) -> Forecast:
         """Return the same for data that have been read and packed, and keep what is predicted for them.
 
         Args:
-            home: The run's folder.
+            run_dir: The run's folder.
             packing: From `orchestrator.run.report.packing_figures`.
         """
         data = DataShape(
@@ -85,14 +85,14 @@ class Forecast:
             largest_labelled_share=packing["largest_labelled_share"],
         )
         known = replace(self, data=data)
-        known.keep(home)
+        known.keep(run_dir)
         return known
 
-    def remember(self, home: Path, measured: Mapping[str, Any]) -> None:
+    def remember(self, run_dir: Path, measured: Mapping[str, Any]) -> None:
         """Keep what a run measured, so that later plans of its stack are calibrated.
 
         Args:
-            home: The run's folder; what is measured later replaces what it measured before.
+            run_dir: The run's folder; what is measured later replaces what it measured before.
             measured: Its report, or as much of one as its first steps give.
         """
         plain = self.prediction(Constants())
@@ -100,7 +100,7 @@ class Forecast:
             steps = micro_steps(plain.work, self.machines.device)
         except NoPeak:
             steps = None
-        remember(observed(str(home), self.stack, plain, steps, measured))
+        remember(observed(str(run_dir), self.stack, plain, steps, measured))
 
 
 class FirstSteps:
@@ -111,12 +111,12 @@ class FirstSteps:
 
     Args:
         forecast: What was predicted.
-        home: The run's folder.
+        run_dir: The run's folder.
         note: Told what was measured.
     """
 
-    def __init__(self, forecast: Forecast, home: Path, note: Callable[[str], None]) -> None:
-        self._forecast, self._home, self._note = forecast, home, note
+    def __init__(self, forecast: Forecast, run_dir: Path, note: Callable[[str], None]) -> None:
+        self._forecast, self._run_dir, self._note = forecast, run_dir, note
         self._done = False
 
     def __call__(self, status: Status) -> None:
@@ -125,16 +125,16 @@ class FirstSteps:
             self._take(status.attempt)
 
     def _take(self, attempt: int) -> None:
-        rows = [row for row in read_lines(self._home / STEPS) if row["attempt"] == attempt]
+        rows = [row for row in read_lines(self._run_dir / STEPS) if row["attempt"] == attempt]
         rows = rows[WARM_UP_STEPS:]
         if not rows:
             return
         self._done = True
         seconds = median(row["step_seconds"] for row in rows)
         held = max(row["memory_reserved_peak_bytes"] for row in rows)
-        expected = predicted(self._home)
+        expected = predicted(self._run_dir)
         self._forecast.remember(
-            self._home, {"memory_reserved_peak_bytes": held, "medians": {"step_seconds": seconds}}
+            self._run_dir, {"memory_reserved_peak_bytes": held, "medians": {"step_seconds": seconds}}
         )
         if expected:
             self._note(first_steps_text(len(rows), seconds, held, expected))
@@ -159,14 +159,14 @@ def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Ma
 
 
 def require_fit(
-    job: JobSpec, device: Literal["cuda", "cpu"], home: Path, force: bool, note: Callable[[str], None]
+    job: JobSpec, device: Literal["cuda", "cpu"], run_dir: Path, force: bool, note: Callable[[str], None]
 ) -> Forecast | None:
     """Predict what a job needs and takes, keep that as plan.json, and refuse what cannot fit.
 
     Args:
         job: The job.
         device: What it runs on.
-        home: The run's folder.
+        run_dir: The run's folder.
         force: Go on whatever is predicted.
         note: Told what is predicted.
 
@@ -186,12 +186,12 @@ def require_fit(
         return None
     stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
     forecast = Forecast(job, config, machines, stack)
-    found = forecast.keep(home)
+    found = forecast.keep(run_dir)
     said = figures(found)
     if found.verdict != "does not fit" or force:
         note(f"planned{', and forced' if found.verdict == 'does not fit' else ''}: {said}")
         return forecast
-    raise ClusterError(refusal(job, config, machines, found, constants_of(stack, str(home))))
+    raise ClusterError(refusal(job, config, machines, found, constants_of(stack, str(run_dir))))
 
 
 def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> Machines | None:

@@ -38,11 +38,11 @@ from orchestrator.parallel.deepspeed_config import fit_buffers, render
 from orchestrator.parallel.parallel_dims import sequence_parallel_problem
 from orchestrator.planner.host_memory import disk_bytes
 from orchestrator.run import run_dir
-from orchestrator.run.failures import explain, first_line
+from orchestrator.run.failures import last_line, worker_group_error
 from orchestrator.run.recorder import REPORT, Recorder, Status
 from orchestrator.run.report import packing_figures
 from orchestrator.run.report import report as summarise
-from orchestrator.run.run_lock import Lease
+from orchestrator.run.run_lock import RunLock
 from orchestrator.run.run_log import LOGS, driver_log
 from orchestrator.run.worker_config import CHECKPOINTS, Brief, Trial
 from orchestrator.train import admission, environment, ray_session, resources, resume, vocabulary
@@ -81,32 +81,32 @@ def run(
     started = time.monotonic()
     job = run_dir.with_absolute_paths(environment.adopt(job))
     run_dir.require_inputs(job)
-    made = run_dir.absent_folders(Path(job.checkpoint.storage) / job.name)
+    made = run_dir.missing_directories(Path(job.checkpoint.storage) / job.name)
     home = run_dir.open_run(job, workers_here=address is None)
     finished = resume.finished_report(job, home, note)
     if finished is not None:
         return finished
-    lease = Lease.acquire(home)
+    run_lock = RunLock.acquire(home)
     try:
         with driver_log(home):
             require_port(job.metrics.host, job.metrics.port)
             with ray_session.connected(address, job.run.env):
                 device = resources.place(job)
-                run_dir.number_format(job, device)  # refuses what the device cannot do
-                return _train(job, device, home, lease, (watch, note), started, trial, force)
+                run_dir.resolve_dtype(job, device)  # refuses what the device cannot do
+                return _train(job, device, home, run_lock, (watch, note), started, trial, force)
     except (SpecError, ClusterError):
-        run_dir.withdraw(home, made)
+        run_dir.discard_refused_run(home, made)
         raise
     finally:
-        run_dir.remove_marker(home)
-        lease.release(home)
+        run_dir.remove_ray_marker(home)
+        run_lock.release(home)
 
 
 def _train(
     job: JobSpec,
     device: Literal["cuda", "cpu"],
     home: Path,
-    lease: Lease,
+    run_lock: RunLock,
     tell: tuple[Watch, Note],
     started: float,
     trial: Trial | None = None,
@@ -122,7 +122,7 @@ def _train(
     if job.method.type == "lora":
         run_dir.require_same_base(home, identity(job))
     _require_shareable(job, device, note)
-    dtype = run_dir.number_format(job, device)
+    dtype = run_dir.resolve_dtype(job, device)
     ds_config = render(job, dtype, device)
     if count is not None:
         fit_buffers(ds_config, -(-count.largest // job.parallel.workers))
@@ -142,7 +142,7 @@ def _train(
     brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, on_disk, trial)
     write_json(home / "deepspeed.json", brief.ds_config)
     checkpointer.clean(brief.checkpoints, job.checkpoint.keep)
-    recorder = _start_recorder(job, home, lease)
+    recorder = _start_recorder(job, home, run_lock)
     watches: list[Watch] = [watch]
     if planned:
         watches.append(admission.FirstSteps(planned, home, note))
@@ -181,7 +181,7 @@ def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
     """
     job = run_dir.with_absolute_paths(environment.adopt(job))
     run_dir.require_inputs(job)
-    made = run_dir.absent_folders(Path(job.checkpoint.storage) / run_dir.CACHE)
+    made = run_dir.missing_directories(Path(job.checkpoint.storage) / run_dir.CACHE)
     try:
         with ray_session.connected(address, job.run.env):
             return _prepare_data(job, note)[2]
@@ -246,20 +246,18 @@ def _make_plan(
     return folder, packing_figures(job, *packed_dataset.load(folder)) if is_training else {}
 
 
-def _start_recorder(job: JobSpec, home: Path, lease: Lease) -> Any:
+def _start_recorder(job: JobSpec, home: Path, run_lock: RunLock) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     recorder = (
         ray.remote(Recorder)
         .options(**options)
-        .remote(home, job.name, lease, job.metrics.host, job.metrics.port, _trackers(job, home))
+        .remote(home, job.name, run_lock, job.metrics.host, job.metrics.port, _trackers(job, home))
     )
     try:
         _get(recorder.status.remote())
     except ray.exceptions.RayActorError as error:
-        raise ClusterError(
-            f"the recorder cannot be started ({first_line(error)}); see metrics.port"
-        ) from None
+        raise ClusterError(f"the recorder cannot be started ({last_line(error)}); see metrics.port") from None
     return recorder
 
 
@@ -298,7 +296,7 @@ def _fit(brief: Brief, recorder: Any, watches: Sequence[Watch]) -> None:
     if "error" in box:
         reported = _get(recorder.failures.remote())
         remedies = node_memory_remedies(brief.job, brief.device)
-        raise explain(box["error"], reported, run.max_failures, brief.folder / LOGS, remedies)
+        raise worker_group_error(box["error"], reported, run.max_failures, brief.folder / LOGS, remedies)
 
 
 def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -> None:

@@ -22,8 +22,15 @@ from orchestrator.data.sources import looks_like_hub_name
 from orchestrator.engine.lr_schedule import replanned
 from orchestrator.errors import SpecError
 from orchestrator.model.base_model_id import weight_files
-from orchestrator.run import run_dir
 from orchestrator.run.recorder import ATTEMPTS, REPORT, STEPS
+from orchestrator.run.run_dir import (
+    DATA,
+    changed_inputs_error,
+    load_job,
+    open_run,
+    require_inputs,
+    with_absolute_paths,
+)
 
 Note = Callable[[str], None]
 _CHECKPOINTS = "checkpoints"
@@ -44,20 +51,20 @@ def finished_before(job: JobSpec, note: Note) -> dict[str, Any] | None:
     Raises:
         OrchestratorError: The run's folder is of another job, or an input is missing or has changed.
     """
-    home = Path(job.checkpoint.storage).expanduser() / job.name
-    if not (home / REPORT).is_file():
+    run_dir = Path(job.checkpoint.storage).expanduser() / job.name
+    if not (run_dir / REPORT).is_file():
         return None
-    job = run_dir.with_absolute_paths(job)
-    run_dir.require_inputs(job)
-    return finished_report(job, run_dir.open_run(job), note)
+    job = with_absolute_paths(job)
+    require_inputs(job)
+    return finished_report(job, open_run(job), note)
 
 
-def finished_report(job: JobSpec, home: Path, note: Note) -> dict[str, Any] | None:
+def finished_report(job: JobSpec, run_dir: Path, note: Note) -> dict[str, Any] | None:
     """Return the report of a run that is complete, and say that nothing was trained.
 
     Args:
         job: The job, with absolute paths, found to be that of the run but for its steps.
-        home: The run's folder.
+        run_dir: The run's folder.
         note: Told when the run had finished.
 
     Returns:
@@ -66,29 +73,29 @@ def finished_report(job: JobSpec, home: Path, note: Note) -> dict[str, Any] | No
     Raises:
         SpecError: A file that the run was made from has changed, or more steps are done than asked for.
     """
-    if not (home / ATTEMPTS).is_file() or not (home / JOB).is_file():
+    if not (run_dir / ATTEMPTS).is_file() or not (run_dir / JOB).is_file():
         return None
     if job.optim.max_steps is not None:
-        require_no_fewer(job, home, job.optim.max_steps, steps_done(home))
-    report = read_object(home / REPORT)
+        require_no_fewer(job, run_dir, job.optim.max_steps, steps_done(run_dir))
+    report = read_object(run_dir / REPORT)
     if report is None:
         return None
-    before = run_dir.job_of(home).optim
+    before = load_job(run_dir).optim
     if (before.max_steps, before.epochs) != (job.optim.max_steps, job.optim.epochs):
         return None
-    changed = _changed_inputs(home, job)
+    changed = _changed_inputs(run_dir, job)
     if changed:
-        raise run_dir.changed_since(home, changed)
-    _say_finished(home, report, note)
+        raise changed_inputs_error(run_dir, changed)
+    _say_finished(run_dir, report, note)
     return report
 
 
-def require_steps_to_go(job: JobSpec, home: Path, packs: int, note: Note) -> dict[str, Any] | None:
+def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int, note: Note) -> dict[str, Any] | None:
     """Hold a run that is started again to the steps that it has done, and say what becomes of its schedule.
 
     Args:
         job: The job.
-        home: The run's folder.
+        run_dir: The run's folder.
         packs: Packs of an epoch.
         note: Told where the job asks for other steps than the run was to have.
 
@@ -98,16 +105,16 @@ def require_steps_to_go(job: JobSpec, home: Path, packs: int, note: Note) -> dic
     Raises:
         SpecError: The job asks for fewer steps than the run has done.
     """
-    attempts = read_lines(home / ATTEMPTS)
-    if not attempts or not (home / JOB).is_file():
+    attempts = read_lines(run_dir / ATTEMPTS)
+    if not attempts or not (run_dir / JOB).is_file():
         return None
-    optim, old = job.optim, run_dir.job_of(home).optim
+    optim, old = job.optim, load_job(run_dir).optim
     steps = optim.steps(packs)
-    planned, done = int(attempts[-1]["steps_planned"]), steps_done(home)
-    require_no_fewer(job, home, steps, done)
-    report = read_object(home / REPORT)
+    planned, done = int(attempts[-1]["steps_planned"]), steps_done(run_dir)
+    require_no_fewer(job, run_dir, steps, done)
+    report = read_object(run_dir / REPORT)
     if report is not None and steps == done:
-        _say_finished(home, report, note)
+        _say_finished(run_dir, report, note)
         return report
     if steps != planned:
         note(replanned(old, optim, done, planned, steps))
@@ -118,30 +125,30 @@ def require_steps_to_go(job: JobSpec, home: Path, packs: int, note: Note) -> dic
                 "of the next pass are left out for it"
             )
     if report is not None:
-        (home / REPORT).rename(home / f"report.step-{done:08d}.json")
+        (run_dir / REPORT).rename(run_dir / f"report.step-{done:08d}.json")
     return None
 
 
-def require_no_fewer(job: JobSpec, home: Path, steps: int, done: int) -> None:
+def require_no_fewer(job: JobSpec, run_dir: Path, steps: int, done: int) -> None:
     """Refuse a job that ends before the run already is."""
     if steps < done:
         field, value = (
             ("max_steps", job.optim.max_steps) if job.optim.max_steps else ("epochs", job.optim.epochs)
         )
         raise SpecError(
-            f"optim.{field}={value} asks for {steps} steps, and the run in {home} has done {done}; ask for "
-            "at least as many, or give this job another name"
+            f"optim.{field}={value} means {steps} steps, and run {run_dir} has already done {done}; set it "
+            f"to at least {done} steps, or change name in the job file"
         )
 
 
-def steps_done(home: Path) -> int:
+def steps_done(run_dir: Path) -> int:
     """Return the last step that a run has written or saved."""
     saved = [
         int(path.parent.name.removeprefix("step-"))
-        for path in (home / _CHECKPOINTS).glob("step-*/manifest.json")
+        for path in (run_dir / _CHECKPOINTS).glob("step-*/manifest.json")
         if path.parent.name.removeprefix("step-").isdigit()
     ]
-    rows = read_lines(home / STEPS)
+    rows = read_lines(run_dir / STEPS)
     return max([*saved, *(int(row["step"]) for row in rows)], default=0)
 
 
@@ -155,10 +162,10 @@ def input_files(job: JobSpec) -> dict[str, Any]:
     }
 
 
-def _changed_inputs(home: Path, job: JobSpec) -> list[str]:
+def _changed_inputs(run_dir: Path, job: JobSpec) -> list[str]:
     """Return what is not as it was when the run began, by name."""
     try:
-        files = json.loads((home / run_dir.DATA).read_text(encoding="utf-8"))["files"]
+        files = json.loads((run_dir / DATA).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         return []  # a run of a version that did not write it
     changed = []
@@ -204,9 +211,9 @@ def _model_files(model: Path) -> dict[str, Any]:
     return {**hashes, **weight_files(model)}
 
 
-def _say_finished(home: Path, report: dict[str, Any], note: Note) -> None:
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((home / REPORT).stat().st_mtime))
+def _say_finished(run_dir: Path, report: dict[str, Any], note: Note) -> None:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run_dir / REPORT).stat().st_mtime))
     note(
-        f"the run in {home} had finished before ({when}, {report['steps']} steps), so nothing was trained; "
-        "this is its report of then"
+        f"run {run_dir} already finished ({when}, {report['steps']} steps), so nothing was trained; this is "
+        "its report"
     )

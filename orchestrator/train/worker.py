@@ -83,7 +83,7 @@ def _reported(brief: Brief, reporter: _Reporter, recorder: Any, log: Path) -> It
             )
             ray.get(recorder.give_up.remote(fatal, reporter.attempt))
             raise fatal from error
-        failure = Failure.of(error, _group(), dist.get_rank(), reporter.step, str(log))
+        failure = Failure.from_exception(error, _group(), dist.get_rank(), reporter.step, str(log))
         try:  # the recorder may be what failed
             ray.get(recorder.failed.remote(failure), timeout=_SECONDS_TO_REPORT)
         except Exception:

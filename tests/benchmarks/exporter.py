@@ -28,7 +28,7 @@ import torch
 
 from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.run.recorder import Recorder, WorkerInfo
-from orchestrator.run.run_lock import Lease
+from orchestrator.run.run_lock import RunLock
 from orchestrator.train.loop import StepReport
 from orchestrator.train.worker import message
 from tests.benchmarks.environment import describe, say
@@ -116,8 +116,8 @@ def scrape(port: int, encoding: str) -> bytes:
 def measure(ranks: int) -> dict[str, Any]:
     """Measure all three."""
     with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        recorder = Recorder(home, "benchmark", Lease.acquire(home), "127.0.0.1", 0)
+        run_dir = Path(folder)
+        recorder = Recorder(run_dir, "benchmark", RunLock.acquire(run_dir), "127.0.0.1", 0)
         try:
             attempt = recorder.begin_attempt(workers(ranks), _INFO, 0, 10**6)
             update = recorder_seconds(recorder, attempt, ranks)

@@ -358,12 +358,12 @@ def test_damaged_checkpoint_and_another_job(
 
 
 def test_run_that_another_process_writes(tmp_path: Path) -> None:
-    home = tmp_path / "runs" / "run"
-    home.mkdir(parents=True)
+    run_dir = tmp_path / "runs" / "run"
+    run_dir.mkdir(parents=True)
     sleeper = subprocess.Popen(["sleep", "120"])
     try:
         owner = {"owner": "x", "host": socket.gethostname(), "pid": sleeper.pid}
-        (home / "owner.json").write_text(json.dumps(owner))
+        (run_dir / "owner.json").write_text(json.dumps(owner))
         _write(tmp_path, job_text(tmp_path / "runs"))
         done = orchestrator("train", "job.yaml", cwd=tmp_path)
         _assert_clear(done, 3, f"process {sleeper.pid}", "another name")

@@ -39,7 +39,7 @@ def test_a_finished_run_goes_on_or_answers_or_refuses(tmp_path: Path) -> None:
     before = losses(run)
     again = orchestrator("train", "job.yaml", "--json", "--set", "optim.max_steps=2", cwd=stages, timeout=60)
     assert (again.code, json.loads(again.out)) == (0, json.loads(first.out))
-    assert "had finished before" in again.err
+    assert "already finished" in again.err
     assert "nothing was trained" in again.err
     assert len((run / "attempts.jsonl").read_text().splitlines()) == 1
 
@@ -55,4 +55,4 @@ def test_a_finished_run_goes_on_or_answers_or_refuses(tmp_path: Path) -> None:
     other = orchestrator("train", "job.yaml", cwd=stages, timeout=60)
     assert other.code == 2
     assert "data.train" in other.err
-    assert "changed since it began" in other.err
+    assert "changed since run" in other.err

@@ -44,7 +44,7 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on(
     assert stopped_at < 12
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
     assert json.loads((run / "attempts.jsonl").read_text())["ended"] == "stopped"
-    assert not (run / "owner.json").exists(), "the lease is given back"
+    assert not (run / "owner.json").exists(), "the run lock is released"
 
     done = orchestrator("train", "job.yaml", "--json", cwd=tmp_path)
     assert done.code == 0, done.err

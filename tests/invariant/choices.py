@@ -23,7 +23,7 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
 from orchestrator.model.build import require_supported
-from orchestrator.run.run_dir import number_format
+from orchestrator.run.run_dir import resolve_dtype
 from tests.invariant import material
 
 Document = dict[str, Any]
@@ -107,7 +107,7 @@ def refusals(document: Document, device: Literal["cuda", "cpu"] = "cuda") -> tup
     if problems:
         return problems
     try:
-        number_format(job, device)
+        resolve_dtype(job, device)
         require_supported(job)
     except SpecError as error:
         return error.problems

@@ -165,9 +165,9 @@ def test_a_cell_whose_process_dies_is_a_row(sweep: Sweep, monkeypatch: pytest.Mo
 def test_a_run_shorter_than_its_warm_up_is_not_a_figure(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one_step(home: Path, minutes: float | None, lock: int) -> str:
-        (home / "steps.jsonl").write_text(step(1))
-        (home / "outcome.json").write_text('{"status": "ok", "reason": null}')
+    def one_step(run_dir: Path, minutes: float | None, lock: int) -> str:
+        (run_dir / "steps.jsonl").write_text(step(1))
+        (run_dir / "outcome.json").write_text('{"status": "ok", "reason": null}')
         return ""
 
     monkeypatch.setattr(runner, "_run_process", one_step)
@@ -198,12 +198,12 @@ def test_a_cell_whose_machines_failed_is_tried_once_more(
 ) -> None:
     tries: list[str] = []
 
-    def no_ray(home: Path, minutes: float | None, lock: int) -> str:
-        tries.append(home.name)
+    def no_ray(run_dir: Path, minutes: float | None, lock: int) -> str:
+        tries.append(run_dir.name)
         outcome: dict[str, Any] = {"status": "failed", "reason": "no Ray", "machines": True}
         if len(tries) == 2:
             outcome = {"status": "out_of_memory", "reason": "too large"}
-        (home / "outcome.json").write_text(json.dumps(outcome))
+        (run_dir / "outcome.json").write_text(json.dumps(outcome))
         return ""
 
     monkeypatch.setattr(runner, "_run_process", no_ray)

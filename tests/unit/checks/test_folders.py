@@ -81,11 +81,11 @@ def test_storage_and_the_disk_of_offloading_are_looked_at(tmp_path: Path) -> Non
     assert len(list(refusals(job(tmp_path / "file", data={"train": [{"path": "absent.json"}]})))) == 2
 
 
-def record(home: Path, old: JobSpec, attempts: bool = True) -> None:
-    home.mkdir(parents=True)
-    (home / JOB).write_text(loader.dump(with_absolute_paths(old)))
+def record(run_dir: Path, old: JobSpec, attempts: bool = True) -> None:
+    run_dir.mkdir(parents=True)
+    (run_dir / JOB).write_text(loader.dump(with_absolute_paths(old)))
     if attempts:
-        (home / ATTEMPTS).write_text("{}\n")
+        (run_dir / ATTEMPTS).write_text("{}\n")
 
 
 def test_a_run_of_another_job_is_found(tmp_path: Path) -> None:
@@ -127,11 +127,11 @@ def test_a_disk_for_offloading_that_is_memory_is_found(
 
 
 def test_a_file_of_the_users_in_the_runs_folder_is_not_overwritten(tmp_path: Path) -> None:
-    home = tmp_path / "run"
-    home.mkdir()
-    (home / "report.json").write_text('{"mine": true}')
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "report.json").write_text('{"mine": true}')
     ((fields, sentence),) = run_problems(job(tmp_path))
     assert fields == ("name",)
-    assert f"{home} holds a report.json that no run wrote" in sentence
-    (home / "report.json").rename(home / "notes.json")
+    assert f"{run_dir} holds a report.json that no run wrote" in sentence
+    (run_dir / "report.json").rename(run_dir / "notes.json")
     assert list(run_problems(job(tmp_path))) == []

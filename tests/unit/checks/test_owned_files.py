@@ -132,24 +132,24 @@ def job(storage: Path) -> JobSpec:
 
 @pytest.mark.parametrize("name", ["job.yaml", "deepspeed.json", "report.json", "plan.json"])
 def test_a_run_overwrites_no_file_that_none_wrote(name: str, tmp_path: Path) -> None:
-    home = open_run(job(tmp_path))
-    (home / name).write_text("# my own\n" + loader.dump(job(tmp_path)))
+    run_dir = open_run(job(tmp_path))
+    (run_dir / name).write_text("# my own\n" + loader.dump(job(tmp_path)))
     with pytest.raises(SpecError, match=f"holds a {name} that no run wrote"):
         open_run(job(tmp_path))
-    assert (home / name).read_text().startswith("# my own\n")
+    assert (run_dir / name).read_text().startswith("# my own\n")
 
 
 def test_a_run_starts_beside_other_files_and_again_after_a_failed_start(tmp_path: Path) -> None:
     planted = plant(tmp_path / "run", tmp_path / "run" / "checkpoints", tmp_path / "run" / "export")
     (tmp_path / "run" / ".writable").write_text("mine")
-    home = open_run(job(tmp_path))
+    run_dir = open_run(job(tmp_path))
     for name, key in (("data.json", "train"), ("base.json", "config"), ("plan.json", "machines")):
-        (home / name).write_text(json.dumps({key: "of a start that failed"}))
+        (run_dir / name).write_text(json.dumps({key: "of a start that failed"}))
     open_run(job(tmp_path))
-    record_job(home, job(tmp_path))
-    (home / "deepspeed.json").write_text("{}")
+    record_job(run_dir, job(tmp_path))
+    (run_dir / "deepspeed.json").write_text("{}")
     open_run(job(tmp_path))
-    assert_unchanged({**planted, home / ".writable": "mine"})
+    assert_unchanged({**planted, run_dir / ".writable": "mine"})
 
 
 def test_a_sweep_overwrites_no_table_that_none_wrote(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from orchestrator.engine.memory_limit import is_out_of_memory, limited_memory
 from orchestrator.errors import MemoryExhaustedError, TrainingError
-from orchestrator.run.failures import explain
+from orchestrator.run.failures import worker_group_error
 
 CPU = torch.device("cpu")
 LIMITED = """
@@ -94,4 +94,4 @@ def test_a_worker_that_ray_ended_for_its_node_ran_out_of_memory(
     failure: Exception, expected: type[Exception]
 ) -> None:
     group: Any = SimpleNamespace(worker_failures={0: failure})
-    assert type(explain(group, [], 0, Path("logs"))) is expected
+    assert type(worker_group_error(group, [], 0, Path("logs"))) is expected

@@ -19,7 +19,7 @@ from orchestrator.metrics.endpoint import Endpoint
 from orchestrator.metrics.exporter import Exporter, require_port
 from orchestrator.metrics.targets import Target, address
 from orchestrator.run.recorder import Recorder
-from orchestrator.run.run_lock import Lease
+from orchestrator.run.run_lock import RunLock
 from tests.conftest import ROOT
 
 
@@ -157,9 +157,9 @@ def test_a_file_that_somebody_removed_comes_back(place: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_ends_no_run(place: Path, tmp_path: Path) -> None:
     place.write_text("in the way")
-    home = tmp_path / "home"
-    home.mkdir()
-    recorder = Recorder(home, "run", Lease.acquire(home), "127.0.0.1", 0)
+    run_dir = tmp_path / "home"
+    run_dir.mkdir()
+    recorder = Recorder(run_dir, "run", RunLock.acquire(run_dir), "127.0.0.1", 0)
     (note,) = recorder.status().notes
     assert note.startswith(f"{place} cannot be written (")
     assert targets.PLACE in note
@@ -168,8 +168,8 @@ def test_a_folder_that_cannot_be_written_ends_no_run(place: Path, tmp_path: Path
 
 
 def test_the_run_says_where_its_endpoint_is_while_there_is_one(tmp_path: Path) -> None:
-    lease = Lease.acquire(tmp_path)
-    recorder = Recorder(tmp_path, "run", lease, "0.0.0.0", 0)
+    run_lock = RunLock.acquire(tmp_path)
+    recorder = Recorder(tmp_path, "run", run_lock, "0.0.0.0", 0)
     where = json.loads((tmp_path / "metrics.json").read_text())
     assert where["port"] == recorder.status().metrics_port
     assert where["target"] == f"localhost:{where['port']}"
@@ -177,7 +177,7 @@ def test_the_run_says_where_its_endpoint_is_while_there_is_one(tmp_path: Path) -
     recorder.close()
     assert not (tmp_path / "metrics.json").exists()
     (tmp_path / "metrics.json").write_text("{}")  # of a run that was killed
-    Recorder(tmp_path, "run", lease, "0.0.0.0", None)
+    Recorder(tmp_path, "run", run_lock, "0.0.0.0", None)
     assert not (tmp_path / "metrics.json").exists()
 
 

@@ -14,7 +14,7 @@ from orchestrator.metrics.endpoint import Endpoint
 from orchestrator.metrics.exporter import Exporter
 from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.run.recorder import Recorder, WorkerInfo
-from orchestrator.run.run_lock import Lease
+from orchestrator.run.run_lock import RunLock
 from tests.conftest import wait_until
 from tests.support.prometheus import Prometheus, needs_prometheus
 from tests.unit.monitoring.test_dashboards import PANELS, substituted
@@ -82,8 +82,8 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    home = tmp_path_factory.mktemp("run")
-    recorder = Recorder(home, "my-run", Lease.acquire(home), "127.0.0.1", 0)
+    run_dir = tmp_path_factory.mktemp("run")
+    recorder = Recorder(run_dir, "my-run", RunLock.acquire(run_dir), "127.0.0.1", 0)
     dcgm = Endpoint("127.0.0.1", 0, lambda: DCGM)
     run_port = recorder.status().metrics_port
     targets = {"runs.json": [f"127.0.0.1:{run_port}"], "dcgm/nodes.json": [f"127.0.0.1:{dcgm.port}"]}

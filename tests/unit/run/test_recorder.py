@@ -14,7 +14,7 @@ from orchestrator.errors import TrainingError
 from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.run.failures import Failure
 from orchestrator.run.recorder import Recorder, WorkerInfo
-from orchestrator.run.run_lock import Lease
+from orchestrator.run.run_lock import RunLock
 from orchestrator.train.callbacks import AttemptWatch
 
 WORKERS = [
@@ -33,11 +33,11 @@ ONE = RankStep(**{field.name: 1.0 for field in fields(RankStep)})
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    lease = Lease.acquire(tmp_path)
-    made = Recorder(tmp_path, "my-run", lease, "127.0.0.1", 0)
+    run_lock = RunLock.acquire(tmp_path)
+    made = Recorder(tmp_path, "my-run", run_lock, "127.0.0.1", 0)
     yield made
     made.close()
-    lease.release(tmp_path)
+    run_lock.release(tmp_path)
 
 
 def step(recorder: Recorder, attempt: int, number: int, **changes: float) -> None:
@@ -149,7 +149,7 @@ def test_a_failure_for_good_withdraws_the_attempt(recorder: Recorder) -> None:
 def test_a_recorder_that_is_started_anew_goes_on(recorder: Recorder, tmp_path: Path) -> None:
     attempt = recorder.begin_attempt(WORKERS, INFO, 0, 10)
     step(recorder, attempt, 1)
-    again = Recorder(tmp_path, "my-run", recorder._lease, "127.0.0.1", 0)
+    again = Recorder(tmp_path, "my-run", recorder._run_lock, "127.0.0.1", 0)
     try:
         assert "tgs" not in shown(again)
         assert shown(again)["step"] == [1.0]

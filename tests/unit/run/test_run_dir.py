@@ -1,4 +1,4 @@
-"""A run is held to the data that it began with."""
+"""The run directory: a run keeps its data and base model, and a refused start leaves nothing behind."""
 
 from pathlib import Path
 
@@ -9,47 +9,47 @@ from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.run.recorder import ATTEMPTS
 from orchestrator.run.run_dir import (
     DATA,
-    absent_folders,
-    base_of,
-    number_format,
+    discard_refused_run,
+    load_base_model_id,
+    missing_directories,
     open_run,
     record_job,
-    remove_marker,
+    remove_ray_marker,
     require_same_base,
     require_same_data,
-    withdraw,
+    resolve_dtype,
 )
 
 OLD, NEW, HELD_OUT = Path("cache/plan-a"), Path("cache/plan-b"), Path("cache/plan-c")
 
 
-def test_data_may_change_until_the_run_has_begun(tmp_path: Path) -> None:
+def test_data_may_change_until_the_first_attempt(tmp_path: Path) -> None:
     require_same_data(tmp_path, OLD, None)
     require_same_data(tmp_path, NEW, HELD_OUT)
     assert "plan-b" in (tmp_path / DATA).read_text()
 
 
-def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_the_data_it_started_with(tmp_path: Path) -> None:
     require_same_data(tmp_path, OLD, HELD_OUT)
     (tmp_path / ATTEMPTS).write_text("{}\n")
     require_same_data(tmp_path, Path("elsewhere") / OLD.name, HELD_OUT)
-    with pytest.raises(SpecError, match=r"data\.train of the run .* changed since it began"):
+    with pytest.raises(SpecError, match=r"data\.train changed since run .* started"):
         require_same_data(tmp_path, NEW, HELD_OUT)
     with pytest.raises(SpecError, match=r"data\.train and data\.eval"):
         require_same_data(tmp_path, NEW, None)
     assert "plan-a" in (tmp_path / DATA).read_text()
 
 
-def test_a_run_goes_on_beside_the_model_that_it_began_with(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"has no base\.json"):
-        base_of(tmp_path)
+def test_a_run_resumes_only_with_the_base_model_it_started_with(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"base\.json, which identifies the base model .* is missing"):
+        load_base_model_id(tmp_path)
     require_same_base(tmp_path, {"config": "a", "weights": "x"})
     require_same_base(tmp_path, {"config": "a", "weights": "y"})
     (tmp_path / ATTEMPTS).write_text("{}\n")
     require_same_base(tmp_path, {"config": "a", "weights": "y"})
-    with pytest.raises(SpecError, match=r"names another model than when it began \(weights differ\)"):
+    with pytest.raises(SpecError, match=r"is not the base model that run .* started with \(weights differ\)"):
         require_same_base(tmp_path, {"config": "a", "weights": "z"})
-    assert base_of(tmp_path) == {"config": "a", "weights": "y"}
+    assert load_base_model_id(tmp_path) == {"config": "a", "weights": "y"}
 
 
 def job(storage: Path, **memory: object) -> JobSpec:
@@ -63,34 +63,34 @@ def job(storage: Path, **memory: object) -> JobSpec:
     )
 
 
-def test_a_run_that_met_its_limit_may_go_on_with_more_memory_saved(tmp_path: Path) -> None:
-    home = open_run(job(tmp_path))
-    record_job(home, job(tmp_path))
-    (home / ATTEMPTS).write_text("{}\n")
+def test_a_run_may_resume_with_settings_that_save_memory(tmp_path: Path) -> None:
+    run_dir = open_run(job(tmp_path))
+    record_job(run_dir, job(tmp_path))
+    (run_dir / ATTEMPTS).write_text("{}\n")
     open_run(job(tmp_path, mlp_tile_tokens=512, loss_tile_tokens=512, offload_activations="cpu"))
     open_run(job(tmp_path, gradient_checkpointing="selective"))
     with pytest.raises(SpecError, match=r"parallel\.zero_stage=2 \(the run has 3\)"):
         open_run(job(tmp_path, zero_stage=2))
 
 
-def test_a_run_that_cannot_begin_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+def test_an_unwritable_storage_is_refused_before_a_directory_is_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterError, match=r"checkpoint\.storage=.* cannot be written"):
         open_run(job(tmp_path / "file" / "runs"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_refused_start_leaves_no_directory(tmp_path: Path) -> None:
     storage = tmp_path / "a" / "runs"
-    made = absent_folders(storage / "run")
-    assert made == [storage / "run", storage, tmp_path / "a"]
-    home = open_run(job(storage))
+    created = missing_directories(storage / "run")
+    assert created == [storage / "run", storage, tmp_path / "a"]
+    run_dir = open_run(job(storage))
     for name in ("job.yaml", "data.json", "base.json", "plan.json", "owner.json"):
-        (home / name).write_text("{}")
-    (home / "logs").mkdir()
-    (home / "logs" / "driver.log").write_text("refused")
+        (run_dir / name).write_text("{}")
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "driver.log").write_text("refused")
     (storage / ".cache").mkdir()
-    withdraw(home, made)
+    discard_refused_run(run_dir, created)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,55 +103,53 @@ def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
         ("plan.json", '{"verdict": "does not fit"}'),
     ],
 )
-def test_what_a_start_did_not_write_or_says_why_stays(tmp_path: Path, kept: str, content: str) -> None:
-    made = absent_folders(tmp_path / "run")
-    home = open_run(job(tmp_path))
-    (home / kept).parent.mkdir(exist_ok=True)
-    (home / kept).write_text(content)
-    withdraw(home, made)
-    assert (home / kept).read_text() == content
+def test_files_of_the_user_and_the_plan_with_the_reason_stay(tmp_path: Path, kept: str, content: str) -> None:
+    created = missing_directories(tmp_path / "run")
+    run_dir = open_run(job(tmp_path))
+    (run_dir / kept).parent.mkdir(exist_ok=True)
+    (run_dir / kept).write_text(content)
+    discard_refused_run(run_dir, created)
+    assert (run_dir / kept).read_text() == content
 
 
-def test_a_folder_that_was_there_before_stays(tmp_path: Path) -> None:
+def test_an_existing_run_directory_stays(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    made = absent_folders(tmp_path / "run")
-    home = open_run(job(tmp_path))
-    (home / "job.yaml").write_text("of an earlier start")
-    withdraw(home, made)
-    assert (home / "job.yaml").read_text() == "of an earlier start"
+    created = missing_directories(tmp_path / "run")
+    run_dir = open_run(job(tmp_path))
+    (run_dir / "job.yaml").write_text("of an earlier start")
+    discard_refused_run(run_dir, created)
+    assert (run_dir / "job.yaml").read_text() == "of an earlier start"
 
 
-def test_rays_marker_goes_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_marker_of_ray_train_is_removed(tmp_path: Path) -> None:
     for name in (".validate_storage_marker", ".other"):
         (tmp_path / name).write_text("")
     for _ in range(2):
-        remove_marker(tmp_path)
+        remove_ray_marker(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".other"]
-    remove_marker(tmp_path / "none")
+    remove_ray_marker(tmp_path / "none")
 
 
-def test_fp16_is_refused_on_cpu_with_the_formats_that_work_there(tmp_path: Path) -> None:
+def test_fp16_is_refused_on_cpu_and_the_error_names_the_supported_dtypes(tmp_path: Path) -> None:
     half = job(tmp_path, dtype="fp16", zero_stage=2)
-    assert number_format(half, "cuda") == "fp16"
-    with pytest.raises(SpecError, match=r"model\.dtype=fp16 needs CUDA.*use dtype: fp32, or dtype: bf16"):
-        number_format(half, "cpu")
-    for written, on_cpu in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
-        assert number_format(job(tmp_path, dtype=written), "cpu") == on_cpu
+    assert resolve_dtype(half, "cuda") == "fp16"
+    with pytest.raises(SpecError, match=r"model\.dtype=fp16 requires CUDA.*use dtype: fp32, or dtype: bf16"):
+        resolve_dtype(half, "cpu")
+    for dtype, on_cpu in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
+        assert resolve_dtype(job(tmp_path, dtype=dtype), "cpu") == on_cpu
 
 
-def test_a_job_that_cannot_be_written_whole_stays_what_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home = open_run(job(tmp_path))
-    record_job(home, job(tmp_path))
-    before = (home / "job.yaml").read_text()
+def test_an_interrupted_write_keeps_the_old_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = open_run(job(tmp_path))
+    record_job(run_dir, job(tmp_path))
+    before = (run_dir / "job.yaml").read_text()
 
     def die(self: Path, text: str, **_: object) -> int:
         with self.open("w") as file:
             file.write(text[: len(text) // 2])
-        raise KeyboardInterrupt  # as a kill would, in the middle of the file
+        raise KeyboardInterrupt  # as if killed in the middle of the write
 
     monkeypatch.setattr(Path, "write_text", die)
     with pytest.raises(KeyboardInterrupt):
-        record_job(home, job(tmp_path).model_copy(update={"name": "another"}))
-    assert (home / "job.yaml").read_text() == before
+        record_job(run_dir, job(tmp_path).model_copy(update={"name": "another"}))
+    assert (run_dir / "job.yaml").read_text() == before

@@ -1,4 +1,4 @@
-"""Logs of a run: complete, appended to, bounded, and without secrets."""
+"""Log files of a run: complete, appended to, bounded in size, and without secrets."""
 
 import logging
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import TrainingError
-from orchestrator.run.run_log import driver_log, redacted, shorten
+from orchestrator.run.run_log import driver_log, redacted, trim_log
 from tests.conftest import ENVIRONMENT, ROOT
 
 
-def test_the_driver_log_is_appended_to_and_holds_what_any_logger_is_told(tmp_path: Path) -> None:
+def test_the_driver_log_is_appended_to_and_contains_records_of_all_loggers(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with driver_log(tmp_path) as path:
             logging.getLogger("orchestrator.train.driver").info("%s start", text)
@@ -27,13 +27,13 @@ def test_the_driver_log_is_appended_to_and_holds_what_any_logger_is_told(tmp_pat
         "second start",
         "second warning",
     ]
-    assert all(line[:2] == "20" for line in lines), "each line has its time"
+    assert all(line[:2] == "20" for line in lines), "each line has a timestamp"
 
 
-def test_a_run_whose_logs_cannot_be_written_goes_on(tmp_path: Path) -> None:
+def test_a_run_continues_without_logs_if_they_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("in the way")
     with driver_log(tmp_path):
-        logging.getLogger("orchestrator").info("said in vain")
+        logging.getLogger("orchestrator").info("not written anywhere")
     assert (tmp_path / "logs").read_text() == "in the way"
 
 
@@ -53,7 +53,7 @@ def test_secrets_are_replaced_by_the_names_of_their_variables(
     assert redacted("12 in /root/home by abcdef0", plain) == "12 in /root/home by [WANDB_API_KEY]"
 
 
-def test_a_rank_log_holds_what_the_process_writes_by_any_way(tmp_path: Path) -> None:
+def test_a_rank_log_captures_python_c_child_processes_and_loggers(tmp_path: Path) -> None:
     body = f"""
 import logging, os, sys
 from pathlib import Path
@@ -91,13 +91,13 @@ print("after", flush=True)
     assert (tmp_path / "logs" / "rank-3.attempt-2.log").read_text().count("by print\n") == 2
 
 
-def test_a_log_that_grows_without_end_keeps_its_end(tmp_path: Path) -> None:
+def test_a_large_log_is_trimmed_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with path.open("ab") as writer:
         for number in range(1000):
             writer.write(b"line %d\n" % number)
             writer.flush()
-            shorten(path, largest=500, kept=100)
+            trim_log(path, max_bytes=500, kept_bytes=100)
         writer.write(b"the last\n")
     lines = path.read_text().splitlines()
     assert path.stat().st_size < 700
@@ -105,7 +105,7 @@ def test_a_log_that_grows_without_end_keeps_its_end(tmp_path: Path) -> None:
     assert lines[-2:] == ["line 999", "the last"]
 
 
-def test_logs_of_old_attempts_go(tmp_path: Path) -> None:
+def test_logs_of_old_attempts_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
     for attempt in range(1, 15):
@@ -129,7 +129,7 @@ def test_logs_of_old_attempts_go(tmp_path: Path) -> None:
         (KeyError("a fault"), "Traceback (most recent call last)"),
     ],
 )
-def test_the_driver_log_says_how_a_run_ended(error: BaseException, words: str, tmp_path: Path) -> None:
+def test_the_driver_log_records_how_a_run_ended(error: BaseException, words: str, tmp_path: Path) -> None:
     with pytest.raises(type(error)), driver_log(tmp_path) as path:
         raise error
     assert words in path.read_text()

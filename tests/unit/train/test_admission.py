@@ -117,9 +117,9 @@ def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
     assert after["memory_reserved_peak_bytes"] == pytest.approx(measured, rel=0.05)
 
 
-def made(home: Path, attempt: int, step: int, seconds: float, held: float = 2 * GIB) -> None:
+def made(run_dir: Path, attempt: int, step: int, seconds: float, held: float = 2 * GIB) -> None:
     row = {"attempt": attempt, "step": step, "step_seconds": seconds, "memory_reserved_peak_bytes": held}
-    with (home / "steps.jsonl").open("a") as lines:
+    with (run_dir / "steps.jsonl").open("a") as lines:
         lines.write(json.dumps(row) + "\n")
 
 

@@ -16,7 +16,7 @@ from orchestrator.config import loader
 from orchestrator.config.paths import ROOT
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.run import run_dir
+from orchestrator.run.run_dir import load_job, open_run, record_job
 from orchestrator.train import environment
 
 SECRET = "hunter-2"
@@ -88,7 +88,7 @@ def test_variables_that_are_not_set_are_all_named() -> None:
 
 def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
     asked = job(TOKEN=SECRET)
-    run_dir.record_job(tmp_path, asked)
+    record_job(tmp_path, asked)
     written = (tmp_path / "job.yaml").read_text()
     for text in (
         written,
@@ -99,7 +99,7 @@ def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
     ):
         assert "TOKEN" in text
         assert SECRET not in text
-    assert run_dir.job_of(tmp_path).run.env == {"TOKEN": None}
+    assert load_job(tmp_path).run.env == {"TOKEN": None}
 
 
 @pytest.mark.parametrize(
@@ -129,17 +129,17 @@ def test_what_would_come_too_late_is_refused(name: str) -> None:
 
 
 def test_other_variables_do_not_make_another_job(tmp_path: Path) -> None:
-    home = tmp_path / "run"
+    run_dir = tmp_path / "run"
     asked = job(A="1", B="2")
     asked = asked.model_copy(
         update={"checkpoint": asked.checkpoint.model_copy(update={"storage": str(tmp_path)})}
     )
-    run_dir.open_run(asked)
-    run_dir.record_job(home, asked)
-    (home / "attempts.jsonl").write_text("{}\n")
-    run_dir.open_run(asked)
+    open_run(asked)
+    record_job(run_dir, asked)
+    (run_dir / "attempts.jsonl").write_text("{}\n")
+    open_run(asked)
     run = asked.run.model_copy(update={"env": {}})
-    run_dir.open_run(asked.model_copy(update={"run": run}))
+    open_run(asked.model_copy(update={"run": run}))
 
 
 def test_data_that_were_unpacked_elsewhere_do_not_make_another_job(tmp_path: Path) -> None:
@@ -149,12 +149,12 @@ def test_data_that_were_unpacked_elsewhere_do_not_make_another_job(tmp_path: Pat
         return loader.parse(json.dumps({**text, "checkpoint": {"storage": str(tmp_path)}}))
 
     first = unpacked("session_1", "0a1b", "rows.jsonl")
-    home = run_dir.open_run(first)
-    run_dir.record_job(home, first)
-    (home / "attempts.jsonl").write_text("{}\n")
-    run_dir.open_run(unpacked("session_2", "ffff", "rows.jsonl"))
+    run_dir = open_run(first)
+    record_job(run_dir, first)
+    (run_dir / "attempts.jsonl").write_text("{}\n")
+    open_run(unpacked("session_2", "ffff", "rows.jsonl"))
     with pytest.raises(SpecError, match=r"data\.train\.0\.path"):
-        run_dir.open_run(unpacked("session_2", "ffff", "other.jsonl"))
+        open_run(unpacked("session_2", "ffff", "other.jsonl"))
 
 
 def test_the_set_up_of_a_worker_takes_our_packages_and_not_those_of_the_working_directory(

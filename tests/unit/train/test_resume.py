@@ -11,8 +11,8 @@ import pytest
 
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.run import run_dir
 from orchestrator.run.recorder import ATTEMPTS, REPORT, STEPS
+from orchestrator.run.run_dir import open_run, record_job, require_same_data
 from orchestrator.train.resume import finished_before, input_files, require_steps_to_go
 
 
@@ -43,13 +43,13 @@ def make_job(root: Path, **optim: Any) -> JobSpec:
 
 def finish(root: Path, job: JobSpec, steps: int) -> Path:
     """Leave what a run leaves that has done all its steps."""
-    home = run_dir.open_run(job)
-    run_dir.require_same_data(home, Path("plan-a"), Path("plan-b"), input_files(job))
-    run_dir.record_job(home, job)
-    (home / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": steps}) + "\n")
-    (home / STEPS).write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
-    (home / REPORT).write_text(json.dumps({"steps": steps, "loss": 1.0}))
-    return home
+    run_dir = open_run(job)
+    require_same_data(run_dir, Path("plan-a"), Path("plan-b"), input_files(job))
+    record_job(run_dir, job)
+    (run_dir / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": steps}) + "\n")
+    (run_dir / STEPS).write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
+    (run_dir / REPORT).write_text(json.dumps({"steps": steps, "loss": 1.0}))
+    return run_dir
 
 
 @pytest.fixture
@@ -60,12 +60,12 @@ def said() -> list[str]:
 def test_the_same_job_again_is_answered_with_what_was(tmp_path: Path, said: list[str]) -> None:
     job = make_job(tmp_path, max_steps=3)
     assert finished_before(job, said.append) is None, "no run yet"
-    home = finish(tmp_path, job, 3)
+    run_dir = finish(tmp_path, job, 3)
     for file in (tmp_path / "data" / "a.jsonl", tmp_path / "eval.jsonl"):
         os.utime(file, (1, 1))  # another time is not another file
     assert finished_before(job, said.append) == {"steps": 3, "loss": 1.0}
     (line,) = said
-    assert line.startswith(f"the run in {home} had finished before (20")
+    assert line.startswith(f"run {run_dir} already finished (20")
     assert "3 steps), so nothing was trained" in line
 
 
@@ -95,7 +95,7 @@ def test_other_files_are_another_job(change: Any, named: str, tmp_path: Path, sa
     job = make_job(tmp_path, max_steps=3)
     finish(tmp_path, job, 3)
     change(tmp_path)
-    with pytest.raises(SpecError, match=named + " of the run in .* changed since it began"):
+    with pytest.raises(SpecError, match=named + " changed since run .* started"):
         finished_before(job, said.append)
     assert not said
 
@@ -109,38 +109,38 @@ def test_other_hyperparameters_are_another_job(tmp_path: Path, said: list[str]) 
 def test_fewer_steps_than_are_done_are_refused_before_anything_starts(
     tmp_path: Path, said: list[str]
 ) -> None:
-    home = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
-    with pytest.raises(SpecError, match=r"optim\.max_steps=2 asks for 2 steps, and the run .* has done 3"):
+    run_dir = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
+    with pytest.raises(SpecError, match=r"optim\.max_steps=2 means 2 steps, and run .* has already done 3"):
         finished_before(make_job(tmp_path, max_steps=2), said.append)
-    with pytest.raises(SpecError, match=r"optim\.epochs=1\.0 asks for 2 steps, and the run .* has done 3"):
-        require_steps_to_go(make_job(tmp_path), home, packs=16, note=said.append)
-    assert (home / REPORT).exists()
+    with pytest.raises(SpecError, match=r"optim\.epochs=1\.0 means 2 steps, and run .* has already done 3"):
+        require_steps_to_go(make_job(tmp_path), run_dir, packs=16, note=said.append)
+    assert (run_dir / REPORT).exists()
 
 
 def test_more_steps_go_on_and_keep_the_report_of_then(tmp_path: Path, said: list[str]) -> None:
-    home = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
+    run_dir = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
     more = make_job(tmp_path, max_steps=5)
     assert finished_before(more, said.append) is None
-    assert require_steps_to_go(more, home, packs=40, note=said.append) is None
+    assert require_steps_to_go(more, run_dir, packs=40, note=said.append) is None
     assert said == [
         "the run goes on from step 3 to step 5 in place of 3; by its cosine schedule, which now ends there, "
         "the learning rate stays 0.0005 in step 4"
     ]
-    assert json.loads((home / "report.step-00000003.json").read_text())["steps"] == 3
-    assert not (home / REPORT).exists(), "or a kill would leave it for the longer run's"
+    assert json.loads((run_dir / "report.step-00000003.json").read_text())["steps"] == 3
+    assert not (run_dir / REPORT).exists(), "or a kill would leave it for the longer run's"
 
 
 def test_as_many_steps_in_other_words_are_the_same_job(tmp_path: Path, said: list[str]) -> None:
-    home = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
+    run_dir = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
     same = make_job(tmp_path, epochs=1.0)
     assert finished_before(same, said.append) is None, "only the packs can tell"
-    assert require_steps_to_go(same, home, packs=24, note=said.append) == {"steps": 3, "loss": 1.0}
+    assert require_steps_to_go(same, run_dir, packs=24, note=said.append) == {"steps": 3, "loss": 1.0}
     assert "nothing was trained" in said[0]
 
 
 def test_packs_that_a_cut_short_step_leaves_out_are_counted(tmp_path: Path, said: list[str]) -> None:
-    home = finish(tmp_path, make_job(tmp_path), 3)  # 20 packs: 8, 8 and 4
-    assert require_steps_to_go(make_job(tmp_path, epochs=2.0), home, packs=20, note=said.append) is None
+    run_dir = finish(tmp_path, make_job(tmp_path), 3)  # 20 packs: 8, 8 and 4
+    assert require_steps_to_go(make_job(tmp_path, epochs=2.0), run_dir, packs=20, note=said.append) is None
     assert said[1] == (
         "step 3 ended with the data, 4 packs short of a batch; the first 4 of the next pass are left out for "
         "it"
@@ -148,12 +148,12 @@ def test_packs_that_a_cut_short_step_leaves_out_are_counted(tmp_path: Path, said
 
 
 def test_a_run_that_has_not_finished_goes_by_the_same_rule(tmp_path: Path, said: list[str]) -> None:
-    home = finish(tmp_path, make_job(tmp_path, max_steps=9), 4)
-    (home / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": 9}) + "\n")
-    (home / REPORT).unlink()
-    assert require_steps_to_go(make_job(tmp_path, max_steps=9), home, 40, said.append) is None
+    run_dir = finish(tmp_path, make_job(tmp_path, max_steps=9), 4)
+    (run_dir / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": 9}) + "\n")
+    (run_dir / REPORT).unlink()
+    assert require_steps_to_go(make_job(tmp_path, max_steps=9), run_dir, 40, said.append) is None
     assert not said, "nothing is new"
-    assert require_steps_to_go(make_job(tmp_path, max_steps=6), home, 40, said.append) is None
+    assert require_steps_to_go(make_job(tmp_path, max_steps=6), run_dir, 40, said.append) is None
     assert "from step 4 to step 6 in place of 9" in said[0]
-    with pytest.raises(SpecError, match="has done 4"):
-        require_steps_to_go(make_job(tmp_path, max_steps=3), home, 40, said.append)
+    with pytest.raises(SpecError, match="has already done 4"):
+        require_steps_to_go(make_job(tmp_path, max_steps=3), run_dir, 40, said.append)
