@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -182,3 +183,18 @@ def _poll_steps(process: subprocess.Popen[str], port: int) -> Iterator[tuple[flo
             if line.startswith("orchestrator_step{"):
                 yield now, int(float(line.rsplit(" ", 1)[1]))
         time.sleep(0.01)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Return the messages that this program logs at INFO and above while the test runs, as they come."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("orchestrator")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)

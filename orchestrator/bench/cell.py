@@ -7,11 +7,11 @@ does: the sweep holds the other end of its standard input.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ from orchestrator import shutdown
 from orchestrator.bench import environment
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
+from orchestrator.console_log import console_log
 from orchestrator.errors import ClusterError, MemoryExhaustedError, OrchestratorError
 
+_logger = logging.getLogger(__name__)
 INSTRUCTIONS, OUTCOME = "cell.json", "outcome.json"
 
 
 def main(folder: Path) -> None:
     """Run the cell whose instructions lie in a run's folder, and write its outcome beside them."""
     shutdown.install()
+    console_log(sys.stderr)
     with shutdown.interruptible("the cell is run again when the sweep is"):
         try:
             _run(folder)
@@ -40,30 +43,25 @@ def main(folder: Path) -> None:
 def _run(folder: Path) -> None:
     threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     from orchestrator.atomic_files import write_json
-    from orchestrator.run.worker_config import Trial
+    from orchestrator.run.worker_config import BenchmarkRun
     from orchestrator.train.driver import run
 
     asked: dict[str, Any] = json.loads((folder / INSTRUCTIONS).read_text(encoding="utf-8"))
     job = loader.parse(asked["job"])
     outcome: dict[str, Any] = {"status": "ok", "reason": None}
     try:
-        run(job, asked["address"], lambda status: None, _note, Trial(asked["memory_limit_bytes"]))
+        run(job, asked["address"], lambda status: None, BenchmarkRun(asked["memory_limit_bytes"]))
     except MemoryExhaustedError as error:
         outcome = {"status": "out_of_memory", "reason": "; ".join(error.problems)}
     except OrchestratorError as error:
         outcome = {"status": "failed", "reason": "; ".join(error.problems)}
         outcome["machines"] = isinstance(error, ClusterError)
     except Exception as error:  # whatever it is, the other cells are run
-        _note(traceback.format_exc())
+        _logger.exception("the cell failed")
         outcome = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
     outcome["shape"] = _shape(job) if outcome["status"] == "ok" else None
     outcome["environment"] = {**environment.describe(), **_accelerator()}
     write_json(folder / OUTCOME, outcome)
-
-
-def _note(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 def _end_with_the_sweep() -> None:

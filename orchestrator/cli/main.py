@@ -40,6 +40,8 @@ from orchestrator.cli.output import write_message as _tell
 from orchestrator.cli.output import write_result as _say
 from orchestrator.cli.run_tables import SUMMARY_FIELDS, read_report, side_by_side, summary, table
 from orchestrator.config import loader
+from orchestrator.config.auto_values import resolve_device, resolve_dtype
+from orchestrator.console_log import LEVEL_VARIABLE, console_log
 from orchestrator.errors import ClusterError, SpecError, TrainingError
 
 
@@ -61,8 +63,20 @@ app = _App(
 
 
 @app.callback()
-def _prepare() -> None:
+def _prepare(
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEVEL",
+            help=f"Lowest level of messages: debug, info, warning, error; {LEVEL_VARIABLE} sets it too.",
+        ),
+    ] = None,
+) -> None:
     prepare_streams()
+    try:
+        console_log(TolerantStream(sys.stderr), log_level)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command(epilog="Example: orchestrator validate launch/jobs/quickstart.yaml")
@@ -113,7 +127,7 @@ def render(
     """Print what would be used, and apply nothing."""
     with exit_codes():
         spec = loader.load(job, overrides)
-        kind = device or ("cuda" if spec.parallel.device == "auto" else spec.parallel.device)
+        kind = device or resolve_device(spec.parallel.device, has_gpus=True)
         from orchestrator.kubernetes.pod_sizing import Wanted
 
         wanted = Wanted(
@@ -136,9 +150,8 @@ def render(
             raise SpecError(f"target={target} takes no options of pods and nodes; add --target rayjob")
         from orchestrator.parallel.deepspeed_config import render as render_deepspeed
 
-        dtype = spec.model.dtype
-        number_format = ("bf16" if kind == "cuda" else "fp32") if dtype == "auto" else dtype
-        _say(json.dumps(render_deepspeed(spec, number_format, kind), indent=2))
+        dtype = resolve_dtype(spec.model.dtype, kind)
+        _say(json.dumps(render_deepspeed(spec, dtype, kind), indent=2))
 
 
 @app.command(epilog="Example: orchestrator doctor --address auto --storage /mnt/shared/runs")
@@ -181,7 +194,7 @@ def pack(
         with stdout_for_results():
             from orchestrator.train.driver import prepare
 
-            figures = prepare(spec, address, _tell)
+            figures = prepare(spec, address)
         sources = figures.pop("sources") if not as_json else []
         _say(json.dumps(figures) if as_json else table(figures))
         for source in sources if len(sources) > 1 else []:
@@ -205,12 +218,12 @@ def train(
         from orchestrator.train.resume import finished_before
 
         with stdout_for_results() as out:
-            progress = Progress(TolerantStream(sys.stderr if as_json else out))
-            report = finished_before(spec, progress.note)
+            console_log(TolerantStream(sys.stderr if as_json else out))
+            report = finished_before(spec)
             if report is None:
                 from orchestrator.train.driver import run
 
-                report = run(spec, address, progress, progress.note, force=force)
+                report = run(spec, address, Progress(), force=force)
         _say(json.dumps(report) if as_json else summary(report))
 
 

@@ -4,53 +4,40 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING
 
-from orchestrator.cli.output import TolerantStream
+if TYPE_CHECKING:
+    from orchestrator.run.recorder import Status
 
 _SECONDS_BETWEEN_LINES = 2.0
-_logger = logging.getLogger(__name__)  # what is shown is in the driver's log as well
+_logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Prints where a run stands whenever there is something new, a line every two seconds at most.
+    """Logs the status of a run whenever there is something new, a line every two seconds at most."""
 
-    Args:
-        out: Where lines go.
-    """
-
-    def __init__(self, out: TextIO | TolerantStream) -> None:
-        self._out = out
+    def __init__(self) -> None:
         self._attempt = 0
         self._step = -1
         self._printed = 0.0
 
-    def __call__(self, status: Any) -> None:
+    def __call__(self, status: Status) -> None:
         """Show a status of the recorder."""
         if status.attempt != self._attempt:
             self._attempt, self._step = status.attempt, -1
             where = f", metrics on port {status.metrics_port}" if status.metrics_port else ""
             again = f"attempt {status.attempt}: " if status.attempt > 1 else ""
-            self._line(f"{again}training from step {status.start} of {status.steps}{where}")
+            _logger.info(f"{again}training from step {status.start} of {status.steps}{where}")
         due = time.monotonic() - self._printed >= _SECONDS_BETWEEN_LINES or status.step == status.steps
         if status.step > self._step and status.latest and due and status.latest["step"] == status.step:
             self._step, self._printed = status.step, time.monotonic()
             row = status.latest
-            self._line(
+            _logger.info(
                 f"step {status.step}/{status.steps}  loss {row['loss']:.4f}  TGS {row['tgs']:.0f}  "
                 f"lr {row['learning_rate']:.2e}  left {_duration(status.eta_seconds)}"
             )
         for note in status.notes:
-            self._line(note)
-
-    def note(self, text: str) -> None:
-        """Show a sentence."""
-        self._line(text)
-
-    def _line(self, text: str) -> None:
-        _logger.info("%s", text)
-        self._out.write(text + "\n")
-        self._out.flush()
+            _logger.info(note)
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from orchestrator.arch.hf_config import local_config, resized
 from orchestrator.arch.parameters import parameter_count
+from orchestrator.config.auto_values import resolve_dtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
 from orchestrator.parallel.deepspeed_config import fit_buffers, render
@@ -278,8 +279,7 @@ def _offloaded(job: JobSpec, device: Literal["cuda", "cpu"]) -> tuple[int, int |
             "give --memory-per-node"
         )
         return 0, None, [note]
-    dtype = job.model.dtype if job.model.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
-    ds_config = render(job, dtype, device)
+    ds_config = render(job, resolve_dtype(job.model.dtype, device), device)
     fit_buffers(ds_config, -(-count.largest // parallel.workers))
     memory = host_memory_of(work_of(job, config, model, parallel.workers, device)).total
     notes = [f"what is offloaded is counted of {count.total:,} parameters, {count.trained:,} of them trained"]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from orchestrator.arch.parameters import ParameterCount
 from orchestrator.config.paths import resolve
@@ -84,7 +85,9 @@ def stored_config(model: ModelSpec) -> Any:
         ) from None
 
 
-def require_supported(job: JobSpec, reads_weights: bool = True) -> ParameterCount | None:
+def require_supported(
+    job: JobSpec, reads_weights: bool = True, config: PretrainedConfig | None = None
+) -> ParameterCount | None:
     """Refuse a model that a job's packed documents cannot be trained with, or not as the job says.
 
     The model is built without memory for its weights, so that this can be asked before anything is paid for.
@@ -93,6 +96,7 @@ def require_supported(job: JobSpec, reads_weights: bool = True) -> ParameterCoun
     Args:
         job: The job.
         reads_weights: False where a checkpoint replaces every weight, so that the model's files may be gone.
+        config: As `load_config` returns it; loaded here if not given.
 
     Returns:
         How many parameters it has, with its adapters; None where only the workers can tell.
@@ -101,7 +105,7 @@ def require_supported(job: JobSpec, reads_weights: bool = True) -> ParameterCoun
         SpecError: What stands in the way, and the remedy.
     """
     model = job.model
-    config = load_config(model)
+    config = config or load_config(model)
     problem = obstacle_in_config(config) or length_problem(config, job.data.max_length)
     if problem := problem or quantization_problem(config, job):
         raise _refusal(model, problem)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.config.auto_values import resolve_dtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.parallel.deepspeed_config import fit_buffers, render
 from orchestrator.planner.calibration import MARGIN, MemoryConstants, Verdict, verdict
@@ -158,7 +159,7 @@ def work_of(
         device: What it runs on.
     """
     parallel, optim, spec = job.parallel, job.optim, job.model
-    wide = spec.dtype == "fp32" or (spec.dtype == "auto" and device == "cpu")
+    wide = resolve_dtype(spec.dtype, device) == "fp32"
     size = 4 if wide else 2
     return Work(
         model=model,

@@ -155,7 +155,7 @@ class Recorder:
         self._announce()
         return attempt
 
-    def stepped(self, attempt: int, values: Mapping[str, float], ranks: RankSteps) -> None:
+    def record_step(self, attempt: int, values: Mapping[str, float], ranks: RankSteps) -> None:
         """Record a finished step.
 
         Args:
@@ -191,7 +191,7 @@ class Recorder:
             self._exporter.count({"skipped_steps": float(values["skipped"])})
             self._exporter.set_run({**row, "last_step_timestamp_seconds": row["time"], **self._to_go()})
 
-    def evaluated(self, attempt: int, step: int, loss: float) -> None:
+    def record_evaluation(self, attempt: int, step: int, loss: float) -> None:
         """Record a loss on held-out rows; the message comes right after that of the step, or after this."""
         self._require_current(attempt)
         _append(self._folder / EVALUATIONS, {"step": step, "evaluation_loss": loss, "attempt": attempt})
@@ -204,7 +204,7 @@ class Recorder:
                 self._exporter.set_run({"evaluation_seconds": seconds})
                 self._exporter.observe("evaluation", [seconds])
 
-    def saved(self, attempt: int, step: int, seconds: float) -> None:
+    def record_checkpoint(self, attempt: int, step: int, seconds: float) -> None:
         """Record a published checkpoint."""
         self._require_current(attempt)
         self._checkpoint_seconds += seconds
@@ -216,13 +216,13 @@ class Recorder:
             )
             self._exporter.observe("checkpoint", [seconds])
 
-    def attempt_ended(self) -> None:
+    def end_attempt(self) -> None:
         """Withdraw what the workers of the current attempt have shown: they are no more."""
         self._status.is_running = False
         if self._exporter:
             self._exporter.end_attempt()
 
-    def permit(self, attempt: int) -> None:
+    def authorize_publish(self, attempt: int) -> None:
         """Allow an attempt to publish a checkpoint.
 
         Raises:
@@ -234,17 +234,17 @@ class Recorder:
                 f"another driver has taken over the run in {self._folder}; this one stops writing"
             )
 
-    def give_up(self, error: OrchestratorError, attempt: int | None) -> None:
+    def report_fatal(self, error: OrchestratorError, attempt: int | None) -> None:
         """Note an error that starting again cannot mend; of an attempt that was replaced it means nothing."""
         if self._status.fatal is None and attempt in (None, self._status.attempt):
             self._status.fatal = error
-            self.attempt_ended()
+            self.end_attempt()
 
-    def failed(self, failure: Failure) -> None:
+    def report_failure(self, failure: Failure) -> None:
         """Note what a rank raised; where the try before ended in the same way, the run ends."""
         self._failures.append(failure)
         if is_deterministic(self._failures):
-            self.give_up(deterministic_failure_error(failure), None)
+            self.report_fatal(deterministic_failure_error(failure), None)
 
     def failures(self) -> list[Failure]:
         """Return what ranks have raised since the driver started, in order."""
@@ -263,14 +263,14 @@ class Recorder:
         """Tell a worker whether it is to end."""
         return self._stop_requested
 
-    def trained(self, attempt: int) -> None:
+    def finish_training(self, attempt: int) -> None:
         """Note that the workers have done and saved what they were to do."""
         if attempt == self._status.attempt:
             self._status.is_running = False
 
-    def ended(self, how: Literal["stopped", "finished"]) -> None:
+    def end_run(self, how: Literal["stopped", "finished"]) -> None:
         """Note in attempts.jsonl that the current attempt ended without a failure."""
-        self.attempt_ended()
+        self.end_attempt()
         self._past[-1] |= {"ended": how, "end_step": self._status.step}
         write_whole(self._folder / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in self._past))
 

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 from orchestrator.atomic_files import read_object, write_json, write_whole
 from orchestrator.checks.folders import ATTEMPTS, JOB, folder_problems, run_problems
@@ -26,22 +25,6 @@ _RAY_MARKER = ".validate_storage_marker"  # Ray Train tests the storage with it 
 _BEFORE_ATTEMPTS = (
     JOB, DATA, BASE, "plan.json", "deepspeed.json", "owner.json", "logs/driver.log", "logs", "checkpoints",
 )  # fmt: skip
-
-
-def resolve_dtype(job: JobSpec, device: Literal["cuda", "cpu"]) -> Literal["bf16", "fp16", "fp32"]:
-    """Return the dtype of a job; `auto` is bf16 on CUDA and fp32 on CPU.
-
-    Raises:
-        SpecError: fp16 on CPU, which DeepSpeed does not support.
-    """
-    if job.model.dtype == "fp16" and device == "cpu":
-        raise SpecError(
-            "model.dtype=fp16 requires CUDA, and this job runs on CPU; use dtype: fp32, or dtype: bf16 to "
-            "test mixed precision"
-        )
-    if job.model.dtype == "auto":
-        return "bf16" if device == "cuda" else "fp32"
-    return job.model.dtype
 
 
 def open_run(job: JobSpec, workers_here: bool = True) -> Path:

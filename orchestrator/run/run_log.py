@@ -112,10 +112,16 @@ class _Formatter(logging.Formatter):
         return redacted(super().format(record))
 
 
+def _is_worth_keeping(record: logging.LogRecord) -> bool:
+    """Return whether a record is ours, or at least a warning: Ray and DeepSpeed log much at INFO."""
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] in _INFO_LOGGERS
+
+
 @contextmanager
 def _attached(handler: logging.Handler) -> Iterator[None]:
     """Attach a handler to the root logger, and lower our own loggers to INFO."""
     handler.setFormatter(_Formatter(_FORMAT))
+    handler.addFilter(_is_worth_keeping)
     root, loggers = logging.getLogger(), [logging.getLogger(name) for name in _INFO_LOGGERS]
     levels = [logger.level for logger in loggers]
     root.addHandler(handler)

@@ -1,14 +1,15 @@
-"""What the driver hands to every worker: all paths and choices, made once."""
+"""The configuration that the driver hands to every worker, and the data loaders that follow from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from orchestrator.arch.flops import forward_flops
 from orchestrator.arch.model_dims import ModelShape
+from orchestrator.config.auto_values import DeviceType, TrainDtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.balance import Geometry
 from orchestrator.data.corpus import Documents
@@ -22,54 +23,44 @@ _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A run for its figures only: nothing is saved and nothing exported.
+class BenchmarkRun:
+    """A run that only measures: it saves no checkpoint and exports nothing.
 
     Attributes:
-        memory_limit_bytes: What each worker may take for training: of its device's memory, and on CPU on top
-            of what its process holds before the model is built. None sets no limit.
+        memory_limit_bytes: Memory that each worker may allocate for training: of its device, and on CPU in
+            addition to what its process uses before the model is built. None sets no limit.
     """
 
     memory_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True)
-class Brief:
-    """The run as it was decided.
+class WorkerConfig:
+    """The resolved job and the paths of one run.
 
     Attributes:
         job: The job, with absolute paths.
-        folder: The run's folder, on storage that every node sees.
-        training: Folder of the training data's plan.
-        evaluation: Folder of the held-out data's plan.
-        dtype: Number format of the model.
-        device: Kind of device.
-        ds_config: The rendered DeepSpeed configuration.
-        host_memory_bytes: What each worker reserves of its node's memory; 0 where nothing is offloaded.
-        disk_bytes: What each worker writes at most to its node's disk; 0 where nothing goes to nvme.
-        trial: Set where the run is one for its figures only.
+        run_dir: The run directory, on storage that every node sees.
+        training: Folder of the packed training data.
+        evaluation: Folder of the packed evaluation data.
+        dtype: Dtype of weights and activations.
+        device: Device type.
+        deepspeed_config: The rendered DeepSpeed configuration.
+        worker_resources: Resources that Ray reserves for each worker.
+        nvme_bytes: Bytes that each worker writes at most to its node's disk; 0 without offload to nvme.
+        benchmark: Set for a run that only measures.
     """
 
     job: JobSpec
-    folder: Path
+    run_dir: Path
     training: Path
     evaluation: Path | None
-    dtype: Literal["bf16", "fp16", "fp32"]
-    device: Literal["cuda", "cpu"]
-    ds_config: dict[str, Any]
-    host_memory_bytes: int = 0
-    disk_bytes: int = 0
-    trial: Trial | None = None
-
-    @property
-    def worker_resources(self) -> dict[str, float]:
-        """What Ray reserves for each worker."""
-        resources: dict[str, float] = {"CPU": self.job.parallel.cpus_per_worker}
-        if self.device == "cuda":
-            resources["GPU"] = 1
-        if self.host_memory_bytes:
-            resources["memory"] = self.host_memory_bytes
-        return resources
+    dtype: TrainDtype
+    device: DeviceType
+    deepspeed_config: dict[str, Any]
+    worker_resources: dict[str, float] = field(default_factory=dict)
+    nvme_bytes: int = 0
+    benchmark: BenchmarkRun | None = None
 
     @property
     def layout(self) -> Layout:
@@ -79,7 +70,7 @@ class Brief:
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
-        return self.folder / CHECKPOINTS
+        return self.run_dir / CHECKPOINTS
 
     def worker_environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """Return what a worker's environment needs before CUDA starts, on top of what it inherits."""

@@ -9,6 +9,7 @@ from orchestrator.arch.hf_config import config_of, resized
 from orchestrator.cluster import hardware
 from orchestrator.cluster.cluster_spec import Machines
 from orchestrator.cluster.topology import Node, from_state_api
+from orchestrator.config.auto_values import resolve_device
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.planner.calibration_store import constants_of, stack_of
@@ -75,7 +76,7 @@ def machines_there(job: JobSpec, ask: Ask) -> Machines:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unplanned(f"the dashboard does not list its nodes ({error!r})") from None
     gpus = any(node.gpus for node in nodes)
-    if job.parallel.device == "cuda" or (job.parallel.device == "auto" and gpus):
+    if resolve_device(job.parallel.device, gpus) == "cuda":
         found = gpu_machines(job, nodes, _gpu(ask))
     else:
         found = _processors(job, nodes)

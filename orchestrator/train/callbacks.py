@@ -21,4 +21,4 @@ class AttemptWatch(UserCallback):  # type: ignore[misc]
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Tell the recorder, and wait for nothing: the controller has a group to start again."""
-        self._recorder.attempt_ended.remote()
+        self._recorder.end_attempt.remote()

@@ -1,343 +1,257 @@
 """The driver: one path from a job to a finished run, on a laptop and on a cluster.
 
-    check the cluster -> lay out the run's folder -> tokenise and pack on CPUs -> place the workers -> watch
-    -> export -> report
+    resolve -> admission -> data -> fit -> export -> report
 
-Everything that can be decided is decided here, once; workers are handed a `Brief`.
+Each stage is a function of the `ResolvedJob`; workers get a `WorkerConfig`.
 """
 
 from __future__ import annotations
 
-import os
-import threading
+import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from orchestrator import shutdown
 from orchestrator.atomic_files import write_json
 from orchestrator.checkpoint import checkpointer
-from orchestrator.config.schema import JobSpec, SourceSpec
-from orchestrator.data import packed_dataset
-from orchestrator.data.token_cache import TokenStore
-from orchestrator.data.tokenize import Note, tokenize_sources
-from orchestrator.engine.optimizers import require_bitsandbytes
-from orchestrator.errors import ClusterError, OrchestratorError, SpecError
+from orchestrator.config.schema import JobSpec
+from orchestrator.errors import ClusterError, SpecError
+from orchestrator.export.export import Exported
 from orchestrator.export.run_exports import export_finished
 from orchestrator.metrics.exporter import require_port
-from orchestrator.metrics.trackers import Trackers, require_packages
+from orchestrator.metrics.trackers import require_packages
 from orchestrator.model.base_model_id import identity
-from orchestrator.model.build import load_config, require_supported
+from orchestrator.model.build import load_config
 from orchestrator.model.compatibility import model_notes
-from orchestrator.parallel.deepspeed_config import fit_buffers, render
-from orchestrator.parallel.parallel_dims import sequence_parallel_problem
-from orchestrator.planner.host_memory import disk_bytes
 from orchestrator.run import run_dir
-from orchestrator.run.failures import last_line, worker_group_error
-from orchestrator.run.recorder import REPORT, Recorder, Status
-from orchestrator.run.report import packing_figures
+from orchestrator.run.recorder import REPORT
 from orchestrator.run.report import report as summarise
+from orchestrator.run.resolve import ResolvedJob, offload_reason, resolve
 from orchestrator.run.run_lock import RunLock
-from orchestrator.run.run_log import LOGS, driver_log
-from orchestrator.run.worker_config import CHECKPOINTS, Brief, Trial
-from orchestrator.train import admission, environment, ray_session, resources, resume, vocabulary
-from orchestrator.train.graceful_stop import stop_run
-from orchestrator.train.suggestions import node_memory_remedies
+from orchestrator.run.run_log import driver_log
+from orchestrator.run.worker_config import CHECKPOINTS, BenchmarkRun, WorkerConfig
+from orchestrator.train import admission, environment, ray_session, resources, resume
+from orchestrator.train.fit import OnProgress, fit, start_recorder
+from orchestrator.train.prepare_data import PreparedData, prepare_data
+from orchestrator.train.ray_session import get_result
 
-Watch = Callable[[Status], None]
-_POLL_SECONDS = 0.5
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Start:
+    """One start of a run.
+
+    Attributes:
+        run_dir: The run directory.
+        lock: This driver's lock on it.
+        on_progress: Called about twice a second while workers run.
+        benchmark: Set for a run that only measures: it saves and exports nothing.
+        force: Train although the plan says that the job cannot fit.
+        seconds: Wall time of each stage so far.
+    """
+
+    run_dir: Path
+    lock: RunLock
+    on_progress: OnProgress
+    benchmark: BenchmarkRun | None
+    force: bool
+    began: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def end_stage(self, name: str) -> None:
+        """Record the time since the last stage ended."""
+        now = time.monotonic()
+        self.seconds[name] = now - self.began
+        self.began = now
 
 
 def run(
     job: JobSpec,
     address: str | None,
-    watch: Watch,
-    note: Note,
-    trial: Trial | None = None,
+    on_progress: OnProgress,
+    benchmark: BenchmarkRun | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Train a job from wherever its run stands to the end.
+    """Train a job, or resume its run, to the end.
 
     Args:
         job: The job.
         address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
-        watch: Called about twice a second while workers run.
-        note: Told in a sentence what happens before that.
-        trial: Given for a run for its figures only, which saves and exports nothing, and is tried whatever it
-            is predicted to need.
-        force: Train although the plan says that it cannot fit.
+        on_progress: Called with the status about twice a second while workers run.
+        benchmark: Set for a run that only measures: it saves and exports nothing, and is started whatever the
+            plan says.
+        force: Train although the plan says that the job cannot fit.
 
     Returns:
         The run's report, also written to report.json.
 
     Raises:
-        OrchestratorError: What went wrong, by whose side it was.
+        OrchestratorError: The subclass says whether the job file, the cluster or the run failed.
     """
-    started = time.monotonic()
+    began = time.monotonic()
     job = run_dir.with_absolute_paths(environment.adopt(job))
     run_dir.require_inputs(job)
-    made = run_dir.missing_directories(Path(job.checkpoint.storage) / job.name)
-    home = run_dir.open_run(job, workers_here=address is None)
-    finished = resume.finished_report(job, home, note)
+    created = run_dir.missing_directories(Path(job.checkpoint.storage) / job.name)
+    directory = run_dir.open_run(job, workers_here=address is None)
+    finished = resume.finished_report(job, directory)
     if finished is not None:
         return finished
-    run_lock = RunLock.acquire(home)
+    lock = RunLock.acquire(directory)
     try:
-        with driver_log(home):
+        with driver_log(directory):
             require_port(job.metrics.host, job.metrics.port)
+            require_packages(job.metrics.trackers)
             with ray_session.connected(address, job.run.env):
-                device = resources.place(job)
-                run_dir.resolve_dtype(job, device)  # refuses what the device cannot do
-                return _train(job, device, home, run_lock, (watch, note), started, trial, force)
+                return _train(job, _Start(directory, lock, on_progress, benchmark, force, began))
     except (SpecError, ClusterError):
-        run_dir.discard_refused_run(home, made)
+        run_dir.discard_refused_run(directory, created)
         raise
     finally:
-        run_dir.remove_ray_marker(home)
-        run_lock.release(home)
+        run_dir.remove_ray_marker(directory)
+        lock.release(directory)
 
 
-def _train(
-    job: JobSpec,
-    device: Literal["cuda", "cpu"],
-    home: Path,
-    run_lock: RunLock,
-    tell: tuple[Watch, Note],
-    started: float,
-    trial: Trial | None = None,
-    force: bool = False,
-) -> dict[str, Any]:
-    watch, note = tell
-    require_bitsandbytes(job.optim.optimizer)
-    require_packages(job.metrics.trackers)
-    resumes = bool(checkpointer.published(home / CHECKPOINTS))
-    count = require_supported(job, reads_weights=not resumes)
-    for line in model_notes(job.model, load_config(job.model), job.data.max_length):
-        note(line)
-    if job.method.type == "lora":
-        run_dir.require_same_base(home, identity(job))
-    _require_shareable(job, device, note)
-    dtype = run_dir.resolve_dtype(job, device)
-    ds_config = render(job, dtype, device)
-    if count is not None:
-        fit_buffers(ds_config, -(-count.largest // job.parallel.workers))
-    memory = resources.reserve_host_memory(job, device, ds_config, count, note)
-    planned = admission.require_fit(job, device, home, force or trial is not None, note)
-    begun = time.monotonic()
-    training, held_out, packing = _prepare_data(job, note)
-    run_dir.require_same_data(home, training, held_out, resume.input_files(job))
-    finished = resume.require_steps_to_go(job, home, packing["packs"], note)
-    if finished is not None:
-        return finished
-    run_dir.record_job(home, job)
-    if planned:
-        planned = planned.with_data(home, packing)
-    prepared = time.monotonic()
-    on_disk = disk_bytes(ds_config, count, job.parallel.workers) if count is not None else 0
-    brief = Brief(job, home, training, held_out, dtype, device, ds_config, memory, on_disk, trial)
-    write_json(home / "deepspeed.json", brief.ds_config)
-    checkpointer.clean(brief.checkpoints, job.checkpoint.keep)
-    recorder = _start_recorder(job, home, run_lock)
-    watches: list[Watch] = [watch]
-    if planned:
-        watches.append(admission.FirstSteps(planned, home, note))
-    _fit(brief, recorder, watches)
-    trained = time.monotonic()
-    exported = export_finished(home, job, dtype, note) if trial is None else None
-    ended = time.monotonic()
-    seconds = {
-        "start": begun - started,
-        "data": prepared - begun,
-        "training": trained - prepared,
-        "checkpoints": _get(recorder.checkpoint_seconds.remote()),
-        "export": ended - trained,
-    }
-    report = summarise(job, home, packing, seconds)
-    if exported is not None:
-        report["export"] = str(exported.path)
-    write_json(home / REPORT, report)
-    if planned:
-        planned.remember(home, report)
-    _get(recorder.ended.remote("finished"))
-    _get(recorder.close.remote())
-    return report
-
-
-def prepare(job: JobSpec, address: str | None, note: Note) -> dict[str, Any]:
+def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
     """Tokenise and pack only.
 
     Args:
         job: The job.
         address: Address of a Ray cluster; None starts a local Ray and ends it afterwards.
-        note: Told in a sentence how far it is.
 
     Returns:
-        What became of the rows and how full the packs are.
+        Rows, tokens and packs, as `pack --json` prints them.
     """
     job = run_dir.with_absolute_paths(environment.adopt(job))
     run_dir.require_inputs(job)
-    made = run_dir.missing_directories(Path(job.checkpoint.storage) / run_dir.CACHE)
+    created = run_dir.missing_directories(Path(job.checkpoint.storage) / run_dir.CACHE)
     try:
         with ray_session.connected(address, job.run.env):
-            return _prepare_data(job, note)[2]
+            return prepare_data(job, load_config(job.model)).figures
     except (SpecError, ClusterError):
-        run_dir.remove_empty(made)
+        run_dir.remove_empty(created)
         raise
 
 
-def _require_shareable(job: JobSpec, device: Literal["cuda", "cpu"], note: Note) -> None:
-    """Refuse sequence parallelism that the model's heads do not allow; say where it will cross nodes."""
-    size = job.parallel.sequence_parallel_size
-    if size == 1:
-        return
-    config = load_config(job.model).get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    problem = sequence_parallel_problem(size, heads, kv_heads)
-    if problem:
-        raise SpecError(problem)
-    cpus = job.parallel.cpus_per_worker
-    places = [int(node.gpus if device == "cuda" else node.cpus // cpus) for node in ray_session.live_nodes()]
-    crossing = [count for count in places if count % size]
-    if len(places) > 1 and crossing:
-        note(
-            f"sequence_parallel_size={size} does not divide the {max(crossing)} workers that a node takes: "
-            "workers that share a sequence may exchange it between nodes, which is slower than inside one"
-        )
+def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
+    resumes = bool(checkpointer.published(start.run_dir / CHECKPOINTS))
+    resolved = resolve(job, ray_session.live_nodes(), reads_weights=not resumes)
+    forecast = _admit(resolved, start)
+    start.end_stage("start")
+
+    data = prepare_data(job, resolved.model_config)
+    run_dir.require_same_data(start.run_dir, data.training, data.evaluation, resume.input_files(job))
+    finished = resume.require_steps_to_go(job, start.run_dir, data.figures["packs"])
+    if finished is not None:
+        return finished
+    if forecast:
+        forecast = forecast.with_data(start.run_dir, data.figures)
+    start.end_stage("data")
+
+    recorder = _open_records(resolved, start)
+    watches = [admission.FirstSteps(forecast, start.run_dir, _logger.info)] if forecast else []
+    fit(_worker_config(resolved, data, start), recorder, [start.on_progress, *watches])
+    start.end_stage("training")
+
+    exported = None
+    if start.benchmark is None:
+        exported = export_finished(start.run_dir, job, resolved.dtype, _logger.info)
+    start.end_stage("export")
+    return _report(resolved, start, data, exported, recorder, forecast)
 
 
-def _prepare_data(job: JobSpec, note: Note) -> tuple[Path, Path | None, dict[str, Any]]:
-    """Tokenise and pack, before any device is held.
-
-    Returns:
-        The plan of the training data, that of the held-out data, and what became of the rows.
-    """
-    cache = Path(job.checkpoint.storage) / run_dir.CACHE
-    training, figures = _plan(job, job.data.train, cache, note)
-    held_out = _plan(job, job.eval.data, cache, note)[0] if job.eval else None
-    for line in vocabulary.notes(job):
-        note(line)
-    return training, held_out, figures
-
-
-def _plan(
-    job: JobSpec, sources: Sequence[SourceSpec], cache: Path, note: Note
-) -> tuple[Path, dict[str, Any]]:
-    stores = tokenize_sources(job.model, job.data, sources, cache, note)
-    vocabulary.require_embedded(job, sources, stores)
-    result: tuple[Path, dict[str, Any]] = _get(
-        _make_plan.remote(job, sources, cache, [store.folder for store in stores])
-    )
-    return result
-
-
-@ray.remote(num_cpus=1)
-def _make_plan(
-    job: JobSpec, sources: Sequence[SourceSpec], cache: Path, stores: Sequence[Path]
-) -> tuple[Path, dict[str, Any]]:
-    opened = [TokenStore(folder) for folder in stores]
-    folder = packed_dataset.plan_in(cache, opened, sources, job.data, job.run.seed)
-    is_training = tuple(sources) == job.data.train
-    return folder, packing_figures(job, *packed_dataset.load(folder)) if is_training else {}
-
-
-def _start_recorder(job: JobSpec, home: Path, run_lock: RunLock) -> Any:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-    recorder = (
-        ray.remote(Recorder)
-        .options(**options)
-        .remote(home, job.name, run_lock, job.metrics.host, job.metrics.port, _trackers(job, home))
-    )
-    try:
-        _get(recorder.status.remote())
-    except ray.exceptions.RayActorError as error:
-        raise ClusterError(f"the recorder cannot be started ({last_line(error)}); see metrics.port") from None
-    return recorder
-
-
-def _trackers(job: JobSpec, home: Path) -> Callable[[Note], Trackers]:
-    return partial(
-        Trackers, job.metrics.trackers, job.name, job.metrics.project, home, job.model_dump(mode="json")
-    )
-
-
-def _fit(brief: Brief, recorder: Any, watches: Sequence[Watch]) -> None:
-    """Run the worker group to its end, and show where it stands to all who watch.
+def _admit(resolved: ResolvedJob, start: _Start) -> admission.Forecast | None:
+    """Say what the job will run with, wait for free resources, and refuse a job that cannot fit.
 
     Raises:
-        OrchestratorError: It failed for good.
-        Stopped: This process was told to end; as much was saved as its grace allowed.
+        SpecError: The base model is not the one that the adapters of this run were trained with.
+        ClusterError: Resources are in use, or the plan says that the job does not fit.
     """
-    box: dict[str, BaseException] = {}
-    thread = threading.Thread(target=_fit_in_thread, args=(brief, recorder, box), daemon=True)
-
-    def show(status: Status) -> None:
-        for watch in watches:
-            watch(status)
-
-    run = brief.job.run
-    grace = run.stop_grace_seconds if brief.trial is None else 0  # of a trial nothing is saved
-    with shutdown.deferred(grace) as told:
-        thread.start()
-        while thread.is_alive() and not told.is_set():
-            thread.join(timeout=_POLL_SECONDS)
-            status: Status = _get(recorder.status.remote())
-            show(status)
-            if status.fatal is not None and not told.is_set():
-                raise status.fatal
-    if shutdown.received():
-        raise stop_run(recorder, thread, brief.checkpoints, grace, show)
-    if "error" in box:
-        reported = _get(recorder.failures.remote())
-        remedies = node_memory_remedies(brief.job, brief.device)
-        raise worker_group_error(box["error"], reported, run.max_failures, brief.folder / LOGS, remedies)
+    job = resolved.job
+    for line in (
+        *model_notes(job.model, resolved.model_config, job.data.max_length),
+        *_sequence_parallel_notes(resolved),
+        *_host_memory_notes(resolved),
+    ):
+        _logger.info(line)
+    if job.method.type == "lora":
+        run_dir.require_same_base(start.run_dir, identity(job))
+    resources.wait_for_resources(resolved)
+    is_forced = start.force or start.benchmark is not None
+    return admission.require_fit(job, resolved.device, start.run_dir, is_forced, _logger.info)
 
 
-def _fit_in_thread(brief: Brief, recorder: Any, box: dict[str, BaseException]) -> None:
-    """Hand the job to Ray Train; outside the main thread, so that Ctrl-C reaches the driver itself."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+def _sequence_parallel_notes(resolved: ResolvedJob) -> list[str]:
+    """Return a line if sequence parallel groups cross nodes."""
+    parallel = resolved.job.parallel
+    size, cpus = parallel.sequence_parallel_size, parallel.cpus_per_worker
+    nodes = ray_session.live_nodes()
+    slots = [int(node.gpus if resolved.gpus_per_worker else node.cpus // cpus) for node in nodes]
+    crossing = [count for count in slots if count % size]
+    if len(slots) < 2 or not crossing:
+        return []
+    return [
+        f"sequence_parallel_size={size} does not divide the {max(crossing)} worker slots of a node: workers "
+        "that share a sequence may be on different nodes, where all-to-all is slower"
+    ]
 
-    from orchestrator.train.callbacks import AttemptWatch
-    from orchestrator.train.worker import run_worker
 
-    job = brief.job
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"brief": brief, "recorder": recorder},
-        scaling_config=ScalingConfig(
-            num_workers=job.parallel.workers,
-            use_gpu=brief.device == "cuda",
-            resources_per_worker=brief.worker_resources,
-        ),
-        torch_config=TorchConfig(timeout_s=job.run.collective_timeout_seconds),
-        run_config=RunConfig(
-            name=job.name,
-            storage_path=job.checkpoint.storage,
-            worker_runtime_env={"env_vars": brief.worker_environment(os.environ)},
-            failure_config=FailureConfig(max_failures=job.run.max_failures, controller_failure_limit=10),
-            # Ray would remove whole folders, with whatever else is in them; `checkpoint.retain` does not.
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
-            callbacks=[AttemptWatch(recorder)],
-        ),
+def _host_memory_notes(resolved: ResolvedJob) -> list[str]:
+    """Return a line on the host memory that workers reserve, or that it cannot be known."""
+    job, parallel = resolved.job, resolved.job.parallel
+    if parallel.offload_optimizer == parallel.offload_param == "none":
+        return []
+    if resolved.host_memory is None or resolved.parameter_count is None:
+        return [
+            f"model.path={job.model.path}: parameters cannot be counted before workers start, so no host "
+            "memory is reserved for offload"
+        ]
+    reason = offload_reason(job, resolved.parameter_count, resolved.host_memory)
+    size = resolved.worker_resources["memory"] / 2**30
+    return [f"each worker reserves {size:.4g} GiB of host memory: {reason}"]
+
+
+def _open_records(resolved: ResolvedJob, start: _Start) -> Any:
+    """Write job.yaml and deepspeed.json, remove unfinished checkpoints, and start the recorder."""
+    job = resolved.job
+    run_dir.record_job(start.run_dir, job)
+    write_json(start.run_dir / "deepspeed.json", resolved.deepspeed_config)
+    checkpointer.clean(start.run_dir / CHECKPOINTS, job.checkpoint.keep)
+    return start_recorder(job, start.run_dir, start.lock)
+
+
+def _worker_config(resolved: ResolvedJob, data: PreparedData, start: _Start) -> WorkerConfig:
+    return WorkerConfig(
+        job=resolved.job,
+        run_dir=start.run_dir,
+        training=data.training,
+        evaluation=data.evaluation,
+        dtype=resolved.dtype,
+        device=resolved.device,
+        deepspeed_config=resolved.deepspeed_config,
+        worker_resources=resolved.worker_resources,
+        nvme_bytes=resolved.nvme_bytes,
+        benchmark=start.benchmark,
     )
-    try:
-        trainer.fit()
-    except BaseException as error:  # the main thread raises it
-        box["error"] = error
 
 
-def _get(reference: Any) -> Any:
-    """Return a task's result; an error of ours is raised as itself."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, OrchestratorError):
-            raise error.cause from None
-        raise
+def _report(
+    resolved: ResolvedJob,
+    start: _Start,
+    data: PreparedData,
+    exported: Exported | None,
+    recorder: Any,
+    forecast: admission.Forecast | None,
+) -> dict[str, Any]:
+    """Write report.json, keep what was measured for later plans, and close the records."""
+    start.seconds["checkpoints"] = get_result(recorder.checkpoint_seconds.remote())
+    report = summarise(resolved.job, start.run_dir, data.figures, start.seconds)
+    if exported is not None:
+        report["export"] = str(exported.path)
+    write_json(start.run_dir / REPORT, report)
+    if forecast:
+        forecast.remember(start.run_dir, report)
+    get_result(recorder.end_run.remote("finished"))
+    get_result(recorder.close.remote())
+    return report

@@ -44,7 +44,7 @@ def stop_run(
                 break
             workers.join(_POLL_SECONDS)
         if was_running and status.fatal is None:
-            ray.get(recorder.ended.remote("stopped"), timeout=_SECONDS_TO_ANSWER)
+            ray.get(recorder.end_run.remote("stopped"), timeout=_SECONDS_TO_ANSWER)
     except Exception as error:  # whoever sent the signal may have sent it to Ray's processes as well
         return shutdown.Stopped(_outcome(status, checkpoints, f"Ray ended first ({type(error).__name__})"))
     if status.fatal is not None:

@@ -44,7 +44,7 @@ from orchestrator.parallel.ulysses import SequenceGroup
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainContext:
     """What one worker needs to know of the whole run.
 
     Attributes:
@@ -109,110 +109,110 @@ class StepReport:
         return self.ranks.loss
 
 
-class Listener(Protocol):
+class Callback(Protocol):
     """Who is told what happens, and saves."""
 
     @property
     def stop_requested(self) -> bool:
         """Whether this rank knows that the run is to stop; one rank that does is enough."""
 
-    def stepped(self, report: StepReport) -> None:
+    def on_step_end(self, report: StepReport) -> None:
         """Take note of a finished step."""
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float) -> None:
         """Take note of a loss on held-out rows."""
 
-    def save(self, engine: Any, step: int) -> None:
+    def on_save(self, engine: Any, step: int) -> None:
         """Write a checkpoint; every rank calls it at the same step."""
 
 
-def train(engine: Any, course: Course, listener: Listener, start_step: int = 0) -> None:
+def train(engine: Any, context: TrainContext, callback: Callback, start_step: int = 0) -> None:
     """Train from a step to the end, or until the run is told to stop, when all ranks save the same step.
 
     Args:
         engine: DeepSpeed's engine, its state that of `start_step`.
-        course: The run.
-        listener: Told of every step; saves checkpoints.
+        context: The run.
+        callback: Told of every step; saves checkpoints.
         start_step: Steps that are already done.
 
     Raises:
         TrainingError: The loss or the gradient is no longer a number.
     """
-    job = course.job
-    clock = StepClock(course.device)
-    for step in range(start_step, course.steps):
-        rate = learning_rate(job.optim, step, course.steps)
+    job = context.job
+    clock = StepClock(context.device)
+    for step in range(start_step, context.steps):
+        rate = learning_rate(job.optim, step, context.steps)
         set_learning_rate(engine, rate, rate * (job.optim.muon_lr or 0.0) / job.optim.lr)
-        seed_step(job.run.seed, step, course.rank)
-        mine = run_step(engine, course, step, clock)
-        ranks, is_stopped = gather(mine, course.device, listener.stop_requested)
+        seed_step(job.run.seed, step, context.rank)
+        mine = run_step(engine, context, step, clock)
+        ranks, is_stopped = gather(mine, context.device, callback.stop_requested)
         done = step + 1
         report = StepReport(
             step=done,
-            epoch=course.loader.epoch(done, course.packs),
+            epoch=context.loader.epoch(done, context.packs),
             seconds=clock.lap(),
             learning_rate=rate,
             gradient_norm=gradient_norm(engine),
             skipped=not engine.was_step_applied(),
             ranks=ranks,
         )
-        listener.stepped(report)
+        callback.on_step_end(report)
         require_finite(report, scales_loss(engine))
-        is_stopped = is_stopped and done < course.steps
+        is_stopped = is_stopped and done < context.steps
         if is_stopped:  # the time that is left may not be enough for an evaluation
-            listener.save(engine, done)
-        if job.eval and is_due(job.eval.every_steps, done, course.steps):
-            listener.evaluated(done, evaluate(engine, course))
+            callback.on_save(engine, done)
+        if job.eval and is_due(job.eval.every_steps, done, context.steps):
+            callback.on_evaluate(done, evaluate(engine, context))
         if is_stopped:
             return
-        if is_due(job.checkpoint.every_steps, done, course.steps):
-            listener.save(engine, done)
+        if is_due(job.checkpoint.every_steps, done, context.steps):
+            callback.on_save(engine, done)
         clock.restart()
 
 
-def run_step(engine: Any, course: Course, step: int, clock: StepClock) -> RankStep:
+def run_step(engine: Any, context: TrainContext, step: int, clock: StepClock) -> RankStep:
     """Run this worker's micro-batches of one optimizer step, and the update."""
-    batches = course.batches(course.loader, step, course.packs)
-    window_tokens = max(1, course.loader.trained_tokens(step, course.packs))
-    total = torch.zeros((), dtype=torch.float64, device=course.device)
+    batches = context.batches(context.loader, step, context.packs)
+    window_tokens = max(1, context.loader.trained_tokens(step, context.packs))
+    total = torch.zeros((), dtype=torch.float64, device=context.device)
     work = []
-    for _ in range(course.job.gradient_accumulation_steps):
+    for _ in range(context.job.gradient_accumulation_steps):
         with clock.phase("data"):
             batch = next(batches)
-            inputs = course.inputs(batch)
+            inputs = context.inputs(batch)
         with clock.phase("forward"):
-            loss = loss_sum(engine, inputs, course.head)
+            loss = loss_sum(engine, inputs, context.head)
         with clock.phase("backward"):
-            backward(engine, loss / window_tokens, course.layout.gradient_divisor)
+            backward(engine, loss / window_tokens, context.layout.gradient_divisor)
         with clock.phase("optimizer"):
             end_micro_step(engine)
         total += loss.detach()
         work.append(batch)
-    return measure(course, work, total.item(), clock)
+    return measure(context, work, total.item(), clock)
 
 
-def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: StepClock) -> RankStep:
+def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, clock: StepClock) -> RankStep:
     """Return what this rank did in the step that is about to end."""
     model_work = hardware_work = 0.0
-    if course.shape is not None:
-        model, layout, method = course.job.model, course.layout, course.job.method
+    if context.shape is not None:
+        model, layout, method = context.job.model, context.layout, context.job.method
         frozen = Frozen(method.type == "lora", method.type == "lora" and not method.train_embeddings)
         for batch in work:
-            windowed = square_within(batch.real_lengths, course.shape.window) / layout.sequence_parallel_size
+            windowed = square_within(batch.real_lengths, context.shape.window) / layout.sequence_parallel_size
             forward = forward_flops(
-                course.shape,
+                context.shape,
                 batch.tokens,
                 batch.square_tokens,
                 batch.trained_tokens,
                 windowed,
-                course.adapter_parameters,
+                context.adapter_parameters,
             )
             again = Recomputation(
                 model.gradient_checkpointing,
-                course.job.parallel.zero_stage,
-                tiled_head=course.head is not None,
+                context.job.parallel.zero_stage,
+                tiled_head=context.head is not None,
                 mlp_tiles=-(-len(batch.input_ids) // model.mlp_tile_tokens) if model.mlp_tile_tokens else 0,
-                adapted_last=course.adapted_last,
+                adapted_last=context.adapted_last,
             )
             model_work += model_flops(forward, frozen)
             hardware_work += hardware_flops(forward, again, frozen)
@@ -228,7 +228,7 @@ def measure(course: Course, work: Sequence[MicroBatch], loss: float, clock: Step
         forward_seconds=phases["forward"],
         backward_seconds=phases["backward"],
         optimizer_seconds=phases["optimizer"],
-        **memory(course.device),
+        **memory(context.device),
     )
 
 
@@ -244,19 +244,19 @@ def gather(mine: RankStep, device: torch.device, stop_requested: bool) -> tuple[
     return RankSteps(rows[:, :-1]), bool(rows[:, -1].any())
 
 
-def evaluate(engine: Any, course: Course) -> float:
+def evaluate(engine: Any, context: TrainContext) -> float:
     """Return the mean cross-entropy over the trained tokens of the held-out packs."""
-    if course.evaluation is None:
-        raise ValueError("evaluate needs a course with held-out packs")
-    loader, packs = course.evaluation
-    totals = torch.zeros(2, dtype=torch.float64, device=course.device)
+    if context.evaluation is None:
+        raise ValueError("evaluate needs a context with held-out packs")
+    loader, packs = context.evaluation
+    totals = torch.zeros(2, dtype=torch.float64, device=context.device)
     engine.eval()
     with torch.no_grad():
         for step in range(loader.steps(1.0)):
-            for batch in course.batches(loader, step, packs):
-                loss = loss_sum(engine, course.inputs(batch), course.head)
+            for batch in context.batches(loader, step, packs):
+                loss = loss_sum(engine, context.inputs(batch), context.head)
                 totals += torch.tensor(
-                    [loss.item(), batch.trained_tokens], dtype=torch.float64, device=course.device
+                    [loss.item(), batch.trained_tokens], dtype=torch.float64, device=context.device
                 )
     engine.train()
     dist.all_reduce(totals)

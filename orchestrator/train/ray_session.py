@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
 from orchestrator.cluster.auth import choose_auth_mode
 from orchestrator.cluster.topology import Node
+from orchestrator.errors import OrchestratorError
 from orchestrator.train import ray_connection
 
 
@@ -56,3 +58,20 @@ def live_nodes() -> tuple[Node, ...]:
         if record["Alive"]
     }
     return tuple(found.values())
+
+
+def get_result(reference: Any) -> Any:
+    """Return the result of a Ray task or actor call; an `OrchestratorError` is raised as itself.
+
+    Args:
+        reference: An `ObjectRef`.
+
+    Raises:
+        RayTaskError: The task raised any other exception.
+    """
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OrchestratorError):
+            raise error.cause from None
+        raise

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from orchestrator.run.run_dir import (
     with_absolute_paths,
 )
 
-Note = Callable[[str], None]
+_logger = logging.getLogger(__name__)
 _CHECKPOINTS = "checkpoints"
 # Files of a model's folder that decide what tokens and which model come out of it.
 _MODEL_FILES = (
@@ -41,12 +42,11 @@ _MODEL_FILES = (
 )  # fmt: skip
 
 
-def finished_before(job: JobSpec, note: Note) -> dict[str, Any] | None:
+def finished_before(job: JobSpec) -> dict[str, Any] | None:
     """Return the report of a run that is complete, before anything that takes time is loaded.
 
     Args:
         job: The job.
-        note: Told when the run had finished.
 
     Raises:
         OrchestratorError: The run's folder is of another job, or an input is missing or has changed.
@@ -56,16 +56,15 @@ def finished_before(job: JobSpec, note: Note) -> dict[str, Any] | None:
         return None
     job = with_absolute_paths(job)
     require_inputs(job)
-    return finished_report(job, open_run(job), note)
+    return finished_report(job, open_run(job))
 
 
-def finished_report(job: JobSpec, run_dir: Path, note: Note) -> dict[str, Any] | None:
+def finished_report(job: JobSpec, run_dir: Path) -> dict[str, Any] | None:
     """Return the report of a run that is complete, and say that nothing was trained.
 
     Args:
         job: The job, with absolute paths, found to be that of the run but for its steps.
         run_dir: The run's folder.
-        note: Told when the run had finished.
 
     Returns:
         The report; None where there is none, or the job asks for another number of steps than the run's.
@@ -86,18 +85,17 @@ def finished_report(job: JobSpec, run_dir: Path, note: Note) -> dict[str, Any] |
     changed = _changed_inputs(run_dir, job)
     if changed:
         raise changed_inputs_error(run_dir, changed)
-    _say_finished(run_dir, report, note)
+    _say_finished(run_dir, report)
     return report
 
 
-def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int, note: Note) -> dict[str, Any] | None:
+def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int) -> dict[str, Any] | None:
     """Hold a run that is started again to the steps that it has done, and say what becomes of its schedule.
 
     Args:
         job: The job.
         run_dir: The run's folder.
         packs: Packs of an epoch.
-        note: Told where the job asks for other steps than the run was to have.
 
     Returns:
         The report where the run has all steps that the job asks for; None where there is something to do.
@@ -114,13 +112,13 @@ def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int, note: Note) -> 
     require_no_fewer(job, run_dir, steps, done)
     report = read_object(run_dir / REPORT)
     if report is not None and steps == done:
-        _say_finished(run_dir, report, note)
+        _say_finished(run_dir, report)
         return report
     if steps != planned:
-        note(replanned(old, optim, done, planned, steps))
+        _logger.info(replanned(old, optim, done, planned, steps))
         unread = planned * old.global_batch_size - old.packs(packs) if done == planned else 0
         if unread:
-            note(
+            _logger.info(
                 f"step {planned} ended with the data, {unread} packs short of a batch; the first {unread} "
                 "of the next pass are left out for it"
             )
@@ -211,9 +209,9 @@ def _model_files(model: Path) -> dict[str, Any]:
     return {**hashes, **weight_files(model)}
 
 
-def _say_finished(run_dir: Path, report: dict[str, Any], note: Note) -> None:
+def _say_finished(run_dir: Path, report: dict[str, Any]) -> None:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run_dir / REPORT).stat().st_mtime))
-    note(
+    _logger.info(
         f"run {run_dir} already finished ({when}, {report['steps']} steps), so nothing was trained; this is "
         "its report"
     )

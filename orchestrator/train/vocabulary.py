@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from transformers import PretrainedConfig
+
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.data.token_cache import TokenStore
 from orchestrator.errors import SpecError
-from orchestrator.model.build import load_config, stored_config
+from orchestrator.model.build import stored_config
 from orchestrator.model.vocabulary import vocabulary_notes, vocabulary_problem
 
 
-def require_embedded(job: JobSpec, sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> None:
+def require_embedded(
+    job: JobSpec, config: PretrainedConfig, sources: Sequence[SourceSpec], stores: Sequence[TokenStore]
+) -> None:
     """Refuse token ids that the model has no row for; on CUDA they would end a worker in an assertion.
 
     Raises:
@@ -20,10 +24,10 @@ def require_embedded(job: JobSpec, sources: Sequence[SourceSpec], stores: Sequen
     largest: dict[str, int] = {}
     for source, store in zip(sources, stores, strict=True):
         largest[source.path] = max(largest.get(source.path, -1), store.manifest["largest_token"])
-    if problem := vocabulary_problem(job.model, load_config(job.model), largest):
+    if problem := vocabulary_problem(job.model, config, largest):
         raise SpecError(f"model.path={job.model.path} {problem}")
 
 
-def notes(job: JobSpec) -> Sequence[str]:
+def notes(job: JobSpec, config: PretrainedConfig) -> Sequence[str]:
     """Return what a user should know of a vocabulary whose data `require_embedded` let pass."""
-    return vocabulary_notes(job.model, load_config(job.model), stored_config(job.model))
+    return vocabulary_notes(job.model, config, stored_config(job.model))

@@ -26,7 +26,7 @@ from orchestrator.metrics.meter import RankSteps
 from orchestrator.run.failures import Failure
 from orchestrator.run.recorder import WorkerInfo
 from orchestrator.run.run_log import rank_log
-from orchestrator.run.worker_config import Brief, evaluation_loader, training_loader
+from orchestrator.run.worker_config import WorkerConfig, evaluation_loader, training_loader
 from orchestrator.train.suggestions import memory_remedies
 
 _STOP_POLL_SECONDS = 0.5
@@ -34,20 +34,24 @@ _SECONDS_TO_REPORT = 30.0
 _logger = logging.getLogger(__name__)
 
 
-def run_worker(config: dict[str, Any]) -> None:
+def run_worker(arguments: dict[str, Any]) -> None:
     """Join the group, build the model, resume where the run stands, and train to the end.
 
     Args:
-        config: `brief`, the run as decided, and `recorder`, the actor that keeps its records.
+        arguments: `config`, a `WorkerConfig`, and `recorder`, the actor that keeps its records.
 
     Raises:
         OrchestratorError: A failure that starting again cannot mend; the recorder has been told.
     """
-    brief, recorder = config["brief"], config["recorder"]
-    reporter = _Reporter(brief, recorder)
-    limit_bytes = brief.trial.memory_limit_bytes if brief.trial else None
+    config: WorkerConfig = arguments["config"]
+    recorder = arguments["recorder"]
+    reporter = _Reporter(config, recorder)
+    limit_bytes = config.benchmark.memory_limit_bytes if config.benchmark else None
     attempt = ray.get(recorder.next_attempt.remote())
-    with rank_log(brief.folder, dist.get_rank(), attempt) as log, _reported(brief, reporter, recorder, log):
+    with (
+        rank_log(config.run_dir, dist.get_rank(), attempt) as log,
+        _reported(config, reporter, recorder, log),
+    ):
         _logger.info(
             "rank %d of %d: process %d on %s",
             dist.get_rank(),
@@ -55,14 +59,14 @@ def run_worker(config: dict[str, Any]) -> None:
             os.getpid(),
             os.uname().nodename,
         )
-        device = _load_framework(brief)
+        device = _load_framework(config)
         with limited_memory(device, limit_bytes):
-            _train(brief, reporter, device)
+            _train(config, reporter, device)
         _logger.info("ended after step %s", reporter.step)
 
 
 @contextmanager
-def _reported(brief: Brief, reporter: _Reporter, recorder: Any, log: Path) -> Iterator[None]:
+def _reported(config: WorkerConfig, reporter: _Reporter, recorder: Any, log: Path) -> Iterator[None]:
     """Write what is raised to the rank's log, and tell the recorder, which decides whether to try again.
 
     Raises:
@@ -72,20 +76,20 @@ def _reported(brief: Brief, reporter: _Reporter, recorder: Any, log: Path) -> It
         yield
     except OrchestratorError as error:
         _logger.exception("this rank failed, and starting again would not help")
-        ray.get(recorder.give_up.remote(error, reporter.attempt))
+        ray.get(recorder.report_fatal.remote(error, reporter.attempt))
         raise
     except Exception as error:
         _logger.exception("this rank failed")
         if isinstance(error, RuntimeError | MemoryError | OSError) and is_out_of_memory(error):
             fatal = MemoryExhaustedError(
                 f"rank {dist.get_rank()} ran out of memory ({(str(error) or 'none left').splitlines()[0]}); "
-                f"{memory_remedies(brief.job, brief.device)}"
+                f"{memory_remedies(config.job, config.device)}"
             )
-            ray.get(recorder.give_up.remote(fatal, reporter.attempt))
+            ray.get(recorder.report_fatal.remote(fatal, reporter.attempt))
             raise fatal from error
         failure = Failure.from_exception(error, _group(), dist.get_rank(), reporter.step, str(log))
         try:  # the recorder may be what failed
-            ray.get(recorder.failed.remote(failure), timeout=_SECONDS_TO_REPORT)
+            ray.get(recorder.report_failure.remote(failure), timeout=_SECONDS_TO_REPORT)
         except Exception:
             _logger.exception("the recorder was not told of it")
         raise
@@ -99,55 +103,59 @@ def _group() -> str:
     return placement.id.hex() if placement else ""
 
 
-def _load_framework(brief: Brief) -> torch.device:
+def _load_framework(config: WorkerConfig) -> torch.device:
     """Load what a worker needs, which is not part of what training takes, and return its device."""
-    os.environ["DS_ACCELERATOR"] = brief.device
+    os.environ["DS_ACCELERATOR"] = config.device
     import orchestrator.model.build
     import orchestrator.train.loop  # noqa: F401
 
-    on_cuda = brief.device == "cuda"
+    on_cuda = config.device == "cuda"
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
-def _train(brief: Brief, reporter: _Reporter, device: torch.device) -> None:
+def _train(config: WorkerConfig, reporter: _Reporter, device: torch.device) -> None:
     from orchestrator.engine.deepspeed_engine import join_process_group
     from orchestrator.engine.deepspeed_ops import require_async_io
     from orchestrator.engine.nvme_dir import swap_folder
 
-    job = brief.job
+    job = config.job
     join_process_group(job.run.collective_timeout_seconds)
     if "nvme" in (job.parallel.offload_optimizer, job.parallel.offload_param):
         require_async_io()
-    with swap_folder(job, brief.ds_config, brief.disk_bytes) as ds_config:
-        _train_with(brief, ds_config, reporter, device)
+    with swap_folder(job, config.deepspeed_config, config.nvme_bytes) as ds_config:
+        _train_with(config, ds_config, reporter, device)
 
 
-def _train_with(brief: Brief, ds_config: dict[str, Any], reporter: _Reporter, device: torch.device) -> None:
+def _train_with(
+    config: WorkerConfig, ds_config: dict[str, Any], reporter: _Reporter, device: torch.device
+) -> None:
     from orchestrator.engine.deepspeed_engine import start_engine
     from orchestrator.model.adapters import adapter_parameters, adapts_last_product
     from orchestrator.model.attention import kernel_for
     from orchestrator.model.build import build_model, load_config, torch_dtype
     from orchestrator.model.loss import TiledHead
     from orchestrator.parallel import ulysses
-    from orchestrator.train.loop import Course, train
+    from orchestrator.train.loop import TrainContext, train
 
-    job, rank = brief.job, dist.get_rank()
-    saved = _agree(checkpointer.published(brief.checkpoints)[-1:])
-    dtype = torch_dtype(brief.dtype)
+    job, rank = config.job, dist.get_rank()
+    saved = _broadcast_object(checkpointer.published(config.checkpoints)[-1:])
+    dtype = torch_dtype(config.dtype)
     model = build_model(job, dtype, ds_config, load_weights=not saved)
     engine = start_engine(model, ds_config)
     start = checkpointer.load(engine, saved[0]) if saved else 0
-    loader, packs, steps = training_loader(job, *packed_dataset.load(brief.training))
-    evaluation = evaluation_loader(job, *packed_dataset.load(brief.evaluation)) if brief.evaluation else None
-    course = Course(
+    loader, packs, steps = training_loader(job, *packed_dataset.load(config.training))
+    evaluation = (
+        evaluation_loader(job, *packed_dataset.load(config.evaluation)) if config.evaluation else None
+    )
+    context = TrainContext(
         job=job,
         loader=loader,
         packs=packs,
         steps=steps,
         evaluation=evaluation,
         rank=rank,
-        layout=brief.layout,
-        sequence=ulysses.join(brief.layout, job.run.collective_timeout_seconds),
+        layout=config.layout,
+        sequence=ulysses.join(config.layout, job.run.collective_timeout_seconds),
         device=device,
         kernel=kernel_for(job.model.attention, device, dtype, model.config),
         shape=ModelShape.from_config(load_config(job.model).to_dict()),
@@ -157,19 +165,19 @@ def _train_with(brief: Brief, ds_config: dict[str, Any], reporter: _Reporter, de
     )
     reporter.begin(device, start, steps)
     if saved:
-        reporter.adopt(saved[0])
-    train(engine, course, reporter, start)
+        reporter.register_checkpoint(saved[0])
+    train(engine, context, reporter, start)
     reporter.end()
 
 
-def _agree(value: Any) -> Any:
+def _broadcast_object(value: Any) -> Any:
     """Return rank 0's value on every rank."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def _describe(brief: Brief, device: torch.device) -> WorkerInfo:
+def _describe(config: WorkerConfig, device: torch.device) -> WorkerInfo:
     """Return who this worker is, as workers.json lists it."""
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else "cpu"
@@ -182,7 +190,7 @@ def _describe(brief: Brief, device: torch.device) -> WorkerInfo:
         pid=os.getpid(),
         device=name,
         gpu=str(gpus[0]) if on_cuda and gpus else "",
-        peak_flops=known.peak_flops(brief.dtype) if known else None,
+        peak_flops=known.peak_flops(config.dtype) if known else None,
         memory_limit_bytes=torch.cuda.get_device_properties(device).total_memory if on_cuda else None,
     )
 
@@ -203,9 +211,9 @@ def message(report: Any) -> tuple[dict[str, float], RankSteps]:
 class _Reporter:
     """Tells the recorder from rank 0 what happened, and Ray Train of each checkpoint from every rank."""
 
-    def __init__(self, brief: Brief, recorder: Any) -> None:
-        self._brief, self._recorder = brief, recorder
-        self._speaks = dist.get_rank() == 0
+    def __init__(self, config: WorkerConfig, recorder: Any) -> None:
+        self._config, self._recorder = config, recorder
+        self._is_rank_zero = dist.get_rank() == 0
         self._sent: list[Any] = []
         self._closed = threading.Event()
         self.attempt: int | None = None
@@ -215,48 +223,54 @@ class _Reporter:
     def begin(self, device: torch.device, start: int, steps: int) -> None:
         """Tell the recorder who takes part, and learn the number of this attempt."""
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, _describe(self._brief, device))
+        dist.all_gather_object(everyone, _describe(self._config, device))
         info = {
-            "zero_stage": self._brief.job.parallel.zero_stage,
-            "sequence_parallel_size": self._brief.layout.sequence_parallel_size,
-            "dtype": self._brief.dtype,
+            "zero_stage": self._config.job.parallel.zero_stage,
+            "sequence_parallel_size": self._config.layout.sequence_parallel_size,
+            "dtype": self._config.dtype,
             "device": everyone[0].device,
-            "checkpoint_every_steps": self._brief.job.checkpoint.every_steps,
+            "checkpoint_every_steps": self._config.job.checkpoint.every_steps,
         }
-        begun = self._recorder.begin_attempt.remote(everyone, info, start, steps) if self._speaks else None
-        self.attempt = int(_agree(ray.get(begun) if begun else None))
+        begun = (
+            self._recorder.begin_attempt.remote(everyone, info, start, steps) if self._is_rank_zero else None
+        )
+        self.attempt = int(_broadcast_object(ray.get(begun) if begun else None))
         self.step = start
         _logger.info("attempt %d: from step %d of %d", self.attempt, start, steps)
-        if self._speaks:
+        if self._is_rank_zero:
             threading.Thread(target=self._await_stop, daemon=True).start()
 
-    def stepped(self, report: Any) -> None:
+    def on_step_end(self, report: Any) -> None:
         """Send one message with what all ranks did; nobody waits for it."""
         self.step = report.step
-        if not self._speaks:
+        if not self._is_rank_zero:
             return
         if len(self._sent) >= 8:  # an error that the recorder raised must not stay unseen
             ray.get(self._sent.pop(0))
-        self._sent.append(self._recorder.stepped.remote(self.attempt, *message(report)))
+        self._sent.append(self._recorder.record_step.remote(self.attempt, *message(report)))
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float) -> None:
         """Send a loss on held-out rows."""
-        if self._speaks:
-            self._sent.append(self._recorder.evaluated.remote(self.attempt, step, loss))
+        if self._is_rank_zero:
+            self._sent.append(self._recorder.record_evaluation.remote(self.attempt, step, loss))
 
-    def save(self, engine: Any, step: int) -> None:
-        """Publish a checkpoint, once every step before it is on disk; of a trial nothing is kept."""
-        if self._brief.trial is not None:
+    def on_save(self, engine: Any, step: int) -> None:
+        """Publish a checkpoint, once every step before it is on disk; of a benchmark nothing is kept."""
+        if self._config.benchmark is not None:
             return
         started = time.perf_counter()
         self.flush()
-        path = checkpointer.save(engine, self._brief.checkpoints, step, self.attempt or 0, self._permit)
-        self.adopt(path)
-        if self._speaks:
-            checkpointer.retain(self._brief.checkpoints, self._brief.job.checkpoint.keep)
-            self._sent.append(self._recorder.saved.remote(self.attempt, step, time.perf_counter() - started))
+        path = checkpointer.save(
+            engine, self._config.checkpoints, step, self.attempt or 0, self._authorize_publish
+        )
+        self.register_checkpoint(path)
+        if self._is_rank_zero:
+            checkpointer.retain(self._config.checkpoints, self._config.job.checkpoint.keep)
+            self._sent.append(
+                self._recorder.record_checkpoint.remote(self.attempt, step, time.perf_counter() - started)
+            )
 
-    def adopt(self, path: Path) -> None:
+    def register_checkpoint(self, path: Path) -> None:
         """Make a published checkpoint known to Ray Train."""
         known = ray.train.get_checkpoint()
         if known is not None and Path(known.path) == path:
@@ -270,8 +284,8 @@ class _Reporter:
     def end(self) -> None:
         """Tell the recorder that this attempt has done what it was to do."""
         self.flush()
-        if self._speaks:
-            ray.get(self._recorder.trained.remote(self.attempt))
+        if self._is_rank_zero:
+            ray.get(self._recorder.finish_training.remote(self.attempt))
 
     def flush(self) -> None:
         """Wait until the recorder has written all that was sent."""
@@ -292,5 +306,5 @@ class _Reporter:
             if self.stop_requested:
                 return
 
-    def _permit(self) -> None:
-        ray.get(self._recorder.permit.remote(self.attempt))
+    def _authorize_publish(self) -> None:
+        ray.get(self._recorder.authorize_publish.remote(self.attempt))

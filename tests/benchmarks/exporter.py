@@ -98,7 +98,7 @@ def recorder_seconds(recorder: Recorder, attempt: int, ranks: int) -> float:
 
     def work() -> None:
         report = StepReport(next(number), 0.1, STEP_SECONDS, 1e-4, 1.0, False, steps)
-        recorder.stepped(attempt, *message(report))
+        recorder.record_step(attempt, *message(report))
 
     return timed(work)
 

@@ -19,24 +19,24 @@ from torch import Tensor
 
 from orchestrator.model import activation_memory
 from orchestrator.train.loop import StepReport, train
-from tests.invariant.worker import Answer, Task, course_of, engine_of, main
+from tests.invariant.worker import Answer, Task, engine_of, main, train_context
 
 
 class _Quiet:
-    """A listener that only remembers losses."""
+    """A callback that only remembers losses."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
     stop_requested = False
 
-    def stepped(self, report: StepReport) -> None:
+    def on_step_end(self, report: StepReport) -> None:
         self.losses.append(report.loss)
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float) -> None:
         pass
 
-    def save(self, engine: Any, step: int) -> None:
+    def on_save(self, engine: Any, step: int) -> None:
         pass
 
 
@@ -83,21 +83,21 @@ def measure(task: Task) -> Answer:
     """
     activation_memory.save_on_cpu = OnDisk  # type: ignore[misc, assignment]
     engine = engine_of(task)
-    course, listener = course_of(task, engine.module), _Quiet()
+    context, callback = train_context(task, engine.module), _Quiet()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     if budget := task.get("budget_bytes"):
         limit = _status("VmData") + budget
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     started = time.perf_counter()
-    train(engine, course, listener)
+    train(engine, context, callback)
     seconds = time.perf_counter() - started
     engine.destroy()
     return {
         "peak_bytes": _status("VmHWM") - before,
         "moved_bytes": OnDisk.moved_bytes,
         "seconds": seconds,
-        "losses": listener.losses,
+        "losses": callback.losses,
     }, {}
 
 

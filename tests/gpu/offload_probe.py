@@ -20,13 +20,13 @@ class _Deaf:
 
     stop_requested = False
 
-    def stepped(self, report: object) -> None:
+    def on_step_end(self, report: object) -> None:
         pass
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float) -> None:
         pass
 
-    def save(self, engine: object, step: int) -> None:
+    def on_save(self, engine: object, step: int) -> None:
         pass
 
 
@@ -38,7 +38,7 @@ def main(task_file: Path, device: str) -> None:
     from orchestrator.parallel.deepspeed_config import render
     from orchestrator.train.loop import train
     from tests.invariant import probe
-    from tests.invariant.worker import course_of, job_of
+    from tests.invariant.worker import job_of, train_context
 
     on_gpu = device == "cuda"
     task = json.loads(task_file.read_text(encoding="utf-8"))
@@ -47,8 +47,8 @@ def main(task_file: Path, device: str) -> None:
     job = job_of(task)
     config = render(job, "bf16", "cuda" if on_gpu else "cpu")
     engine = start_engine(build_model(job, torch.bfloat16, config), config)
-    course = replace(course_of(task, engine.module), device=torch.device(device))
-    train(engine, course, _Deaf())
+    context = replace(train_context(task, engine.module), device=torch.device(device))
+    train(engine, context, _Deaf())
     found = {
         **probe.optimizer_state(engine),
         "parameters": parameter_count(engine.module),

@@ -19,11 +19,11 @@ from allpairspy import AllPairs
 from pydantic import BaseModel
 
 from orchestrator.config import yaml_loader
+from orchestrator.config.auto_values import resolve_dtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
 from orchestrator.model.build import require_supported
-from orchestrator.run.run_dir import resolve_dtype
 from tests.invariant import material
 
 Document = dict[str, Any]
@@ -107,7 +107,7 @@ def refusals(document: Document, device: Literal["cuda", "cpu"] = "cuda") -> tup
     if problems:
         return problems
     try:
-        resolve_dtype(job, device)
+        resolve_dtype(job.model.dtype, device)
         require_supported(job)
     except SpecError as error:
         return error.problems

@@ -30,7 +30,7 @@ from orchestrator.parallel import ulysses
 from orchestrator.parallel.deepspeed_config import render
 from orchestrator.parallel.parallel_dims import Layout
 from orchestrator.run.worker_config import evaluation_loader, training_loader
-from orchestrator.train.loop import Course, StepReport, train
+from orchestrator.train.loop import StepReport, TrainContext, train
 from tests.invariant import probe
 from tests.invariant.material import planned
 
@@ -52,7 +52,7 @@ class _Recorder:
 
     stop_requested = False
 
-    def stepped(self, report: StepReport) -> None:
+    def on_step_end(self, report: StepReport) -> None:
         self.steps.append(
             {
                 "step": report.step,
@@ -66,10 +66,10 @@ class _Recorder:
             }
         )
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float) -> None:
         self.evaluations.append([step, loss])
 
-    def save(self, engine: Any, step: int) -> None:
+    def on_save(self, engine: Any, step: int) -> None:
         if "save_to" in self._task:
             checkpointer.save(engine, Path(self._task["save_to"]), step, 1, lambda: None)
         if step == self._task.get("end_at"):
@@ -111,12 +111,12 @@ def _choose_newton_schulz_dtype(dtype: str) -> None:
     original_muon.ns_compute_dtype = lambda _: torch_dtype(dtype)
 
 
-def course_of(task: Task, model: Any) -> Course:
+def train_context(task: Task, model: Any) -> TrainContext:
     job = job_of(task)
     layout = Layout.of(job)
     loader, packs, steps = training_loader(job, *planned(job, Path(task["data"])))
     evaluation = evaluation_loader(job, *planned(job, Path(task["held_out"]))) if job.eval else None
-    return Course(
+    return TrainContext(
         job=job,
         loader=loader,
         packs=packs,
@@ -136,13 +136,13 @@ def run_training(task: Task) -> Answer:
     """Train from the start or from a checkpoint; arrays are first gradients and last parameters."""
     resumed = "resume" in task
     engine = engine_of(task, load_weights=not resumed)
-    course, recorder = course_of(task, engine.module), _Recorder(task)
+    context, recorder = train_context(task, engine.module), _Recorder(task)
     initial = probe.full_parameters(engine.module) if task.get("initial") else {}
     answer: dict[str, Any] = {}
     with probe.first_gradients(engine) as gradients:
         start = checkpointer.load(engine, Path(task["resume"])) if resumed else 0
         try:
-            train(engine, course, recorder, start)
+            train(engine, context, recorder, start)
         except _End:
             pass
         except TrainingError as error:

@@ -24,11 +24,11 @@ class _Loader(importlib.abc.Loader):
         self._real.exec_module(module)
         run_step = module.run_step
 
-        def changed(engine, course, step, clock):
+        def changed(engine, context, step, clock):
             time.sleep(float(os.environ.get("STEP_SECONDS", "0")))
-            if (str(step), str(course.rank)) == (os.environ.get("FAULT_STEP"), os.environ.get("FAULT_RANK")):
+            if (str(step), str(context.rank)) == (os.environ.get("FAULT_STEP"), os.environ.get("FAULT_RANK")):
                 raise TypeError(f"unsupported operand at {id(object()):#x}")
-            return run_step(engine, course, step, clock)
+            return run_step(engine, context, step, clock)
 
         module.run_step = changed
 

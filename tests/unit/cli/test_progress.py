@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import pytest
 
 from orchestrator.cli.progress import Progress
 from orchestrator.run.recorder import Status
 
 
-def test_an_attempt_is_told_from_the_step_that_it_began_at() -> None:
-    out = io.StringIO()
-    progress = Progress(out)
-    progress(Status(attempt=2, start=3, step=7, steps=10))  # seen for the first time after four steps
-    assert out.getvalue().startswith("attempt 2: training from step 3 of 10")
+def test_an_attempt_is_shown_with_its_first_step(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "orchestrator")
+    Progress()(Status(attempt=2, start=3, step=7, steps=10))  # seen for the first time after four steps
+    assert caplog.messages[0].startswith("attempt 2: training from step 3 of 10")

@@ -75,9 +75,9 @@ class Scene:
             "gradient_norm": 1.0,
             "skipped": False,
         }
-        self.recorder.stepped(self.attempt, values, RankSteps.of([one, one]))
-        self.recorder.evaluated(self.attempt, self.step, 2.0)
-        self.recorder.saved(self.attempt, self.step, 0.1)
+        self.recorder.record_step(self.attempt, values, RankSteps.of([one, one]))
+        self.recorder.record_evaluation(self.attempt, self.step, 2.0)
+        self.recorder.record_checkpoint(self.attempt, self.step, 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_runs_of_this_machine_are_found_by_themselves(scene: Scene, monkeypatch:
 def test_series_of_an_attempt_are_gone_from_prometheus_as_soon_as_it_ends(scene: Scene) -> None:
     """Comes last: the attempt is over after it."""
     assert scene.ask("orchestrator_tgs")
-    scene.recorder.attempt_ended()
+    scene.recorder.end_attempt()
     wait_until(lambda: not scene.ask("orchestrator_tgs"), 20, "no rates any more")
     missing = "run:orchestrator_ranks_missing:count"
     wait_until(

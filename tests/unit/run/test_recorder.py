@@ -51,7 +51,7 @@ def step(recorder: Recorder, attempt: int, number: int, **changes: float) -> Non
         **changes,
     }
     tokens = [RankStep(**{**vars(ONE), "tokens": tokens, "slots": 100.0}) for tokens in (60.0, 40.0)]
-    recorder.stepped(attempt, values, RankSteps.of(tokens))
+    recorder.record_step(attempt, values, RankSteps.of(tokens))
 
 
 def shown(recorder: Recorder) -> dict[str, list[float]]:
@@ -88,8 +88,8 @@ def test_a_step_is_written_and_shown(recorder: Recorder, tmp_path: Path) -> None
 def test_phases_of_all_ranks_evaluations_and_checkpoints_are_counted(recorder: Recorder) -> None:
     attempt = recorder.begin_attempt(WORKERS, INFO, 0, 10)
     step(recorder, attempt, 1)
-    recorder.evaluated(attempt, 1, 2.0)
-    recorder.saved(attempt, 1, 4.0)
+    recorder.record_evaluation(attempt, 1, 2.0)
+    recorder.record_checkpoint(attempt, 1, 4.0)
     seen = shown(recorder)
     assert seen["step_phase_seconds_count"] == [2.0, 2.0, 2.0, 2.0, 1.0, 1.0]
     assert seen["step_phase_seconds_sum"][-1] == 4.0
@@ -109,7 +109,7 @@ def test_skipped_steps_are_counted(recorder: Recorder) -> None:
 def test_workers_that_are_gone_show_no_rates_and_what_alerts_need_stays(recorder: Recorder) -> None:
     attempt = recorder.begin_attempt(WORKERS, INFO, 0, 10)
     step(recorder, attempt, 1)
-    recorder.attempt_ended()
+    recorder.end_attempt()
     seen = shown(recorder)
     assert {"tgs", "tokens", "memory_bytes", "loss", "step_seconds", "seconds_to_go"}.isdisjoint(seen)
     assert seen["world_size"] == [2.0]
@@ -121,9 +121,9 @@ def test_the_next_attempt_begins_anew_and_remembers_the_last_checkpoint(recorder
     for number in range(1, 8):
         step(recorder, first, number)
         if number == 5:
-            recorder.saved(first, number, 1.0)
+            recorder.record_checkpoint(first, number, 1.0)
     saved = shown(recorder)["last_checkpoint_timestamp_seconds"]
-    recorder.attempt_ended()
+    recorder.end_attempt()
     second = recorder.begin_attempt(WORKERS[:1], INFO, 5, 10)
     seen = shown(recorder)
     assert seen["last_checkpoint_timestamp_seconds"] == saved
@@ -140,9 +140,9 @@ def test_the_next_attempt_begins_anew_and_remembers_the_last_checkpoint(recorder
 def test_a_failure_for_good_withdraws_the_attempt(recorder: Recorder) -> None:
     attempt = recorder.begin_attempt(WORKERS, INFO, 0, 10)
     step(recorder, attempt, 1)
-    recorder.give_up(TrainingError("of an attempt before"), attempt - 1)
+    recorder.report_fatal(TrainingError("of an attempt before"), attempt - 1)
     assert "tgs" in shown(recorder)
-    recorder.give_up(TrainingError("no more"), attempt)
+    recorder.report_fatal(TrainingError("no more"), attempt)
     assert "tgs" not in shown(recorder)
 
 
@@ -169,7 +169,7 @@ def test_ray_train_tells_the_recorder_of_workers_that_failed() -> None:
     told = []
 
     class Actor:
-        class attempt_ended:
+        class end_attempt:
             @staticmethod
             def remote() -> None:
                 told.append("ended")
@@ -185,12 +185,12 @@ def failure(group: str, rank: int = 0, step: int | None = 3) -> Failure:
 
 def test_what_fails_twice_in_the_same_way_is_not_begun_again(recorder: Recorder) -> None:
     recorder.begin_attempt(WORKERS, INFO, 0, 10)
-    recorder.failed(failure("one"))
-    recorder.failed(failure("one", rank=1))
+    recorder.report_failure(failure("one"))
+    recorder.report_failure(failure("one", rank=1))
     assert recorder.status().fatal is None
-    recorder.attempt_ended()
+    recorder.end_attempt()
     recorder.begin_attempt(WORKERS, INFO, 0, 10)
-    recorder.failed(failure("two"))
+    recorder.report_failure(failure("two"))
     assert isinstance(recorder.status().fatal, TrainingError)
     with pytest.raises(TrainingError, match="failed twice in the same way in step 4"):
         recorder.begin_attempt(WORKERS, INFO, 0, 10)
@@ -202,14 +202,14 @@ def test_an_attempt_that_was_stopped_is_no_failure(recorder: Recorder, tmp_path:
     step(recorder, first, 1)
     assert recorder.request_stop() is True
     assert recorder.stop_requested()
-    recorder.trained(first)
+    recorder.finish_training(first)
     assert not recorder.status().is_running
-    recorder.ended("stopped")
+    recorder.end_run("stopped")
     entries = [json.loads(line) for line in (tmp_path / "attempts.jsonl").read_text().splitlines()]
     assert [(entry["attempt"], entry["ended"], entry["end_step"]) for entry in entries] == [(1, "stopped", 1)]
     second = recorder.begin_attempt(WORKERS, INFO, 1, 10)
     assert second == 2
     assert shown(recorder)["restarts"] == [0.0]
-    recorder.attempt_ended()
+    recorder.end_attempt()
     recorder.begin_attempt(WORKERS, INFO, 1, 10)
     assert shown(recorder)["restarts"] == [1.0]

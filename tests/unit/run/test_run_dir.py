@@ -17,7 +17,6 @@ from orchestrator.run.run_dir import (
     remove_ray_marker,
     require_same_base,
     require_same_data,
-    resolve_dtype,
 )
 
 OLD, NEW, HELD_OUT = Path("cache/plan-a"), Path("cache/plan-b"), Path("cache/plan-c")
@@ -128,15 +127,6 @@ def test_only_the_marker_of_ray_train_is_removed(tmp_path: Path) -> None:
         remove_ray_marker(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [".other"]
     remove_ray_marker(tmp_path / "none")
-
-
-def test_fp16_is_refused_on_cpu_and_the_error_names_the_supported_dtypes(tmp_path: Path) -> None:
-    half = job(tmp_path, dtype="fp16", zero_stage=2)
-    assert resolve_dtype(half, "cuda") == "fp16"
-    with pytest.raises(SpecError, match=r"model\.dtype=fp16 requires CUDA.*use dtype: fp32, or dtype: bf16"):
-        resolve_dtype(half, "cpu")
-    for dtype, on_cpu in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
-        assert resolve_dtype(job(tmp_path, dtype=dtype), "cpu") == on_cpu
 
 
 def test_an_interrupted_write_keeps_the_old_job_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,10 @@ def test_the_driver_log_is_appended_to_and_contains_records_of_all_loggers(tmp_p
             logging.getLogger("orchestrator.train.driver").info("%s start", text)
             logging.getLogger("some.library").warning("%s warning", text)
             logging.getLogger("some.library").debug("too much")
+            loud = logging.getLogger("ray.train.v2")
+            loud.setLevel(logging.INFO)  # as Ray and DeepSpeed set their own
+            loud.info("the state of the controller")
+            loud.setLevel(logging.NOTSET)
     logging.getLogger("orchestrator.train.driver").info("after the end")
     lines = path.read_text().splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == [

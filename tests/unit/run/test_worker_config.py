@@ -7,13 +7,13 @@ from typing import Any, Literal
 import pytest
 
 from orchestrator.config.schema import JobSpec
-from orchestrator.run.worker_config import Brief, training_loader
+from orchestrator.run.worker_config import WorkerConfig, training_loader
 from tests.invariant import material
 
 ROOT = Path(__file__).parents[3]
 
 
-def brief(device: Literal["cuda", "cpu"], **parallel: Any) -> Brief:
+def worker_config(device: Literal["cuda", "cpu"], **parallel: Any) -> WorkerConfig:
     job = JobSpec.model_validate(
         {
             "name": "a",
@@ -22,21 +22,21 @@ def brief(device: Literal["cuda", "cpu"], **parallel: Any) -> Brief:
             "parallel": parallel,
         }
     )
-    return Brief(job, Path("run"), Path("plan"), None, "bf16", device, {})
+    return WorkerConfig(job, Path("run"), Path("plan"), None, "bf16", device, {})
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_cudas_allocator_is_told_of_expandable_segments(wanted: bool) -> None:
-    environment = brief("cuda", expandable_segments=wanted).worker_environment({})
+    environment = worker_config("cuda", expandable_segments=wanted).worker_environment({})
     assert environment == {"PYTORCH_ALLOC_CONF": f"expandable_segments:{wanted}"}
 
 
 def test_options_that_are_already_set_stay() -> None:
-    assert brief("cuda").worker_environment({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}) == {}
+    assert worker_config("cuda").worker_environment({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}) == {}
 
 
 def test_on_cpu_there_is_no_such_allocator() -> None:
-    assert brief("cpu").worker_environment({}) == {}
+    assert worker_config("cpu").worker_environment({}) == {}
 
 
 @pytest.mark.parametrize(("stage", "waits"), [(0, False), (1, False), (2, True), (3, True)])

@@ -27,7 +27,7 @@ class Recorder:
             def remote(*arguments: Any) -> Any:
                 if name == "request_stop":
                     return recorder.running
-                if name == "ended":
+                if name == "end_run":
                     recorder.ended_as = arguments[0]
                     return None
                 return recorder.answers.pop(0) if len(recorder.answers) > 1 else recorder.answers[0]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cluster.topology import Node
 from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
 from orchestrator.errors import SpecError
 from orchestrator.train import driver
@@ -42,7 +43,10 @@ def test_a_model_is_refused_before_data_are_prepared(
         optim=OptimSpec(global_batch_size=1),
     )
     prepared: list[Any] = []
-    monkeypatch.setattr(driver, "_prepare_data", lambda *arguments: prepared.append(arguments))
+    monkeypatch.setattr(driver, "prepare_data", lambda *arguments: prepared.append(arguments))
+    node = Node("1", "10.0.0.1", "n1", 4.0, 0.0, 0)
+    monkeypatch.setattr(driver.ray_session, "live_nodes", lambda: (node,))
+    start = driver._Start(tmp_path, None, lambda _: None, None, False, 0.0)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=reason):
-        driver._train(job, "cpu", tmp_path, None, (print, print), 0.0)  # type: ignore[arg-type]
+        driver._train(job, start)
     assert not prepared

@@ -1,20 +1,16 @@
-"""Host memory for what is offloaded is reserved, and too little of it is refused before the start."""
+"""A job is resolved once: device, dtype and worker resources; too little host memory is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.arch.parameters import ParameterCount
 from orchestrator.cluster.topology import Node
 from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
 from orchestrator.errors import ClusterError
-from orchestrator.parallel.deepspeed_config import render
-from orchestrator.run.worker_config import Brief
+from orchestrator.run.resolve import resolve
 from orchestrator.train import driver, resources
-
-MILLION = 1_000_000
-GIB = 2**30
 
 
 def job(path: str = "m", **parallel: Any) -> JobSpec:
@@ -28,79 +24,85 @@ def job(path: str = "m", **parallel: Any) -> JobSpec:
     )
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, memory_bytes: int, free_bytes: int | None = None) -> None:
-    """Let the cluster be a node with so much memory, of which so much is free."""
-    node = Node("1", "10.0.0.1", "n1", 64.0, 0.0, memory_bytes)
-    free = memory_bytes if free_bytes is None else free_bytes
-    monkeypatch.setattr(resources.ray_session, "live_nodes", lambda: (node,))
-    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 64.0, "memory": free})
-    monkeypatch.setattr(resources, "_BUSY_WAIT_SECONDS", 0.0)
+def node(memory_bytes: int) -> Node:
+    return Node("1", "10.0.0.1", "n1", 64.0, 0.0, memory_bytes)
 
 
-def reserved(spec: JobSpec, count: ParameterCount | None, said: list[str]) -> int:
-    return resources.reserve_host_memory(spec, "cpu", render(spec, "fp32", "cpu"), count, said.append)
-
-
-def test_what_is_needed_is_reserved_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, 24 * MILLION)
-    said: list[str] = []
-    assert reserved(job(), ParameterCount(MILLION, MILLION), said) == 12 * MILLION
-    (sentence,) = said
-    assert "1,000,000 parameters, 1,000,000 of them trained, offloaded by 2 workers" in sentence
-
-
-def test_a_byte_too_few_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, 24 * MILLION - 1)
-    with pytest.raises(ClusterError) as caught:
-        reserved(job(), ParameterCount(MILLION, MILLION), [])
-    (problem,) = caught.value.problems
-    assert caught.value.exit_code == 3
-    assert problem.startswith("2 workers with 1 CPU, 0 GPUs and 0.01118 GiB of memory each cannot be placed")
-    assert "10.0.0.1 has 64 CPUs, 0 GPUs and 0.02235 GiB of memory" in problem
-    assert "start its Ray with --memory=BYTES" in problem
-    assert "more parallel.workers hold less each" in problem
-
-
-def test_memory_that_other_jobs_hold_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, 24 * MILLION, free_bytes=23 * MILLION)
-    with pytest.raises(ClusterError, match=r"other jobs hold it \(memory: 0.02142 GiB free of 0.02235 GiB"):
-        reserved(job(), ParameterCount(MILLION, MILLION), [])
-
-
-def test_where_nothing_is_offloaded_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources.ray_session, "live_nodes", lambda: pytest.fail("the cluster was asked"))
-    said: list[str] = []
-    assert reserved(job(offload_optimizer="none"), ParameterCount(MILLION, MILLION), said) == 0
-    assert said == []
-
-
-def test_a_model_that_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, 0)
-    said: list[str] = []
-    assert reserved(job(), None, said) == 0
-    assert "no host memory is reserved" in said[0]
-
-
-def test_the_driver_refuses_before_data_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """Return a folder with the configuration of a model of 11,392 parameters."""
     from transformers import LlamaConfig
 
     LlamaConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=32, vocab_size=64, tie_word_embeddings=False,
     ).save_pretrained(tmp_path)  # fmt: skip
-    # Embedding and head 2 x 64 x 32, attention 4 x 32 x 32, MLP 3 x 32 x 32, three norms of 32.
-    parameters = 4_096 + 4_096 + 3_072 + 96
+    return str(tmp_path)
+
+
+# Embedding and head 2 x 64 x 32, attention 4 x 32 x 32, MLP 3 x 32 x 32, three norms of 32.
+PARAMETERS = 4_096 + 4_096 + 3_072 + 96
+NEEDED = int(1.5 * 16 * PARAMETERS / 2)  # bytes of a worker: 16 of a parameter, halved, and 50 % for buffers
+
+
+def test_host_memory_for_offload_is_part_of_the_worker_resources(model: str) -> None:
+    resolved = resolve(job(model), [node(2 * NEEDED)])
+    assert resolved.worker_resources == {"CPU": 1, "memory": NEEDED}
+    (sentence,) = driver._host_memory_notes(resolved)
+    assert f"{PARAMETERS:,} parameters, {PARAMETERS:,} of them trained, offloaded by 2 workers" in sentence
+
+
+def test_a_byte_too_few_is_refused(model: str) -> None:
+    with pytest.raises(ClusterError) as caught:
+        resolve(job(model), [node(2 * NEEDED - 1)])
+    (problem,) = caught.value.problems
+    assert caught.value.exit_code == 3
+    assert problem.startswith("2 workers with 1 CPU, 0 GPUs and")
+    assert "of memory each cannot be placed" in problem
+    assert "start its Ray with --memory=BYTES" in problem
+    assert f"the memory is for {PARAMETERS:,} parameters" in problem
+    assert "raise parallel.workers" in problem
+
+
+def test_memory_that_other_jobs_use_is_waited_for_and_then_refused(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = resolve(job(model), [node(2 * NEEDED)])
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": 64.0, "memory": NEEDED})
+    monkeypatch.setattr(resources, "_TIMEOUT_SECONDS", 0.0)
+    with pytest.raises(ClusterError, match=r"other jobs are using them \(memory: .* GiB free of .* needed\)"):
+        resources.wait_for_resources(resolved)
+
+
+def test_without_offload_no_memory_is_reserved(model: str) -> None:
+    resolved = resolve(job(model, offload_optimizer="none"), [node(0)])
+    assert resolved.worker_resources == {"CPU": 1}
+    assert driver._host_memory_notes(resolved) == []
+
+
+def test_a_model_that_cannot_be_counted_reserves_nothing_and_says_so(model: str) -> None:
+    counted = resolve(job(model), [node(2 * NEEDED)])
+    resolved = replace(counted, parameter_count=None, host_memory=None)
+    (sentence,) = driver._host_memory_notes(resolved)
+    assert "no host memory is reserved" in sentence
+
+
+def test_the_driver_refuses_before_data_and_workers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
-    monkeypatch.setattr(driver, "_prepare_data", lambda *_: begun.append("data"))
-    monkeypatch.setattr(driver, "_fit", lambda *_: begun.append("workers"))
-    offer(monkeypatch, 2 * int(1.5 * 16 * parameters / 2) - 1)
-    with pytest.raises(ClusterError, match=f"the memory is for {parameters:,} parameters"):
-        driver._train(job(str(tmp_path)), "cpu", tmp_path, None, (print, print), 0.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(driver, "prepare_data", lambda *_: begun.append("data"))
+    monkeypatch.setattr(driver, "fit", lambda *_: begun.append("workers"))
+    monkeypatch.setattr(driver.ray_session, "live_nodes", lambda: (node(2 * NEEDED - 1),))
+    with pytest.raises(ClusterError, match=f"the memory is for {PARAMETERS:,} parameters"):
+        driver._train(job(model), start_of(Path(model)))
     assert begun == []
 
 
-def test_what_is_reserved_is_asked_of_ray_for_each_worker() -> None:
-    brief = Brief(job(), Path("r"), Path("p"), None, "fp32", "cpu", {}, host_memory_bytes=12 * MILLION)
-    assert brief.worker_resources == {"CPU": 1, "memory": 12 * MILLION}
-    on_gpus = Brief(job(), Path("r"), Path("p"), None, "bf16", "cuda", {})
-    assert on_gpus.worker_resources == {"CPU": 1, "GPU": 1}
+def start_of(folder: Path) -> driver._Start:
+    return driver._Start(folder, None, lambda _: None, None, False, 0.0)  # type: ignore[arg-type]
+
+
+def test_a_gpu_is_reserved_for_each_worker_on_cuda(model: str) -> None:
+    gpus = Node("1", "10.0.0.1", "n1", 64.0, 8.0, 0)
+    resolved = resolve(job(model, device="auto", offload_optimizer="none"), [gpus])
+    assert (resolved.device, resolved.dtype) == ("cuda", "bf16")
+    assert resolved.worker_resources == {"CPU": 1, "GPU": 1}

@@ -52,19 +52,14 @@ def finish(root: Path, job: JobSpec, steps: int) -> Path:
     return run_dir
 
 
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
-def test_the_same_job_again_is_answered_with_what_was(tmp_path: Path, said: list[str]) -> None:
+def test_the_same_job_again_is_answered_with_what_was(tmp_path: Path, logged: list[str]) -> None:
     job = make_job(tmp_path, max_steps=3)
-    assert finished_before(job, said.append) is None, "no run yet"
+    assert finished_before(job) is None, "no run yet"
     run_dir = finish(tmp_path, job, 3)
     for file in (tmp_path / "data" / "a.jsonl", tmp_path / "eval.jsonl"):
         os.utime(file, (1, 1))  # another time is not another file
-    assert finished_before(job, said.append) == {"steps": 3, "loss": 1.0}
-    (line,) = said
+    assert finished_before(job) == {"steps": 3, "loss": 1.0}
+    (line,) = logged
     assert line.startswith(f"run {run_dir} already finished (20")
     assert "3 steps), so nothing was trained" in line
 
@@ -91,38 +86,38 @@ def add_file(root: Path) -> None:
         (replace_text("model/chat_template.jinja", "x"), r"model\.path \(chat_template\.jinja\)"),
     ],
 )
-def test_other_files_are_another_job(change: Any, named: str, tmp_path: Path, said: list[str]) -> None:
+def test_other_files_are_another_job(change: Any, named: str, tmp_path: Path, logged: list[str]) -> None:
     job = make_job(tmp_path, max_steps=3)
     finish(tmp_path, job, 3)
     change(tmp_path)
     with pytest.raises(SpecError, match=named + " changed since run .* started"):
-        finished_before(job, said.append)
-    assert not said
+        finished_before(job)
+    assert not logged
 
 
-def test_other_hyperparameters_are_another_job(tmp_path: Path, said: list[str]) -> None:
+def test_other_hyperparameters_are_another_job(tmp_path: Path, logged: list[str]) -> None:
     finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
     with pytest.raises(SpecError, match=r"holds a run of another job: optim\.lr=0\.1 \(the run has 0\.001\)"):
-        finished_before(make_job(tmp_path, max_steps=3, lr=0.1), said.append)
+        finished_before(make_job(tmp_path, max_steps=3, lr=0.1))
 
 
 def test_fewer_steps_than_are_done_are_refused_before_anything_starts(
-    tmp_path: Path, said: list[str]
+    tmp_path: Path, logged: list[str]
 ) -> None:
     run_dir = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
     with pytest.raises(SpecError, match=r"optim\.max_steps=2 means 2 steps, and run .* has already done 3"):
-        finished_before(make_job(tmp_path, max_steps=2), said.append)
+        finished_before(make_job(tmp_path, max_steps=2))
     with pytest.raises(SpecError, match=r"optim\.epochs=1\.0 means 2 steps, and run .* has already done 3"):
-        require_steps_to_go(make_job(tmp_path), run_dir, packs=16, note=said.append)
+        require_steps_to_go(make_job(tmp_path), run_dir, packs=16)
     assert (run_dir / REPORT).exists()
 
 
-def test_more_steps_go_on_and_keep_the_report_of_then(tmp_path: Path, said: list[str]) -> None:
+def test_more_steps_go_on_and_keep_the_report_of_then(tmp_path: Path, logged: list[str]) -> None:
     run_dir = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
     more = make_job(tmp_path, max_steps=5)
-    assert finished_before(more, said.append) is None
-    assert require_steps_to_go(more, run_dir, packs=40, note=said.append) is None
-    assert said == [
+    assert finished_before(more) is None
+    assert require_steps_to_go(more, run_dir, packs=40) is None
+    assert logged == [
         "the run goes on from step 3 to step 5 in place of 3; by its cosine schedule, which now ends there, "
         "the learning rate stays 0.0005 in step 4"
     ]
@@ -130,30 +125,30 @@ def test_more_steps_go_on_and_keep_the_report_of_then(tmp_path: Path, said: list
     assert not (run_dir / REPORT).exists(), "or a kill would leave it for the longer run's"
 
 
-def test_as_many_steps_in_other_words_are_the_same_job(tmp_path: Path, said: list[str]) -> None:
+def test_as_many_steps_in_other_words_are_the_same_job(tmp_path: Path, logged: list[str]) -> None:
     run_dir = finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
     same = make_job(tmp_path, epochs=1.0)
-    assert finished_before(same, said.append) is None, "only the packs can tell"
-    assert require_steps_to_go(same, run_dir, packs=24, note=said.append) == {"steps": 3, "loss": 1.0}
-    assert "nothing was trained" in said[0]
+    assert finished_before(same) is None, "only the packs can tell"
+    assert require_steps_to_go(same, run_dir, packs=24) == {"steps": 3, "loss": 1.0}
+    assert "nothing was trained" in logged[0]
 
 
-def test_packs_that_a_cut_short_step_leaves_out_are_counted(tmp_path: Path, said: list[str]) -> None:
+def test_packs_that_a_cut_short_step_leaves_out_are_counted(tmp_path: Path, logged: list[str]) -> None:
     run_dir = finish(tmp_path, make_job(tmp_path), 3)  # 20 packs: 8, 8 and 4
-    assert require_steps_to_go(make_job(tmp_path, epochs=2.0), run_dir, packs=20, note=said.append) is None
-    assert said[1] == (
+    assert require_steps_to_go(make_job(tmp_path, epochs=2.0), run_dir, packs=20) is None
+    assert logged[1] == (
         "step 3 ended with the data, 4 packs short of a batch; the first 4 of the next pass are left out for "
         "it"
     )
 
 
-def test_a_run_that_has_not_finished_goes_by_the_same_rule(tmp_path: Path, said: list[str]) -> None:
+def test_a_run_that_has_not_finished_goes_by_the_same_rule(tmp_path: Path, logged: list[str]) -> None:
     run_dir = finish(tmp_path, make_job(tmp_path, max_steps=9), 4)
     (run_dir / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": 9}) + "\n")
     (run_dir / REPORT).unlink()
-    assert require_steps_to_go(make_job(tmp_path, max_steps=9), run_dir, 40, said.append) is None
-    assert not said, "nothing is new"
-    assert require_steps_to_go(make_job(tmp_path, max_steps=6), run_dir, 40, said.append) is None
-    assert "from step 4 to step 6 in place of 9" in said[0]
+    assert require_steps_to_go(make_job(tmp_path, max_steps=9), run_dir, 40) is None
+    assert not logged, "nothing is new"
+    assert require_steps_to_go(make_job(tmp_path, max_steps=6), run_dir, 40) is None
+    assert "from step 4 to step 6 in place of 9" in logged[0]
     with pytest.raises(SpecError, match="has already done 4"):
-        require_steps_to_go(make_job(tmp_path, max_steps=3), run_dir, 40, said.append)
+        require_steps_to_go(make_job(tmp_path, max_steps=3), run_dir, 40)

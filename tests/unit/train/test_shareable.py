@@ -1,19 +1,20 @@
 """Sequence parallelism that the heads do not allow is refused before anything is paid for."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from orchestrator.cluster.topology import Node
 from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, OptimSpec, ParallelSpec, SourceSpec
 from orchestrator.errors import SpecError
+from orchestrator.run.resolve import ResolvedJob, _require_divisible_heads
 from orchestrator.train import driver
 
 
 def notes_of(monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]) -> list[str]:
     """Return what is said of a model with 32 heads and 8 KV heads on nodes with so many GPUs."""
-    config = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8)
-    monkeypatch.setattr(driver, "load_config", lambda _: SimpleNamespace(get_text_config=lambda: config))
+    config: Any = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8)
     nodes = [Node(str(n), f"10.0.0.{n}", f"n{n}", 64.0, float(count), 0) for n, count in enumerate(gpus)]
     monkeypatch.setattr(driver.ray_session, "live_nodes", lambda: tuple(nodes))
     job = JobSpec(
@@ -23,9 +24,9 @@ def notes_of(monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]) -> lis
         parallel=ParallelSpec(workers=size, sequence_parallel_size=size),
         optim=OptimSpec(global_batch_size=1),
     )
-    said: list[str] = []
-    driver._require_shareable(job, "cuda", said.append)
-    return said
+    _require_divisible_heads(job, config)
+    resolved = ResolvedJob(job, "cuda", "bf16", config, None, {}, None, 0)
+    return driver._sequence_parallel_notes(resolved)
 
 
 @pytest.mark.parametrize(("size", "gpus"), [(1, [3, 5]), (8, [8, 8]), (4, [8, 8]), (2, [2]), (16, [16])])

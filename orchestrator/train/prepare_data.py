@@ -1,0 +1,78 @@
+"""Tokenising and packing on CPUs, before any GPU is held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from transformers import PretrainedConfig
+
+from orchestrator.config.schema import JobSpec, SourceSpec
+from orchestrator.data import packed_dataset
+from orchestrator.data.token_cache import TokenStore
+from orchestrator.data.tokenize import tokenize_sources
+from orchestrator.run import run_dir
+from orchestrator.run.report import packing_figures
+from orchestrator.train import vocabulary
+from orchestrator.train.ray_session import get_result
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The packed datasets of a run.
+
+    Attributes:
+        training: Folder of the packed training data.
+        evaluation: Folder of the packed evaluation data; None if the job has none.
+        figures: Rows, tokens and packs of the training data, as `pack --json` prints them.
+    """
+
+    training: Path
+    evaluation: Path | None
+    figures: dict[str, Any]
+
+
+def prepare_data(job: JobSpec, model_config: PretrainedConfig) -> PreparedData:
+    """Tokenise and pack the training and evaluation data, or open what an earlier run left in the cache.
+
+    Args:
+        job: The job, with absolute paths.
+        model_config: Configuration of its model, which every token id must fit.
+
+    Raises:
+        SpecError: The data cannot be read or do not fit the model.
+        ClusterError: The cache cannot be written.
+    """
+    training, figures = _pack(job, model_config, job.data.train)
+    evaluation = _pack(job, model_config, job.eval.data)[0] if job.eval else None
+    for line in vocabulary.notes(job, model_config):
+        _logger.info(line)
+    return PreparedData(training, evaluation, figures)
+
+
+def _pack(
+    job: JobSpec, model_config: PretrainedConfig, sources: Sequence[SourceSpec]
+) -> tuple[Path, dict[str, Any]]:
+    cache = Path(job.checkpoint.storage) / run_dir.CACHE
+    stores = tokenize_sources(job.model, job.data, sources, cache, _logger.info)
+    vocabulary.require_embedded(job, model_config, sources, stores)
+    packed: tuple[Path, dict[str, Any]] = get_result(
+        _pack_stores.remote(job, sources, cache, [store.folder for store in stores])
+    )
+    return packed
+
+
+@ray.remote(num_cpus=1)
+def _pack_stores(
+    job: JobSpec, sources: Sequence[SourceSpec], cache: Path, stores: Sequence[Path]
+) -> tuple[Path, dict[str, Any]]:
+    opened = [TokenStore(folder) for folder in stores]
+    folder = packed_dataset.plan_in(cache, opened, sources, job.data, job.run.seed)
+    is_training = tuple(sources) == job.data.train
+    return folder, packing_figures(job, *packed_dataset.load(folder)) if is_training else {}
