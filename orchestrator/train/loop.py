@@ -264,7 +264,7 @@ def evaluate(engine: Any, context: TrainContext) -> float:
 
 
 def require_finite(report: StepReport, loss_is_scaled: bool) -> None:
-    """Refuse to go on with a loss or a gradient that is no number.
+    """Refuse to go on with a loss or a gradient that is not finite.
 
     DeepSpeed skips such a step in most number formats and says nothing. Only where the loss is scaled is that
     part of training: the scale was too high, and the skipped step has lowered it.
