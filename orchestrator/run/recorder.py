@@ -1,8 +1,8 @@
-"""The memory of a run on the driver's side: steps.jsonl, workers.json, the metrics endpoint, and the fence.
+"""The recorder of a run: steps.jsonl, workers.json, attempts.jsonl, the metrics endpoint, and fencing.
 
-One recorder lives beside the driver. Rank 0 sends it one message a step, which already holds what every
-rank did. It knows which attempt is the current one and refuses messages of earlier ones, so an attempt that
-was believed dead cannot write.
+One recorder runs as an actor on the driver's node. Rank 0 sends it one message a step with the metrics of
+every rank. It refuses messages of any attempt but the current one (fencing), so that workers of an attempt
+that was given up cannot write.
 """
 
 from __future__ import annotations
@@ -47,9 +47,19 @@ class WorkerInfo:
 
 @dataclass
 class Status:
-    """Where the run stands, for the driver to show.
+    """Progress of the run, for the driver to show.
 
-    `start` is the step that the attempt began from, and `is_running` whether it has workers.
+    Attributes:
+        attempt: Number of the current attempt, from 1; 0 before the first.
+        start: Step that the attempt started from.
+        step: Last finished step.
+        steps: Steps of the whole run.
+        eta_seconds: Estimated time to the last step.
+        metrics_port: Port of the Prometheus endpoint; None without one.
+        latest: The last row of steps.jsonl.
+        notes: Messages since the last call, such as evaluation losses.
+        fatal: A failure that a retry cannot fix.
+        is_running: Whether the attempt has workers.
     """
 
     attempt: int = 0
@@ -68,12 +78,12 @@ class Recorder:
     """Writes the run's files and serves its metrics.
 
     Args:
-        folder: The run's folder.
+        folder: The run directory.
         run: Name of the run.
         run_lock: The lock of the driver, refreshed whenever the driver asks for the status.
         host: Address of the endpoint.
         port: Port of the endpoint, or auto; None opens none.
-        trackers: Makes what else draws the numbers, given where to complain.
+        trackers: Returns the experiment trackers; called with a function that takes their warnings.
     """
 
     def __init__(
@@ -103,7 +113,7 @@ class Recorder:
         self._last_written = (int(rows[-1]["attempt"]), int(rows[-1]["step"])) if rows else (0, 0)
         self._past = read_lines(folder / ATTEMPTS)
         self._status.attempt = len(self._past)
-        if self._past:  # a later start of the run, or this recorder was started anew in the middle of it
+        if self._past:  # the run is resumed, or Ray restarted this actor
             self._status.step, self._status.steps = self._last_written[1], self._past[-1]["steps_planned"]
             self._status.start = self._status.step
             self._workers = [
@@ -114,19 +124,19 @@ class Recorder:
     def begin_attempt(
         self, workers: Sequence[WorkerInfo], info: Mapping[str, Any], start: int, steps: int
     ) -> int:
-        """Begin an attempt and fence off those before it.
+        """Start an attempt, and refuse messages of earlier ones from now on.
 
         Args:
             workers: Every worker, by rank.
-            info: Effective degrees, number format and device kind.
-            start: Steps that are done, from the checkpoint it resumes from.
+            info: Parallelism, dtype and device type, for attempts.jsonl.
+            start: Step of the checkpoint that it resumes from.
             steps: Steps of the whole run.
 
         Returns:
             Number of the attempt, from 1.
 
         Raises:
-            OrchestratorError: The run has failed for good; starting again would fail in the same way.
+            OrchestratorError: The run has failed, and a retry cannot fix it.
         """
         if self._status.fatal is not None:
             raise self._status.fatal
@@ -159,14 +169,17 @@ class Recorder:
         """Record a finished step.
 
         Args:
-            attempt: Whose step it is; one that is not current is refused.
+            attempt: The sender's attempt.
             values: step, epoch, seconds, learning_rate, gradient_norm, skipped.
-            ranks: What every rank did.
+            ranks: Metrics of every rank.
+
+        Raises:
+            TrainingError: The attempt is not the current one.
         """
         self._require_current(attempt)
         step = int(values["step"])
         if (attempt, step) <= self._last_written:
-            return  # the same message again, after the recorder was started anew
+            return  # a retried message, after Ray restarted this actor
         peak_flops = peaks(worker.peak_flops for worker in self._workers)
         seconds = values["seconds"]
         row = {
@@ -177,7 +190,7 @@ class Recorder:
         }
         _append(self._folder / STEPS, row)
         self._last_written, self._step_time = (attempt, step), row["time"]
-        self._status.is_running = True  # also for a recorder that was started anew
+        self._status.is_running = True  # also after Ray restarted this actor
         self._recent.append(seconds)
         self._recent_tokens.append(row["tokens"])
         self._status.step, self._status.latest = step, row
@@ -192,7 +205,7 @@ class Recorder:
             self._exporter.set_run({**row, "last_step_timestamp_seconds": row["time"], **self._to_go()})
 
     def record_evaluation(self, attempt: int, step: int, loss: float) -> None:
-        """Record a loss on held-out rows; the message comes right after that of the step, or after this."""
+        """Record an evaluation loss of the last finished step."""
         self._require_current(attempt)
         _append(self._folder / EVALUATIONS, {"step": step, "evaluation_loss": loss, "attempt": attempt})
         self._note(f"step {step}: evaluation loss {loss:.4f}")
@@ -217,16 +230,16 @@ class Recorder:
             self._exporter.observe("checkpoint", [seconds])
 
     def end_attempt(self) -> None:
-        """Withdraw what the workers of the current attempt have shown: they are no more."""
+        """Remove the metrics of the current attempt, whose workers have ended."""
         self._status.is_running = False
         if self._exporter:
             self._exporter.end_attempt()
 
     def authorize_publish(self, attempt: int) -> None:
-        """Allow an attempt to publish a checkpoint.
+        """Authorize the current attempt to publish a checkpoint.
 
         Raises:
-            TrainingError: A newer attempt, or another driver, has taken the run over.
+            TrainingError: A newer attempt or another driver has taken over the run.
         """
         self._require_current(attempt)
         if not self._run_lock.is_held(self._folder):
@@ -235,41 +248,41 @@ class Recorder:
             )
 
     def report_fatal(self, error: OrchestratorError, attempt: int | None) -> None:
-        """Note an error that starting again cannot mend; of an attempt that was replaced it means nothing."""
+        """Record a non-retryable error; ignored if the attempt has been superseded."""
         if self._status.fatal is None and attempt in (None, self._status.attempt):
             self._status.fatal = error
             self.end_attempt()
 
     def report_failure(self, failure: Failure) -> None:
-        """Note what a rank raised; where the try before ended in the same way, the run ends."""
+        """Record an exception of a rank; the run fails if the attempt before failed in the same way."""
         self._failures.append(failure)
         if is_deterministic(self._failures):
             self.report_fatal(deterministic_failure_error(failure), None)
 
     def failures(self) -> list[Failure]:
-        """Return what ranks have raised since the driver started, in order."""
+        """Return the exceptions of ranks since the driver started, in order."""
         return self._failures
 
     def next_attempt(self) -> int:
-        """Return the number of the attempt that is about to begin."""
+        """Return the number that the next attempt will have."""
         return len(self._past) + 1
 
     def request_stop(self) -> bool:
-        """Have the workers save and end after the step that they are at; tell whether there are any."""
+        """Ask the workers to save and end after the current step; return whether there are workers."""
         self._stop_requested = True
         return self._status.is_running
 
     def stop_requested(self) -> bool:
-        """Tell a worker whether it is to end."""
+        """Return whether workers should save and end."""
         return self._stop_requested
 
     def finish_training(self, attempt: int) -> None:
-        """Note that the workers have done and saved what they were to do."""
+        """Record that the workers of an attempt have trained and saved all steps."""
         if attempt == self._status.attempt:
             self._status.is_running = False
 
     def end_run(self, how: Literal["stopped", "finished"]) -> None:
-        """Note in attempts.jsonl that the current attempt ended without a failure."""
+        """Record in attempts.jsonl that the current attempt ended without a failure."""
         self.end_attempt()
         self._past[-1] |= {"ended": how, "end_step": self._status.step}
         write_whole(self._folder / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in self._past))
@@ -284,18 +297,18 @@ class Recorder:
         return Status(**{**vars(self._status), "notes": notes})
 
     def checkpoint_seconds(self) -> float:
-        """Return the seconds that checkpoints took since the driver started."""
+        """Return the total time of checkpoints since the driver started, in seconds."""
         return self._checkpoint_seconds
 
     def close(self) -> None:
-        """Stop serving metrics, and write what trackers have not."""
+        """Flush the trackers and stop the metrics endpoint."""
         self._trackers.close()
         if self._exporter:
             self._exporter.close()
             (self._folder / METRICS).unlink(missing_ok=True)
 
     def _say_where(self, host: str) -> None:
-        """Write down where the endpoint is, for scripts to find it; what a killed run left is removed."""
+        """Write metrics.json with the address of the endpoint, and remove that of a killed run."""
         (self._folder / METRICS).unlink(missing_ok=True)
         if self._exporter is None:
             return
@@ -308,7 +321,7 @@ class Recorder:
         self._notes.append(text)
 
     def _announce(self) -> None:
-        """Show the current attempt, and withdraw what the one before has shown."""
+        """Export the current attempt's metrics, and remove those of the one before."""
         if self._exporter is None:
             return
         labels = [
@@ -341,13 +354,12 @@ class Recorder:
     def _require_current(self, attempt: int) -> None:
         if attempt != self._status.attempt:
             raise TrainingError(
-                f"attempt {attempt} has been replaced by attempt {self._status.attempt}; it may not "
-                "write any more"
+                f"attempt {attempt} has been superseded by attempt {self._status.attempt} and must not write"
             )
 
 
 def restarts(attempts: Sequence[Mapping[str, Any]]) -> int:
-    """Return how many attempts had to follow one that failed, from the entries of attempts.jsonl."""
+    """Return the number of attempts that failed and were retried, from the entries of attempts.jsonl."""
     return sum("ended" not in entry for entry in attempts[:-1])
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from orchestrator.run.recorder_handle import RecorderHandle
+
 
 class AttemptWatch(UserCallback):  # type: ignore[misc]
     """Has the recorder withdraw an attempt's series as soon as a worker of it has failed.
@@ -16,7 +18,7 @@ class AttemptWatch(UserCallback):  # type: ignore[misc]
         recorder: The actor that keeps the run's records.
     """
 
-    def __init__(self, recorder: Any) -> None:
+    def __init__(self, recorder: RecorderHandle) -> None:
         self._recorder = recorder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

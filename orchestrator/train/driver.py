@@ -26,6 +26,7 @@ from orchestrator.model.build import load_config
 from orchestrator.model.compatibility import model_notes
 from orchestrator.run import run_dir
 from orchestrator.run.recorder import REPORT
+from orchestrator.run.recorder_handle import RecorderHandle
 from orchestrator.run.report import report as summarise
 from orchestrator.run.resolve import ResolvedJob, offload_reason, resolve
 from orchestrator.run.run_lock import RunLock
@@ -212,7 +213,7 @@ def _host_memory_notes(resolved: ResolvedJob) -> list[str]:
     return [f"each worker reserves {size:.4g} GiB of host memory: {reason}"]
 
 
-def _open_records(resolved: ResolvedJob, start: _Start) -> Any:
+def _open_records(resolved: ResolvedJob, start: _Start) -> RecorderHandle:
     """Write job.yaml and deepspeed.json, remove unfinished checkpoints, and start the recorder."""
     job = resolved.job
     run_dir.record_job(start.run_dir, job)
@@ -241,7 +242,7 @@ def _report(
     start: _Start,
     data: PreparedData,
     exported: Exported | None,
-    recorder: Any,
+    recorder: RecorderHandle,
     forecast: admission.Forecast | None,
 ) -> dict[str, Any]:
     """Write report.json, keep what was measured for later plans, and close the records."""

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -18,6 +17,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.metrics.trackers import Trackers
 from orchestrator.run.failures import last_line, worker_group_error
 from orchestrator.run.recorder import Recorder, Status
+from orchestrator.run.recorder_handle import RecorderHandle
 from orchestrator.run.run_lock import RunLock
 from orchestrator.run.run_log import LOGS
 from orchestrator.run.worker_config import WorkerConfig
@@ -29,7 +29,7 @@ OnProgress = Callable[[Status], None]
 _POLL_SECONDS = 0.5
 
 
-def start_recorder(job: JobSpec, directory: Path, lock: RunLock) -> Any:
+def start_recorder(job: JobSpec, directory: Path, lock: RunLock) -> RecorderHandle:
     """Start the recorder as an actor on the driver's node, and wait until it answers.
 
     Raises:
@@ -40,7 +40,7 @@ def start_recorder(job: JobSpec, directory: Path, lock: RunLock) -> Any:
     trackers = partial(
         Trackers, job.metrics.trackers, job.name, job.metrics.project, directory, job.model_dump(mode="json")
     )
-    recorder = (
+    recorder: RecorderHandle = (
         ray.remote(Recorder)
         .options(**options)
         .remote(directory, job.name, lock, job.metrics.host, job.metrics.port, trackers)
@@ -54,7 +54,7 @@ def start_recorder(job: JobSpec, directory: Path, lock: RunLock) -> Any:
     return recorder
 
 
-def fit(config: WorkerConfig, recorder: Any, on_progress: Sequence[OnProgress]) -> None:
+def fit(config: WorkerConfig, recorder: RecorderHandle, on_progress: Sequence[OnProgress]) -> None:
     """Run the worker group to its end.
 
     Args:
@@ -93,7 +93,7 @@ def fit(config: WorkerConfig, recorder: Any, on_progress: Sequence[OnProgress]) 
         )
 
 
-def _fit_in_thread(config: WorkerConfig, recorder: Any, outcome: dict[str, BaseException]) -> None:
+def _fit_in_thread(config: WorkerConfig, recorder: RecorderHandle, outcome: dict[str, BaseException]) -> None:
     """Run Ray Train outside the main thread, so that Ctrl-C reaches the driver itself."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from orchestrator import shutdown
 from orchestrator.checkpoint import checkpointer
 from orchestrator.run.recorder import Status
+from orchestrator.run.recorder_handle import RecorderHandle
 
 _POLL_SECONDS = 0.1
 _SECONDS_TO_ANSWER = 5.0
@@ -19,7 +19,7 @@ AGAIN = "run the same command again and it goes on"
 
 
 def stop_run(
-    recorder: Any,
+    recorder: RecorderHandle,
     workers: threading.Thread,
     checkpoints: Path,
     grace_seconds: float,

@@ -1,7 +1,7 @@
 """The training loop of one worker.
 
-Read `train` first. It is handed everything that is already decided: the engine, which packs belong to which
-step, how many steps there are, and whom to tell.
+Read `train` first. Its arguments hold every decision: the engine, the packs of each step, the number of
+steps, and the callback.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from orchestrator.parallel.ulysses import SequenceGroup
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What one worker needs to know of the whole run.
+    """What one worker needs for the whole run.
 
     Attributes:
         job: The job.
         loader: Training packs by step.
-        packs: Training packs of all steps together; places beyond it are empty.
+        packs: Training packs of all steps together; later slots are empty.
         steps: Optimizer steps.
-        evaluation: Held-out packs by step, and how many there are.
+        evaluation: Evaluation packs by step, and their number.
         rank: Rank of this worker.
         layout: Degrees of parallelism; say which packs, and which part of them, this worker reads.
-        sequence: The workers that share a row with this one; None where it holds its rows alone.
-        device: Where the model is.
+        sequence: Process group of the workers that share each sequence; None without sequence parallelism.
+        device: Device of the model.
         kernel: How attention is computed.
         shape: For FLOPs; None leaves them out.
         head: The LM head, where it scores labels by tiles.
-        adapter_parameters: Weights of LoRA's matrices, for FLOPs.
+        adapter_parameters: Number of LoRA parameters, for FLOPs.
         adapted_last: Whether some of them stand beside the last product of a layer.
     """
 
@@ -80,14 +80,14 @@ class TrainContext:
     adapted_last: bool = False
 
     def batches(self, loader: PackLoader, step: int, packs: int) -> Iterator[MicroBatch]:
-        """Yield this worker's part of its micro-batches of a step."""
+        """Yield this worker's micro-batches of a step, each with its part of the sequence."""
         layout = self.layout
         return loader.micro_batches(
             step, layout.data_parallel_rank(self.rank), packs, layout.sequence_rank(self.rank)
         )
 
     def inputs(self, batch: MicroBatch) -> Inputs:
-        """Return a micro-batch as the model takes it."""
+        """Return the model inputs of a micro-batch."""
         return Inputs.of(batch, self.kernel, self.device, self.sequence)
 
 
@@ -110,33 +110,33 @@ class StepReport:
 
 
 class Callback(Protocol):
-    """Who is told what happens, and saves."""
+    """Called by `train` at the end of steps, after evaluations and to save."""
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this rank knows that the run is to stop; one rank that does is enough."""
+        """Whether this rank has seen a stop request; one rank is enough to stop all."""
 
     def on_step_end(self, report: StepReport) -> None:
-        """Take note of a finished step."""
+        """Handle a finished step."""
 
     def on_evaluate(self, step: int, loss: float) -> None:
-        """Take note of a loss on held-out rows."""
+        """Handle an evaluation loss."""
 
     def on_save(self, engine: Any, step: int) -> None:
-        """Write a checkpoint; every rank calls it at the same step."""
+        """Save a checkpoint; all ranks call it at the same step."""
 
 
 def train(engine: Any, context: TrainContext, callback: Callback, start_step: int = 0) -> None:
-    """Train from a step to the end, or until the run is told to stop, when all ranks save the same step.
+    """Train from a step to the end, or until a stop is requested; then all ranks save the same step.
 
     Args:
-        engine: DeepSpeed's engine, its state that of `start_step`.
+        engine: The DeepSpeed engine, in the state after `start_step` steps.
         context: The run.
-        callback: Told of every step; saves checkpoints.
+        callback: Called after every step; saves checkpoints.
         start_step: Steps that are already done.
 
     Raises:
-        TrainingError: The loss or the gradient is no longer a number.
+        TrainingError: The loss or the gradient norm is not finite.
     """
     job = context.job
     clock = StepClock(context.device)
@@ -159,7 +159,7 @@ def train(engine: Any, context: TrainContext, callback: Callback, start_step: in
         callback.on_step_end(report)
         require_finite(report, scales_loss(engine))
         is_stopped = is_stopped and done < context.steps
-        if is_stopped:  # the time that is left may not be enough for an evaluation
+        if is_stopped:  # the grace period may be too short for an evaluation
             callback.on_save(engine, done)
         if job.eval and is_due(job.eval.every_steps, done, context.steps):
             callback.on_evaluate(done, evaluate(engine, context))
@@ -171,9 +171,9 @@ def train(engine: Any, context: TrainContext, callback: Callback, start_step: in
 
 
 def run_step(engine: Any, context: TrainContext, step: int, clock: StepClock) -> RankStep:
-    """Run this worker's micro-batches of one optimizer step, and the update."""
+    """Run forward, backward and optimizer step over this worker's micro-batches of one step."""
     batches = context.batches(context.loader, step, context.packs)
-    window_tokens = max(1, context.loader.trained_tokens(step, context.packs))
+    step_tokens = max(1, context.loader.trained_tokens(step, context.packs))
     total = torch.zeros((), dtype=torch.float64, device=context.device)
     work = []
     for _ in range(context.job.gradient_accumulation_steps):
@@ -183,7 +183,7 @@ def run_step(engine: Any, context: TrainContext, step: int, clock: StepClock) ->
         with clock.phase("forward"):
             loss = loss_sum(engine, inputs, context.head)
         with clock.phase("backward"):
-            backward(engine, loss / window_tokens, context.layout.gradient_divisor)
+            backward(engine, loss / step_tokens, context.layout.gradient_divisor)
         with clock.phase("optimizer"):
             end_micro_step(engine)
         total += loss.detach()
@@ -192,7 +192,7 @@ def run_step(engine: Any, context: TrainContext, step: int, clock: StepClock) ->
 
 
 def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, clock: StepClock) -> RankStep:
-    """Return what this rank did in the step that is about to end."""
+    """Return this rank's tokens, FLOPs, phase times and memory of a step."""
     model_work = hardware_work = 0.0
     if context.shape is not None:
         model, layout, method = context.job.model, context.layout, context.job.method
@@ -233,9 +233,9 @@ def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, cloc
 
 
 def gather(mine: RankStep, device: torch.device, stop_requested: bool) -> tuple[RankSteps, bool]:
-    """Return what every rank did, by rank, and whether any of them knows that the run is to stop.
+    """Return the metrics of every rank, and whether any rank has seen a stop request.
 
-    One small collective a step, which also ends the step for all.
+    One all-gather a step, of shape (world_size, metrics + 1); it is also the barrier that ends the step.
     """
     vector = torch.tensor([*mine.vector(), float(stop_requested)], dtype=torch.float64, device=device)
     everyone = vector.new_empty(dist.get_world_size() * len(vector))
@@ -245,9 +245,9 @@ def gather(mine: RankStep, device: torch.device, stop_requested: bool) -> tuple[
 
 
 def evaluate(engine: Any, context: TrainContext) -> float:
-    """Return the mean cross-entropy over the trained tokens of the held-out packs."""
+    """Return the mean cross-entropy over the trained tokens of the evaluation packs."""
     if context.evaluation is None:
-        raise ValueError("evaluate needs a context with held-out packs")
+        raise ValueError("evaluate needs a context with evaluation packs")
     loader, packs = context.evaluation
     totals = torch.zeros(2, dtype=torch.float64, device=context.device)
     engine.eval()
@@ -264,14 +264,14 @@ def evaluate(engine: Any, context: TrainContext) -> float:
 
 
 def require_finite(report: StepReport, loss_is_scaled: bool) -> None:
-    """Refuse to go on with a loss or a gradient that is not finite.
+    """Stop if the loss or the gradient norm is not finite.
 
-    DeepSpeed skips such a step in most number formats and says nothing. Only where the loss is scaled is that
-    part of training: the scale was too high, and the skipped step has lowered it.
+    DeepSpeed skips such a step without a message in most dtypes. With dynamic loss scaling (fp16) a skipped
+    step is normal: the scale was too high, and skipping lowers it.
 
     Args:
-        report: The step that is over.
-        loss_is_scaled: Whether a skipped step is to be expected now and then.
+        report: The finished step.
+        loss_is_scaled: Whether the loss is scaled, so that a skipped step is normal.
 
     Raises:
         TrainingError: Names the step and what to try.
@@ -281,12 +281,11 @@ def require_finite(report: StepReport, loss_is_scaled: bool) -> None:
     if not (report.skipped and loss_is_scaled):
         raise TrainingError(
             f"loss={report.loss} and gradient_norm={report.gradient_norm:.3g} at step {report.step}, with "
-            f"learning_rate={report.learning_rate:.3g}: not a number, so no later step can be right; "
-            "lower optim.lr or raise optim.warmup_ratio, look at the data of this step, and start again from "
-            "the last checkpoint"
+            f"learning_rate={report.learning_rate:.3g}: not finite; lower optim.lr or raise "
+            "optim.warmup_ratio, check the data of this step, and resume from the last checkpoint"
         )
 
 
 def is_due(every_steps: int | None, done: int, steps: int) -> bool:
-    """Tell whether something happens after a step: at the end, and every so many steps before it."""
+    """Return whether an action is due after a step: at the end, and at every multiple of `every_steps`."""
     return done == steps or (every_steps is not None and done % every_steps == 0)

@@ -30,7 +30,7 @@ from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.run.recorder import Recorder, WorkerInfo
 from orchestrator.run.run_lock import RunLock
 from orchestrator.train.loop import StepReport
-from orchestrator.train.worker import message
+from orchestrator.train.reporter import step_message
 from tests.benchmarks.environment import describe, say
 
 STEP_SECONDS = 0.2
@@ -86,7 +86,9 @@ def loop_seconds(ranks: int) -> float:
         assert report.loss > 0
         parts: list[Any] = []
         cloudpickle.dumps(
-            (1, *message(report)), protocol=5, buffer_callback=lambda part: parts.append(bytes(part.raw()))
+            (1, *step_message(report)),
+            protocol=5,
+            buffer_callback=lambda part: parts.append(bytes(part.raw())),
         )
 
     return timed(work)
@@ -98,7 +100,7 @@ def recorder_seconds(recorder: Recorder, attempt: int, ranks: int) -> float:
 
     def work() -> None:
         report = StepReport(next(number), 0.1, STEP_SECONDS, 1e-4, 1.0, False, steps)
-        recorder.record_step(attempt, *message(report))
+        recorder.record_step(attempt, *step_message(report))
 
     return timed(work)
 

@@ -133,7 +133,7 @@ def test_the_next_attempt_begins_anew_and_remembers_the_last_checkpoint(recorder
     assert seen["processed_tokens_total"] == [0.0]
     assert "last_step_timestamp_seconds" not in seen
     assert "tgs" not in seen
-    with pytest.raises(TrainingError, match=f"attempt {first} has been replaced by attempt {second}"):
+    with pytest.raises(TrainingError, match=f"attempt {first} has been superseded by attempt {second}"):
         step(recorder, first, 8)
 
 
