@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from ray import ObjectRef
+from typing import Any, Protocol
 
 
 class RemoteMethod(Protocol):
     """A method of an actor."""
 
-    def remote(self, *arguments: object) -> ObjectRef[Any]:
-        """Call it; the reference holds its result or its exception."""
+    def remote(self, *arguments: object) -> Any:
+        """Call it, and return the `ObjectRef` of its result."""
 
 
 class RecorderHandle(Protocol):
