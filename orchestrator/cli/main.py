@@ -128,9 +128,9 @@ def render(
     with exit_codes():
         spec = loader.load(job, overrides)
         kind = device or resolve_device(spec.parallel.device, has_gpus=True)
-        from orchestrator.kubernetes.pod_sizing import Wanted
+        from orchestrator.kubernetes.pod_sizing import PodOptions
 
-        wanted = Wanted(
+        options = PodOptions(
             image,
             gpus_per_node,
             nodes,
@@ -144,9 +144,9 @@ def render(
         if target == "rayjob":
             from orchestrator.kubernetes.rayjob import manifest
 
-            _say(manifest(spec, wanted, kind).rstrip("\n"))
+            _say(manifest(spec, options, kind).rstrip("\n"))
             return
-        if wanted != Wanted():
+        if options != PodOptions():
             raise SpecError(f"target={target} takes no options of pods and nodes; add --target rayjob")
         from orchestrator.parallel.deepspeed_config import render as render_deepspeed
 

@@ -1,10 +1,9 @@
-"""What is wrong with RayJobs and RayClusters though they pass their schemas.
+"""Lint RayJobs and RayClusters for errors that their CRD schemas do not catch.
 
     python -m tests.support.kubernetes_lint FILE...
 
-KubeRay's operator refuses some of it after the object is there, and never says a word of the rest: a
-submissionMode that it does not know brings a whole cluster up and submits nothing. The rules are those of
-KubeRay 1.7.
+The KubeRay operator rejects some of them only after the object was created and ignores others: with an
+unknown submissionMode it starts a cluster and submits nothing. The rules are those of KubeRay 1.7.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 def problems_of(document: Any) -> list[str]:
-    """Return a sentence with value, rule and remedy for every rule that an object breaks.
+    """Return value, rule and remedy for every rule that an object violates.
 
     Args:
-        document: An object as parsed YAML; one that is neither a RayJob nor a RayCluster breaks none.
+        document: An object as parsed YAML; kinds other than RayJob and RayCluster have no rules.
     """
     if not isinstance(document, Mapping) or str(document.get("kind")) not in LONGEST_NAME:
         return []
@@ -38,90 +37,90 @@ def problems_of(document: Any) -> list[str]:
         _section(document, "metadata").get("name"),
         _section(document, "spec"),
     )
-    found = [*_broken_name(kind, name)]
+    found = [*_name_problems(kind, name)]
     if kind == "RayJob":
         found += [
-            *_broken_submission(spec),
-            *_broken_ending(spec),
-            *_broken_selection(spec),
-            *_broken_runtime(spec),
+            *_submission_problems(spec),
+            *_ending_problems(spec),
+            *_selection_problems(spec),
+            *_runtime_problems(spec),
         ]
-        found += _broken_ports(_section(spec, "submitterPodTemplate"), "spec.submitterPodTemplate")
+        found += _port_problems(_section(spec, "submitterPodTemplate"), "spec.submitterPodTemplate")
         if "rayClusterSpec" in spec:
-            found += _broken_cluster(_section(spec, "rayClusterSpec"), "spec.rayClusterSpec")
+            found += _cluster_problems(_section(spec, "rayClusterSpec"), "spec.rayClusterSpec")
     else:
-        found += _broken_cluster(spec, "spec")
+        found += _cluster_problems(spec, "spec")
     return [f"{kind}/{name}: {problem}" for problem in found]
 
 
-def _broken_name(kind: str, name: Any) -> Iterator[str]:
+def _name_problems(kind: str, name: Any) -> Iterator[str]:
     if not isinstance(name, str):
-        yield f"metadata.name={name!r} is no name; give one, since others are built from it"
+        yield f"metadata.name={name!r} is not a name; set one, since other names are derived from it"
         return
     longest = LONGEST_NAME[kind]
     if len(name) > longest:
         yield (
-            f"metadata.name={name} has {len(name)} characters, and a {kind} has at most {longest}, because "
-            "KubeRay adds to it; shorten it"
+            f"metadata.name={name} has {len(name)} characters; a {kind} name has at most {longest}, because "
+            "KubeRay appends to it; shorten it"
         )
     if not _DNS_1035.fullmatch(name):
         yield (
-            f"metadata.name={name} is no DNS-1035 label; start with a lower-case letter, go on with "
-            "lower-case letters, digits and dashes, and end with no dash"
+            f"metadata.name={name} is not a DNS-1035 label; use lower-case letters, digits and dashes, start "
+            "with a letter and do not end with a dash"
         )
 
 
-def _broken_submission(spec: Mapping[str, Any]) -> Iterator[str]:
+def _submission_problems(spec: Mapping[str, Any]) -> Iterator[str]:
     mode = spec.get("submissionMode", SUBMISSION_MODES[0])
     if mode not in SUBMISSION_MODES:
         yield (
-            f"spec.submissionMode={mode} is accepted, brings up the cluster and submits nothing; use "
-            f"{', '.join(SUBMISSION_MODES)}"
+            f"spec.submissionMode={mode} is accepted by the API server, but KubeRay then submits nothing; "
+            f"use {', '.join(SUBMISSION_MODES)}"
         )
     if mode == "SidecarMode" and ("submitterPodTemplate" in spec or "submitterConfig" in spec):
         yield (
-            "spec.submissionMode=SidecarMode does not go with submitterPodTemplate and submitterConfig, "
-            "since the head's pod submits; leave them out"
+            "spec.submissionMode=SidecarMode conflicts with submitterPodTemplate and submitterConfig, "
+            "since the head pod submits; remove them"
         )
     if mode == "InteractiveMode" and _number(spec, "backoffLimit") > 0:
         yield (
-            f"spec.backoffLimit={spec['backoffLimit']} does not go with submissionMode=InteractiveMode; "
-            "leave it out"
+            f"spec.backoffLimit={spec['backoffLimit']} conflicts with submissionMode=InteractiveMode; "
+            "remove it"
         )
 
 
-def _broken_ending(spec: Mapping[str, Any]) -> Iterator[str]:
+def _ending_problems(spec: Mapping[str, Any]) -> Iterator[str]:
     shutdown = spec.get("shutdownAfterJobFinishes") is True
     rules = _section(spec, "deletionStrategy").get("deletionRules")
     if _number(spec, "ttlSecondsAfterFinished") > 0 and not shutdown:
         yield (
-            f"spec.ttlSecondsAfterFinished={spec['ttlSecondsAfterFinished']} needs shutdownAfterJobFinishes: "
-            "true; set it, or remove the TTL"
+            f"spec.ttlSecondsAfterFinished={spec['ttlSecondsAfterFinished']} requires "
+            "shutdownAfterJobFinishes: true; set it, or remove the TTL"
         )
     if isinstance(rules, list) and rules and shutdown:
         yield (
-            f"spec.deletionStrategy.deletionRules ({len(rules)} of them) does not go with "
-            "shutdownAfterJobFinishes: true, which also says what is deleted; keep one of the two"
+            f"spec.deletionStrategy.deletionRules ({len(rules)} rules) conflicts with "
+            "shutdownAfterJobFinishes: true; keep one of the two"
         )
     if spec.get("suspend") is True and not shutdown:
-        yield ("spec.suspend=true needs shutdownAfterJobFinishes: true; set it (Kueue sets suspend)")
+        yield ("spec.suspend=true requires shutdownAfterJobFinishes: true; set it (Kueue sets suspend)")
     for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
         if field in spec and _number(spec, field) <= 0:
-            yield f"spec.{field}={spec[field]} is no time; give seconds above 0, or leave it out"
+            yield f"spec.{field}={spec[field]} must be above 0 seconds; change or remove it"
 
 
-def _broken_selection(spec: Mapping[str, Any]) -> Iterator[str]:
+def _selection_problems(spec: Mapping[str, Any]) -> Iterator[str]:
     selector = spec.get("clusterSelector")
     if selector and _number(spec, "backoffLimit") > 0:
         yield (
-            f"spec.backoffLimit={spec['backoffLimit']} does not go with clusterSelector: a retry is a new "
-            "cluster, and this job uses one that is there; leave one of the two out"
+            f"spec.backoffLimit={spec['backoffLimit']} conflicts with clusterSelector: a retry creates a "
+            "new cluster, but this job uses an existing one; remove one of the two"
         )
     if not selector and "rayClusterSpec" not in spec:
-        yield "spec has neither rayClusterSpec nor clusterSelector, so there is no cluster; give one of them"
+        yield "spec has neither rayClusterSpec nor clusterSelector; set one of them"
 
 
-def _broken_runtime(spec: Mapping[str, Any]) -> Iterator[str]:
+def _runtime_problems(spec: Mapping[str, Any]) -> Iterator[str]:
     text = spec.get("runtimeEnvYAML")
     if text is None:
         return
@@ -129,26 +128,26 @@ def _broken_runtime(spec: Mapping[str, Any]) -> Iterator[str]:
         value = yaml.safe_load(text) if isinstance(text, str) else None
     except yaml.YAMLError as error:
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        yield f"spec.runtimeEnvYAML={text[:40]!r} is no YAML ({reason}); correct it"
+        yield f"spec.runtimeEnvYAML={text[:40]!r} is not valid YAML ({reason}); correct it"
         return
     if text and not isinstance(value, dict):
-        yield f"spec.runtimeEnvYAML={str(text)[:40]!r} is no mapping; write keys such as env_vars:"
+        yield f"spec.runtimeEnvYAML={str(text)[:40]!r} is not a mapping; use keys such as env_vars:"
 
 
-def _broken_cluster(cluster: Mapping[str, Any], at: str) -> Iterator[str]:
-    yield from _broken_token(cluster, at)
+def _cluster_problems(cluster: Mapping[str, Any], at: str) -> Iterator[str]:
+    yield from _token_problems(cluster, at)
     groups = [("headGroupSpec", _section(cluster, "headGroupSpec"))]
     groups += [
         (f"workerGroupSpecs[{number}]", group) for number, group in _mappings(cluster, "workerGroupSpecs")
     ]
-    for place, group in groups:
-        yield from _broken_resources(group, f"{at}.{place}")
-        yield from _broken_ports(_section(group, "template"), f"{at}.{place}.template")
-        if place != "headGroupSpec":
-            yield from _broken_replicas(group, f"{at}.{place}")
+    for name, group in groups:
+        yield from _resource_problems(group, f"{at}.{name}")
+        yield from _port_problems(_section(group, "template"), f"{at}.{name}.template")
+        if name != "headGroupSpec":
+            yield from _replica_problems(group, f"{at}.{name}")
 
 
-def _broken_token(cluster: Mapping[str, Any], at: str) -> Iterator[str]:
+def _token_problems(cluster: Mapping[str, Any], at: str) -> Iterator[str]:
     if _section(cluster, "authOptions").get("mode") != "token":
         return
     version = str(cluster.get("rayVersion", ""))
@@ -156,31 +155,31 @@ def _broken_token(cluster: Mapping[str, Any], at: str) -> Iterator[str]:
     least = ".".join(map(str, FIRST_RAY_WITH_TOKENS))
     if not found:
         yield (
-            f"{at}.rayVersion={version or 'missing'} with authOptions.mode=token: KubeRay must know that it "
-            f"is {least} or later; write the image's version"
+            f"{at}.rayVersion={version or 'missing'} with authOptions.mode=token: KubeRay requires {least} "
+            "or later; set the Ray version of the image"
         )
     elif tuple(map(int, found.groups())) < FIRST_RAY_WITH_TOKENS:
         yield (
-            f"{at}.rayVersion={version} knows no tokens, and authOptions.mode=token needs {least} or later; "
-            "use a newer image and its version, or mode: disabled"
+            f"{at}.rayVersion={version} does not support authOptions.mode=token, which requires {least} or "
+            "later; use a newer image and its version, or mode: disabled"
         )
 
 
-def _broken_resources(group: Mapping[str, Any], at: str) -> Iterator[str]:
+def _resource_problems(group: Mapping[str, Any], at: str) -> Iterator[str]:
     named = [name for name in _RESOURCE_PARAMETERS if name in _section(group, "rayStartParams")]
     if named and group.get("resources"):
         yield (
             f"{at} has {', '.join(named)} in rayStartParams and resources={group['resources']}; "
-            "KubeRay takes one of the two: keep either"
+            "KubeRay accepts only one of the two: keep either"
         )
 
 
-def _broken_replicas(group: Mapping[str, Any], at: str) -> Iterator[str]:
+def _replica_problems(group: Mapping[str, Any], at: str) -> Iterator[str]:
     missing = [name for name in ("minReplicas", "maxReplicas") if name not in group]
     if missing:
         yield (
-            f"{at} has no {' and no '.join(missing)}, whose defaults are 0 and 2147483647; write both, equal "
-            "to replicas where the number of workers is fixed"
+            f"{at} has no {' and no '.join(missing)}, whose defaults are 0 and 2147483647; set both, equal "
+            "to replicas for a fixed number of workers"
         )
         return
     least, most = _number(group, "minReplicas"), _number(group, "maxReplicas")
@@ -188,12 +187,12 @@ def _broken_replicas(group: Mapping[str, Any], at: str) -> Iterator[str]:
         yield f"{at}.minReplicas={least} is above maxReplicas={most}; lower one or raise the other"
     elif "replicas" in group and not least <= _number(group, "replicas") <= most:
         yield (
-            f"{at}.replicas={group['replicas']} is outside minReplicas={least} to maxReplicas={most}, where "
-            "KubeRay would move it; write a number between them"
+            f"{at}.replicas={group['replicas']} is outside minReplicas={least} to maxReplicas={most}, so "
+            "KubeRay would change it; use a number in this range"
         )
 
 
-def _broken_ports(template: Mapping[str, Any], at: str) -> Iterator[str]:
+def _port_problems(template: Mapping[str, Any], at: str) -> Iterator[str]:
     for field in ("containers", "initContainers"):
         for _, container in _mappings(_section(template, "spec"), field):
             for _, port in _mappings(container, "ports"):
@@ -201,7 +200,7 @@ def _broken_ports(template: Mapping[str, Any], at: str) -> Iterator[str]:
                 if len(name) > LONGEST_PORT_NAME:
                     yield (
                         f"{at}.spec.{field}: port name {name} of {container.get('name')} has {len(name)} "
-                        f"characters, and no pod is made with more than {LONGEST_PORT_NAME}; shorten it"
+                        f"characters; the limit is {LONGEST_PORT_NAME}; shorten it"
                     )
 
 
@@ -211,29 +210,29 @@ def _section(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _mappings(value: Mapping[str, Any], key: str) -> list[tuple[int, Mapping[str, Any]]]:
-    """Return place and value of a list's mappings; what else is in it is the schema's business."""
-    found = value.get(key)
-    each = enumerate(found) if isinstance(found, list) else ()
-    return [(number, item) for number, item in each if isinstance(item, Mapping)]
+    """Return index and value of the mappings in a list; other items are left to the schema."""
+    items = value.get(key)
+    numbered = enumerate(items) if isinstance(items, list) else ()
+    return [(number, item) for number, item in numbered if isinstance(item, Mapping)]
 
 
 def _number(value: Mapping[str, Any], key: str) -> int:
-    """Return an integer; what is none is the schema's business, and counts as 0."""
+    """Return an integer, or 0 for other types, which are left to the schema."""
     found = value.get(key, 0)
     return found if isinstance(found, int) else 0
 
 
 def lint(text: str) -> list[str]:
-    """Return what is wrong with the objects of a YAML stream.
+    """Return the problems of all objects of a YAML stream.
 
     Raises:
-        yaml.YAMLError: The text is no YAML.
+        yaml.YAMLError: The text is not valid YAML.
     """
     return [problem for document in yaml.safe_load_all(text) for problem in problems_of(document)]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Lint files, - for stdin; return 0, or 2 where something is wrong."""
+    """Lint files (- for stdin); return 0 without and 2 with problems."""
     if not arguments:
         sys.stderr.write("usage: python -m tests.support.kubernetes_lint FILE... (- reads stdin)\n")
         return 2

@@ -1,4 +1,4 @@
-"""The manifests as kustomize builds them."""
+"""Fixture that builds manifests with kustomize."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _built(folder: str) -> str:
 
 @pytest.fixture(scope="session")
 def build() -> Any:
-    """Return a function that builds a folder of k8s/ and returns its objects."""
+    """Return a function that builds a folder of k8s/ with kustomize and returns its objects."""
     reason = _unusable()
     if reason:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Schemas that an API server would hold objects to, made strict, and used offline."""
+"""Offline validation against strict versions of the Kubernetes and CRD schemas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import ROOT
 
-# Too large to ship; where there are any, they lie beside the checkout.
+# Too large to include; read from a folder next to the checkout if present.
 CRDS = ROOT.parent / "shared" / "crds"
 CORE_VERSION = "1.36"
 _FILES = {
@@ -25,13 +25,13 @@ _FILES = {
 
 
 def strict(schema: Any) -> Any:
-    """Return a CRD's schema without what lets a slip pass.
+    """Return a CRD schema that also rejects typos.
 
-    Fields that are not known are refused, as `kubectl apply` does, and fields with a default are not asked
-    for, as the server fills them in.
+    Unknown fields are rejected, as by `kubectl apply`; fields with a default are optional, since the server
+    fills them in.
     """
     if isinstance(schema, list):
-        return [strict(each) for each in schema]
+        return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     made = {
@@ -51,12 +51,12 @@ def strict(schema: Any) -> Any:
 def _validator(path: Path, version: str) -> jsonschema.Draft202012Validator:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     crd = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    schemas = {each["name"]: each["schema"]["openAPIV3Schema"] for each in crd["spec"]["versions"]}
+    schemas = {item["name"]: item["schema"]["openAPIV3Schema"] for item in crd["spec"]["versions"]}
     return jsonschema.Draft202012Validator(strict(schemas[version]))
 
 
 def custom_problems(document: dict[str, Any]) -> Iterator[str]:
-    """Yield what the CRD of an object's kind finds wrong; skip the test where there is no CRD."""
+    """Yield schema violations of a custom object; skip the test if its CRD is not available."""
     path = CRDS / _FILES[document["kind"]]
     if not path.exists():
         pytest.skip(f"no CRDs in {CRDS}; put those of KubeRay 1.7 and prometheus-operator there")
@@ -81,7 +81,7 @@ def is_custom(document: dict[str, Any]) -> bool:
 
 
 def templates(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield role and template of each pod that an object brings up."""
+    """Yield role and pod template of each pod that an object creates."""
     spec = document["spec"]
     if "submitterPodTemplate" in spec:
         yield "submitter", spec["submitterPodTemplate"]
@@ -92,6 +92,6 @@ def templates(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def pods(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield role and pod, in the form that Kubernetes' own schema describes, of each that comes up."""
+    """Yield role and Pod object of each pod that an object creates."""
     for role, template in templates(document):
         yield role, {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role}, "spec": template["spec"]}

@@ -1,4 +1,4 @@
-"""Images are of the versions that everything else is of; no test builds them."""
+"""Versions in the Dockerfiles match the project; no test builds the images."""
 
 import re
 import tomllib
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config import loader
-from orchestrator.kubernetes.pod_sizing import Wanted, size_of
+from orchestrator.kubernetes.pod_sizing import PodOptions, size_pods
 from orchestrator.kubernetes.rayjob import IMAGES, RAY_VERSION, rayjob_spec
 from tests.conftest import ROOT
 
@@ -21,16 +21,16 @@ PINS = dict(
 
 
 def lines_of(file: Path) -> list[str]:
-    """Return a Dockerfile's instructions, each on one line."""
+    """Return a Dockerfile's instructions, one per line."""
     text = re.sub(r"\\\n\s*", "", file.read_text())
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def test_ray_is_the_one_installed_and_pinned() -> None:
+def test_the_ray_version_is_installed_and_pinned() -> None:
     assert metadata.version("ray") == PINS["ray"] == RAY_VERSION
 
 
-def test_the_tags_are_those_of_this_version() -> None:
+def test_image_tags_match_the_project_version() -> None:
     version = PROJECT["project"]["version"]
     assert {kind: f"orchestrator:{version}-{kind}" for kind in ("cuda", "cpu")} == IMAGES
     readme = (ROOT / "k8s" / "README.md").read_text()
@@ -41,19 +41,19 @@ def test_the_tags_are_those_of_this_version() -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(IMAGES))
-def test_versions_are_those_of_constraints_and_project(kind: str) -> None:
+def test_dockerfile_versions_match_constraints_and_project(kind: str) -> None:
     lines = lines_of(DOCKERFILES[kind])
     assert f"ARG RAY_VERSION={PINS['ray']}" in lines
     (base,) = [line for line in lines if line.startswith("FROM python:")]
     assert base == f"FROM python:{PROJECT['tool']['mypy']['python_version']}-slim-bookworm"
     (install,) = [line for line in lines if "pip install" in line]
     assert "--constraint constraints/cpu.txt" in install
-    # Whatever version stands in a Dockerfile is one that a pin could contradict.
+    # A version pinned in a Dockerfile could contradict the constraints.
     assert re.findall(r"[\w-]+==[\d.]+", "\n".join(lines)) == []
 
 
 @pytest.mark.parametrize("kind", sorted(IMAGES))
-def test_all_that_is_installed_is_copied_and_there(kind: str) -> None:
+def test_dockerfiles_copy_everything_that_is_installed(kind: str) -> None:
     lines = lines_of(DOCKERFILES[kind])
     copied = [
         name
@@ -65,19 +65,21 @@ def test_all_that_is_installed_is_copied_and_there(kind: str) -> None:
     wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {*wheel["packages"], *(name.split("/")[0] for name in wheel["force-include"])}
     assert {*needed, "constraints", "pyproject.toml", "README.md"} <= set(copied)
-    asked = re.findall(r"\.\[([\w,]+)\]|EXTRAS=([\w,]+)", "\n".join(lines))
-    extras = {extra for found in asked for part in found for extra in part.split(",") if extra}
+    requested = re.findall(r"\.\[([\w,]+)\]|EXTRAS=([\w,]+)", "\n".join(lines))
+    extras = {extra for found in requested for part in found for extra in part.split(",") if extra}
     assert extras
     assert extras <= set(PROJECT["project"]["optional-dependencies"])
 
 
 @pytest.mark.parametrize("kind", sorted(IMAGES))
-def test_pods_run_as_the_user_of_the_image_in_its_home(kind: str) -> None:
+def test_pods_run_as_the_user_and_in_the_home_of_the_image(kind: str) -> None:
     job = loader.load(ROOT / "k8s" / "base" / "job.yaml")
-    head = rayjob_spec(job, Wanted(), size_of(job, Wanted(), "cpu"), "c")["rayClusterSpec"]["headGroupSpec"]
+    head = rayjob_spec(job, PodOptions(), size_pods(job, PodOptions(), "cpu"), "c")["rayClusterSpec"][
+        "headGroupSpec"
+    ]
     pod = head["template"]["spec"]
     user, group = pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsGroup"]
-    home = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}["HOME"]
+    home = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}["HOME"]
     lines = lines_of(DOCKERFILES[kind])
     assert f"USER {user}:{group}" in lines
     assert f"WORKDIR {home}" in lines

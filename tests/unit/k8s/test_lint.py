@@ -1,4 +1,4 @@
-"""Each planted error is found, named with value, rule and remedy; what is right passes."""
+"""The lint finds every injected error and reports value, rule and remedy; valid manifests pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from orchestrator.config import loader
-from orchestrator.kubernetes.pod_sizing import Wanted, size_of
+from orchestrator.kubernetes.pod_sizing import PodOptions, size_pods
 from orchestrator.kubernetes.rayjob import documents
 from tests.conftest import ROOT
 from tests.support import kubernetes_lint
@@ -21,7 +21,7 @@ from tests.unit.k8s.schemas import core_problem, custom_problems
 
 def rayjob() -> dict[str, Any]:
     job = loader.load(ROOT / "k8s" / "base" / "job.yaml")
-    return documents(job, Wanted(nodes=2), size_of(job, Wanted(nodes=2), "cpu"))[1]
+    return documents(job, PodOptions(nodes=2), size_pods(job, PodOptions(nodes=2), "cpu"))[1]
 
 
 def raycluster() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def raycluster() -> dict[str, Any]:
 
 
 def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Return an object with a value at a dotted path, or without it where the value is None."""
+    """Return an object with the value at a dotted path set, or removed if the value is None."""
     found = copy.deepcopy(document)
     target: Any = found
     *parents, last = [int(part) if part.isdecimal() else part for part in path.split(".")]
@@ -52,7 +52,7 @@ WORKERS = "spec.rayClusterSpec.workerGroupSpecs.0"
 PORT = "template.spec.containers.0.ports.0.name"
 RULES = [{"policy": "DeleteCluster", "condition": {"jobStatus": "FAILED"}}]
 
-PLANTED = {
+INJECTED = {
     "unknown submission mode": ({"spec.submissionMode": "Foo"}, ["submissionMode=Foo", "K8sJobMode"]),
     "TTL without shutdown": (
         {"spec.shutdownAfterJobFinishes": False},
@@ -75,47 +75,47 @@ PLANTED = {
         {f"{WORKERS}.resources": {"GPU": "1"}, f"{WORKERS}.rayStartParams.num-gpus": "1"},
         ["num-gpus", "GPU", "keep either"],
     ),
-    "retries on a cluster that is there": (
+    "retries on an existing cluster": (
         {"spec.clusterSelector": {"ray.io/cluster": "c"}},
         ["backoffLimit=2", "clusterSelector"],
     ),
-    "deletion rules beside shutdown": (
+    "deletion rules with shutdown": (
         {"spec.deletionStrategy": {"deletionRules": RULES}},
         ["deletionRules", "shutdownAfterJobFinishes"],
     ),
-    "a Ray without tokens": ({"spec.rayClusterSpec.rayVersion": "2.51.1"}, ["rayVersion=2.51.1", "2.52"]),
-    "tokens without a version": ({"spec.rayClusterSpec.rayVersion": None}, ["rayVersion=missing", "2.52"]),
-    "a version that is none": ({"spec.rayClusterSpec.rayVersion": "latest"}, ["rayVersion=latest", "2.52"]),
-    "runtime environment that is no YAML": ({"spec.runtimeEnvYAML": "a: [1"}, ["runtimeEnvYAML='a: [1'"]),
-    "runtime environment that is no mapping": ({"spec.runtimeEnvYAML": "pip"}, ["runtimeEnvYAML='pip'"]),
+    "Ray without tokens": ({"spec.rayClusterSpec.rayVersion": "2.51.1"}, ["rayVersion=2.51.1", "2.52"]),
+    "tokens without version": ({"spec.rayClusterSpec.rayVersion": None}, ["rayVersion=missing", "2.52"]),
+    "invalid version": ({"spec.rayClusterSpec.rayVersion": "latest"}, ["rayVersion=latest", "2.52"]),
+    "runtime environment with invalid YAML": ({"spec.runtimeEnvYAML": "a: [1"}, ["runtimeEnvYAML='a: [1'"]),
+    "runtime environment that is not a mapping": ({"spec.runtimeEnvYAML": "pip"}, ["runtimeEnvYAML='pip'"]),
     "suspended without shutdown": (
         {"spec.suspend": True, "spec.shutdownAfterJobFinishes": False, "spec.ttlSecondsAfterFinished": None},
         ["suspend=true", "shutdownAfterJobFinishes: true"],
     ),
-    "a submitter beside the sidecar": (
+    "submitter pod in SidecarMode": (
         {"spec.submissionMode": "SidecarMode"},
         ["SidecarMode", "submitterPodTemplate"],
     ),
-    "interactive with retries": ({"spec.submissionMode": "InteractiveMode"}, ["backoffLimit=2", "leave it"]),
+    "interactive with retries": ({"spec.submissionMode": "InteractiveMode"}, ["backoffLimit=2", "remove it"]),
     "no cluster": ({"spec.rayClusterSpec": None}, ["neither rayClusterSpec nor clusterSelector"]),
-    "no time": ({"spec.activeDeadlineSeconds": 0}, ["activeDeadlineSeconds=0", "above 0"]),
+    "zero deadline": ({"spec.activeDeadlineSeconds": 0}, ["activeDeadlineSeconds=0", "above 0"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANTED)
-def test_a_planted_error_is_found_and_named(name: str) -> None:
-    changes, told = PLANTED[name]
+@pytest.mark.parametrize("name", INJECTED)
+def test_an_injected_error_is_reported(name: str) -> None:
+    changes, expected = INJECTED[name]
     document = rayjob()
     for path, value in changes.items():
         document = changed(document, path, value)
     (problem,) = problems_of(document)
     assert problem.startswith("RayJob/")
-    assert [part for part in told if part not in problem] == []
-    assert len(problem.split(";")) >= 2, "a remedy follows the rule"
+    assert [part for part in expected if part not in problem] == []
+    assert len(problem.split(";")) >= 2, "the rule is followed by a remedy"
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "expected"),
     [
         ("metadata.name", "a" * 54, "at most 53"),
         ("spec.rayVersion", "2.9.0", "2.52"),
@@ -123,13 +123,13 @@ def test_a_planted_error_is_found_and_named(name: str) -> None:
         ("spec.headGroupSpec.resources", {"CPU": "1"}, "num-cpus"),
     ],
 )
-def test_a_cluster_is_linted_too(path: str, value: Any, told: str) -> None:
+def test_ray_clusters_are_linted(path: str, value: Any, expected: str) -> None:
     assert problems_of(raycluster()) == []
     (problem,) = problems_of(changed(raycluster(), path, value))
-    assert told in problem
+    assert expected in problem
 
 
-def test_what_is_right_passes() -> None:
+def test_valid_manifests_pass() -> None:
     assert problems_of(rayjob()) == []
     for name in ("a", "a" * 47, "a-1"):
         assert problems_of(changed(rayjob(), "metadata.name", name)) == []
@@ -141,14 +141,14 @@ def test_what_is_right_passes() -> None:
     assert problems_of(changed(no_tokens, "spec.rayClusterSpec.rayVersion", "2.40.0")) == []
 
 
-def test_several_errors_come_at_once_and_other_kinds_pass() -> None:
+def test_all_errors_are_reported_and_other_kinds_are_ignored() -> None:
     document = changed(changed(rayjob(), "metadata.name", "A"), "spec.submissionMode", "Foo")
     text = yaml.safe_dump_all([document, {"kind": "ConfigMap"}, None, 3])
     assert len(lint(text)) == 2
 
 
 def paths_of(value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the dotted path of every value inside another; keys that hold dots are passed over."""
+    """Yield the dotted path of every nested value; keys with dots are skipped."""
     for key, child in value.items() if isinstance(value, dict) else enumerate(value):
         if "." not in str(key):
             yield ".".join((*path, str(key)))
@@ -156,7 +156,7 @@ def paths_of(value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
                 yield from paths_of(child, (*path, str(key)))
 
 
-def test_nothing_that_yaml_can_hold_is_a_traceback() -> None:
+def test_no_yaml_value_causes_an_exception() -> None:
     document = rayjob()
     paths = list(paths_of(document))
     assert f"{HEAD}.{PORT}" in paths
@@ -165,7 +165,9 @@ def test_nothing_that_yaml_can_hold_is_a_traceback() -> None:
             assert isinstance(problems_of(changed(document, path, value)), list)
 
 
-def test_the_command_tells_files_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_file_of_each_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good, bad, broken = (tmp_path / name for name in ("good.yaml", "bad.yaml", "broken.yaml"))
     good.write_text(yaml.safe_dump(rayjob()))
     bad.write_text(yaml.safe_dump(changed(rayjob(), "spec.submissionMode", "Foo")))
@@ -179,7 +181,7 @@ def test_the_command_tells_files_apart(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "expected"),
     [
         ("spec.replicas", 2, "replicas"),
         (f"{WORKERS}.replica", 2, "replica"),
@@ -188,14 +190,16 @@ def test_the_command_tells_files_apart(tmp_path: Path, capsys: pytest.CaptureFix
         ("spec.rayClusterSpec.authOptions.mode", "tokens", "tokens"),
     ],
 )
-def test_a_slip_that_is_not_linted_is_refused_by_the_strict_schema(path: str, value: Any, told: str) -> None:
+def test_typos_that_the_lint_ignores_are_rejected_by_the_strict_schema(
+    path: str, value: Any, expected: str
+) -> None:
     assert list(custom_problems(rayjob())) == []
     problems = list(custom_problems(changed(rayjob(), path, value)))
     assert len(problems) == 1
-    assert told in problems[0]
+    assert expected in problems[0]
 
 
-def test_a_slip_in_a_pod_is_refused_by_kubernetes_own_schema() -> None:
+def test_a_typo_in_a_pod_is_rejected_by_the_kubernetes_schema() -> None:
     spec = rayjob()["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "head"}, "spec": spec}
     assert core_problem(pod) is None

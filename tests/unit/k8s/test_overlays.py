@@ -1,4 +1,4 @@
-"""Every overlay builds, is valid to strict schemas and to the lint, and keeps the rules of the house."""
+"""Every overlay builds, passes strict schemas and the lint, and follows the rules of this repository."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from orchestrator.cluster.hardware import CATALOGUE
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
-from orchestrator.kubernetes.pod_sizing import GIB, RAY_PORTS, Wanted, size_of
+from orchestrator.kubernetes.pod_sizing import GIB, RAY_PORTS, PodOptions, size_pods
 from orchestrator.kubernetes.rayjob import PART_OF, documents, dump, rayjob_spec
 from orchestrator.metrics.catalogue import PREFIX
 from orchestrator.metrics.endpoint import AUTO_PORTS
@@ -28,16 +28,16 @@ BASE = ROOT / "k8s" / "base"
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s" / "overlays").iterdir())
 COMPONENTS = sorted(folder.name for folder in (ROOT / "k8s" / "components").iterdir())
 BUILT = ["base", *(f"overlays/{name}" for name in OVERLAYS)]
-# What the pods of an overlay with GPUs were made for; `render` is asked the same.
+# Options with which `render` reproduces the pods of the GPU overlays.
 NODES = {
-    "a100x8": Wanted(gpus_per_node=8, cpus_per_node=64, memory_per_node=512),
-    "h100-rdma": Wanted(gpus_per_node=8, cpus_per_node=96, memory_per_node=1024),
+    "a100x8": PodOptions(gpus_per_node=8, cpus_per_node=64, memory_per_node=512),
+    "h100-rdma": PodOptions(gpus_per_node=8, cpus_per_node=96, memory_per_node=1024),
 }
 NEEDS_MORE_THAN_BASELINE = {"h100-rdma"}
 
 
 def of_kind(objects: Any, *kinds: str) -> list[dict[str, Any]]:
-    return [each for each in objects if each["kind"] in kinds]
+    return [item for item in objects if item["kind"] in kinds]
 
 
 def ray_objects(objects: Any) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def job_of(name: str) -> JobSpec:
     return loader.load(file if file.exists() else BASE / "job.yaml")
 
 
-def test_what_is_looked_at_is_there() -> None:
+def test_expected_overlays_and_components_exist() -> None:
     assert {"cpu-smoke", "a100x8", "h100-rdma", "long-lived"} <= set(OVERLAYS)
     assert {"kueue", "volcano", "rdma", "storage", "s3", "monitoring"} <= set(COMPONENTS)
 
@@ -63,10 +63,10 @@ def test_what_is_looked_at_is_there() -> None:
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_every_component_is_used_by_an_overlay(name: str) -> None:
     kustomizations = [yaml.safe_load(path.read_text()) for path in (ROOT / "k8s/overlays").glob("*/kust*")]
-    assert f"../../components/{name}" in {part for each in kustomizations for part in each["components"]}
+    assert f"../../components/{name}" in {part for item in kustomizations for part in item["components"]}
 
 
-def test_the_readme_lists_every_overlay_and_its_components() -> None:
+def test_the_readme_lists_all_overlays_and_components() -> None:
     listed = {}
     for line in (ROOT / "k8s" / "README.md").read_text().splitlines():
         if found := re.match(r"\| `([\w-]+)` \|.*\| (.*) \|", line):
@@ -80,19 +80,19 @@ def test_the_readme_lists_every_overlay_and_its_components() -> None:
 
 
 @pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
-def test_custom_objects_are_valid_to_their_strict_schemas(build: Any, folder: str) -> None:
+def test_custom_objects_pass_their_strict_crd_schemas(build: Any, folder: str) -> None:
     for document in build(folder):
         assert not is_custom(document) or list(custom_problems(document)) == []
 
 
 @pytest.mark.parametrize("folder", [*BUILT, "monitoring"])
-def test_other_objects_are_valid_to_kubernetes_own_schema(build: Any, folder: str) -> None:
+def test_core_objects_pass_the_kubernetes_schema(build: Any, folder: str) -> None:
     for document in build(folder):
         assert is_custom(document) or core_problem(document) is None
 
 
 @pytest.mark.parametrize("folder", BUILT)
-def test_pods_are_valid_to_kubernetes_own_schema(build: Any, folder: str) -> None:
+def test_pods_pass_the_kubernetes_schema(build: Any, folder: str) -> None:
     for ray in ray_objects(build(folder)):
         assert {role: core_problem(pod) for role, pod in pods(ray) if core_problem(pod)} == {}
 
@@ -103,7 +103,7 @@ def test_the_lint_finds_nothing(build: Any, folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", BUILT)
-def test_pods_are_what_the_security_standard_restricted_admits(build: Any, folder: str) -> None:
+def test_pods_pass_the_restricted_security_standard(build: Any, folder: str) -> None:
     for ray in ray_objects(build(folder)):
         for role, pod in pods(ray):
             spec, in_rdma = pod["spec"], folder.endswith("h100-rdma") and role == "workers"
@@ -118,27 +118,27 @@ def test_pods_are_what_the_security_standard_restricted_admits(build: Any, folde
                 assert security["readOnlyRootFilesystem"] is True
                 assert security["capabilities"]["drop"] == ["ALL"]
                 assert security["capabilities"].get("add") == (["IPC_LOCK"] if in_rdma else None)
-                assert any("NCCL" in each["name"] for each in container["env"]) is in_rdma
+                assert any("NCCL" in item["name"] for item in container["env"]) is in_rdma
 
 
 @pytest.mark.parametrize("name", [name for name in OVERLAYS if name != "long-lived"])
-def test_the_namespace_admits_its_pods(build: Any, name: str) -> None:
+def test_the_namespace_has_the_security_level_of_its_pods(build: Any, name: str) -> None:
     objects = build(f"overlays/{name}")
     (namespace,) = of_kind(objects, "Namespace")
     level = namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
     assert level == ("privileged" if name in NEEDS_MORE_THAN_BASELINE else "restricted")
-    inside = {each["metadata"].get("namespace") for each in objects if each["kind"] != "Namespace"}
+    inside = {item["metadata"].get("namespace") for item in objects if item["kind"] != "Namespace"}
     assert inside == {namespace["metadata"]["name"]}
 
 
 @pytest.mark.parametrize("folder", BUILT)
-def test_pods_get_what_they_ask_for_and_shared_memory_is_bounded(build: Any, folder: str) -> None:
+def test_requests_equal_limits_and_shared_memory_is_bounded(build: Any, folder: str) -> None:
     for ray in ray_objects(build(folder)):
         for role, pod in pods(ray):
             (container,) = pod["spec"]["containers"]
             assert container["resources"]["requests"] == container["resources"]["limits"]
-            mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
-            volumes = {each["name"]: each for each in pod["spec"]["volumes"]}
+            mounts = {item["mountPath"]: item["name"] for item in container["volumeMounts"]}
+            volumes = {item["name"]: item for item in pod["spec"]["volumes"]}
             assert set(mounts.values()) == set(volumes)
             assert {"/tmp", "/home/ray"} <= set(mounts)  # the root file system is read-only
             if role == "submitter":
@@ -150,7 +150,7 @@ def test_pods_get_what_they_ask_for_and_shared_memory_is_bounded(build: Any, fol
             group = "headGroupSpec" if role == "head" else "workerGroupSpecs"
             groups = cluster_of(ray)[group]
             parameters = (groups if role == "head" else groups[0])["rayStartParams"]
-            # Ray falls back to slow files where its store does not fit.
+            # Ray falls back to slow files on disk if its object store does not fit.
             assert int(parameters["object-store-memory"]) < _gib(shm["sizeLimit"]) * GIB
 
 
@@ -160,7 +160,7 @@ def _gib(quantity: str) -> int:
 
 
 @pytest.mark.parametrize("folder", BUILT)
-def test_the_world_is_of_one_size_and_the_head_holds_no_worker(build: Any, folder: str) -> None:
+def test_the_world_size_is_fixed_and_the_head_runs_no_worker(build: Any, folder: str) -> None:
     for ray in ray_objects(build(folder)):
         cluster = cluster_of(ray)
         (group,) = cluster["workerGroupSpecs"]
@@ -178,7 +178,7 @@ def test_the_world_is_of_one_size_and_the_head_holds_no_worker(build: Any, folde
 
 
 @pytest.mark.parametrize("folder", BUILT)
-def test_secrets_are_named_and_never_written(build: Any, folder: str) -> None:
+def test_secrets_are_referenced_and_never_included(build: Any, folder: str) -> None:
     objects = build(folder)
     assert of_kind(objects, "Secret") == []
     for ray in ray_objects(objects):
@@ -191,7 +191,7 @@ def test_secrets_are_named_and_never_written(build: Any, folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", BUILT)
-def test_policies_and_monitors_select_pods_that_are_there(build: Any, folder: str) -> None:
+def test_policies_and_monitors_select_existing_pods(build: Any, folder: str) -> None:
     objects = build(folder)
     (ray,) = ray_objects(objects)
     assert of_kind(objects, "NetworkPolicy")
@@ -203,15 +203,15 @@ def test_policies_and_monitors_select_pods_that_are_there(build: Any, folder: st
         role: {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0].get("ports", [])}
         for role, pod in pods(ray)
     }
-    roles = {"head": "head", "worker": "workers"}  # what KubeRay labels them by
+    roles = {"head": "head", "worker": "workers"}  # labels set by KubeRay
     for monitor in of_kind(objects, "PodMonitor"):
-        wanted = monitor["spec"]["selector"]["matchLabels"]
-        assert wanted.items() >= PART_OF.items()
-        found = ports[roles[wanted["ray.io/node-type"]]]
+        labels = monitor["spec"]["selector"]["matchLabels"]
+        assert labels.items() >= PART_OF.items()
+        found = ports[roles[labels["ray.io/node-type"]]]
         assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= set(found)
 
 
-def test_ports_and_metric_names_are_those_of_the_code(build: Any) -> None:
+def test_ports_and_metric_names_match_the_code(build: Any) -> None:
     objects = build("overlays/a100x8")
     port = AUTO_PORTS[0]
     (ray,) = ray_objects(objects)
@@ -221,47 +221,47 @@ def test_ports_and_metric_names_are_those_of_the_code(build: Any) -> None:
     }
     assert head == {**RAY_PORTS, "orch-metrics": port}
     (policy,) = [
-        each for each in of_kind(objects, "NetworkPolicy") if "monitoring" in each["metadata"]["name"]
+        item for item in of_kind(objects, "NetworkPolicy") if "monitoring" in item["metadata"]["name"]
     ]
-    opened = {each["port"] for each in policy["spec"]["ingress"][0]["ports"]}
+    opened = {item["port"] for item in policy["spec"]["ingress"][0]["ports"]}
     assert opened == {port, *(RAY_PORTS[name] for name in ("metrics", "as-metrics", "dash-metrics"))}
     endpoints = of_kind(objects, "PodMonitor")[0]["spec"]["podMetricsEndpoints"]
-    (own,) = [each for each in endpoints if each["port"] == "orch-metrics"]
+    (own,) = [item for item in endpoints if item["port"] == "orch-metrics"]
     assert own["metricRelabelings"][0]["regex"] == f"{PREFIX}.*"
     assert not any(
-        "targetLabel" in each and each["targetLabel"] in ("job", "instance") for each in own["relabelings"]
+        "targetLabel" in item and item["targetLabel"] in ("job", "instance") for item in own["relabelings"]
     )
 
 
 @pytest.mark.parametrize("name", sorted(NODES))
-def test_an_overlay_is_what_render_makes_of_its_job(build: Any, name: str) -> None:
+def test_an_overlay_matches_the_rendered_job(build: Any, name: str) -> None:
     (ray,) = ray_objects(build(f"overlays/{name}"))
     job = job_of(name)
-    rendered = rayjob_spec(job, NODES[name], size_of(job, NODES[name], "cuda"), "orchestrator-job")
+    rendered = rayjob_spec(job, NODES[name], size_pods(job, NODES[name], "cuda"), "orchestrator-job")
     added = {"rdma/hca_shared_devices_a"}
     spec = json.loads(json.dumps(ray["spec"]))
-    if "volcano.sh/queue-name" in ray["metadata"]["labels"]:  # its queue counts as time in which it runs
+    if "volcano.sh/queue-name" in ray["metadata"]["labels"]:  # time in its queue counts as running
         assert "preRunningDeadlineSeconds" not in spec
         del rendered["preRunningDeadlineSeconds"]
-    (group,), (mine,) = (
+    (group,), (rendered_group,) = (
         spec["rayClusterSpec"]["workerGroupSpecs"],
         rendered["rayClusterSpec"]["workerGroupSpecs"],
     )
     for pod in (group["template"]["spec"], spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]):
         container = pod["containers"][0]
-        container["env"] = container["env"][:3]  # components add secrets and NCCL's settings
+        container["env"] = container["env"][:3]  # components add secrets and NCCL settings
         container["securityContext"]["capabilities"].pop("add", None)
         for amounts in container["resources"].values():
             for extra in added:
                 amounts.pop(extra, None)
         for extra in ("hostNetwork", "dnsPolicy", "nodeSelector"):
             pod.pop(extra, None)
-    assert group == mine
+    assert group == rendered_group
     assert spec == rendered
 
 
 @pytest.mark.parametrize("name", sorted(NODES))
-def test_nodes_are_chosen_by_a_device_of_the_catalogue(build: Any, name: str) -> None:
+def test_node_selectors_name_a_device_of_the_catalogue(build: Any, name: str) -> None:
     (ray,) = ray_objects(build(f"overlays/{name}"))
     product = dict(pods(ray))["workers"]["spec"]["nodeSelector"]["nvidia.com/gpu.product"]
     assert f'"{product.replace("-", " ")}"' in CATALOGUE.read_text().replace("-", " ")
@@ -270,7 +270,7 @@ def test_nodes_are_chosen_by_a_device_of_the_catalogue(build: Any, name: str) ->
 @pytest.mark.parametrize(
     "folder", [f"overlays/{name}" for name in OVERLAYS if name != "long-lived"] + ["base"]
 )
-def test_the_job_inside_is_valid_and_its_endpoint_can_be_scraped(build: Any, folder: str) -> None:
+def test_the_embedded_job_is_valid_and_its_endpoint_is_reachable(build: Any, folder: str) -> None:
     (config,) = of_kind(build(folder), "ConfigMap")
     job = loader.parse(config["data"]["job.yaml"])
     assert job == job_of(Path(folder).name)
@@ -278,32 +278,32 @@ def test_the_job_inside_is_valid_and_its_endpoint_can_be_scraped(build: Any, fol
     assert job.parallel.device != "auto"
     (ray,) = ray_objects(build(folder))
     head = dict(pods(ray))["head"]["spec"]
-    (volume,) = [each for each in head["volumes"] if each["name"] == "job"]
+    (volume,) = [item for item in head["volumes"] if item["name"] == "job"]
     assert volume["configMap"]["name"] == config["metadata"]["name"]
 
 
-def test_a_long_lived_cluster_is_that_of_the_job_without_the_job(build: Any) -> None:
+def test_the_long_lived_cluster_matches_the_cluster_of_the_job(build: Any) -> None:
     objects = build("overlays/long-lived")
     assert of_kind(objects, "RayJob", "ConfigMap") == []
     (ray,) = ray_objects(objects)
     (job,) = ray_objects(build("overlays/a100x8"))
     cluster = json.loads(json.dumps(job["spec"]["rayClusterSpec"]))
     head = cluster["headGroupSpec"]["template"]["spec"]
-    head["volumes"] = [each for each in head["volumes"] if each["name"] != "job"]
+    head["volumes"] = [item for item in head["volumes"] if item["name"] != "job"]
     mounts = head["containers"][0]["volumeMounts"]
-    head["containers"][0]["volumeMounts"] = [each for each in mounts if each["name"] != "job"]
+    head["containers"][0]["volumeMounts"] = [item for item in mounts if item["name"] != "job"]
     redis = ray["spec"].pop("gcsFaultToleranceOptions")
     assert redis["redisAddress"] == "redis:6379"
     assert ray["spec"] == cluster
     assert ray["metadata"]["labels"] == job["metadata"]["labels"]
 
 
-def test_the_base_is_what_render_prints() -> None:
-    job, wanted = loader.load(BASE / "job.yaml"), Wanted(nodes=2)
-    size = size_of(job, wanted, "cpu")
-    _, rayjob = documents(job, wanted, size)
+def test_the_base_matches_the_rendered_job() -> None:
+    job, options = loader.load(BASE / "job.yaml"), PodOptions(nodes=2)
+    sizing = size_pods(job, options, "cpu")
+    _, rayjob = documents(job, options, sizing)
     rayjob["metadata"] = {"name": "orchestrator", "labels": PART_OF}
-    rayjob["spec"] = rayjob_spec(job, wanted, size, "orchestrator-job")
+    rayjob["spec"] = rayjob_spec(job, options, sizing, "orchestrator-job")
     file = BASE / "rayjob.yaml"
     comments = "".join(line for line in file.read_text().splitlines(True) if line.startswith("#"))
     if os.environ.get("GOLDEN_UPDATE"):
@@ -313,15 +313,15 @@ def test_the_base_is_what_render_prints() -> None:
     )
 
 
-def test_the_lint_reads_what_kustomize_prints(build: Any) -> None:
+def test_the_lint_accepts_kustomize_output(build: Any) -> None:
     text = yaml.safe_dump_all(build("overlays/a100x8"))
     broken = text.replace("K8sJobMode", "Foo")
     results = [
         subprocess.run(
             [sys.executable, "-m", "tests.support.kubernetes_lint", "-"],
-            input=each, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+            input=item, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False,
         )
-        for each in (text, broken)
+        for item in (text, broken)
     ]  # fmt: skip
     assert (results[0].returncode, results[0].stderr) == (0, "")
     assert results[1].returncode == 2

@@ -1,4 +1,4 @@
-"""A job becomes a RayJob whose pods hold its workers, or is refused before anything is applied."""
+"""Rendering a job as a RayJob, and the errors for jobs that cannot run in pods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from orchestrator.arch.parameters import parameter_count
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.kubernetes.pod_sizing import GIB, Size, Wanted, size_of
+from orchestrator.kubernetes.pod_sizing import GIB, PodOptions, PodSizing, size_pods
 from orchestrator.kubernetes.rayjob import documents, manifest, object_name
 from orchestrator.parallel.deepspeed_config import render
 from orchestrator.planner.host_memory import FACTOR, disk_bytes, host_memory
@@ -25,11 +25,11 @@ LLAMA2_7B = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
-SEVEN_BILLION = 6_738_415_616  # as the model's card and transformers count it
+SEVEN_BILLION = 6_738_415_616  # parameters, as in the model card and in transformers
 
 
 def job_of(**changes: Any) -> JobSpec:
-    """Return a job of 16 workers; `parallel__workers=8` changes a field of a section."""
+    """Return a job with 16 workers; `parallel__workers=8` sets the field of a section."""
     job: dict[str, Any] = {
         "name": "run",
         "model": {"path": "builtin/tiny-llama"},
@@ -47,14 +47,14 @@ def job_of(**changes: Any) -> JobSpec:
     return loader.parse(yaml.safe_dump(job))
 
 
-def sized(job: JobSpec, device: Literal["cuda", "cpu"] = "cuda", **wanted: Any) -> Size:
-    return size_of(job, Wanted(**wanted), device)
+def sized(job: JobSpec, device: Literal["cuda", "cpu"] = "cuda", **options: Any) -> PodSizing:
+    return size_pods(job, PodOptions(**options), device)
 
 
-def rayjob_of(job: JobSpec, device: Literal["cuda", "cpu"] = "cuda", **wanted: Any) -> dict[str, Any]:
-    found = list(yaml.safe_load_all(manifest(job, Wanted(**wanted), device)))
-    assert [each["kind"] for each in found] == ["ConfigMap", "RayJob"]
-    return found[1]
+def rayjob_of(job: JobSpec, device: Literal["cuda", "cpu"] = "cuda", **options: Any) -> dict[str, Any]:
+    documents = list(yaml.safe_load_all(manifest(job, PodOptions(**options), device)))
+    assert [item["kind"] for item in documents] == ["ConfigMap", "RayJob"]
+    return documents[1]
 
 
 def workers_of(rayjob: dict[str, Any]) -> Any:
@@ -66,7 +66,7 @@ def workers_of(rayjob: dict[str, Any]) -> Any:
     ("workers", "gpus_per_node", "nodes", "gpus"),
     [(16, None, 2, 8), (16, 4, 4, 4), (8, 8, 1, 8), (4, None, 1, 4), (1, 8, 1, 1), (6, 2, 3, 2)],
 )
-def test_there_is_a_pod_for_each_node_and_a_gpu_for_each_worker(
+def test_one_pod_per_node_and_one_gpu_per_worker(
     workers: int, gpus_per_node: int | None, nodes: int, gpus: int
 ) -> None:
     job = job_of(parallel__workers=workers, optim__global_batch_size=workers)
@@ -78,12 +78,12 @@ def test_there_is_a_pod_for_each_node_and_a_gpu_for_each_worker(
     assert group["template"]["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
 
 
-def test_on_cpu_there_are_as_many_pods_as_are_asked_for_and_no_gpu() -> None:
+def test_cpu_jobs_have_the_requested_number_of_pods_and_no_gpu() -> None:
     job = job_of(parallel__workers=4, parallel__cpus_per_worker=2)
     rayjob = rayjob_of(job, "cpu", nodes=2)
     group = workers_of(rayjob)
     assert group["replicas"] == 2
-    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "5"  # one is Ray's
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] == "5"  # one for Ray
     assert "nvidia" not in json.dumps(rayjob)
     assert workers_of(rayjob_of(job, "cpu"))["replicas"] == 1
 
@@ -94,8 +94,8 @@ JOBS = {
     "offloaded": (
         job_of(parallel__offload_optimizer="nvme", parallel__offload_path="/mnt/disk"), "cuda", {}
     ),
-    "no endpoint": (job_of(metrics={"port": None}), "cuda", {}),
-    "awkward name": (job_of(name="7B_Llama.v2-" + "x" * 50), "cuda", {"image": "r.example:5000/o:1"}),
+    "no metrics endpoint": (job_of(metrics={"port": None}), "cuda", {}),
+    "invalid name": (job_of(name="7B_Llama.v2-" + "x" * 50), "cuda", {"image": "r.example:5000/o:1"}),
 }  # fmt: skip
 PUBLISHED = sorted((ROOT / "launch" / "jobs" / "published" / "xtuner").glob("*.yaml"))
 
@@ -110,15 +110,15 @@ def assert_valid(documents: Any) -> None:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_what_is_rendered_is_valid_to_strict_schemas(name: str) -> None:
-    job, device, wanted = JOBS[name]
-    assert_valid(yaml.safe_load_all(manifest(job, Wanted(**wanted), device)))  # type: ignore[arg-type]
+def test_rendered_manifests_pass_strict_schemas(name: str) -> None:
+    job, device, options = JOBS[name]
+    assert_valid(yaml.safe_load_all(manifest(job, PodOptions(**options), device)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_what_is_rendered_passes_the_lint_and_holds_the_job(name: str) -> None:
-    job, device, wanted = JOBS[name]
-    config, rayjob = yaml.safe_load_all(manifest(job, Wanted(**wanted), device))  # type: ignore[arg-type]
+def test_rendered_manifests_pass_the_lint_and_contain_the_job(name: str) -> None:
+    job, device, options = JOBS[name]
+    config, rayjob = yaml.safe_load_all(manifest(job, PodOptions(**options), device))  # type: ignore[arg-type]
     assert problems_of(rayjob) == []
     inside = loader.parse(config["data"]["job.yaml"])
     assert inside.parallel == job.parallel.model_copy(update={"device": device})
@@ -126,15 +126,15 @@ def test_what_is_rendered_passes_the_lint_and_holds_the_job(name: str) -> None:
     kept = {"parallel": job.parallel, "metrics": job.metrics}
     assert inside.model_copy(update=kept) == job
     head = dict(pods(rayjob))["head"]["spec"]
-    (volume,) = [each for each in head["volumes"] if each["name"] == "job"]
-    (mount,) = [each for each in head["containers"][0]["volumeMounts"] if each["name"] == "job"]
+    (volume,) = [item for item in head["volumes"] if item["name"] == "job"]
+    (mount,) = [item for item in head["containers"][0]["volumeMounts"] if item["name"] == "job"]
     assert volume["configMap"]["name"] == config["metadata"]["name"]
     assert f"orchestrator train {mount['mountPath']}/job.yaml --address auto" == rayjob["spec"]["entrypoint"]
     ports = [port["containerPort"] for port in head["containers"][0]["ports"]]
     assert (9400 in ports) == (job.metrics.port is not None)
-    assert {each["metadata"].get("namespace") for each in (config, rayjob)} == {wanted.get("namespace")}
+    assert {item["metadata"].get("namespace") for item in (config, rayjob)} == {options.get("namespace")}
     images = {pod["spec"]["containers"][0]["image"] for _, pod in pods(rayjob)}
-    assert images == {wanted.get("image", f"orchestrator:0.1.0-{device}")}
+    assert images == {options.get("image", f"orchestrator:0.1.0-{device}")}
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
@@ -148,16 +148,16 @@ def test_published_jobs_render(file: Path) -> None:
     assert group["replicas"] * int(limits["nvidia.com/gpu"]) == job.parallel.workers
 
 
-def test_another_job_of_the_same_name_has_another_config_map() -> None:
+def test_the_config_map_name_depends_on_the_job() -> None:
     def name(job: JobSpec) -> str:
-        return str(documents(job, Wanted(), sized(job))[0]["metadata"]["name"])
+        return str(documents(job, PodOptions(), sized(job))[0]["metadata"]["name"])
 
     assert name(job_of()) == name(job_of())
     assert name(job_of()) != name(job_of(optim__lr=1.0e-3))
 
 
 @pytest.mark.parametrize("run", ["run", "a" * 47, "llama2-7b-alpaca"])
-def test_a_name_that_kubernetes_takes_stays(run: str) -> None:
+def test_valid_kubernetes_names_are_unchanged(run: str) -> None:
     assert object_name(run) == run
 
 
@@ -176,7 +176,7 @@ AWKWARD = [
 ]
 
 
-def test_other_names_are_made_valid_and_stay_apart() -> None:
+def test_invalid_names_are_converted_to_distinct_valid_names() -> None:
     made = [object_name(run) for run in AWKWARD]
     assert len(set(made)) == len(AWKWARD)
     for name in made:
@@ -189,22 +189,22 @@ def written(folder: Path, config: dict[str, Any]) -> str:
     return str(folder)
 
 
-def test_host_memory_for_what_is_offloaded_is_counted_from_the_configuration(tmp_path: Path) -> None:
+def test_host_memory_of_offloaded_state_is_computed_from_the_config(tmp_path: Path) -> None:
     path, mount = written(tmp_path, LLAMA2_7B), str(tmp_path)
     common = {"model__path": path, "checkpoint__storage": f"{mount}/runs"}
     plain = sized(job_of(**common), mount=mount)
     job = job_of(**common, parallel__offload_optimizer="cpu")
     offloaded = sized(job, mount=mount)
-    # fp32 weight, gradient and two moments of a sixteenth of the parameters, with buffers, for each of eight.
-    each = FACTOR * 16 * SEVEN_BILLION / 16
-    assert offloaded.memory_bytes - plain.memory_bytes == pytest.approx(8 * each, abs=GIB)
+    # fp32 weights, gradients and two moments of 1/16 of the parameters, with buffers, per worker.
+    per_worker = FACTOR * 16 * SEVEN_BILLION / 16
+    assert offloaded.memory_bytes - plain.memory_bytes == pytest.approx(8 * per_worker, abs=GIB)
     needed = host_memory(render(job, "bf16", "cuda"), parameter_count(LLAMA2_7B, job.method), 16)  # type: ignore[arg-type]
-    assert needed.total == pytest.approx(each, rel=1e-3)
+    assert needed.total == pytest.approx(per_worker, rel=1e-3)
     assert "6,738,415,616 parameters" in "".join(offloaded.notes)
-    assert "plain default" in "".join(plain.notes)
+    assert "(default)" in "".join(plain.notes)
 
 
-def test_offloaded_activations_are_layers_times_a_share_of_the_row(tmp_path: Path) -> None:
+def test_offloaded_activations_scale_with_layers_and_local_sequence_length(tmp_path: Path) -> None:
     path, mount = written(tmp_path, LLAMA2_7B), str(tmp_path)
     common = {
         "model__path": path, "checkpoint__storage": f"{mount}/runs", "data__max_length": 131072,
@@ -215,30 +215,32 @@ def test_offloaded_activations_are_layers_times_a_share_of_the_row(tmp_path: Pat
     assert moved.memory_bytes - plain.memory_bytes == 8 * (32 * 131072 // 8 * 4096 * 2)
 
 
-def test_what_goes_to_a_disk_bounds_its_volume(tmp_path: Path) -> None:
+def test_the_offload_volume_size_limit_covers_offloaded_state(tmp_path: Path) -> None:
     path, mount = written(tmp_path, LLAMA2_7B), str(tmp_path)
     job = job_of(
         model__path=path, checkpoint__storage=f"{mount}/runs", parallel__offload_optimizer="nvme",
         parallel__offload_path="/mnt/disk",
     )  # fmt: skip
     spec = workers_of(rayjob_of(job, mount=mount))["template"]["spec"]
-    (volume,) = [each for each in spec["volumes"] if each["name"] == "offload"]
+    (volume,) = [item for item in spec["volumes"] if item["name"] == "offload"]
     count = parameter_count(LLAMA2_7B, job.method)
     assert count is not None
     needed = 8 * disk_bytes(render(job, "bf16", "cuda"), count, 16)
     bound = int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) * GIB
     assert needed <= bound < needed + GIB
-    mounts = {each["name"]: each["mountPath"] for each in spec["containers"][0]["volumeMounts"]}
+    mounts = {item["name"]: item["mountPath"] for item in spec["containers"][0]["volumeMounts"]}
     assert mounts["offload"] == "/mnt/disk"
 
 
 @pytest.mark.parametrize("config", [None, {"model_type": "gpt2"}])
-def test_where_nothing_can_be_counted_it_says_so(config: dict[str, Any] | None, tmp_path: Path) -> None:
+def test_a_note_says_if_offloaded_state_cannot_be_computed(
+    config: dict[str, Any] | None, tmp_path: Path
+) -> None:
     path = "meta-llama/Llama-2-7b-hf" if config is None else written(tmp_path, config)
     common = {"model__path": path, "checkpoint__storage": f"{tmp_path}/runs"}
     job = job_of(**common, parallel__offload_optimizer="cpu")
-    text = manifest(job, Wanted(mount=str(tmp_path)), "cuda")
-    assert "NOT in it" in text
+    text = manifest(job, PodOptions(mount=str(tmp_path)), "cuda")
+    assert "NOT included" in text
     assert "--memory-per-node" in text
     assert (
         sized(job, mount=str(tmp_path)).memory_bytes
@@ -246,98 +248,98 @@ def test_where_nothing_can_be_counted_it_says_so(config: dict[str, Any] | None, 
     )
 
 
-def test_what_is_asked_for_replaces_what_is_counted() -> None:
+def test_options_override_computed_sizes() -> None:
     size = sized(job_of(), memory_per_node=300, cpus_per_node=32)
     assert (size.memory_bytes, size.cpus) == (300 * GIB, 32)
     assert "--memory-per-node" in size.notes[0]
 
 
-REFUSED = {
+REJECTED = {
     "uneven nodes": ({"parallel__workers": 6}, "cuda", {"gpus_per_node": 4}, ["--gpus-per-node=4", "[1, 2"]),
     "uneven pods": ({"parallel__workers": 6}, "cpu", {"nodes": 4}, ["--nodes=4", "[1, 2, 3, 6]"]),
     "more pods than workers": ({"parallel__workers": 2}, "cpu", {"nodes": 4}, ["--nodes=4", "[1, 2]"]),
     "GPUs on CPU": ({}, "cpu", {"gpus_per_node": 8}, ["--gpus-per-node=8", "--nodes"]),
     "nodes with GPUs": ({}, "cuda", {"nodes": 2}, ["--nodes=2", "--gpus-per-node"]),
-    "nothing of a node": ({}, "cuda", {"memory_per_node": 0}, ["--memory-per-node=0", "below 1"]),
-    "too few processors": ({"parallel__cpus_per_worker": 4}, "cuda", {"cpus_per_node": 16}, ["at least 32"]),
+    "zero memory": ({}, "cuda", {"memory_per_node": 0}, ["--memory-per-node=0", "below 1"]),
+    "too few CPUs": ({"parallel__cpus_per_worker": 4}, "cuda", {"cpus_per_node": 16}, ["at least 32"]),
     "too little memory": ({}, "cuda", {"memory_per_node": 8}, ["--memory-per-node=8", "16 GiB of /dev/shm"]),
     "storage in a pod": ({"checkpoint__storage": "runs"}, "cuda", {}, ["storage=runs", "/mnt/shared"]),
     "storage elsewhere": ({"checkpoint__storage": "/scratch"}, "cuda", {}, ["/scratch", "--mount"]),
     "a local model": ({"model__path": "/models/a"}, "cuda", {}, ["model.path=/models/a", "/mnt/shared"]),
     "local data": ({"data__train": [{"path": "data/a.jsonl"}]}, "cuda", {}, ["path=data/a.jsonl", "URI"]),
     "a local folder": ({"data__train": [{"path": "orchestrator"}]}, "cuda", {}, ["data path=orchestrator"]),
-    "a relative disk": (
+    "a relative offload path": (
         {"parallel__offload_optimizer": "nvme", "parallel__offload_path": "disk"}, "cuda", {},
         ["parallel.offload_path=disk", "absolute"],
     ),
-    "a port of Ray's": ({"metrics": {"port": 8265}}, "cuda", {}, ["metrics.port=8265", "dashboard", "9400"]),
-    "a claim that is no name": ({}, "cuda", {"claim": "My_Claim"}, ["--claim=My_Claim", "lower-case"]),
-    "a namespace that is no name": ({}, "cuda", {"namespace": "a.b"}, ["--namespace=a.b", "63"]),
-    "a mount that is none": ({}, "cuda", {"mount": "shared"}, ["--mount=shared", "/mnt/shared"]),
+    "a port of Ray": ({"metrics": {"port": 8265}}, "cuda", {}, ["metrics.port=8265", "dashboard", "9400"]),
+    "an invalid claim name": ({}, "cuda", {"claim": "My_Claim"}, ["--claim=My_Claim", "lower-case"]),
+    "an invalid namespace": ({}, "cuda", {"namespace": "a.b"}, ["--namespace=a.b", "63"]),
+    "a relative mount path": ({}, "cuda", {"mount": "shared"}, ["--mount=shared", "/mnt/shared"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_no_cluster_could_run_is_refused(name: str) -> None:
-    changes, device, wanted, told = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_invalid_jobs_and_options_are_rejected(name: str) -> None:
+    changes, device, options, parts = REJECTED[name]
     workers = changes.get("parallel__workers", 16)
     job = job_of(**{"optim__global_batch_size": workers, **changes})
     with pytest.raises(SpecError) as error:
-        manifest(job, Wanted(**wanted), device)  # type: ignore[arg-type]
+        manifest(job, PodOptions(**options), device)  # type: ignore[arg-type]
     (problem,) = error.value.problems
-    assert [part for part in told if part not in problem] == []
+    assert [part for part in parts if part not in problem] == []
 
 
-def test_all_that_stands_in_the_way_is_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     job = job_of(checkpoint__storage="runs", model__path="/models/a", metrics={"port": 8080})
     with pytest.raises(SpecError) as error:
-        manifest(job, Wanted(gpus_per_node=3), "cuda")
+        manifest(job, PodOptions(gpus_per_node=3), "cuda")
     assert len(error.value.problems) == 4
 
 
-def test_sequences_that_cross_nodes_are_pointed_out() -> None:
+def test_a_note_says_if_sequence_parallel_groups_span_nodes() -> None:
     job = job_of(parallel__sequence_parallel_size=16, optim__global_batch_size=1)
-    assert "sequence_parallel_size=16 does not divide the 8 workers" in manifest(job, Wanted(), "cuda")
-    assert "does not divide" not in manifest(job, Wanted(gpus_per_node=16), "cuda")
+    assert "sequence_parallel_size=16 does not divide the 8 workers" in manifest(job, PodOptions(), "cuda")
+    assert "does not divide" not in manifest(job, PodOptions(gpus_per_node=16), "cuda")
 
 
-def test_the_command_prints_it_and_refuses_in_one_block(tmp_path: Path) -> None:
+def test_the_render_command_prints_manifests_and_errors(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(loader.dump(job_of()))
-    asked = ["render", "job.yaml", "--target", "rayjob", "--gpus-per-node"]
-    done = orchestrator(*asked, "4", "--image", "o:1", cwd=tmp_path)
+    arguments = ["render", "job.yaml", "--target", "rayjob", "--gpus-per-node"]
+    done = orchestrator(*arguments, "4", "--image", "o:1", cwd=tmp_path)
     assert done.code == 0
     rayjob = list(yaml.safe_load_all(done.out))[1]
     assert workers_of(rayjob)["replicas"] == 4
-    refused = orchestrator(*asked, "5", cwd=tmp_path)
-    assert refused.code == 2
-    assert refused.out == ""
-    assert "--gpus-per-node=5" in refused.err
+    rejected = orchestrator(*arguments, "5", cwd=tmp_path)
+    assert rejected.code == 2
+    assert rejected.out == ""
+    assert "--gpus-per-node=5" in rejected.err
     other = orchestrator("render", "job.yaml", "--gpus-per-node", "4", cwd=tmp_path)
     assert other.code == 2
     assert "--target rayjob" in other.err
 
 
 @pytest.mark.parametrize(("port", "inside"), [("auto", 9400), (0, 9400), (9777, 9777), (None, None)])
-def test_a_pod_declares_the_port_that_its_run_serves(port: object, inside: int | None) -> None:
-    text = manifest(job_of(metrics={"port": port}), Wanted(), "cuda")
+def test_the_head_pod_declares_the_metrics_port(port: object, inside: int | None) -> None:
+    text = manifest(job_of(metrics={"port": port}), PodOptions(), "cuda")
     config, rayjob = yaml.safe_load_all(text)
     assert loader.parse(config["data"]["job.yaml"]).metrics.port == inside
     ports = dict(pods(rayjob))["head"]["spec"]["containers"][0]["ports"]
-    assert [each["containerPort"] for each in ports if each["name"] == "orch-metrics"] == [
+    assert [item["containerPort"] for item in ports if item["name"] == "orch-metrics"] == [
         *([inside] if inside else [])
     ]
-    assert ("became 9400" in text) == (port in ("auto", 0))
+    assert ("was set to 9400" in text) == (port in ("auto", 0))
 
 
-def test_variables_come_from_a_secret_and_no_value_is_rendered() -> None:
-    text = manifest(job_of(run={"env": {"HF_TOKEN": "hunter-2", "OTHER": None}}), Wanted(), "cuda")
+def test_environment_variables_come_from_a_secret() -> None:
+    text = manifest(job_of(run={"env": {"HF_TOKEN": "hunter-2", "OTHER": None}}), PodOptions(), "cuda")
     assert "hunter-2" not in text
     assert "create secret generic run-env --from-literal=HF_TOKEN=... --from-literal=OTHER=..." in text
     _, rayjob = yaml.safe_load_all(text)
     assert problems_of(rayjob) == []
     by_pod = {
-        name: [each for each in pod["spec"]["containers"][0]["env"] if "valueFrom" in each]
+        name: [item for item in pod["spec"]["containers"][0]["env"] if "valueFrom" in item]
         for name, pod in pods(rayjob)
     }
-    assert [each["name"] for each in by_pod.pop("head")] == ["HF_TOKEN", "OTHER"]
-    assert not any(by_pod.values()), "workers have them from the driver"
+    assert [item["name"] for item in by_pod.pop("head")] == ["HF_TOKEN", "OTHER"]
+    assert not any(by_pod.values()), "workers get them from the driver"
