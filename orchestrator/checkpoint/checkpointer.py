@@ -23,7 +23,7 @@ from typing import Any
 from torch import distributed as dist
 
 from orchestrator.checks.owned_files import move_others, remove_own
-from orchestrator.engine.nvme_checkpoint import keeps_to_its_shards, restores_to_disk, whole_state
+from orchestrator.engine.nvme_checkpoint import mapped_optimizer_state, restore_to_nvme, without_swap_folder
 from orchestrator.errors import TrainingError
 
 MANIFEST = "manifest.json"
@@ -162,7 +162,7 @@ def load(engine: Any, checkpoint: Path) -> int:
         raise TrainingError(*found)
     # Frozen weights are not saved; they come from the base model.
     all_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
-    with restores_to_disk(engine):
+    with restore_to_nvme(engine):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=SHARDS, load_module_strict=all_trained)
     if path is None:
         raise TrainingError(f"DeepSpeed finds no checkpoint in {checkpoint / SHARDS}; {_remedy(checkpoint)}")
@@ -228,8 +228,8 @@ def _write_shards(engine: Any, draft: Path, step: int) -> str | None:
     engine.checkpoint_engine = patient
     engine._copy_recovery_script = lambda folder: patient.attempt(lambda: copy_script(folder))
     try:
-        with keeps_to_its_shards(engine), ExitStack() as stack:
-            patient.attempt(lambda: stack.enter_context(whole_state(engine)))
+        with without_swap_folder(engine), ExitStack() as stack:
+            patient.attempt(lambda: stack.enter_context(mapped_optimizer_state(engine)))
             engine.save_checkpoint(
                 str(draft),
                 tag=SHARDS,

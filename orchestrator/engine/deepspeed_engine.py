@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of one worker: started, stepped, measured. DeepSpeed's own conventions end here."""
+"""Initialize DeepSpeed's engine, run its micro-steps and read its gradient norm."""
 
 from __future__ import annotations
 
@@ -6,38 +6,46 @@ import logging
 import math
 import warnings
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.engine.deepspeed_ops import keep_to_own_environment, load_collectives, load_for
+from orchestrator.engine.deepspeed_ops import (
+    isolate_extension_cache,
+    load_ops,
+    load_shared_memory_collectives,
+)
 from orchestrator.engine.muon import clip_before_update
-from orchestrator.engine.optimizers import split_off
+from orchestrator.engine.optimizers import build_optimizer
+from orchestrator.engine.train_engine import TrainEngine, ZeroOptimizer
 from orchestrator.model.activation_memory import tiled
 
-# DeepSpeed calls these on every reduction, and torch reports each call.
-_RENAMED_COLLECTIVES = r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)"
-_SEED_SPACE = 2**63  # what torch.manual_seed takes
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# DeepSpeed calls these deprecated names at every reduction, and torch warns at every call.
+_DEPRECATED_COLLECTIVES = r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)"
+_NUM_SEEDS = 2**63  # torch.manual_seed takes 63 bits
 
 
 def join_process_group(collective_timeout_seconds: int) -> None:
-    """Let DeepSpeed use the process group that is already initialised.
+    """Let DeepSpeed use the default process group, which is already initialized.
 
     Args:
-        collective_timeout_seconds: How long a collective may wait.
+        collective_timeout_seconds: Timeout of a collective.
     """
-    keep_to_own_environment()
+    isolate_extension_cache()
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", _RENAMED_COLLECTIVES, FutureWarning)
-    load_collectives()
+    warnings.filterwarnings("ignore", _DEPRECATED_COLLECTIVES, FutureWarning)
+    load_shared_memory_collectives()
     deepspeed.init_distributed(timeout=timedelta(seconds=collective_timeout_seconds), verbose=False)
 
 
-def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
+def start_engine(model: PreTrainedModel, ds_config: dict[str, Any]) -> TrainEngine:
     """Return DeepSpeed's engine around a model.
 
     Args:
@@ -49,57 +57,65 @@ def start_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
     from deepspeed.utils import set_z3_leaf_module
 
     for mlp in tiled(model):
-        set_z3_leaf_module(mlp, True)  # ZeRO-3 gathers its weights once, for all tiles
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # A leaf module is gathered as a whole: ZeRO-3 then gathers its weights once instead of once a tile.
+        set_z3_leaf_module(mlp, True)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     is_muon = ds_config["optimizer"]["type"] == "Muon"
     if is_muon and get_accelerator().device_name() == "cpu":
-        torch.compiler.set_stance("force_eager")  # DeepSpeed compiles Muon, which takes longer than it saves
-    load_for(ds_config)
-    optimizer, config = split_off(ds_config, trained)
+        # DeepSpeed compiles Muon's update; on CPU compilation takes longer than it saves.
+        torch.compiler.set_stance("force_eager")
+    load_ops(ds_config)
+    optimizer, engine_config = build_optimizer(ds_config, trainable)
+    engine: TrainEngine
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=trained, optimizer=optimizer, config=config, dist_init_required=False
+        model=model,
+        model_parameters=trainable,
+        optimizer=optimizer,
+        config=engine_config,
+        dist_init_required=False,
     )
-    _undo_step_before_first(engine)
+    _undo_initialization_step(engine)
     if is_muon and engine.zero_optimization_stage() > 0:
-        clip_before_update(engine.optimizer, ds_config["gradient_clipping"])
+        clip_before_update(cast(ZeroOptimizer, engine.optimizer), ds_config["gradient_clipping"])
     return engine
 
 
-def _undo_step_before_first(engine: Any) -> None:
-    """Bring back the optimizer as it is before training.
+def _undo_initialization_step(engine: TrainEngine) -> None:
+    """Reset the optimizer to its state before training.
 
-    DeepSpeed's optimizer of ZeRO-0 in bf16 makes room for its state by a step with gradients of zero. That
-    step decays the fp32 weights, and AdamW counts it, so that it would correct its moments for one too many.
+    DeepSpeed's bf16 optimizer of ZeRO-0 allocates its state by a step with zero gradients. That step applies
+    weight decay to the fp32 weights, and AdamW counts it, so that its bias correction is off by one step.
     """
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-        engine.optimizer.optimizer.state.clear()
-        engine.optimizer.refresh_fp32_params()
+    optimizer: Any = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.optimizer.state.clear()
+        optimizer.refresh_fp32_params()
 
 
-def set_learning_rate(engine: Any, value: float, of_muon: float) -> None:
-    """Set the learning rate of the next step, in every parameter group but Muon's, and in those."""
+def set_learning_rate(engine: TrainEngine, learning_rate: float, muon_learning_rate: float) -> None:
+    """Set the learning rates of the next step: of Muon's parameter groups, and of all others."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = of_muon if group.get("use_muon", False) else value
+        group["lr"] = muon_learning_rate if group.get("use_muon", False) else learning_rate
 
 
-def backward(engine: Any, loss: Tensor, factor: float) -> None:
-    """Backpropagate a loss that is already normalised over the whole accumulation window.
+def backward(engine: TrainEngine, loss: Tensor, gradient_divisor: float) -> None:
+    """Backpropagate a loss that is already normalized by the tokens of all micro-batches and ranks.
 
     Args:
         engine: The engine.
-        loss: This rank's part of the loss; the parts of all ranks and micro-batches add up to the mean.
-        factor: What DeepSpeed will divide the summed gradients by (`Layout.gradient_divisor`).
+        loss: This rank's share of the loss; the shares of all ranks and micro-batches sum to the mean.
+        gradient_divisor: What DeepSpeed divides summed gradients by (`Layout.gradient_divisor`).
     """
-    engine.backward(loss * factor, scale_wrt_gas=False)
+    engine.backward(loss * gradient_divisor, scale_wrt_gas=False)
 
 
-def end_micro_step(engine: Any) -> None:
-    """End a micro-step; the last one of an accumulation window clips the gradient and updates the model.
+def end_micro_step(engine: TrainEngine) -> None:
+    """End a micro-step; the last one of a step clips the gradient and updates the parameters.
 
-    ZeRO-0 in fp32 has PyTorch's own optimizer, whose gradient norm DeepSpeed throws away after clipping and
-    does not compute without. There every rank has the whole gradient.
+    ZeRO-0 in fp32 uses PyTorch's own optimizer. DeepSpeed discards its gradient norm after clipping, and
+    does not compute one without clipping, so it is computed here; every rank has the whole gradient.
     """
     if isinstance(engine.optimizer, torch.optim.Optimizer) and engine.is_gradient_accumulation_boundary():
         gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
@@ -107,23 +123,23 @@ def end_micro_step(engine: Any) -> None:
     engine.step()
 
 
-def gradient_norm(engine: Any) -> float:
+def gradient_norm(engine: TrainEngine) -> float:
     """Return the L2 norm of the last step's gradient over all ranks, before clipping; it may be NaN."""
     norm = engine.get_global_grad_norm()
-    # A negative norm is how DeepSpeed's ZeRO optimizers write one that is no number.
+    # DeepSpeed's ZeRO optimizers encode a NaN or infinite norm as -1.
     return float(norm) if norm is not None and norm >= 0 else math.nan
 
 
-def scales_loss(engine: Any) -> bool:
-    """Tell whether the loss is scaled, as in fp16: a skipped step then means that the scale was too high."""
+def uses_loss_scaling(engine: TrainEngine) -> bool:
+    """Return whether the loss is scaled (fp16); a skipped step then means that the scale was too high."""
     return bool(engine.fp16_enabled())
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters, also of those that ZeRO-3 has partitioned away."""
+    """Return the number of parameters; ZeRO-3 partitions them, and ds_numel is the size before that."""
     return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed dropout from the place in the run, so that a resumed run draws what the undisturbed one draws."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % _SEED_SPACE)
+    """Seed dropout by step and rank, so that a resumed run draws what an uninterrupted one draws."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % _NUM_SEEDS)

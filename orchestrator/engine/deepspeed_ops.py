@@ -1,7 +1,7 @@
-"""Compiling DeepSpeed's C++ operators once, visibly, instead of silently inside the first run.
+"""Compile and load DeepSpeed's C++ operators.
 
-Run as `python -m orchestrator.engine.deepspeed_ops [nvme]`; later calls find them in the extension cache of
-PyTorch.
+`python -m orchestrator.engine.deepspeed_ops [nvme]` compiles them ahead of the first run; later runs load
+them from PyTorch's extension cache.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from orchestrator.errors import ClusterError
 
-_MARK = "lock"  # PyTorch's, in an operator's folder
+_PYTORCH_LOCK = "lock"  # name of PyTorch's lock file, in the build directory of an operator
 
 
-def keep_to_own_environment() -> None:
-    """Compile with the ninja of this environment, into a cache of this environment.
+def isolate_extension_cache() -> None:
+    """Use the ninja and an extension cache of this virtual environment.
 
-    Operators are compiled again, for a minute, whenever their command differs from the last one: in the
-    path of an environment's headers, or in how another version of ninja hashes it. Environments that share
-    a cache would do that to each other at every start.
+    Ninja recompiles an operator, which takes a minute, if its command line changed. The command line has
+    include paths of the environment, and ninja versions hash it differently, so that environments that
+    share a cache would invalidate each other's operators at every start.
     """
-    beside = str(Path(sys.executable).parent)
+    bin_dir = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
-    if path.split(os.pathsep)[0] != beside:
-        os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
+    if path.split(os.pathsep)[0] != bin_dir:
+        os.environ["PATH"] = f"{bin_dir}{os.pathsep}{path}"
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
-def build(nvme: bool = False) -> list[tuple[str, float]]:
-    """Compile or load the operators that policies use: CPU Adam, and on CPU shared-memory collectives.
+def build_ops(nvme: bool = False) -> list[tuple[str, float]]:
+    """Compile or load the operators in use: CPU Adam, and shared-memory collectives on CPU.
 
     Args:
-        nvme: Also those that offload to a disk, which takes minutes more.
+        nvme: Also build the asynchronous I/O operator for NVMe offload, which takes minutes.
 
     Returns:
-        Name and seconds of each.
+        Name and build seconds of each operator.
 
     Raises:
         ClusterError: There is no C++ compiler, or no libaio.
     """
-    keep_to_own_environment()
+    isolate_extension_cache()
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         raise ClusterError(
-            "no C++ compiler is found, and DeepSpeed compiles its operators at first use; install g++"
+            "no C++ compiler found, and DeepSpeed compiles its operators at first use; install g++"
         )
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
@@ -64,30 +64,39 @@ def build(nvme: bool = False) -> list[tuple[str, float]]:
     timings = []
     for builder in builders:
         started = time.perf_counter()
-        load(builder)
+        load_op(builder)
         timings.append((builder.name, time.perf_counter() - started))
     return timings
 
 
-def load(builder: Any) -> None:
-    """Load one of DeepSpeed's operators, compiled by one process of this machine while the others wait.
+class OpBuilder(Protocol):
+    """A builder of deepspeed.ops.op_builder."""
 
-    PyTorch marks a compilation under way by a file that it waits for, also when whoever wrote it is dead.
-    Here a lock that ends with its process guards it, so what is found under the lock was left behind.
+    name: str
+
+    def load(self, verbose: bool = True) -> object:
+        """Compile the operator if needed, and import it."""
+
+
+def load_op(builder: OpBuilder) -> None:
+    """Load an operator; one process of this machine compiles it while the others wait.
+
+    PyTorch's own lock is a file whose mere existence makes it wait, even if the process that wrote it is
+    dead. Under our flock, which the kernel releases with its process, any such file is a leftover.
 
     Args:
-        builder: Of the operator.
+        builder: DeepSpeed's builder of the operator.
     """
     from torch.utils.cpp_extension import _get_build_directory
 
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder.parent / f".{builder.name}.lock").open("w", encoding="utf-8") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        (folder / _MARK).unlink(missing_ok=True)
+    build_dir = Path(_get_build_directory(builder.name, verbose=False))
+    with (build_dir.parent / f".{builder.name}.lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (build_dir / _PYTORCH_LOCK).unlink(missing_ok=True)
         builder.load(verbose=False)
 
 
-def load_for(ds_config: Mapping[str, Any]) -> None:
+def load_ops(ds_config: Mapping[str, Any]) -> None:
     """Load the operators that a DeepSpeed configuration needs.
 
     Args:
@@ -96,39 +105,41 @@ def load_for(ds_config: Mapping[str, Any]) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 
     zero = ds_config["zero_optimization"]
-    places = [zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")]
-    if places[0] in ("cpu", "nvme"):
-        load(CPUAdamBuilder())
-    if "nvme" in places:
-        load(AsyncIOBuilder())
+    optimizer_device, param_device = (
+        zero.get(section, {}).get("device") for section in ("offload_optimizer", "offload_param")
+    )
+    if optimizer_device in ("cpu", "nvme"):
+        load_op(CPUAdamBuilder())
+    if "nvme" in (optimizer_device, param_device):
+        load_op(AsyncIOBuilder())
 
 
-def load_collectives() -> None:
-    """Load the operator with which DeepSpeed reduces among processes of one machine, where there is one."""
+def load_shared_memory_collectives() -> None:
+    """Load the operator for collectives over shared memory, if this is a CPU that supports it."""
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":
         builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
         if builder is not None and builder.is_compatible():
-            load(builder)
+            load_op(builder)
 
 
 def require_async_io() -> None:
-    """Refuse to offload to a disk from a machine without the library that DeepSpeed does it with.
+    """Raise if this machine lacks libaio, which NVMe offload requires.
 
     Raises:
-        ClusterError: It is not installed.
+        ClusterError: libaio is not installed.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         raise ClusterError(
-            f"{os.uname().nodename} has no libaio, with which parallel.offload_optimizer=nvme and "
-            "offload_param=nvme read and write; install libaio-dev (libaio-devel) and g++ on every node, or "
-            "offload to cpu"
+            f"{os.uname().nodename} has no libaio, which parallel.offload_optimizer=nvme and "
+            "offload_param=nvme require; install libaio-dev (libaio-devel) and g++ on every node, or offload "
+            "to cpu"
         )
 
 
 if __name__ == "__main__":
-    for name, seconds in build(nvme="nvme" in sys.argv[1:]):
+    for name, seconds in build_ops(nvme="nvme" in sys.argv[1:]):
         sys.stdout.write(f"{name} ready after {seconds:.1f} s\n")

@@ -1,4 +1,4 @@
-"""The learning rate of each step."""
+"""Learning rate schedule: linear warmup, then cosine, linear or constant."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from orchestrator.config.schema import OptimSpec
 def learning_rate(optim: OptimSpec, step: int, steps: int) -> float:
     """Return the learning rate of a step.
 
-    It rises linearly over the first warmup_ratio of all steps, from a first part of the peak to the peak, and
-    then follows the schedule towards zero.
+    Warmup takes ceil(warmup_ratio * steps) steps: the first one has peak / warmup, the last one the peak.
+    The schedule then decays from the peak towards zero.
 
     Args:
-        optim: Peak, shape and warm-up.
-        step: Number of the step, from 0.
-        steps: Steps of the whole run.
+        optim: Peak learning rate, schedule and warmup ratio.
+        step: Index of the step, from 0.
+        steps: Number of steps of the whole run.
     """
-    warmup = math.ceil(
-        round(optim.warmup_ratio * steps, 6)
-    )  # 0.07 x 100 is 7 steps, and not 7.000000000000001
+    # Rounded first, or 0.07 * 100 = 7.000000000000001 would give 8 warmup steps.
+    warmup = math.ceil(round(optim.warmup_ratio * steps, 6))
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -31,22 +30,21 @@ def learning_rate(optim: OptimSpec, step: int, steps: int) -> float:
     return optim.lr
 
 
-def replanned(before: OptimSpec, now: OptimSpec, done: int, steps_before: int, steps_now: int) -> str:
-    """Say in a sentence what becomes of the schedule of a run that is to have another number of steps.
+def schedule_change_message(old: OptimSpec, new: OptimSpec, done: int, old_steps: int, new_steps: int) -> str:
+    """Describe how the schedule changes when a run resumes with another number of steps.
 
     Args:
-        before: As the run has been trained so far.
-        now: As it is to go on.
-        done: Steps that are done.
-        steps_before: Steps that the run was to have.
-        steps_now: Steps that it is to have.
+        old: Settings of the run so far.
+        new: Settings with which it resumes.
+        done: Completed steps.
+        old_steps: Number of steps that was planned before.
+        new_steps: Number of steps that is planned now.
     """
-    told = f"the run goes on from step {done} to step {steps_now} in place of {steps_before}"
-    if not done or done >= steps_now:
-        return told
-    last, following = learning_rate(before, done - 1, steps_before), learning_rate(now, done, steps_now)
-    change = (
-        "stays" if math.isclose(last, following, rel_tol=1e-9) else f"was {last:.3g} in step {done} and is"
-    )
-    what = "schedule" if now.schedule == "constant" else f"{now.schedule} schedule, which now ends there"
-    return f"{told}; by its {what}, the learning rate {change} {following:.3g} in step {done + 1}"
+    message = f"the run resumes from step {done} and trains to step {new_steps} instead of {old_steps}"
+    if not done or done >= new_steps:
+        return message
+    last_rate, next_rate = learning_rate(old, done - 1, old_steps), learning_rate(new, done, new_steps)
+    is_same = math.isclose(last_rate, next_rate, rel_tol=1e-9)
+    change = "stays" if is_same else f"was {last_rate:.3g} in step {done} and is"
+    schedule = "schedule" if new.schedule == "constant" else f"{new.schedule} schedule, which now ends there"
+    return f"{message}; by its {schedule}, the learning rate {change} {next_rate:.3g} in step {done + 1}"

@@ -1,7 +1,7 @@
-"""Optimizers of bitsandbytes: state in 8 bits, in blocks of 256 numbers, or in memory that CUDA pages out.
+"""Optimizers of bitsandbytes: 8-bit state in blocks of 256 values, or state in paged memory.
 
-Under ZeRO a block lies in a partition and not in a weight, so an 8-bit run depends on the number of workers,
-within what 8 bits leave open. On CPU nothing is paged out: the state is in host memory already.
+Under ZeRO a block is part of a partition and not of a parameter, so the result of an 8-bit run depends on
+the number of workers, within quantization error. On CPU nothing is paged: the state is in host memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from orchestrator.checks.packages import bitsandbytes_problem
@@ -17,32 +18,33 @@ from orchestrator.parallel.deepspeed_config import BITSANDBYTES
 
 
 def require_bitsandbytes(optimizer: str) -> None:
-    """Refuse an optimizer of bitsandbytes where that is not installed.
+    """Raise if an optimizer needs bitsandbytes and it is not installed.
 
     Raises:
-        SpecError: It is not.
+        SpecError: bitsandbytes is not installed.
     """
     problem = bitsandbytes_problem(optimizer)
     if problem:
         raise SpecError(problem)
 
 
-def split_off(
-    ds_config: Mapping[str, Any], trained: Sequence[nn.Parameter]
-) -> tuple[Any | None, dict[str, Any]]:
-    """Return the optimizer that DeepSpeed cannot make from its configuration, and the rest of that.
+def build_optimizer(
+    ds_config: Mapping[str, Any], trainable: Sequence[nn.Parameter]
+) -> tuple[torch.optim.Optimizer | None, dict[str, Any]]:
+    """Build the optimizer if DeepSpeed cannot build it from its configuration.
 
     Args:
         ds_config: As `orchestrator.parallel.deepspeed_config.render` returns it.
-        trained: Parameters to optimize.
+        trainable: Parameters to optimize.
 
     Returns:
-        None and the configuration as it is, where DeepSpeed makes the optimizer.
+        The optimizer, and the configuration without its section. None and the whole configuration if
+        DeepSpeed builds the optimizer.
     """
     section = ds_config["optimizer"]
     if section["type"] not in BITSANDBYTES.values():
         return None, dict(ds_config)
     from bitsandbytes import optim
 
-    made = getattr(optim, section["type"])(trained, **section["params"])
-    return made, {key: value for key, value in ds_config.items() if key != "optimizer"}
+    optimizer: torch.optim.Optimizer = getattr(optim, section["type"])(trainable, **section["params"])
+    return optimizer, {key: value for key, value in ds_config.items() if key != "optimizer"}

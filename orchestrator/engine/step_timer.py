@@ -1,4 +1,4 @@
-"""Timing of a step and its phases, and the memory of a device, without stalling the device."""
+"""Time steps and their phases, and read memory statistics, without synchronizing the device."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 Phase = Literal["data", "forward", "backward", "optimizer"]
 
 
-class StepClock:
-    """Measures wall seconds of steps and seconds by phase.
+class StepTimer:
+    """Measures the wall time of steps and the time of each phase.
 
-    On CUDA the phases are read from events that are recorded in the stream, so that nothing waits for the
-    device until the step is over. Making batches happens on the host and is timed there.
+    On CUDA phases are timed by events in the stream, so that the host waits for the device only once a
+    step. The data phase runs on the host and is timed there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Add what runs inside to a phase of the current step."""
+        """Add the time of the block to a phase of the current step."""
         if self._cuda and name != "data":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
@@ -42,8 +42,8 @@ class StepClock:
             yield
             self._seconds[name] += time.perf_counter() - start_seconds
 
-    def phases(self) -> dict[Phase, float]:
-        """Return the seconds of each phase of the current step; waits for the device."""
+    def phase_seconds(self) -> dict[Phase, float]:
+        """Return the seconds of each phase of the current step; synchronizes the device."""
         if self._events:
             torch.cuda.synchronize()
             for name, start, end in self._events:
@@ -52,19 +52,19 @@ class StepClock:
         return {name: self._seconds[name] for name in ("data", "forward", "backward", "optimizer")}
 
     def lap(self) -> float:
-        """Return the wall seconds since the last lap or restart, and begin the next step."""
+        """Return the wall seconds since the last `lap` or `restart`, and start the next step."""
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
         self._seconds.clear()
         return seconds
 
     def restart(self) -> None:
-        """Begin the next step now: what lies between belongs to no step."""
+        """Start the next step now; the time since `lap` (evaluation, checkpoint) counts for no step."""
         self._start = time.perf_counter()
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """Return the memory of a device and of this process by the names of `RankStep`; on CPU both are one."""
+def memory_stats(device: torch.device) -> dict[str, float]:
+    """Return the memory of device and process by field of `RankStep`; on CPU both are host memory."""
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import distributed as dist
@@ -29,12 +29,13 @@ from orchestrator.engine.deepspeed_engine import (
     backward,
     end_micro_step,
     gradient_norm,
-    scales_loss,
     seed_step,
     set_learning_rate,
+    uses_loss_scaling,
 )
 from orchestrator.engine.lr_schedule import learning_rate
-from orchestrator.engine.step_timer import StepClock, memory
+from orchestrator.engine.step_timer import StepTimer, memory_stats
+from orchestrator.engine.train_engine import TrainEngine
 from orchestrator.errors import TrainingError
 from orchestrator.metrics.meter import RankStep, RankSteps
 from orchestrator.model.attention import Kernel
@@ -122,11 +123,11 @@ class Callback(Protocol):
     def on_evaluate(self, step: int, loss: float) -> None:
         """Handle an evaluation loss."""
 
-    def on_save(self, engine: Any, step: int) -> None:
+    def on_save(self, engine: TrainEngine, step: int) -> None:
         """Save a checkpoint; all ranks call it at the same step."""
 
 
-def train(engine: Any, context: TrainContext, callback: Callback, start_step: int = 0) -> None:
+def train(engine: TrainEngine, context: TrainContext, callback: Callback, start_step: int = 0) -> None:
     """Train from a step to the end, or until a stop is requested; then all ranks save the same step.
 
     Args:
@@ -139,25 +140,25 @@ def train(engine: Any, context: TrainContext, callback: Callback, start_step: in
         TrainingError: The loss or the gradient norm is not finite.
     """
     job = context.job
-    clock = StepClock(context.device)
+    timer = StepTimer(context.device)
     for step in range(start_step, context.steps):
         rate = learning_rate(job.optim, step, context.steps)
         set_learning_rate(engine, rate, rate * (job.optim.muon_lr or 0.0) / job.optim.lr)
         seed_step(job.run.seed, step, context.rank)
-        mine = run_step(engine, context, step, clock)
+        mine = run_step(engine, context, step, timer)
         ranks, is_stopped = gather(mine, context.device, callback.stop_requested)
         done = step + 1
         report = StepReport(
             step=done,
             epoch=context.loader.epoch(done, context.packs),
-            seconds=clock.lap(),
+            seconds=timer.lap(),
             learning_rate=rate,
             gradient_norm=gradient_norm(engine),
             skipped=not engine.was_step_applied(),
             ranks=ranks,
         )
         callback.on_step_end(report)
-        require_finite(report, scales_loss(engine))
+        require_finite(report, uses_loss_scaling(engine))
         is_stopped = is_stopped and done < context.steps
         if is_stopped:  # the grace period may be too short for an evaluation
             callback.on_save(engine, done)
@@ -167,31 +168,31 @@ def train(engine: Any, context: TrainContext, callback: Callback, start_step: in
             return
         if is_due(job.checkpoint.every_steps, done, context.steps):
             callback.on_save(engine, done)
-        clock.restart()
+        timer.restart()
 
 
-def run_step(engine: Any, context: TrainContext, step: int, clock: StepClock) -> RankStep:
+def run_step(engine: TrainEngine, context: TrainContext, step: int, timer: StepTimer) -> RankStep:
     """Run forward, backward and optimizer step over this worker's micro-batches of one step."""
     batches = context.batches(context.loader, step, context.packs)
     step_tokens = max(1, context.loader.trained_tokens(step, context.packs))
     total = torch.zeros((), dtype=torch.float64, device=context.device)
     work = []
     for _ in range(context.job.gradient_accumulation_steps):
-        with clock.phase("data"):
+        with timer.phase("data"):
             batch = next(batches)
             inputs = context.inputs(batch)
-        with clock.phase("forward"):
+        with timer.phase("forward"):
             loss = loss_sum(engine, inputs, context.head)
-        with clock.phase("backward"):
+        with timer.phase("backward"):
             backward(engine, loss / step_tokens, context.layout.gradient_divisor)
-        with clock.phase("optimizer"):
+        with timer.phase("optimizer"):
             end_micro_step(engine)
         total += loss.detach()
         work.append(batch)
-    return measure(context, work, total.item(), clock)
+    return measure(context, work, total.item(), timer)
 
 
-def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, clock: StepClock) -> RankStep:
+def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, timer: StepTimer) -> RankStep:
     """Return this rank's tokens, FLOPs, phase times and memory of a step."""
     model_work = hardware_work = 0.0
     if context.shape is not None:
@@ -216,7 +217,7 @@ def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, cloc
             )
             model_work += model_flops(forward, frozen)
             hardware_work += hardware_flops(forward, again, frozen)
-    phases = clock.phases()
+    phases = timer.phase_seconds()
     return RankStep(
         loss_sum=loss,
         tokens=sum(batch.tokens for batch in work),
@@ -228,7 +229,7 @@ def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, cloc
         forward_seconds=phases["forward"],
         backward_seconds=phases["backward"],
         optimizer_seconds=phases["optimizer"],
-        **memory(context.device),
+        **memory_stats(context.device),
     )
 
 
@@ -244,7 +245,7 @@ def gather(mine: RankStep, device: torch.device, stop_requested: bool) -> tuple[
     return RankSteps(rows[:, :-1]), bool(rows[:, -1].any())
 
 
-def evaluate(engine: Any, context: TrainContext) -> float:
+def evaluate(engine: TrainEngine, context: TrainContext) -> float:
     """Return the mean cross-entropy over the trained tokens of the evaluation packs."""
     if context.evaluation is None:
         raise ValueError("evaluate needs a context with evaluation packs")

@@ -19,6 +19,7 @@ from torch import distributed as dist
 from orchestrator.checkpoint import checkpointer
 from orchestrator.cluster import hardware
 from orchestrator.engine.memory_limit import is_out_of_memory
+from orchestrator.engine.train_engine import TrainEngine
 from orchestrator.errors import MemoryExhaustedError, OrchestratorError
 from orchestrator.metrics.meter import RankSteps
 from orchestrator.run.failures import Failure
@@ -137,7 +138,7 @@ class Reporter:
         if self._is_rank_zero:
             self._sent.append(self._recorder.record_evaluation.remote(self.attempt, step, loss))
 
-    def on_save(self, engine: Any, step: int) -> None:
+    def on_save(self, engine: TrainEngine, step: int) -> None:
         """Publish a checkpoint once every step before it is in steps.jsonl; a benchmark run saves nothing."""
         if self._config.benchmark is not None:
             return

@@ -20,7 +20,7 @@ from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.data.readers import locate
 from orchestrator.data.sources import looks_like_hub_name
-from orchestrator.engine.lr_schedule import replanned
+from orchestrator.engine.lr_schedule import schedule_change_message
 from orchestrator.errors import SpecError
 from orchestrator.model.base_model_id import weight_files
 from orchestrator.run.recorder import ATTEMPTS, REPORT, STEPS
@@ -115,7 +115,7 @@ def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int) -> dict[str, An
         _say_finished(run_dir, report)
         return report
     if steps != planned:
-        _logger.info(replanned(old, optim, done, planned, steps))
+        _logger.info(schedule_change_message(old, optim, done, planned, steps))
         unread = planned * old.global_batch_size - old.packs(packs) if done == planned else 0
         if unread:
             _logger.info(

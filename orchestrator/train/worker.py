@@ -13,7 +13,7 @@ from torch import distributed as dist
 from orchestrator.arch.model_dims import ModelShape
 from orchestrator.checkpoint import checkpointer
 from orchestrator.data import packed_dataset
-from orchestrator.engine.memory_limit import limited_memory
+from orchestrator.engine.memory_limit import limit_memory
 from orchestrator.run.recorder_handle import RecorderHandle
 from orchestrator.run.run_log import rank_log
 from orchestrator.run.worker_config import WorkerConfig, evaluation_loader, training_loader
@@ -43,7 +43,7 @@ def run_worker(arguments: dict[str, Any]) -> None:
     ):
         _logger.info("rank %d of %d: pid %d on %s", rank, world_size, os.getpid(), os.uname().nodename)
         device = _load_framework(config)
-        with limited_memory(device, limit_bytes):
+        with limit_memory(device, limit_bytes):
             _train(config, reporter, device)
         _logger.info("ended after step %s", reporter.step)
 
@@ -61,13 +61,13 @@ def _load_framework(config: WorkerConfig) -> torch.device:
 def _train(config: WorkerConfig, reporter: Reporter, device: torch.device) -> None:
     from orchestrator.engine.deepspeed_engine import join_process_group
     from orchestrator.engine.deepspeed_ops import require_async_io
-    from orchestrator.engine.nvme_dir import swap_folder
+    from orchestrator.engine.nvme_dir import open_nvme_dir
 
     job = config.job
     join_process_group(job.run.collective_timeout_seconds)
     if "nvme" in (job.parallel.offload_optimizer, job.parallel.offload_param):
         require_async_io()
-    with swap_folder(job, config.deepspeed_config, config.nvme_bytes) as ds_config:
+    with open_nvme_dir(job, config.deepspeed_config, config.nvme_bytes) as ds_config:
         _train_with(config, ds_config, reporter, device)
 
 

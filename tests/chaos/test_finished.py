@@ -45,7 +45,7 @@ def test_a_finished_run_goes_on_or_answers_or_refuses(tmp_path: Path) -> None:
 
     more = orchestrator("train", "job.yaml", "--json", cwd=stages)
     assert more.code == 0, more.err
-    assert "the run goes on from step 2 to step 4 in place of 2" in more.err
+    assert "the run resumes from step 2 and trains to step 4 instead of 2" in more.err
     assert json.loads(more.out)["steps"] == 4
     assert json.loads(more.out)["restarts"] == 0
     assert {step: loss for step, loss in losses(run).items() if step <= 2} == before

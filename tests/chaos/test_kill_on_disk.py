@@ -31,7 +31,7 @@ def test_a_folder_in_memory_is_refused_by_the_worker_that_sees_it(tmp_path: Path
     _job(tmp_path, MEMORY)
     done = orchestrator("train", "job.yaml", cwd=tmp_path)
     assert done.code == 3
-    assert f"parallel.offload_path={MEMORY} on {os.uname().nodename} lies on tmpfs" in done.err
+    assert f"parallel.offload_path={MEMORY} on {os.uname().nodename} is on tmpfs" in done.err
     assert not (tmp_path / "runs" / "run" / "steps.jsonl").exists()
 
 

@@ -42,7 +42,7 @@ _ADDING = {"append", "extend", "insert", "add"}
 _RESULT = re.compile(r"\bstr \| None|list\[str\]|Iterator\[(str|Problem|Finding|Diagnostic)\]")
 _NAME = re.compile(
     r"problem|reason|remed|refus|warn|note|broken|obstacle|unsupported|missing|failure|unreachable|absent|why"
-    r"|changed|wrong|explain(?!ed)|unexpected|in_words|empty_|sentence|lack|suggest|diagnos|error|message|outcome|unreadable|replanned"
+    r"|changed|wrong|explain(?!ed)|unexpected|in_words|empty_|sentence|lack|suggest|diagnos|error|message|outcome|unreadable"
 )
 _SENTENCE = re.compile(r"\w\S*\s+\S*\w|\{.*\}\s+\S*\w|\w\S*\s+\S*\{", re.DOTALL)
 _REMEDY = re.compile(r"(\S+\s+){3,}\S+; \w+ \S")

@@ -1,4 +1,4 @@
-"""Memory that is not enough is told apart from all other failures."""
+"""Memory limits of a worker, and out-of-memory errors as distinct from all other failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from orchestrator.engine.memory_limit import is_out_of_memory, limited_memory
+from orchestrator.engine.memory_limit import is_out_of_memory, limit_memory
 from orchestrator.errors import MemoryExhaustedError, TrainingError
 from orchestrator.run.failures import worker_group_error
 
@@ -21,36 +21,36 @@ CPU = torch.device("cpu")
 LIMITED = """
 import resource
 import torch
-from orchestrator.engine.memory_limit import is_out_of_memory, limited_memory
+from orchestrator.engine.memory_limit import is_out_of_memory, limit_memory
 MIB = 2**20
 before = resource.getrlimit(resource.RLIMIT_DATA)
-with limited_memory(torch.device("cpu"), 256 * MIB):
+with limit_memory(torch.device("cpu"), 256 * MIB):
     within = torch.ones(64 * MIB, dtype=torch.uint8)
     try:
         torch.ones(512 * MIB, dtype=torch.uint8)
     except RuntimeError as error:
         assert is_out_of_memory(error), error
     else:
-        raise AssertionError("512 MiB were given, and 256 are allowed")
+        raise AssertionError("512 MiB were allocated with a limit of 256 MiB")
 assert resource.getrlimit(resource.RLIMIT_DATA) == before
 torch.ones(512 * MIB, dtype=torch.uint8)
 """
 
 
-def test_a_worker_is_given_what_it_may_take_and_no_more() -> None:
+def test_a_worker_can_allocate_up_to_its_limit() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_no_limit_is_set_where_none_is_asked_for() -> None:
+def test_none_sets_no_limit() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    with limited_memory(CPU, None):
+    with limit_memory(CPU, None):
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
-def test_the_limit_is_lifted_before_the_failure_is_told() -> None:
+def test_the_limit_is_removed_before_an_exception_leaves_the_block() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    with pytest.raises(RuntimeError, match="the step"), limited_memory(CPU, 2**40):
+    with pytest.raises(RuntimeError, match="the step"), limit_memory(CPU, 2**40):
         raise RuntimeError("the step")
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
@@ -68,7 +68,7 @@ def test_the_limit_is_lifted_before_the_failure_is_told() -> None:
         (ValueError("std::bad_alloc"), False),
     ],
 )
-def test_what_says_that_memory_did_not_do(error: Exception, expected: bool) -> None:
+def test_out_of_memory_errors_are_recognised(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
 
 
@@ -90,7 +90,7 @@ def test_what_says_that_memory_did_not_do(error: Exception, expected: bool) -> N
         (RuntimeError("worker died"), TrainingError),
     ],
 )
-def test_a_worker_that_ray_ended_for_its_node_ran_out_of_memory(
+def test_a_worker_killed_by_ray_for_memory_is_an_out_of_memory_error(
     failure: Exception, expected: type[Exception]
 ) -> None:
     group: Any = SimpleNamespace(worker_failures={0: failure})

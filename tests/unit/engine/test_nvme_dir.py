@@ -1,4 +1,4 @@
-"""Each worker has a folder of its own on a disk of its node; nothing that another left there stays."""
+"""Each worker has its own directory for NVMe offload; directories of dead workers are removed."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ sys.stdin.read()
 
 
 class _Interrupted(Exception):
-    """Ends a run in its middle."""
+    """Ends a run before it is complete."""
 
 
 def job(path: Path | None, **parallel: Any) -> JobSpec:
@@ -41,8 +41,8 @@ def job(path: Path | None, **parallel: Any) -> JobSpec:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process be rank 0 of two that find the same."""
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process rank 0 of two ranks with equal results."""
 
     def gather(everyone: list[Any], mine: Any) -> None:
         everyone[:] = [mine] * len(everyone)
@@ -52,8 +52,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def living(tmp_path: Path) -> Iterator[Path]:
-    """Return the folder of another worker that lives."""
+def live_worker(tmp_path: Path) -> Iterator[Path]:
+    """Return the directory of another worker that is alive."""
     folder = tmp_path / "j.rank-2.aaaaaaaa.swap"
     folder.mkdir()
     with subprocess.Popen(
@@ -68,20 +68,20 @@ def living(tmp_path: Path) -> Iterator[Path]:
 def refusal(spec: JobSpec, needed_bytes: int = 0) -> str:
     with (
         pytest.raises(ClusterError) as caught,
-        nvme_dir.swap_folder(spec, render(spec, "fp32", "cpu"), needed_bytes),
+        nvme_dir.open_nvme_dir(spec, render(spec, "fp32", "cpu"), needed_bytes),
     ):
-        pytest.fail("it was let in")
+        pytest.fail("no error was raised")
     (problem,) = caught.value.problems
     return str(problem)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize("offload_param", ["none", "cpu", "nvme"])
-def test_a_worker_has_a_folder_that_is_gone_afterwards(tmp_path: Path, offload_param: str) -> None:
+def test_the_directory_of_a_worker_is_removed_afterwards(tmp_path: Path, offload_param: str) -> None:
     spec = job(tmp_path / "new", offload_param=offload_param)
     rendered = render(spec, "fp32", "cpu")
     before = str(rendered)
-    with suppress(_Interrupted), nvme_dir.swap_folder(spec, rendered, 1) as config:
+    with suppress(_Interrupted), nvme_dir.open_nvme_dir(spec, rendered, 1) as config:
         (folder,) = (tmp_path / "new").iterdir()
         assert folder.name.startswith("j.rank-0.")
         zero = config["zero_optimization"]
@@ -96,55 +96,55 @@ def test_a_worker_has_a_folder_that_is_gone_afterwards(tmp_path: Path, offload_p
     assert str(rendered) == before
 
 
-@pytest.mark.usefixtures("alone")
-def test_nothing_is_made_where_nothing_goes_to_a_disk() -> None:
+@pytest.mark.usefixtures("two_ranks")
+def test_no_directory_is_created_without_nvme_offload() -> None:
     spec = job(None, offload_optimizer="cpu")
     rendered = render(spec, "fp32", "cpu")
-    with nvme_dir.swap_folder(spec, rendered, 0) as config:
+    with nvme_dir.open_nvme_dir(spec, rendered, 0) as config:
         assert config == rendered
 
 
-@pytest.mark.usefixtures("alone")
-def test_what_a_killed_worker_left_is_removed_and_nothing_else(tmp_path: Path, living: Path) -> None:
+@pytest.mark.usefixtures("two_ranks")
+def test_only_directories_of_dead_workers_are_removed(tmp_path: Path, live_worker: Path) -> None:
     (tmp_path / LEFT / "zero_stage_3").mkdir(parents=True)
     (tmp_path / "notes.swap").mkdir()
     spec = job(tmp_path)
-    with nvme_dir.swap_folder(spec, render(spec, "fp32", "cpu"), 0):
+    with nvme_dir.open_nvme_dir(spec, render(spec, "fp32", "cpu"), 0):
         assert not (tmp_path / LEFT).exists()
-    assert {path.name for path in tmp_path.iterdir()} == {living.name, "notes.swap"}
+    assert {path.name for path in tmp_path.iterdir()} == {live_worker.name, "notes.swap"}
 
 
-@pytest.mark.usefixtures("alone")
-def test_a_folder_in_memory_is_refused() -> None:
+@pytest.mark.usefixtures("two_ranks")
+def test_a_directory_on_tmpfs_is_refused() -> None:
     memory = Path("/dev/shm")
     if nvme_dir._file_system_of(os.stat(memory).st_dev if memory.exists() else 0) != "tmpfs":
-        pytest.skip("there is no tmpfs at /dev/shm here")
+        pytest.skip("there is no tmpfs at /dev/shm")
     before = set(memory.iterdir())
     assert refusal(job(memory)) == (
-        f"parallel.offload_path=/dev/shm on {os.uname().nodename} lies on tmpfs, which is memory and no "
-        "disk; name a folder on a disk, or offload to cpu"
+        f"parallel.offload_path=/dev/shm on {os.uname().nodename} is on tmpfs, which is memory; name "
+        "a directory on a disk, or offload to cpu"
     )
     assert set(memory.iterdir()) <= before
 
 
-@pytest.mark.usefixtures("alone")
-def test_a_disk_without_room_for_all_workers_of_the_node_is_refused(
+@pytest.mark.usefixtures("two_ranks")
+def test_a_disk_without_space_for_all_workers_of_the_node_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nvme_dir.os, "statvfs", lambda _: SimpleNamespace(f_bavail=3 * 2**18, f_frsize=4096))
     spec = job(tmp_path)
-    with nvme_dir.swap_folder(spec, render(spec, "fp32", "cpu"), 3 * 2**29):
+    with nvme_dir.open_nvme_dir(spec, render(spec, "fp32", "cpu"), 3 * 2**29):
         pass  # two workers with a GiB and a half each
     assert refusal(spec, 3 * 2**29 + 2**20) == (
-        f"parallel.offload_path={tmp_path} on {os.uname().nodename} has 3 GiB free, and its 2 workers write "
-        "3.002 GiB; make room, name a folder on another disk, or use more parallel.workers"
+        f"parallel.offload_path={tmp_path} on {os.uname().nodename} has 3 GiB free, and its 2 workers need "
+        "3.002 GiB; free some space, name a directory on a larger disk, or use more parallel.workers"
     )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("alone")
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("two_ranks")
+def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert refusal(job(tmp_path / "file" / "swap")).endswith(
-        "cannot be used (Not a directory); name a folder that every worker can write"
+        "cannot be used (Not a directory); name a directory that every worker can write"
     )

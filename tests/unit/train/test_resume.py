@@ -118,8 +118,8 @@ def test_more_steps_go_on_and_keep_the_report_of_then(tmp_path: Path, logged: li
     assert finished_before(more) is None
     assert require_steps_to_go(more, run_dir, packs=40) is None
     assert logged == [
-        "the run goes on from step 3 to step 5 in place of 3; by its cosine schedule, which now ends there, "
-        "the learning rate stays 0.0005 in step 4"
+        "the run resumes from step 3 and trains to step 5 instead of 3; by its cosine schedule, which now "
+        "ends there, the learning rate stays 0.0005 in step 4"
     ]
     assert json.loads((run_dir / "report.step-00000003.json").read_text())["steps"] == 3
     assert not (run_dir / REPORT).exists(), "or a kill would leave it for the longer run's"
@@ -149,6 +149,6 @@ def test_a_run_that_has_not_finished_goes_by_the_same_rule(tmp_path: Path, logge
     assert require_steps_to_go(make_job(tmp_path, max_steps=9), run_dir, 40) is None
     assert not logged, "nothing is new"
     assert require_steps_to_go(make_job(tmp_path, max_steps=6), run_dir, 40) is None
-    assert "from step 4 to step 6 in place of 9" in logged[0]
+    assert "from step 4 and trains to step 6 instead of 9" in logged[0]
     with pytest.raises(SpecError, match="has already done 4"):
         require_steps_to_go(make_job(tmp_path, max_steps=3), run_dir, 40)

@@ -1,0 +1,106 @@
+"""The part of DeepSpeed's engine that this project uses, as protocols: DeepSpeed ships no types.
+
+Names and signatures are those of deepspeed/runtime/engine.py and deepspeed/runtime/zero (0.19). Attributes
+that are methods upstream stand here as attributes where this project replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class CheckpointIO(Protocol):
+    """Reads and writes the files of a checkpoint (deepspeed/runtime/checkpoint_engine)."""
+
+    def save(self, state_dict: Mapping[str, object], path: str) -> object:
+        """Write one file."""
+
+    def load(self, path: str, map_location: object = None) -> Any:
+        """Return the content of a file."""
+
+
+class EngineOptimizer(Protocol):
+    """`engine.optimizer`: one of the ZeRO optimizers, or torch.optim.Optimizer under ZeRO-0 in fp32."""
+
+    param_groups: list[dict[str, Any]]
+    step: Callable[..., object]
+
+
+class ZeroOptimizer(EngineOptimizer, Protocol):
+    """What the optimizers of ZeRO-1, 2 and 3 have in common.
+
+    Attributes:
+        averaged_gradients: Reduced gradients by parameter group; this rank's partitions of them.
+        clip_grad: Largest gradient norm; 0 does not clip.
+        loss_scale: By which the loss, and so every gradient, is multiplied.
+    """
+
+    averaged_gradients: dict[int, list[Tensor]]
+    clip_grad: float
+    loss_scale: float
+    _global_grad_norm: float
+
+
+class TrainEngine(Protocol):
+    """DeepSpeed's engine around a causal language model.
+
+    Attributes:
+        module: The model, a `PreTrainedModel` or a `PeftModel`.
+        optimizer: DeepSpeed's optimizer around the one that was configured.
+        checkpoint_engine: Reader and writer of checkpoint files.
+    """
+
+    module: nn.Module
+    optimizer: EngineOptimizer
+    checkpoint_engine: CheckpointIO
+    zero_nvme_offload_optimizer: Callable[[], bool]
+    _copy_recovery_script: Callable[[str], object]
+    _global_grad_norm: float | Tensor
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Run the model's forward pass; returns a `CausalLMOutputWithPast`."""
+
+    def train(self, mode: bool = True) -> object:
+        """Enable dropout."""
+
+    def eval(self) -> object:
+        """Disable dropout."""
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> object:
+        """Backpropagate; `scale_wrt_gas` divides the loss by gradient_accumulation_steps."""
+
+    def step(self) -> object:
+        """End a micro-step; at an accumulation boundary update the parameters."""
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Return whether the next `step` updates the parameters."""
+
+    def was_step_applied(self) -> bool:
+        """Return whether the last step updated the parameters; False after an fp16 overflow."""
+
+    def get_global_grad_norm(self) -> float | Tensor | None:
+        """Return the L2 norm of the last step's gradient over all ranks, before clipping."""
+
+    def fp16_enabled(self) -> bool:
+        """Return whether parameters are in fp16."""
+
+    def zero_optimization_stage(self) -> int:
+        """Return the ZeRO stage, 0 to 3."""
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, object] = ...,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> object:
+        """Write this rank's shards; collective."""
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True
+    ) -> tuple[str | None, Mapping[str, object]]:
+        """Read this rank's shards; collective. Returns the path, None if there is no checkpoint."""
