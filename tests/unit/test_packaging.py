@@ -136,3 +136,14 @@ def test_a_wheel_is_found_among_foreign_packages(foreign: Path) -> None:
 def test_every_folder_of_the_package_is_a_regular_package() -> None:
     folders = {file.parent for file in (ROOT / "orchestrator").rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_old_module_of_the_command_works_in_a_checkout() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "validate", str(JOB)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "1 job file valid\n"), done.stderr
