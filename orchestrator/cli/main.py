@@ -165,9 +165,9 @@ def doctor(
 ) -> None:
     """Look at every node before a job is given to it: GPUs, versions, storage, clocks, and an all-reduce."""
     with exit_codes():
-        from orchestrator.train.environment import handed_over
+        from orchestrator.train.environment import apply_submitted_env
 
-        handed_over(last=False)  # variables of NCCL and gloo decide what the all-reduce goes through
+        apply_submitted_env(last=False)  # variables of NCCL and gloo decide what the all-reduce goes through
         from orchestrator.cli.doctor_output import format_report
         from orchestrator.train.doctor import diagnose_cluster
 
@@ -188,9 +188,9 @@ def pack(
 ) -> None:
     """Tokenise and pack only, and say what became of every row and token."""
     with exit_codes():
-        from orchestrator.train.environment import take_over
+        from orchestrator.train.environment import apply_submitted_and_job_env
 
-        spec = take_over(loader.load(job, overrides, input_problems))
+        spec = apply_submitted_and_job_env(loader.load(job, overrides, input_problems))
         with stdout_for_results():
             from orchestrator.train.driver import prepare
 
@@ -211,9 +211,9 @@ def train(
 ) -> None:
     """Train a job through Ray Train; run it again after a failure and it goes on from its last checkpoint."""
     with exit_codes("run the same command again and it goes on from the last checkpoint"):
-        from orchestrator.train.environment import take_over
+        from orchestrator.train.environment import apply_submitted_and_job_env
 
-        spec = take_over(load_to_train(job, overrides, workers_here=address is None))
+        spec = apply_submitted_and_job_env(load_to_train(job, overrides, workers_here=address is None))
         from orchestrator.cli.progress import Progress
         from orchestrator.train.resume import finished_before
 
@@ -277,11 +277,11 @@ def bench(
         from orchestrator.bench.plots import require_matplotlib
         from orchestrator.bench.runner import run_cells
         from orchestrator.bench.sweep import load
-        from orchestrator.train.environment import take_over
+        from orchestrator.train.environment import apply_submitted_and_job_env
 
         wanted = load(sweep, overrides)
         for cell in wanted.cells:
-            take_over(cell.job)  # each cell's process inherits it
+            apply_submitted_and_job_env(cell.job)  # each cell's process inherits it
         if plots:
             require_matplotlib()
         rows = run_cells(wanted, address, _tell, retry_failed)
@@ -312,11 +312,11 @@ def submit(
     with exit_codes("the job goes on; the commands above follow it and end it"):
         spec = load_to_send(job, overrides)
         from orchestrator.submit import submit as submission
-        from orchestrator.submit.working_dir import with_variables
+        from orchestrator.submit.working_dir import with_env_options
 
-        how = submission.Submission(wait, doctor, force, inherit_env)
+        options = submission.Submission(wait, doctor, force, inherit_env)
         head = submission.Head(address, certificate)
-        raise typer.Exit(submission.submit(with_variables(spec, env), head, how, (_say, _tell)))
+        raise typer.Exit(submission.submit(with_env_options(spec, env), head, options, (_say, _tell)))
 
 
 @app.command(epilog="Example: orchestrator export runs/quickstart --to model --dtype bf16 --shard-size 2GB")

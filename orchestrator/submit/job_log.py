@@ -1,4 +1,4 @@
-"""Following the log of a submitted job: every line once, in order, also when the connection breaks."""
+"""Follows the log of a submitted job: every line exactly once and in order, across reconnects."""
 
 from __future__ import annotations
 
@@ -11,79 +11,80 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 
 FAILURES = (ConnectionError, RuntimeError, ValueError, OSError, AuthenticationError, aiohttp.ClientError)
-"""What Ray's client raises where a cluster does not answer as it should."""
+"""Exceptions that Ray's job client raises if a cluster does not respond as expected."""
 _SECONDS_BETWEEN_TRIES = 2.0
 _LONGEST_WAIT = 60.0
-_SECONDS_OF_SILENCE = 30.0
+_SECONDS_OF_SILENCE = 30.0  # without log output, before the connection is checked
 
 
 class JobLog:
-    """The log of one job, of which only an unfinished line is held in memory.
+    """The log of one job; buffers only an incomplete last line.
 
     Args:
-        client: Ray's client.
-        identity: The job's submission id.
-        say: Called with each line, without its end.
+        client: Ray's job client.
+        submission_id: Submission ID of the job.
+        on_line: Called with each line, without its newline.
     """
 
-    def __init__(self, client: Any, identity: str, say: Callable[[str], None]) -> None:
-        self._client, self._identity, self._say = client, identity, say
-        self._seen = 0  # characters
-        self._rest = ""
+    def __init__(self, client: Any, submission_id: str, on_line: Callable[[str], None]) -> None:
+        self._client, self._submission_id, self._on_line = client, submission_id, on_line
+        self._consumed = 0  # characters
+        self._partial_line = ""
 
     def follow(self) -> Any:
-        """Pass on every line until the job ends.
+        """Pass every line to `on_line` until the job ends.
 
-        A stream that breaks (a proxy ends idle ones, and some let none through) is opened again, and the log
-        is fetched in between; only where this fails too is the cluster lost.
+        If the stream breaks (proxies close idle streams, and some block streaming entirely), the log is
+        fetched by a plain request and the stream is reopened. An error is raised only if both fail.
 
         Returns:
-            The job's last state, as Ray describes it.
+            Ray's JobDetails in a terminal state.
 
         Raises:
-            ConnectionError, RuntimeError, ValueError, OSError, AuthenticationError: The cluster is lost.
+            ConnectionError, RuntimeError, ValueError, OSError, AuthenticationError: The cluster cannot be
+                reached anymore.
         """
         wait = _SECONDS_BETWEEN_TRIES
         while True:
-            before, whole = self._seen, True
+            before, complete = self._consumed, True
             try:
                 asyncio.run(self._stream())
             except FAILURES:
-                whole = False
-            details = self._client.get_job_info(self._identity)
-            if not whole:
-                self._take(self._client.get_job_logs(self._identity), 0)
+                complete = False
+            details = self._client.get_job_info(self._submission_id)
+            if not complete:
+                self._consume(self._client.get_job_logs(self._submission_id), 0)
             if details.status.is_terminal():
                 break
-            wait = _SECONDS_BETWEEN_TRIES if self._seen > before else min(2 * wait, _LONGEST_WAIT)
+            wait = _SECONDS_BETWEEN_TRIES if self._consumed > before else min(2 * wait, _LONGEST_WAIT)
             time.sleep(wait)
-        if self._rest:
-            self._say(self._rest)
-            self._rest = ""
+        if self._partial_line:
+            self._on_line(self._partial_line)
+            self._partial_line = ""
         return details
 
     async def _stream(self) -> None:
-        """Read the log as it grows; the server begins at its start and ends with the job."""
+        """Stream the log; the server always starts at its beginning and ends with the job."""
         position = 0
-        pieces = aiter(self._client.tail_job_logs(self._identity))
+        chunks = aiter(self._client.tail_job_logs(self._submission_id))
         while True:
-            coming = asyncio.ensure_future(anext(pieces))
+            next_chunk = asyncio.ensure_future(anext(chunks))
             try:
-                # A connection that is lost in silence looks like a job that says nothing.
-                while not (await asyncio.wait({coming}, timeout=_SECONDS_OF_SILENCE))[0]:
-                    await asyncio.to_thread(self._client.get_job_info, self._identity)
-                text = coming.result()
+                # A silently lost connection looks like a job without output, so poll the job info.
+                while not (await asyncio.wait({next_chunk}, timeout=_SECONDS_OF_SILENCE))[0]:
+                    await asyncio.to_thread(self._client.get_job_info, self._submission_id)
+                text = next_chunk.result()
             except StopAsyncIteration:
                 return
             finally:
-                coming.cancel()
-            self._take(text, position)
+                next_chunk.cancel()
+            self._consume(text, position)
             position += len(text)
 
-    def _take(self, text: str, position: int) -> None:
-        """Pass on what is new of a piece of the log that begins at a position."""
-        fresh = text[max(0, self._seen - position) :]
-        self._seen = max(self._seen, position + len(text))
-        *lines, self._rest = (self._rest + fresh).split("\n")
+    def _consume(self, text: str, position: int) -> None:
+        """Process a chunk of the log that starts at a character position; skip what was consumed before."""
+        new = text[max(0, self._consumed - position) :]
+        self._consumed = max(self._consumed, position + len(text))
+        *lines, self._partial_line = (self._partial_line + new).split("\n")
         for line in lines:
-            self._say(line)
+            self._on_line(line)

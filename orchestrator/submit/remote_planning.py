@@ -1,4 +1,4 @@
-"""Planning for a cluster that is only reached by its dashboard, before anything travels there."""
+"""Memory planning for a remote cluster from its dashboard, before anything is uploaded."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from orchestrator.planner.feasibility import gpu_machines, processor_places, ref
 from orchestrator.planner.formatting import GIB, figures
 from orchestrator.planner.search import asked_of
 
-Ask = Callable[[str], Any]
-"""Returns the JSON that the dashboard answers to a path."""
+Fetch = Callable[[str], Any]
+"""GET request for a path of the dashboard; returns the parsed JSON."""
 _NODES = "/api/v0/nodes?detail=1&limit=10000"
 _SUMMARY = "/nodes?view=summary"
 
 
-class Unplanned(Exception):
-    """Why a job cannot be planned from here; `train` plans it again on the cluster."""
+class PlanningUnavailable(Exception):
+    """The job cannot be planned locally; `train` plans it on the cluster."""
 
 
-def require_fit(job: JobSpec, ask: Ask, force: bool, note: Callable[[str], None]) -> None:
-    """Predict what a job needs on a cluster, and refuse what cannot fit.
+def require_fit(job: JobSpec, fetch: Fetch, force: bool, note: Callable[[str], None]) -> None:
+    """Predict the memory of a job on a cluster and reject it if it does not fit.
 
-    Where the model or the cluster is not known well enough, that is said and nothing is refused: the cluster
-    plans as well, when it has the job.
+    If the model or the cluster is not known well enough, the reason is noted and the job is accepted; `train`
+    plans again on the cluster.
 
     Args:
         job: The job.
-        ask: Asks the dashboard.
-        force: Go on whatever is predicted.
-        note: Told what is predicted, or why nothing is.
+        fetch: Sends GET requests to the dashboard.
+        force: Accept the job even if it is predicted not to fit.
+        note: Called with the prediction, or with the reason why there is none.
 
     Raises:
-        ClusterError: It does not fit, and is not forced; the changes that would help most are named.
+        ClusterError: The job does not fit and force is False; suggests changes.
     """
     try:
         config = resized(config_of(job.model.path), job.model)
-        machines = machines_there(job, ask)
+        machines = cluster_from_dashboard(job, fetch)
         plain = asked_of(job, config, machines)
-    except Unplanned as reason:
-        note(f"not planned from here, but by train on the cluster: {reason}")
+    except PlanningUnavailable as reason:
+        note(f"not planned locally, train plans it on the cluster: {reason}")
         return
     except SpecError as reason:
-        note(f"not planned from here, but by train on the cluster: {'; '.join(reason.problems)}")
+        note(f"not planned locally, train plans it on the cluster: {'; '.join(reason.problems)}")
         return
     constants = constants_of(stack_of(plain.prediction.work, machines))
     found = asked_of(job, config, machines, constants).prediction
@@ -61,27 +61,27 @@ def require_fit(job: JobSpec, ask: Ask, force: bool, note: Callable[[str], None]
     note(f"planned{forced} for {machines}: {figures(found)}")
 
 
-def machines_there(job: JobSpec, ask: Ask) -> Machines:
-    """Return the machines of a cluster that a job is spread over.
+def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> Machines:
+    """Return the nodes and devices of a cluster that a job would use.
 
     Args:
         job: The job.
-        ask: Asks the dashboard.
+        fetch: Sends GET requests to the dashboard.
 
     Raises:
-        Unplanned: The cluster does not say what it has, or has a device that the catalogue does not know.
+        PlanningUnavailable: The dashboard does not list nodes or GPUs, or a GPU is not in the catalogue.
     """
     try:
-        nodes = [node for node in from_state_api(ask(_NODES)["data"]["result"]["result"]) if node.alive]
+        nodes = [node for node in from_state_api(fetch(_NODES)["data"]["result"]["result"]) if node.alive]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Unplanned(f"the dashboard does not list its nodes ({error!r})") from None
+        raise PlanningUnavailable(f"the dashboard does not list its nodes ({error!r})") from None
     gpus = any(node.gpus for node in nodes)
     if resolve_device(job.parallel.device, gpus) == "cuda":
-        found = gpu_machines(job, nodes, _gpu(ask))
+        found = gpu_machines(job, nodes, _gpu(fetch))
     else:
         found = _processors(job, nodes)
     if found is None:
-        raise Unplanned("no node offers what a worker takes")
+        raise PlanningUnavailable("no node has enough resources for a worker")
     return found
 
 
@@ -93,16 +93,18 @@ def _processors(job: JobSpec, nodes: Sequence[Node]) -> Machines | None:
     return Machines(-(-job.parallel.workers // each), each, processor(memory / GIB))
 
 
-def _gpu(ask: Ask) -> hardware.Device:
-    """Return the device of a cluster's GPUs; where there are several, that with the least memory."""
+def _gpu(fetch: Fetch) -> hardware.Device:
+    """Return the GPU model of a cluster; of several models, the one with the least memory."""
     try:
-        summary = ask(_SUMMARY)["data"]["summary"]
+        summary = fetch(_SUMMARY)["data"]["summary"]
         names = {gpu["name"] for node in summary for gpu in node.get("gpus") or ()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unplanned(f"the dashboard does not say what its GPUs are ({error!r})") from None
+        raise PlanningUnavailable(f"the dashboard does not list GPU names ({error!r})") from None
     known = {name: hardware.match(name) for name in names}
     unknown = [name for name, device in known.items() if device is None]
     if unknown or not known:
-        what = f"does not know {', '.join(sorted(unknown))}" if unknown else "needs the name of a GPU"
-        raise Unplanned(f"the hardware catalogue {what}")
-    return min((each for each in known.values() if each), key=lambda device: device.memory_gib)
+        names_text = ", ".join(sorted(unknown))
+        raise PlanningUnavailable(
+            f"{names_text} is not in the hardware catalogue" if unknown else "the dashboard lists no GPU name"
+        )
+    return min((device for device in known.values() if device), key=lambda device: device.memory_gib)

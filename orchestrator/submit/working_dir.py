@@ -1,4 +1,4 @@
-"""What travels to a cluster with a job: this program, the job file, data with a relative path, variables."""
+"""The working directory uploaded with a job: this package, the job file and data with a relative path."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from orchestrator.train import environment
 JOB = "job.yaml"
 _MOST_DATA_BYTES = 64 * 2**20
 _MIB = 2**20
-_OF_A_SAVED_SET = ("dataset_dict.json", "dataset_info.json", "state.json")
+_DATASET_METADATA = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
-def pack(job: JobSpec, folder: Path, note: Callable[[str], None]) -> None:
-    """Put all that travels but variables into a folder.
+def create_working_dir(job: JobSpec, folder: Path, note: Callable[[str], None]) -> None:
+    """Write package, job file and data files into a folder; environment variables are sent separately.
 
     Args:
-        job: The job; of `run.env` only names are written.
+        job: The job; only the names in `run.env` are written.
         folder: An empty folder.
-        note: Told what travels of a folder of data, and what is taken for a data set of the hub.
+        note: Called with what is uploaded of data folders, and which paths are assumed to be hub datasets.
 
     Raises:
-        SpecError: With everything that the job names, and that neither travels nor can be found on a cluster.
+        SpecError: With every path of the job that is neither uploaded nor visible to the cluster.
     """
     files, problems = _data_files(job, note)
     problems += [*_collisions(files), *_outside(job)]
@@ -41,9 +41,9 @@ def pack(job: JobSpec, folder: Path, note: Callable[[str], None]) -> None:
     if sum(sizes.values()) > _MOST_DATA_BYTES:
         largest = max(sizes, key=lambda file: sizes[file])
         problems.append(
-            f"data files with a relative path have {sum(sizes.values()) / _MIB:,.1f} MiB together, and not "
-            f"more than 64 MiB travel (the largest is {largest}); put them where every node sees them, and "
-            "name absolute paths"
+            f"data files with a relative path have {sum(sizes.values()) / _MIB:,.1f} MiB in total, but not "
+            f"more than 64 MiB are uploaded (the largest is {largest}); put them on shared storage and use "
+            "absolute paths"
         )
     if problems:
         raise SpecError(*problems)
@@ -55,13 +55,12 @@ def pack(job: JobSpec, folder: Path, note: Callable[[str], None]) -> None:
             shutil.copy2(file, folder / file)
         except OSError as error:
             raise SpecError(
-                f"data file {file} cannot be read ({error.strerror}), so it cannot travel; check its "
-                "permissions"
+                f"data file {file} cannot be read ({error.strerror}); check its permissions"
             ) from None
 
 
 def _copy_program(folder: Path) -> None:
-    """Copy the package and the data files that it reads into a folder; see `orchestrator.config.paths`."""
+    """Copy the package and its data files into a folder; see `orchestrator.package_data`."""
     package = folder / PACKAGE.name
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", BUNDLED.name)
     shutil.copytree(PACKAGE, package, ignore=skipped)
@@ -75,8 +74,8 @@ def _copy_program(folder: Path) -> None:
 
 
 def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], list[str]]:
-    """Return the files that travel, each once, and a sentence for every source that cannot."""
-    found: dict[Path, None] = {}
+    """Return the data files to upload without duplicates, and a problem for every source that has none."""
+    files: dict[Path, None] = {}
     problems: dict[str, None] = {}
     for source in (*job.data.train, *(job.eval.data if job.eval else ())):
         path = Path(source.path)
@@ -87,105 +86,110 @@ def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], 
         elif problem := source_problem(source):
             problems[problem] = None
         elif path.exists():
-            found |= dict.fromkeys(_files_of(source, note))
+            files |= dict.fromkeys(_files_of(source, note))
         elif Path(path.parts[0]).is_dir():
             problems[
-                f"data path {source.path} is not there, and {path.parts[0]} is a folder here, so that it is "
-                "hardly meant for a data set of the hub; correct it, or submit from a folder that has no "
+                f"data path {source.path} does not exist, and {path.parts[0]} is a local folder, so it is "
+                "probably not a hub dataset; correct the path, or submit from a folder without "
                 f"{path.parts[0]}"
             ] = None
         else:
-            note(f"data {source.path} is not here, and is taken for a data set of the hub")
-    return list(found), list(problems)
+            note(f"data {source.path} does not exist locally and is assumed to be a hub dataset")
+    return list(files), list(problems)
 
 
 def _files_of(source: SourceSpec, note: Callable[[str], None]) -> Iterator[Path]:
-    """Yield the files of a source that a run reads, with what tells it how to read a saved data set."""
-    read = [Path(file) for _, file in local_files(source, Path(source.path))]
-    yield from read
-    home = Path(source.path)
-    if not home.is_dir():
+    """Yield the files of a source that a run reads, and the metadata files of a saved dataset."""
+    data_files = [Path(file) for _, file in local_files(source, Path(source.path))]
+    yield from data_files
+    root = Path(source.path)
+    if not root.is_dir():
         return
-    folders = {home, *(file.parent for file in read)}
-    described = [folder / name for folder in folders for name in _OF_A_SAVED_SET if (folder / name).is_file()]
-    yield from described
-    there = sum(file.is_file() for file in home.rglob("*"))
-    size = sum(file.stat().st_size for file in read) / _MIB
-    rest = there - len({*read, *described})
-    stay = f"; {rest} other file{'s' * (rest != 1)}, which no run reads, stay here" if rest > 0 else ""
+    folders = {root, *(file.parent for file in data_files)}
+    metadata = [
+        folder / name for folder in folders for name in _DATASET_METADATA if (folder / name).is_file()
+    ]
+    yield from metadata
+    total = sum(file.is_file() for file in root.rglob("*"))
+    size = sum(file.stat().st_size for file in data_files) / _MIB
+    unused = total - len({*data_files, *metadata})
+    skipped = f"; {unused} unused file{'s' * (unused != 1)} skipped" if unused > 0 else ""
     note(
-        f"data folder {source.path}: {len(read)} file{'s' * (len(read) != 1)} travel ({size:,.1f} MiB){stay}"
+        f"data folder {source.path}: uploading {len(data_files)} file{'s' * (len(data_files) != 1)} "
+        f"({size:,.1f} MiB){skipped}"
     )
 
 
 def _collisions(files: Sequence[Path]) -> Iterator[str]:
     for file in files:
-        ours = file.parts[0] == PACKAGE.name and (ROOT / file).exists()
-        if file == Path(JOB) or ours:
+        in_package = file.parts[0] == PACKAGE.name and (ROOT / file).exists()
+        if file == Path(JOB) or in_package:
             yield (
-                f"data file {file} would take the place of a file of this program on the cluster; give it "
-                "another name or folder"
+                f"data file {file} would overwrite a file of orchestrator in the working directory; rename "
+                "or move it"
             )
 
 
 def _outside(job: JobSpec) -> Iterator[str]:
-    """Yield a sentence for each path that means something only in this working directory."""
-    for field, place in (("model.path", job.model.path), ("method.adapter", job.method.adapter)):
-        if not place or place.startswith(("builtin/", "/", "~")):
+    """Yield a problem for each path that is only valid on this machine."""
+    for field, path in (("model.path", job.model.path), ("method.adapter", job.method.adapter)):
+        if not path or path.startswith(("builtin/", "/", "~")):
             continue
-        if Path(place).exists():
+        if Path(path).exists():
             yield (
-                f"{field}={place} is a folder of this machine, and models do not travel; use the absolute "
-                "path of storage that every node sees"
+                f"{field}={path} is a local folder, and models are not uploaded; use an absolute path on "
+                "storage that every node can read"
             )
-        elif place.startswith("."):
-            yield f"{field}={place} is relative, and nothing is there; use the absolute path on the cluster"
-    for field, place in (
+        elif path.startswith("."):
+            yield f"{field}={path} is relative and does not exist; use the absolute path on the cluster"
+    for field, path in (
         ("checkpoint.storage", job.checkpoint.storage),
         ("parallel.offload_path", job.parallel.offload_path),
     ):
-        if place and not place.startswith("~") and not Path(place).is_absolute():
-            kind = "storage that every node sees" if field.startswith("checkpoint") else "a disk of the nodes"
+        if path and not path.startswith("~") and not Path(path).is_absolute():
+            kind = (
+                "on storage that every node can write"
+                if field.startswith("checkpoint")
+                else "on a local disk of the nodes"
+            )
             yield (
-                f"{field}={place} is relative, and on a cluster it would lie in a temporary folder; use the "
-                f"absolute path of {kind}"
+                f"{field}={path} is relative and would be in a temporary folder on the cluster; use an "
+                f"absolute path {kind}"
             )
 
 
-def with_variables(job: JobSpec, given: Sequence[str]) -> JobSpec:
-    """Return the job with variables of the command line in `run.env`, where they take precedence.
+def with_env_options(job: JobSpec, options: Sequence[str]) -> JobSpec:
+    """Return the job with the --env options added to `run.env`; they take precedence.
 
     Args:
         job: The job.
-        given: Each NAME=VALUE, or NAME for the value that is set here.
+        options: NAME=VALUE, or NAME for the current value of the variable.
 
     Raises:
-        SpecError: With every text that names no variable, or one that is not set here.
+        SpecError: With every option with an invalid name or an unset variable.
     """
     problems: list[str] = []
     env = dict(job.run.env)
-    for text in given:
+    for text in options:
         name, equals, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            problems.append(
-                f"--env {name}: not the name of a variable; write --env NAME=VALUE, or --env NAME"
-            )
+            problems.append(f"--env {name}: not a valid variable name; use --env NAME=VALUE or --env NAME")
         elif not equals and name not in os.environ:
-            problems.append(f"--env {name}: {name} is not set here; export it, or write --env {name}=VALUE")
+            problems.append(f"--env {name}: {name} is not set; export it, or use --env {name}=VALUE")
         else:
             env[name] = SecretStr(value if equals else os.environ[name])
-    found = job.model_copy(update={"run": job.run.model_copy(update={"env": env})})
-    problems += [sentence for fields, sentence in broken_rules(found) if fields[0].startswith("run.env.")]
+    updated = job.model_copy(update={"run": job.run.model_copy(update={"env": env})})
+    problems += [sentence for fields, sentence in broken_rules(updated) if fields[0].startswith("run.env.")]
     if problems:
         raise SpecError(*problems)
-    return found
+    return updated
 
 
-def variables(job: JobSpec, inherit: bool) -> dict[str, str]:
-    """Return the variables that travel: those of `run.env`, then the default ones that are set here.
+def env_to_send(job: JobSpec, inherit: bool) -> dict[str, str]:
+    """Return the environment variables to send: those forwarded by default, overridden by `run.env`.
 
     Raises:
-        SpecError: With every variable that is null in the job and not set here.
+        SpecError: With every variable that is null in the job and not set.
     """
-    default = environment.forwarded(os.environ) if inherit else {}
-    return {**default, **environment.values_of(job, os.environ)}
+    default = environment.forwarded_env(os.environ) if inherit else {}
+    return {**default, **environment.resolve_env(job, os.environ)}

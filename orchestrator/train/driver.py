@@ -92,7 +92,7 @@ def run(
         OrchestratorError: The subclass says whether the job file, the cluster or the run failed.
     """
     began = time.monotonic()
-    job = run_dir.with_absolute_paths(environment.adopt(job))
+    job = run_dir.with_absolute_paths(environment.apply_job_env(job))
     run_dir.require_inputs(job)
     created = run_dir.missing_directories(Path(job.checkpoint.storage) / job.name)
     directory = run_dir.open_run(job, workers_here=address is None)
@@ -124,7 +124,7 @@ def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
     Returns:
         Rows, tokens and packs, as `pack --json` prints them.
     """
-    job = run_dir.with_absolute_paths(environment.adopt(job))
+    job = run_dir.with_absolute_paths(environment.apply_job_env(job))
     run_dir.require_inputs(job)
     created = run_dir.missing_directories(Path(job.checkpoint.storage) / run_dir.CACHE)
     try:

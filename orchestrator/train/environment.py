@@ -1,9 +1,8 @@
-"""Environment variables on their way from the command to the driver, its tasks and its workers.
+"""Passes environment variables from the command to the driver, its Ray tasks and its workers.
 
-Tokens travel this way, so values are held in memory only: in `os.environ` of the processes that need them
-and, while the job runs, in the table of functions that Ray's GCS keeps for the job. Ray's own `env_vars`
-would write them into its logs, its job records and the command line that starts a worker. docs/environment.md
-says what a user may rely on.
+The values may be secrets, so they are only kept in memory: in `os.environ` of the processes that need them
+and, while the job runs, in the function table of Ray's GCS. Ray's `env_vars` would write them into logs, job
+records and the command lines of workers. docs/environment.md documents the behavior for users.
 """
 
 from __future__ import annotations
@@ -17,114 +16,114 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.package_data import PACKAGE
 
-HANDOVER = "ORCHESTRATOR_ENVIRONMENT"
-"""Names the entry of the GCS that holds what `submit` sends; the name is no secret, its content is."""
+SUBMITTED_ENV_KEY = "ORCHESTRATOR_ENVIRONMENT"
+"""Environment variable with the GCS key of the variables sent by `submit`; the key itself is not secret."""
 _PREFIXES = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "WANDB_", "MLFLOW_", "NCCL_", "TORCH_NCCL_", "GLOO_")
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
 
 def is_forwarded(name: str) -> bool:
-    """Tell whether a variable is passed on although no job names it."""
+    """Return whether a variable is forwarded by default."""
     return name.startswith(_PREFIXES) or name.lower() in _PROXIES
 
 
-def forwarded(environ: Mapping[str, str], names: Iterable[str] = ()) -> dict[str, str]:
-    """Return the variables that are passed on.
+def forwarded_env(environ: Mapping[str, str], names: Iterable[str] = ()) -> dict[str, str]:
+    """Return the variables that are forwarded.
 
     Args:
-        environ: Where they are set.
-        names: Those that are passed on besides the default ones, as `run.env` lists them.
+        environ: Environment to select from.
+        names: Names to forward in addition to the default ones, as in `run.env`.
     """
-    wanted = set(names)
-    return {name: value for name, value in environ.items() if name in wanted or is_forwarded(name)}
+    names = set(names)
+    return {name: value for name, value in environ.items() if name in names or is_forwarded(name)}
 
 
-def values_of(job: JobSpec, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of `run.env`; where the job says null, the value that is set here.
+def resolve_env(job: JobSpec, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of `run.env`, with null replaced by the value in `environ`.
 
     Raises:
-        SpecError: With every variable that is null in the job and not set here.
+        SpecError: With every variable that is null in the job and not in `environ`.
     """
-    found, unset = {}, []
+    values, unset = {}, []
     for name, value in job.run.env.items():
         if value is not None:
-            found[name] = value.get_secret_value()
+            values[name] = value.get_secret_value()
         elif name in environ:
-            found[name] = environ[name]
+            values[name] = environ[name]
         else:
             unset.append(name)
     if unset:
         raise SpecError(
             *(
-                f"run.env.{name} is null, which takes the value from where the command runs, and {name} is "
-                "not set here; export it, or remove it from run.env"
+                f"run.env.{name} is null, which uses the value from the environment of the command, but "
+                f"{name} is not set; export it, or remove it from run.env"
                 for name in unset
             )
         )
-    return found
+    return values
 
 
-def take_over(job: JobSpec) -> JobSpec:
-    """Adopt what `submit` has sent, where it has, and then the job's own variables; as `adopt`."""
-    handed_over(last=True)
-    return adopt(job)
+def apply_submitted_and_job_env(job: JobSpec) -> JobSpec:
+    """Apply the variables sent by `submit`, if any, and then those of the job; see `apply_job_env`."""
+    apply_submitted_env(last=True)
+    return apply_job_env(job)
 
 
-def adopt(job: JobSpec) -> JobSpec:
-    """Put the variables of `run.env` into this process's environment, where all that it starts finds them.
+def apply_job_env(job: JobSpec) -> JobSpec:
+    """Set the variables of `run.env` in this process, so that its child processes inherit them.
 
-    To be called before libraries are imported that read the environment at their import.
+    Call it before importing libraries that read the environment at import.
 
     Returns:
-        The job without values: what is recorded, sent or shown of a job from here on holds names only.
+        The job without values, so that everything recorded, sent or printed contains only names.
 
     Raises:
-        SpecError: With every variable that is null in the job and not set here.
+        SpecError: With every variable that is null in the job and not set.
     """
-    os.environ.update(values_of(job, os.environ))
-    return names_only(job)
+    os.environ.update(resolve_env(job, os.environ))
+    return without_env_values(job)
 
 
-def names_only(job: JobSpec) -> JobSpec:
-    """Return the job with null for the value of every variable."""
+def without_env_values(job: JobSpec) -> JobSpec:
+    """Return the job with all values of `run.env` replaced by null."""
     run = job.run.model_copy(update={"env": dict.fromkeys(job.run.env)})
     return job.model_copy(update={"run": run})
 
 
-def worker_setup(values: Mapping[str, str]) -> Callable[[], None]:
-    """Return what every worker process does first: set the variables, and import this program's package.
+def worker_setup_hook(values: Mapping[str, str]) -> Callable[[], None]:
+    """Return Ray's `worker_process_setup_hook`: sets the variables and imports this package.
 
-    Ray puts the driver's working directory first on a worker's path afterwards; an `orchestrator` package of
-    another project there would shadow this one.
+    Afterwards Ray puts the driver's working directory first on `sys.path`, where an `orchestrator` package of
+    another project would shadow this one.
 
     Args:
-        values: The variables by name. They replace what a node has of the same names.
+        values: Variables by name. They override variables of the node.
     """
-    known, package = dict(values), PACKAGE.name
+    variables, package = dict(values), PACKAGE.name
 
-    # Pickled by value, since it is local: no name of this module may be used inside.
+    # A local function is pickled by value, so it must not use names of this module.
     def orchestrator_setup() -> None:
         import contextlib
         import importlib
         import os
 
-        os.environ.update(known)
-        with contextlib.suppress(ImportError):  # not installed on this node
+        os.environ.update(variables)
+        with contextlib.suppress(ImportError):  # not installed on the node
             importlib.import_module(package)
 
     return orchestrator_setup
 
 
-def handed_over(last: bool) -> None:
-    """Put what `submit` has sent into this process's environment, where it has sent anything.
+def apply_submitted_env(last: bool) -> None:
+    """Set the variables sent by `submit` in this process; does nothing outside a submission.
 
     Args:
-        last: Whether no later command of the same submission needs it, so that the GCS forgets it now.
+        last: Delete them from the GCS, because no later command of the submission needs them.
 
     Raises:
-        ClusterError: It was sent and is no longer there.
+        ClusterError: The variables are no longer in the GCS.
     """
-    key = os.environ.get(HANDOVER)
+    key = os.environ.get(SUBMITTED_ENV_KEY)
     if not key:
         return
     from ray import _raylet
@@ -135,10 +134,10 @@ def handed_over(last: bool) -> None:
     content = client.internal_kv_get(key.encode(), None)
     if content is None:
         raise ClusterError(
-            "the environment that `submit` sent with this job was read before and is no longer on the "
-            "cluster; submit the job again"
+            "the environment variables sent by `submit` were already read and are no longer on the cluster; "
+            "submit the job again"
         )
     os.environ.update(json.loads(content))
     if last:
         client.internal_kv_del(key.encode(), False, None)
-        del os.environ[HANDOVER]
+        del os.environ[SUBMITTED_ENV_KEY]

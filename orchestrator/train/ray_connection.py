@@ -1,4 +1,4 @@
-"""How this program starts or joins a Ray, and what it says where that fails."""
+"""Arguments of `ray.init` and error messages for failed connections."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def init_arguments(address: str | None, names: Iterable[str]) -> dict[str, Any]:
 
     Args:
         address: Address of a cluster; None for a local Ray, whose processes inherit this one's environment.
-        names: Variables that are passed on to a cluster besides the default ones.
+        names: Environment variables to forward to a cluster in addition to the default ones.
     """
     if address is None:
-        # Imported before Ray puts the working directory first on a worker's path: a package of the same name
-        # that lies there would be taken for ours. On a cluster the set-up of workers does it.
+        # Import our package before Ray puts the working directory first on a worker's sys.path, where a
+        # package of the same name would shadow it. On a cluster the worker setup hook does this.
         return {
             "include_dashboard": False,
             "_system_config": {"preload_python_modules": [PACKAGE.name]},
             **_QUIET,
         }
-    setup = environment.worker_setup(environment.forwarded(os.environ, names))
+    setup = environment.worker_setup_hook(environment.forwarded_env(os.environ, names))
     return {"address": address, "runtime_env": {"worker_process_setup_hook": setup}, **_QUIET}
 
 
 def require_listener(address: str | None) -> None:
-    """Find out in seconds that nothing is at an address: Ray tries for minutes, and complains all the while.
+    """Check that a TCP port is open; Ray itself would retry for minutes and print warnings.
 
     Raises:
-        OSError: Nobody listens there.
-        ValueError: It is no HOST:PORT.
+        OSError: The connection failed.
+        ValueError: The address is not HOST:PORT.
     """
     if address is None or address in ("auto", "local"):
         return
@@ -50,25 +50,23 @@ def require_listener(address: str | None) -> None:
 
 
 def unreachable(address: str | None, error: Exception) -> ClusterError:
-    """Return the error that says why there is no Ray, with the remedy for that reason."""
+    """Convert an error of `ray.init` to a ClusterError with cause and remedy."""
     reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
     where = f"Ray at {address} cannot be reached" if address else "a local Ray cannot be started"
     return ClusterError(f"{where} ({reason}); {_remedy(address, reason, str(error))}")
 
 
-def _remedy(address: str | None, reason: str, whole: str) -> str:
+def _remedy(address: str | None, reason: str, message: str) -> str:
     if address is None:
-        return "free memory, processors or space in /tmp, and start again"
-    if "ersion mismatch" in whole:
-        return "start this command with the versions of Ray and Python that the cluster runs"
-    if "uthenticat" in whole or "token" in whole.lower():
-        return "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that holds it"
-    if address == "auto" or "Could not find any running Ray" in whole:
-        return "run `ray start` on this node first, name the cluster's HOST:PORT, or leave out --address"
+        return "free memory, CPUs or disk space in /tmp, and start again"
+    if "ersion mismatch" in message:
+        return "run this command with the Ray and Python versions of the cluster"
+    if "uthenticat" in message or "token" in message.lower():
+        return "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that contains it"
+    if address == "auto" or "Could not find any running Ray" in message:
+        return "run `ray start` on this node first, pass HOST:PORT of the cluster, or omit --address"
     if "://" in address:
         return (
-            "name HOST:PORT of the head, such as 10.0.0.1:6379; `orchestrator submit` takes http://HEAD:8265"
+            "use HOST:PORT of the head, such as 10.0.0.1:6379; `orchestrator submit` accepts http://HEAD:8265"
         )
-    return (
-        "check that the head is up and that --address is HOST:PORT of its `ray start`, such as 10.0.0.1:6379"
-    )
+    return "check that the head is running and that --address is HOST:PORT of its GCS, such as 10.0.0.1:6379"

@@ -1,4 +1,4 @@
-"""Being a driver of a Ray cluster, or of a local Ray that is started and ended here."""
+"""Connects to a Ray cluster, or starts and stops a local Ray."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from orchestrator.train import ray_connection
 
 @contextmanager
 def connected(address: str | None, names: Iterable[str] = ()) -> Iterator[None]:
-    """Be a driver of the cluster at an address, or of a local Ray that lives as long as this.
+    """Connect to a cluster, or start a local Ray that is stopped at the end of the context.
 
     Args:
-        address: Address of a cluster, or auto; None takes RAY_ADDRESS from the environment, where it is set.
-        names: Environment variables that reach tasks and workers besides the default ones.
+        address: Address of a cluster, or auto; None uses RAY_ADDRESS if it is set, else a local Ray.
+        names: Environment variables forwarded to tasks and workers in addition to the default ones.
 
     Raises:
         ClusterError: The cluster cannot be reached, or a local Ray cannot be started.
@@ -32,7 +32,7 @@ def connected(address: str | None, names: Iterable[str] = ()) -> Iterator[None]:
     try:
         ray_connection.require_listener(address)
         ray.init(**ray_connection.init_arguments(address, names))
-    except Exception as error:  # where a node does not come up in time, Ray raises just that
+    except Exception as error:  # Ray raises a plain Exception if a node does not start in time
         raise ray_connection.unreachable(address, error) from None
     except KeyboardInterrupt:
         ray.shutdown()
@@ -44,8 +44,8 @@ def connected(address: str | None, names: Iterable[str] = ()) -> Iterator[None]:
 
 
 def live_nodes() -> tuple[Node, ...]:
-    """Return the live nodes; where Ray still lists an earlier life of an address, the later one counts."""
-    found = {
+    """Return the live nodes; if an address is listed more than once after a restart, the latest."""
+    nodes = {
         record["NodeManagerAddress"]: Node(
             node_id=record["NodeID"],
             address=record["NodeManagerAddress"],
@@ -57,7 +57,7 @@ def live_nodes() -> tuple[Node, ...]:
         for record in ray.nodes()
         if record["Alive"]
     }
-    return tuple(found.values())
+    return tuple(nodes.values())
 
 
 def get_result(reference: Any) -> Any:

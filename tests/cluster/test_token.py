@@ -1,4 +1,4 @@
-"""A head that asks for a token: a job is taken with it, and without it the error says what to set."""
+"""A dashboard with token authentication: jobs need the token, and the error without it says what to set."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def bed() -> Iterator[Testbed]:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token, and has none; set RAY_AUTH_TOKEN"),
-        ({"RAY_AUTH_TOKEN": "00" * 32}, "does not know the one that it has; set RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_MODE": "disabled"}, "requires a token; set RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_TOKEN": "00" * 32}, "rejected the token in RAY_AUTH_TOKEN; set RAY_AUTH_TOKEN"),
     ],
 )
-def test_without_the_token_a_job_is_refused(
+def test_a_job_without_a_valid_token_is_rejected(
     given: dict[str, str], words: str, bed: Testbed, tmp_path: Path
 ) -> None:
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs"))
@@ -38,22 +38,24 @@ def test_without_the_token_a_job_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
-def test_with_the_token_the_nodes_are_looked_at_and_the_job_trains(bed: Testbed, tmp_path: Path) -> None:
+def test_with_the_token_doctor_runs_and_the_job_trains(bed: Testbed, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs", optim__max_steps=2))
     command = ("submit", "job.yaml", "--address", bed.dashboard_url)
-    # A variable goes through the head's memory, which asks for the token too.
+    # Sending an environment variable to the GCS also requires the token.
     done = orchestrator(*command, cwd=tmp_path, timeout=400, HF_HUB_OFFLINE="1", **TOKEN)
     assert done.code == 0, f"{done.out[-4000:]}\n{done.err[-4000:]}"
-    assert "variables that travel: " in done.err
+    assert "environment variables sent: " in done.err
     lines = done.out.splitlines()
     assert lines[0].startswith("submitted run-")
     assert lines[1].startswith(f"follow ray job logs --follow --address {bed.dashboard_url} run-")
-    assert "ready" in lines, "what the doctor found comes first"
-    assert "planned for 1x2xcpu: fits: " in done.err, "before anything is sent"
+    assert "ready" in lines, "the output of doctor comes first"
+    assert "planned for 1x2xcpu: fits: " in done.err, "before anything is uploaded"
     assert (tmp_path / "runs" / "run" / "report.json").exists()
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_sent(bed: Testbed, tmp_path: Path) -> None:
+def test_a_job_that_does_not_fit_is_rejected_before_anything_is_uploaded(
+    bed: Testbed, tmp_path: Path
+) -> None:
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs", data__max_length=4 * 2**20))
     done = orchestrator("submit", "job.yaml", "--address", bed.dashboard_url, cwd=tmp_path, **TOKEN)
     assert done.code == 3

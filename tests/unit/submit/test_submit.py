@@ -27,9 +27,9 @@ JOB = JobSpec(
 
 @dataclass
 class Client:
-    """Stands for Ray's: each state of the job comes with what a stream gives until it breaks, or ends.
+    """Mock of Ray's job client: a list of job states, each with the chunks that the log stream yields.
 
-    An exception for a state is raised when the state is asked for, one among the pieces by the stream.
+    An exception as a state is raised by `get_job_info`, one among the chunks by the stream.
     """
 
     states: list[tuple[Any, list[Any]]]
@@ -40,7 +40,7 @@ class Client:
     streams: int = 0
     fetched: int = 0
 
-    def get_job_info(self, identity: str) -> Any:
+    def get_job_info(self, submission_id: str) -> Any:
         state = self.states.pop(0)[0] if len(self.states) > 1 else self.states[0][0]
         if isinstance(state, BaseException):
             raise state
@@ -48,30 +48,30 @@ class Client:
         status = type("Status", (str,), {"is_terminal": lambda _: ended})(state)
         return SimpleNamespace(status=status, driver_exit_code=self.code, message=self.message)
 
-    async def tail_job_logs(self, identity: str) -> AsyncIterator[str]:
+    async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
         self.streams += 1
-        for piece in self.states[0][1]:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
+        for chunk in self.states[0][1]:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
 
-    def get_job_logs(self, identity: str) -> str:
+    def get_job_logs(self, submission_id: str) -> str:
         self.fetched += 1
         return self.whole
 
-    def stop_job(self, identity: str) -> None:
-        self.stopped.append(identity)
+    def stop_job(self, submission_id: str) -> None:
+        self.stopped.append(submission_id)
         self.states = [("STOPPED", [])]
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_log, "_SECONDS_BETWEEN_TRIES", 0.0)
 
 
 def follow(client: Client) -> tuple[int, list[str]]:
-    said: list[str] = []
-    return submit._follow(client, "run-1", "http://head:8265", said.append), said
+    lines: list[str] = []
+    return submit._follow(client, "run-1", "http://head:8265", lines.append), lines
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, text: str, tty: bool = True) -> None:
@@ -80,20 +80,20 @@ def answers(monkeypatch: pytest.MonkeyPatch, text: str, tty: bool = True) -> Non
     monkeypatch.setattr(sys, "stdin", stdin)
 
 
-def test_the_log_is_shown_as_it_grows_and_the_exit_code_is_that_of_the_run() -> None:
+def test_the_log_is_streamed_and_the_exit_code_is_that_of_the_run() -> None:
     client = Client([("SUCCEEDED", ["a\nb", "b\n\nc", "\nend"])])
     assert follow(client) == (0, ["a", "bb", "", "c", "end"])
-    assert client.fetched == 0, "what has come is not fetched again"
+    assert client.fetched == 0, "a complete stream needs no extra request"
     assert follow(Client([("FAILED", ["x\n"])], code=4)) == (4, ["x"])
     assert follow(Client([("STOPPED", [])]))[0] == 143
 
 
-def test_a_job_whose_command_never_ran_says_why() -> None:
+def test_the_error_names_why_the_command_never_started() -> None:
     with pytest.raises(ClusterError, match=r"runtime env: no space\); see `ray job status"):
         follow(Client([("FAILED", [])], message="runtime env:\n no space"))
 
 
-def test_every_line_comes_once_also_when_the_stream_breaks_in_the_middle_of_one() -> None:
+def test_every_line_is_printed_once_if_the_stream_breaks_within_a_line() -> None:
     broken = RuntimeError("WebSocket connection closed unexpectedly")
     client = Client(
         [("RUNNING", ["é1\nl", broken]), ("RUNNING", ["é1\nli", broken]), ("SUCCEEDED", ["é1\nline 2\n3"])],
@@ -103,25 +103,25 @@ def test_every_line_comes_once_also_when_the_stream_breaks_in_the_middle_of_one(
     assert client.streams == 3
 
 
-def test_a_log_comes_also_where_no_stream_is_let_through() -> None:
-    refused = aiohttp.ClientError("101 expected")
-    client = Client([("RUNNING", [refused]), ("SUCCEEDED", [refused])], whole="a\nb\n")
+def test_the_log_is_fetched_if_streaming_is_blocked() -> None:
+    blocked = aiohttp.ClientError("101 expected")
+    client = Client([("RUNNING", [blocked]), ("SUCCEEDED", [blocked])], whole="a\nb\n")
     assert follow(client) == (0, ["a", "b"])
 
 
-def test_a_silent_stream_is_told_from_a_cluster_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gone(Client):
-        async def tail_job_logs(self, identity: str) -> AsyncIterator[str]:
+def test_a_silent_stream_of_a_lost_cluster_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SilentClient(Client):
+        async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
             await asyncio.sleep(60)
             yield ""
 
     monkeypatch.setattr(job_log, "_SECONDS_OF_SILENCE", 0.01)
     with pytest.raises(ClusterError, match="lost the cluster"):
-        follow(Gone([("RUNNING", []), ("RUNNING", []), (ConnectionError("gone"), [])]))
+        follow(SilentClient([("RUNNING", []), ("RUNNING", []), (ConnectionError("gone"), [])]))
 
 
 @pytest.mark.parametrize(("answer", "stops"), [("y\n", True), ("yes\n", True), ("\n", False), ("", False)])
-def test_ctrl_c_asks_once_whether_the_job_is_to_end(
+def test_ctrl_c_asks_whether_to_stop_the_job(
     answer: str, stops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers(monkeypatch, answer)
@@ -135,7 +135,7 @@ def test_ctrl_c_asks_once_whether_the_job_is_to_end(
     assert client.stopped == []
 
 
-def test_where_nobody_can_answer_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_the_job_keeps_running(monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, "y\n", tty=False)
     client = Client([(KeyboardInterrupt(), []), ("SUCCEEDED", [])])
     with pytest.raises(KeyboardInterrupt):
@@ -143,13 +143,13 @@ def test_where_nobody_can_answer_the_job_goes_on(monkeypatch: pytest.MonkeyPatch
     assert client.stopped == []
 
 
-def test_a_cluster_that_is_lost_is_told_with_the_command_that_follows_again() -> None:
+def test_the_error_for_a_lost_cluster_has_the_command_to_follow_again() -> None:
     with pytest.raises(ClusterError, match=r"ray job logs --follow --address http://head:8265 run-1"):
         follow(Client([(ConnectionError("gone"), []), ("SUCCEEDED", [])]))
 
 
-def test_the_nodes_are_looked_at_first_unless_told_otherwise() -> None:
+def test_doctor_runs_before_training_unless_disabled() -> None:
     train = "python -m orchestrator train job.yaml --address auto"
-    assert submit.entrypoint(JOB, look_first=False) == train
-    looked = "python -m orchestrator doctor --address auto --storage '/mnt/all runs' && "
-    assert submit.entrypoint(JOB, look_first=True) == looked + train
+    assert submit.entrypoint(JOB, run_doctor=False) == train
+    doctor = "python -m orchestrator doctor --address auto --storage '/mnt/all runs' && "
+    assert submit.entrypoint(JOB, run_doctor=True) == doctor + train

@@ -1,4 +1,4 @@
-"""Variables reach this process and the set-up of workers; nothing that is written or shown has values."""
+"""Environment variables reach driver and workers, and their values are never written or printed."""
 
 from __future__ import annotations
 
@@ -57,45 +57,45 @@ def job(**env: str | None) -> JobSpec:
         ("PYTHONPATH", False),
     ],
 )
-def test_what_is_passed_on_by_default(name: str, passed: bool) -> None:
-    assert (environment.forwarded({name: "v"}) == {name: "v"}) == passed
-    assert environment.forwarded({name: "v"}, [name]) == {name: "v"}
+def test_variables_forwarded_by_default(name: str, passed: bool) -> None:
+    assert (environment.forwarded_env({name: "v"}) == {name: "v"}) == passed
+    assert environment.forwarded_env({name: "v"}, [name]) == {name: "v"}
 
 
-def test_values_are_set_here_and_leave_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apply_job_env_sets_values_and_removes_them_from_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_HERE", "here")
     monkeypatch.setenv("BOTH", "here")
     monkeypatch.delenv("OF_THE_JOB", raising=False)
-    adopted = environment.adopt(job(OF_THE_JOB=SECRET, FROM_HERE=None, BOTH="job"))
-    assert {name: os.environ[name] for name in adopted.run.env} == {
+    applied = environment.apply_job_env(job(OF_THE_JOB=SECRET, FROM_HERE=None, BOTH="job"))
+    assert {name: os.environ[name] for name in applied.run.env} == {
         "OF_THE_JOB": SECRET,
         "FROM_HERE": "here",
         "BOTH": "job",
     }
-    assert SECRET.encode() not in pickle.dumps(adopted)
-    assert environment.adopt(adopted) == adopted, "what was adopted is found again"
+    assert SECRET.encode() not in pickle.dumps(applied)
+    assert environment.apply_job_env(applied) == applied, "applying twice changes nothing"
     monkeypatch.delenv("OF_THE_JOB")
 
 
-def test_variables_that_are_not_set_are_all_named() -> None:
+def test_the_error_names_all_unset_variables() -> None:
     with pytest.raises(SpecError) as caught:
-        environment.adopt(job(NOT_SET_A=None, NOT_SET_B=None))
+        environment.apply_job_env(job(NOT_SET_A=None, NOT_SET_B=None))
     assert [problem.split(" ")[0] for problem in caught.value.problems] == [
         "run.env.NOT_SET_A",
         "run.env.NOT_SET_B",
     ]
 
 
-def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
-    asked = job(TOKEN=SECRET)
-    record_job(tmp_path, asked)
+def test_no_representation_of_a_job_contains_a_value(tmp_path: Path) -> None:
+    spec = job(TOKEN=SECRET)
+    record_job(tmp_path, spec)
     written = (tmp_path / "job.yaml").read_text()
     for text in (
         written,
-        repr(asked),
-        str(asked),
-        str(asked.model_dump(mode="json")),
-        asked.model_dump_json(),
+        repr(spec),
+        str(spec),
+        str(spec.model_dump(mode="json")),
+        spec.model_dump_json(),
     ):
         assert "TOKEN" in text
         assert SECRET not in text
@@ -105,7 +105,7 @@ def test_no_way_of_writing_a_job_shows_a_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "env", [{"A": 5}, {"A": {"B": SECRET}}, {"A": [SECRET]}, [SECRET], SECRET, {"A B": "x"}]
 )
-def test_no_error_shows_a_value(env: object) -> None:
+def test_no_error_contains_a_value(env: object) -> None:
     text = f"name: run\nmodel: {{path: m}}\ndata: {{train: [{{path: d}}]}}\nrun: {{env: {json.dumps(env)}}}\n"
     with pytest.raises(SpecError) as caught:
         loader.parse(text)
@@ -116,33 +116,33 @@ def test_no_error_shows_a_value(env: object) -> None:
 @pytest.mark.parametrize(
     "override", ["run.env.A=[{0}, x", "run.env.A=[{0}]", "run.env.A.b={0}", "run={{env: {0}}}"]
 )
-def test_no_error_of_an_override_shows_a_value(override: str) -> None:
+def test_no_error_of_an_override_contains_a_value(override: str) -> None:
     with pytest.raises(SpecError) as caught:
         loader.parse("name: run\nmodel: {path: m}\ndata: {train: [{path: d}]}\n", [override.format(SECRET)])
     assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "PYTHONPATH", "RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"])
-def test_what_would_come_too_late_is_refused(name: str) -> None:
+def test_variables_read_before_python_starts_are_rejected(name: str) -> None:
     with pytest.raises(SpecError, match="export it where Ray is started"):
         job(**{name: "value"})
 
 
-def test_other_variables_do_not_make_another_job(tmp_path: Path) -> None:
+def test_changed_variables_do_not_prevent_resuming(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    asked = job(A="1", B="2")
-    asked = asked.model_copy(
-        update={"checkpoint": asked.checkpoint.model_copy(update={"storage": str(tmp_path)})}
+    spec = job(A="1", B="2")
+    spec = spec.model_copy(
+        update={"checkpoint": spec.checkpoint.model_copy(update={"storage": str(tmp_path)})}
     )
-    open_run(asked)
-    record_job(run_dir, asked)
+    open_run(spec)
+    record_job(run_dir, spec)
     (run_dir / "attempts.jsonl").write_text("{}\n")
-    open_run(asked)
-    run = asked.run.model_copy(update={"env": {}})
-    open_run(asked.model_copy(update={"run": run}))
+    open_run(spec)
+    run = spec.run.model_copy(update={"env": {}})
+    open_run(spec.model_copy(update={"run": run}))
 
 
-def test_data_that_were_unpacked_elsewhere_do_not_make_another_job(tmp_path: Path) -> None:
+def test_a_new_working_dir_path_does_not_prevent_resuming(tmp_path: Path) -> None:
     def unpacked(session: str, digest: str, name: str) -> JobSpec:
         path = f"/tmp/ray/{session}/runtime_resources/working_dir_files/_ray_pkg_{digest}/data/{name}"
         text = {"name": "run", "model": {"path": "m"}, "data": {"train": [{"path": path}]}}
@@ -157,13 +157,13 @@ def test_data_that_were_unpacked_elsewhere_do_not_make_another_job(tmp_path: Pat
         open_run(unpacked("session_2", "ffff", "other.jsonl"))
 
 
-def test_the_set_up_of_a_worker_takes_our_packages_and_not_those_of_the_working_directory(
+def test_the_worker_setup_hook_imports_our_package_before_the_working_directory(
     tmp_path: Path,
 ) -> None:
-    """Ray runs it before it puts the driver's working directory on the path."""
+    """Ray runs the hook before it puts the driver's working directory on sys.path."""
     (tmp_path / "orchestrator").mkdir()
     (tmp_path / "orchestrator" / "__init__.py").write_text("raise RuntimeError('theirs')")
-    (tmp_path / "setup").write_bytes(cloudpickle.dumps(environment.worker_setup({"TOKEN": SECRET})))
+    (tmp_path / "setup").write_bytes(cloudpickle.dumps(environment.worker_setup_hook({"TOKEN": SECRET})))
     code = (
         "import pickle, sys, os; pickle.load(open('setup', 'rb'))(); sys.path.insert(0, os.getcwd());"
         "import orchestrator; print(orchestrator.__file__, os.environ['TOKEN'])"

@@ -1,4 +1,4 @@
-"""A Ray that cannot be joined is told in one sentence, soon, and with the remedy for its reason."""
+"""A failed connection to Ray is reported quickly, with cause and remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.train import ray_connection, ray_session
 
 
 @pytest.mark.parametrize("address", ["foo", "head:x", "head:70000", "ray://head:1", "http://head:8265", ":1"])
-def test_what_is_no_address_is_refused_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_address_is_rejected_immediately(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_session.ray, "init", _no_call)
     with pytest.raises(ClusterError) as caught, ray_session.connected(address):
         pass
@@ -20,12 +20,12 @@ def test_what_is_no_address_is_refused_at_once(address: str, monkeypatch: pytest
     assert "10.0.0.1:6379" in str(caught.value)
 
 
-def test_a_port_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_port_is_rejected_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_session.ray, "init", _no_call)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with (
-        pytest.raises(ClusterError, match=r"Connection refused\); check that the head is up"),
+        pytest.raises(ClusterError, match=r"Connection refused\); check that the head is running"),
         ray_session.connected(address),
     ):
         pass
@@ -39,15 +39,15 @@ def test_a_port_where_nobody_listens_is_refused_at_once(monkeypatch: pytest.Monk
         (
             "h:1",
             RuntimeError("Version mismatch: The cluster was started with: Ray: 2.9"),
-            "the versions of Ray",
+            "the Ray and Python versions of the cluster",
         ),
         ("h:1", RuntimeError("Authentication failed: a token is required"), "set RAY_AUTH_TOKEN"),
         ("auto", ConnectionError("Could not find any running Ray instance."), "run `ray start` on this node"),
-        ("h:1", ConnectionError("GCS has started, but no raylets"), "check that the head is up"),
+        ("h:1", ConnectionError("GCS has started, but no raylets"), "check that the head is running"),
         (None, Exception("The current node timed out during startup."), "free memory"),
     ],
 )
-def test_the_remedy_fits_the_reason(address: str | None, error: Exception, remedy: str) -> None:
+def test_the_remedy_depends_on_the_cause(address: str | None, error: Exception, remedy: str) -> None:
     assert remedy in str(ray_connection.unreachable(address, error))
 
 
