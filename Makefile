@@ -1,5 +1,9 @@
 # `make demo` trains the embedded default end to end; `make test` passes the tests. Both set up what they need first.
 PYTHON ?= python3
+CORES := $(shell nproc)
+# More than cores, because the long tests wait much of their time.
+WORKERS ?= $(shell echo $$(($(CORES) < 6 ? $(CORES) + 2 : 8)))
+PYTEST = $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -7,10 +11,10 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test check fmt clean
+.PHONY: help setup demo test test-fast check fmt clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(READY)  ## install into .venv and compile DeepSpeed's operators, once
 
@@ -24,8 +28,11 @@ $(READY): pyproject.toml constraints/cpu.txt
 demo: setup  ## train, scrape, export and reload the embedded default
 	$(BIN)/python -m orchestrator.cli.demo
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest
+test: setup  ## run all tests, some minutes; what each tier proves is in tests/README.md
+	$(PYTEST) --numprocesses $(WORKERS) --timeout 1800
+
+test-fast: setup  ## run the tests that start no process, before every commit
+	$(PYTEST) --numprocesses $(CORES) -m "not process"
 
 check: setup  ## ruff, mypy strict, import contracts, spelling and words, shell scripts
 	$(BIN)/ruff check .

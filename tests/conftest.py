@@ -19,15 +19,21 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support import load
+
 ROOT = Path(__file__).resolve().parents[1]
 # Real Alpaca rows, to be measured with and not shipped; where there are any they lie beside the checkout.
 REAL_ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en.json"
 os.environ["ORCHESTRATOR_CALIBRATION"] = ""  # tests neither use nor leave what runs here measured
 os.environ["ORCHESTRATOR_TARGETS"] = ""  # nor list their endpoints for a Prometheus of this machine
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+pytest_plugins = ["tests.support.tiers"]
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "RAY_USAGE_STATS_ENABLED": "0",
+    **load.RAY,
 }
 
 
@@ -49,7 +55,8 @@ def start(
     and that is inherited.
     """
 
-    def take_signals() -> None:
+    def prepare() -> None:
+        load.give_way()
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
 
@@ -61,12 +68,13 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=take_signals,
+        preexec_fn=prepare,
     )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 300) -> Finished:
     """Wait for a command; one that hangs is killed and fails the test."""
+    timeout *= load.PATIENCE
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -100,6 +108,7 @@ def processes_of(marker: str) -> list[int]:
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     """Return the first true value of a condition; fail after so many seconds."""
+    seconds *= load.PATIENCE
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
@@ -158,12 +167,17 @@ class Observed:
 @pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
     """Train the job once on one node, asking its endpoint for the step all the while."""
-    home = tmp_path_factory.mktemp("undisturbed")
+    return load.once(tmp_path_factory, "undisturbed", _observe_a_run)
+
+
+def _observe_a_run(home: Path) -> Observed:
     (home / "job.yaml").write_text(job_text(home / "runs"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     calibration = {"ORCHESTRATOR_CALIBRATION": str(home / "calibration.jsonl")}
-    process = start("train", "job.yaml", "--json", "--set", f"metrics.port={port}", cwd=home, **calibration)
+    command = ("train", "job.yaml", "--json", "--set", f"metrics.port={port}")
+    with load.timed():  # its report is compared with what is seen from outside
+        process = start(*command, cwd=home, **calibration)
     polls = list(_poll_steps(process, port))
     done = finish(process)
     assert done.code == 0, done.err

@@ -17,7 +17,7 @@ import pytest
 from tests.chaos.sigterm import begin, interrupt
 from tests.conftest import ROOT, Observed, job_text, losses, orchestrator, step_rows, wait_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timed]
 _dice = random.Random(14)
 SLOW_STEPS = {"PYTHONPATH": f"{ROOT / 'tests' / 'chaos' / 'faults'}:{ROOT}", "STEP_SECONDS": "0.5"}
 

@@ -190,6 +190,7 @@ def test_files_obey_the_umask(
     assert {mode for path, mode in modes.items() if path.is_dir()} == {folder}
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 def test_another_user_loads_what_the_umask_lets_him_read(
     exported: dict[str, Exported], shared_home: Path
@@ -270,6 +271,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
+@pytest.mark.process
 def test_a_model_of_the_hub_is_exported_from_the_cache(cached: str, tmp_path: Path) -> None:
     """In a process of its own, as the hub's client reads its settings when it is imported."""
     script = (

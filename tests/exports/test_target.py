@@ -207,6 +207,7 @@ def test_room_is_looked_for_before_anything_is_written(place: Path, monkeypatch:
     assert os.listdir() == []
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize("kib", [100, 200, 500])
 def test_a_disk_that_is_too_small_is_one_sentence(
@@ -243,6 +244,7 @@ with draft_of(Path(sys.argv[1])) as draft:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_export_that_was_ended_leaves_no_draft_for_long(tmp_path: Path, how: signal.Signals) -> None:
     target = tmp_path / "model"

@@ -21,9 +21,12 @@ from tests.exports import compute
 from tests.exports.conftest import CASES, Exported
 
 PYTHON = os.environ.get("ORCHESTRATOR_TRANSFORMERS_4")
-pytestmark = pytest.mark.skipif(
-    PYTHON is None, reason="ORCHESTRATOR_TRANSFORMERS_4 names no Python with transformers 4"
-)
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(
+        PYTHON is None, reason="ORCHESTRATOR_TRANSFORMERS_4 names no Python with transformers 4"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

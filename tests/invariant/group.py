@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tests.support import load
+
 ROOT = Path(__file__).resolve().parents[2]
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -86,7 +88,7 @@ def run_group(
     logs = [folder / f"rank-{rank}.log" for rank in range(workers)]
     processes = [_start(module, folder, rank, workers, port, log) for rank, log in enumerate(logs)]
     try:
-        failure = _wait(processes, time.monotonic() + timeout_seconds)
+        failure = _wait(processes, time.monotonic() + timeout_seconds * load.PATIENCE)
         if failure is not None:
             _let_say_where_they_are(processes)
     finally:
@@ -119,6 +121,7 @@ def _start(
         return subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-m", module, str(folder)],
             cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            preexec_fn=load.give_way,
         )  # fmt: skip
 
 

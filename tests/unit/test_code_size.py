@@ -106,6 +106,7 @@ def test_the_path_through_the_driver(tree: Path) -> None:
     assert figures["driver_parameters_max"] == 2
 
 
+@pytest.mark.process
 def test_a_revision_is_read_from_git_and_not_from_the_checkout(tree: Path) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):

@@ -19,6 +19,8 @@ from orchestrator.config import loader
 from orchestrator.package_data import RESOURCES, ROOT
 from orchestrator.submit import working_dir
 
+pytestmark = pytest.mark.process
+
 DISTRIBUTION = "orchestrator-llm-trainer"
 FOREIGN_PACKAGES = ("launch", "cluster", "ds_configs")
 JOB = ROOT / "launch" / "jobs" / "quickstart.yaml"

@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ENVIRONMENT, ROOT, wait_until
 
+pytestmark = pytest.mark.process
+
 _START = (
     "import signal, subprocess, sys, time, threading\nfrom orchestrator import shutdown\nshutdown.install()\n"
 )
@@ -27,7 +29,7 @@ def started(body: str, **options: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,  # type: ignore[call-overload]
+        **{"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **options},  # type: ignore[call-overload]
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -11,6 +11,8 @@ import pytest
 from orchestrator.cli.output import TolerantStream, describe_unexpected
 from tests.conftest import ENVIRONMENT, ROOT
 
+pytestmark = pytest.mark.process
+
 PLAN = "-m orchestrator plan launch/jobs/quickstart.yaml --gpus 8xA100-80G-SXM --explain"
 
 

@@ -168,6 +168,7 @@ def test_parts_that_are_drawn_are_those_of_the_peak() -> None:
         assert sum(moments(each).values()) == pytest.approx(each.prediction.memory.required / 2**30)
 
 
+@pytest.mark.process
 def test_planning_loads_no_framework() -> None:
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom orchestrator.cli.main import app\n"

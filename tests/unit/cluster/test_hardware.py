@@ -164,6 +164,7 @@ def test_catalogue_entries_are_immutable() -> None:
     assert catalogue()
 
 
+@pytest.mark.process
 def test_the_package_imports_no_framework() -> None:
     heavy = "{'torch', 'ray', 'numpy', 'deepspeed', 'transformers', 'yaml', 'orchestrator.config.schema'}"
     modules = ", ".join(f"orchestrator.cluster.{name}" for name in ("hardware", "placement", "topology"))

@@ -37,6 +37,7 @@ torch.ones(512 * MIB, dtype=torch.uint8)
 """
 
 
+@pytest.mark.process
 def test_a_worker_can_allocate_up_to_its_limit() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

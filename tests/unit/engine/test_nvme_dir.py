@@ -104,6 +104,7 @@ def test_no_directory_is_created_without_nvme_offload() -> None:
         assert config == rendered
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("two_ranks")
 def test_only_directories_of_dead_workers_are_removed(tmp_path: Path, live_worker: Path) -> None:
     (tmp_path / LEFT / "zero_stage_3").mkdir(parents=True)

@@ -24,6 +24,8 @@ from tests.conftest import ENVIRONMENT, ROOT
 from tests.support.kubernetes_lint import problems_of
 from tests.unit.k8s.schemas import core_problem, custom_problems, is_custom, pods, templates
 
+pytestmark = pytest.mark.process
+
 BASE = ROOT / "k8s" / "base"
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s" / "overlays").iterdir())
 COMPONENTS = sorted(folder.name for folder in (ROOT / "k8s" / "components").iterdir())

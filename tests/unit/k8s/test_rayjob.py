@@ -303,6 +303,7 @@ def test_a_note_says_if_sequence_parallel_groups_span_nodes() -> None:
     assert "does not divide" not in manifest(job, PodOptions(gpus_per_node=16), "cuda")
 
 
+@pytest.mark.process
 def test_the_render_command_prints_manifests_and_errors(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(loader.dump(job_of()))
     arguments = ["render", "job.yaml", "--target", "rayjob", "--gpus-per-node"]

@@ -229,6 +229,7 @@ def test_any_other_page_is_not_found(exporter: Exporter) -> None:
         urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/else", timeout=10)
 
 
+@pytest.mark.process
 def test_prometheus_own_check_finds_nothing_but_names_that_were_chosen(exporter: Exporter) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:

@@ -122,6 +122,7 @@ def test_the_list_is_for_all_users(place: Path) -> None:
     target.remove()
 
 
+@pytest.mark.process
 def test_what_a_killed_run_left_is_removed_by_the_next(place: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path; from orchestrator.metrics.targets import Target;"

@@ -117,6 +117,7 @@ def test_variables_are_those_that_are_used_and_take_a_label_that_is_absent() -> 
         assert variable["query"].endswith(f", {variable['name']})")
 
 
+@pytest.mark.process
 def test_prometheus_takes_every_query(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:query:{number}", "expr": substituted(query)}

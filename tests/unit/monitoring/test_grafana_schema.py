@@ -13,6 +13,8 @@ import pytest
 
 from tests.unit.monitoring.test_dashboards import DASHBOARDS
 
+pytestmark = pytest.mark.process
+
 _PACKAGES = ("@grafana/schema@11.6.0", "typescript@5.8.3")
 _TSC = ("--noEmit", "--strict", "--skipLibCheck", "--module", "esnext", "--moduleResolution", "bundler")
 

@@ -20,7 +20,7 @@ from tests.support.prometheus import Prometheus, needs_prometheus
 from tests.unit.monitoring.test_dashboards import PANELS, substituted
 from tests.unit.monitoring.test_rules import RECORDED
 
-pytestmark = needs_prometheus
+pytestmark = [pytest.mark.process, needs_prometheus]
 # As NVIDIA's exporter writes its samples: the label gpu is the number of the device on its node.
 DCGM = "".join(
     f'# TYPE {name} gauge\n{name}{{gpu="{gpu}",UUID="GPU-{gpu}",device="nvidia{gpu}",'

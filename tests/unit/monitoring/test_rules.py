@@ -48,16 +48,19 @@ def labels_in(expression: str) -> set[str]:
     return {label.strip() for each in lists for label in each.split(",") if label.strip()}
 
 
+@pytest.mark.process
 def test_configuration_is_valid() -> None:
     assert "SUCCESS" in promtool("check", "config", str(MONITORING / "prometheus.yml"))
 
 
+@pytest.mark.process
 def test_rules_are_valid() -> None:
     said = promtool("check", "rules", *map(str, sorted((MONITORING / "rules").glob("*.yml"))))
     assert f"{len(ALERTS)} rules found" in said
     assert "duplicate" not in said
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("file", sorted((MONITORING / "tests").glob("*.yml")), ids=lambda file: file.name)
 def test_alerts_fire_when_they_should_and_only_then(file: Path) -> None:
     assert "SUCCESS" in promtool("test", "rules", str(file))

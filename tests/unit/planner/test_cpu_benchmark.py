@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from orchestrator.planner.cpu_benchmark import measure, processor
 
 
+@pytest.mark.process
 def test_processors_become_a_device_with_all_that_a_prediction_needs() -> None:
     rates = measure(1)
     found = processor(4.0, rates)

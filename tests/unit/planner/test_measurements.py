@@ -153,6 +153,7 @@ def test_more_rows_are_shorter_than_a_higher_limit() -> None:
     assert varying(None, 512) == 0
 
 
+@pytest.mark.process
 def test_the_command_prints_one_object_with_the_keys(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.csv", ROWS)
     command = [sys.executable, "-m", "tests.benchmarks.planner", "--measurements", str(path), "--json"]

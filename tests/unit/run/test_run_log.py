@@ -57,6 +57,7 @@ def test_secrets_are_replaced_by_the_names_of_their_variables(
     assert redacted("12 in /root/home by abcdef0", plain) == "12 in /root/home by [WANDB_API_KEY]"
 
 
+@pytest.mark.process
 def test_a_rank_log_captures_python_c_child_processes_and_loggers(tmp_path: Path) -> None:
     body = f"""
 import logging, os, sys

@@ -79,6 +79,7 @@ def test_the_remedy_depends_on_the_cause(error: Exception, words: str) -> None:
     assert ("check --address" in message) == isinstance(error, ConnectionError)
 
 
+@pytest.mark.process
 def test_a_port_with_another_protocol(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs"))
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -98,6 +98,7 @@ def report(peak_bytes: float) -> dict[str, Any]:
     return {"memory_reserved_peak_bytes": peak_bytes, "medians": {"step_seconds": 1.5}}
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("kept_runs")
 def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
     tmp_path: Path,
@@ -123,6 +124,7 @@ def made(run_dir: Path, attempt: int, step: int, seconds: float, held: float = 2
         lines.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("kept_runs")
 def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
     tmp_path: Path,

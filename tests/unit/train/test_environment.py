@@ -157,6 +157,7 @@ def test_a_new_working_dir_path_does_not_prevent_resuming(tmp_path: Path) -> Non
         open_run(unpacked("session_2", "ffff", "other.jsonl"))
 
 
+@pytest.mark.process
 def test_the_worker_setup_hook_imports_our_package_before_the_working_directory(
     tmp_path: Path,
 ) -> None:

@@ -1,0 +1,101 @@
+"""Tiers of tests, and how pytest-xdist shares them out.
+
+A test that starts a process has the marker `process`; `ray`, `distributed`, `cluster` and `gpu` imply it. All
+others are the fast tier, and a guard fails one of them that starts a process. The tests of a file run in one
+worker, in their order; the files that take longest come first, so that none of them is left for the end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import load
+
+IMPLY_PROCESS = frozenset({"ray", "distributed", "cluster", "gpu"})
+END_TO_END = frozenset({"bench", "chaos", "cluster", "gpu"})
+"""Folders whose tests start commands; they have the marker without saying so."""
+ASKED = frozenset({"gcc", "ip", "ldconfig", "lscpu", "nvidia-smi", "objdump", "uname"})
+"""Programs that are asked about the machine, by us and by libraries; they end within milliseconds."""
+
+GROUPS: dict[str, str] = {}
+"""Files that share a worker with another, by their path below tests/: group."""
+
+LONGEST_FIRST: tuple[str, ...] = ()
+"""Groups in the order in which they begin; those that are not listed follow in the order of collection."""
+
+_TESTS = Path(__file__).resolve().parents[1]
+
+
+class _Guard:
+    """Notes the processes that are started while a test of the fast tier runs."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.started: list[str] = []
+        sys.addaudithook(self._audit)  # cannot be removed, so that it does nothing while it is off
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.is_on:
+            return
+        if event == "subprocess.Popen":
+            program = os.fsdecode(arguments[0])
+            if Path(program).name not in ASKED:
+                self.started.append(f"{program} {arguments[1]!r:.200}")
+        elif event in {"os.fork", "os.forkpty", "os.posix_spawn", "os.system"}:
+            self.started.append(f"{event}{arguments!r:.200}")
+
+
+_guard = _Guard()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Add the markers that others imply, and put the groups of tests into their order."""
+    ranks = {group: rank for rank, group in enumerate(LONGEST_FIRST)}
+    for item in items:
+        folder = item.path.relative_to(_TESTS).parts[0]
+        if folder in END_TO_END or any(mark.name in IMPLY_PROCESS for mark in item.iter_markers()):
+            item.add_marker("process")
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+    items.sort(key=lambda item: ranks.get(_group(item), len(ranks)))
+
+
+def group_of(path: Path) -> str:
+    """Return the group of a test file: its path below tests/, unless it shares a worker with others."""
+    name = path.relative_to(_TESTS).as_posix()
+    return GROUPS.get(name, name)
+
+
+def _group(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    assert mark is not None
+    return str(mark.args[0])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Watch what a test of the fast tier starts, the set-up of its fixtures included."""
+    _guard.started.clear()
+    _guard.is_on = item.get_closest_marker("process") is None
+    try:
+        with load.timed(item.get_closest_marker("timed") is not None):
+            return (yield)
+    finally:
+        _guard.is_on = False
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test of the fast tier that has started a process."""
+    result = yield
+    if _guard.started:
+        begun = "; ".join(_guard.started)
+        pytest.fail(f"a test without the marker `process` has started: {begun}", pytrace=False)
+    return result
