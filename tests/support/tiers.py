@@ -20,11 +20,16 @@ from tests.support import load
 IMPLY_PROCESS = frozenset({"ray", "distributed", "cluster", "gpu"})
 END_TO_END = frozenset({"bench", "chaos", "cluster", "gpu"})
 """Folders whose tests start commands; they have the marker without saying so."""
-ASKED = frozenset({"gcc", "ip", "ldconfig", "lscpu", "nvidia-smi", "objdump", "uname"})
-"""Programs that are asked about the machine, by us and by libraries; they end within milliseconds."""
+ASKED = frozenset({"gcc", "git", "ip", "ldconfig", "lscpu", "nvidia-smi", "objdump", "uname"})
+"""Programs that are asked about machine and checkout, by us and by libraries; they end at once."""
 
-GROUPS: dict[str, str] = {}
+GROUPS = dict.fromkeys(
+    ("exports/test_files.py", "exports/test_loads.py", "exports/test_transformers_4.py"), "exports"
+)
 """Files that share a worker with another, by their path below tests/: group."""
+
+APART = frozenset({"chaos/test_bad_input.py"})
+"""Long files whose tests share nothing, and run in any worker."""
 
 LONGEST_FIRST: tuple[str, ...] = ()
 """Groups in the order in which they begin; those that are not listed follow in the order of collection."""
@@ -32,7 +37,7 @@ LONGEST_FIRST: tuple[str, ...] = ()
 _TESTS = Path(__file__).resolve().parents[1]
 
 
-class _Guard:
+class Guard:
     """Notes the processes that are started while a test of the fast tier runs."""
 
     def __init__(self) -> None:
@@ -51,32 +56,25 @@ class _Guard:
             self.started.append(f"{event}{arguments!r:.200}")
 
 
-_guard = _Guard()
+_guard = Guard()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Add the markers that others imply, and put the groups of tests into their order."""
-    ranks = {group: rank for rank, group in enumerate(LONGEST_FIRST)}
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
     for item in items:
-        folder = item.path.relative_to(_TESTS).parts[0]
-        if folder in END_TO_END or any(mark.name in IMPLY_PROCESS for mark in item.iter_markers()):
+        path = item.path.relative_to(_TESTS)
+        if path.parts[0] in END_TO_END or any(mark.name in IMPLY_PROCESS for mark in item.iter_markers()):
             item.add_marker("process")
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group_of(item.path)))
+        if path.as_posix() not in APART:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
     items.sort(key=lambda item: ranks.get(_group(item), len(ranks)))
 
 
-def group_of(path: Path) -> str:
-    """Return the group of a test file: its path below tests/, unless it shares a worker with others."""
-    name = path.relative_to(_TESTS).as_posix()
-    return GROUPS.get(name, name)
-
-
 def _group(item: pytest.Item) -> str:
-    mark = item.get_closest_marker("xdist_group")
-    assert mark is not None
-    return str(mark.args[0])
+    name = item.path.relative_to(_TESTS).as_posix()
+    return GROUPS.get(name, name)
 
 
 @pytest.hookimpl(wrapper=True)
