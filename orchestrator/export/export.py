@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.tokenize import load_tokenizer
 from orchestrator.errors import TrainingError
@@ -103,10 +103,10 @@ def export(request: Request, to: Path) -> Exported:
         TrainingError: The checkpoint is damaged, or the folder cannot be written.
     """
     target = require_target(to, request.run, request.job)
-    problems = checkpointer.verify(request.saved)
+    problems = checkpoint_dir.verify(request.saved)
     if problems:
         raise TrainingError(*problems)
-    step = checkpointer.step_of(request.saved)
+    step = checkpoint_dir.step_of(request.saved)
     about = {"run": request.job.name, "kind": request.kind, "step": step, "dtype": request.dtype}
     try:
         with draft_of(target) as draft:
@@ -138,7 +138,7 @@ def _write(request: Request, draft: Draft) -> int:
     else:
         write = _write_merged if request.kind == "merged" else _write_model
         parameters = write(request, config, base, draft)
-    step = checkpointer.step_of(request.saved)
+    step = checkpoint_dir.step_of(request.saved)
     facts = CardFacts(
         job, request.kind, step, request.dtype, parameters, base_files.card_metadata(base),
         *rows_until(request.run, step),
@@ -232,18 +232,18 @@ def fp32_weights(saved: Path, only_trained: bool = False) -> dict[str, Any]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if checkpointer.read_manifest(saved)["zero_stage"] == 0:
+    if checkpoint_dir.read_manifest(saved)["zero_stage"] == 0:
         return _unpartitioned_weights(saved)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints how far it is
         lazy: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-            str(saved), tag=checkpointer.SHARDS, exclude_frozen_parameters=only_trained, lazy_mode=True
+            str(saved), tag=checkpoint_dir.SHARDS, exclude_frozen_parameters=only_trained, lazy_mode=True
         )
     return lazy
 
 
 def _unpartitioned_weights(saved: Path) -> dict[str, Any]:
     """Return the weights that rank 0 wrote under ZeRO-0: those of the optimizer, where it has its own."""
-    (file,) = (saved / checkpointer.SHARDS).glob("*model_states.pt")
+    (file,) = (saved / checkpoint_dir.SHARDS).glob("*model_states.pt")
     state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     first: dict[int, Any] = {}
     weights = {name: first.setdefault(tensor.data_ptr(), tensor) for name, tensor in state["module"].items()}

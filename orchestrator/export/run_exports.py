@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.tokenize import Note
 from orchestrator.errors import OrchestratorError, SpecError, TrainingError
@@ -72,7 +72,7 @@ def export_finished(run_dir: Path, job: JobSpec, dtype: Dtype, note: Note) -> Ex
     if problem:
         note(f"exporting to {to}, because {problem}")
     request = Request(
-        job, run_dir, checkpointer.published(run_dir / "checkpoints")[-1], dtype, _base(job, run_dir)
+        job, run_dir, checkpoint_dir.published(run_dir / "checkpoints")[-1], dtype, _base(job, run_dir)
     )
     reference = ray.remote(num_cpus=1)(export).remote(request, to)
     try:
@@ -90,15 +90,15 @@ def export_finished(run_dir: Path, job: JobSpec, dtype: Dtype, note: Note) -> Ex
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> Path:
-    saved = checkpointer.published(run_dir / "checkpoints")
+    saved = checkpoint_dir.published(run_dir / "checkpoints")
     if not saved:
         raise TrainingError(f"{run_dir} has no published checkpoint; train the job first, then export")
     if step is None:
         return saved[-1]
     for each in saved:
-        if checkpointer.step_of(each) == step:
+        if checkpoint_dir.step_of(each) == step:
             return each
-    there = ", ".join(str(checkpointer.step_of(each)) for each in saved)
+    there = ", ".join(str(checkpoint_dir.step_of(each)) for each in saved)
     raise SpecError(f"--step {step}: {run_dir} has no checkpoint of that step; there are {there}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.atomic_files import write_json
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.export.export import Exported
@@ -136,7 +136,7 @@ def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
 
 
 def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
-    resumes = bool(checkpointer.published(start.run_dir / CHECKPOINTS))
+    resumes = bool(checkpoint_dir.published(start.run_dir / CHECKPOINTS))
     resolved = resolve(job, ray_session.live_nodes(), reads_weights=not resumes)
     forecast = _admit(resolved, start)
     start.end_stage("start")
@@ -218,7 +218,7 @@ def _open_records(resolved: ResolvedJob, start: _Start) -> RecorderHandle:
     job = resolved.job
     run_dir.record_job(start.run_dir, job)
     write_json(start.run_dir / "deepspeed.json", resolved.deepspeed_config)
-    checkpointer.clean(start.run_dir / CHECKPOINTS, job.checkpoint.keep)
+    checkpoint_dir.clean(start.run_dir / CHECKPOINTS, job.checkpoint.keep)
     return start_recorder(job, start.run_dir, start.lock)
 
 

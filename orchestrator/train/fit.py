@@ -116,7 +116,7 @@ def _fit_in_thread(config: WorkerConfig, recorder: RecorderHandle, outcome: dict
             storage_path=job.checkpoint.storage,
             worker_runtime_env={"env_vars": config.worker_environment(os.environ)},
             failure_config=FailureConfig(max_failures=job.run.max_failures, controller_failure_limit=10),
-            # Ray would remove whole folders, with whatever else is in them; `checkpointer.retain` does not.
+            # Ray would remove whole folders, with whatever else is in them; `checkpoint_dir.retain` does not.
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             callbacks=[AttemptWatch(recorder)],
         ),

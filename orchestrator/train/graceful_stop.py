@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 
 from orchestrator import shutdown
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.run.recorder import Status
 from orchestrator.run.recorder_handle import RecorderHandle
 
@@ -63,8 +63,8 @@ def _outcome(status: Status, checkpoints: Path, reason: str) -> str:
         checkpoints: Folder of its checkpoints.
         reason: Why the last step was not saved, if it was not.
     """
-    saved = checkpointer.published(checkpoints)
-    newest = checkpointer.step_of(saved[-1]) if saved else 0
+    saved = checkpoint_dir.published(checkpoints)
+    newest = checkpoint_dir.step_of(saved[-1]) if saved else 0
     if not status.steps:  # no worker has begun
         kept = f"the last checkpoint is of step {newest}" if newest else "there is no checkpoint yet"
         return f"before the first step, {kept}; {AGAIN}"

@@ -16,7 +16,7 @@ import ray.train
 import torch
 from torch import distributed as dist
 
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.cluster import hardware
 from orchestrator.engine.memory_limit import is_out_of_memory
 from orchestrator.engine.train_engine import TrainEngine
@@ -149,7 +149,7 @@ class Reporter:
         )
         self.register_checkpoint(path)
         if self._is_rank_zero:
-            checkpointer.retain(self._config.checkpoints, self._config.job.checkpoint.keep)
+            checkpoint_dir.retain(self._config.checkpoints, self._config.job.checkpoint.keep)
             self._sent.append(
                 self._recorder.record_checkpoint.remote(self.attempt, step, time.perf_counter() - started)
             )
@@ -160,7 +160,7 @@ class Reporter:
         if latest is not None and Path(latest.path) == path:
             return
         ray.train.report(
-            {"step": checkpointer.step_of(path)},
+            {"step": checkpoint_dir.step_of(path)},
             checkpoint=ray.train.Checkpoint.from_directory(path),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )

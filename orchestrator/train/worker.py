@@ -11,7 +11,7 @@ import torch
 from torch import distributed as dist
 
 from orchestrator.arch.model_dims import ModelShape
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.data import packed_dataset
 from orchestrator.engine.memory_limit import limit_memory
 from orchestrator.run.recorder_handle import RecorderHandle
@@ -83,7 +83,7 @@ def _train_with(
     from orchestrator.train.loop import TrainContext, train
 
     job, rank = config.job, dist.get_rank()
-    saved = broadcast_object(checkpointer.published(config.checkpoints)[-1:])
+    saved = broadcast_object(checkpoint_dir.published(config.checkpoints)[-1:])
     dtype = torch_dtype(config.dtype)
     model = build_model(job, dtype, ds_config, load_weights=not saved)
     engine = start_engine(model, ds_config)

@@ -314,7 +314,7 @@ def test_disk_that_is_full_keeps_the_last_checkpoint(
     try:
         _write(tmp_path, job_text(storage, checkpoint__every_steps=4))
         done = watched("train", "job.yaml")
-        _assert_clear(done, 4, "checkpoint of step 8 cannot be written", "make room")
+        _assert_clear(done, 4, "checkpoint of step 8 cannot be written", "free some space")
         kept = [
             path.name
             for path in (storage / "run" / "checkpoints").iterdir()
@@ -350,7 +350,7 @@ def test_damaged_checkpoint_and_another_job(
     content[len(content) // 2] ^= 0xFF
     shard.write_bytes(content)
     done = watched("train", "job.yaml")
-    _assert_clear(done, 4, shard.name, "is not what was written", "remove")
+    _assert_clear(done, 4, shard.name, "does not match its manifest", "remove")
     assert losses(storage / "run") == losses(undisturbed_run.folder), "nothing is lost"
     exported = orchestrator("export", "runs/run", "--to", "model", cwd=tmp_path)
     _assert_clear(exported, 4, shard.name)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import orchestrator.builtin
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.export.destination import describe
@@ -224,10 +224,10 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
 def write_checkpoint(folder: Path, step: int, state: Mapping[str, torch.Tensor]) -> Path:
     """Write and publish a checkpoint of ZeRO-0."""
     saved = folder / f"step-{step:08d}"
-    shards = saved / checkpointer.SHARDS
+    shards = saved / checkpoint_dir.SHARDS
     shards.mkdir(parents=True)
     file = shards / "mp_rank_00_model_states.pt"
     torch.save({"module": dict(state), "optimizer": {}, "buffer_names": []}, file)
     manifest = {"step": step, "world_size": 1, "zero_stage": 0, "files": {file.name: describe(file)}}
-    (saved / checkpointer.MANIFEST).write_text(json.dumps(manifest))
+    (saved / checkpoint_dir.MANIFEST).write_text(json.dumps(manifest))
     return saved

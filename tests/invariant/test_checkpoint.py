@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.errors import TrainingError
 from orchestrator.export.export import fp32_weights
 from tests.invariant import material
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.distributed
 BF16 = "zero0-bf16"  # DeepSpeed has an optimizer of its own for it
 NAMES = [*(policy for policy in POLICIES if policy != "zero1-optimizer-cpu"), BF16]
 DAMAGES = {
-    "flipped": "is not what was written",
-    "truncated": "is not what was written",
+    "flipped": "does not match its manifest",
+    "truncated": "does not match its manifest",
     "missing": "cannot be read",
     "manifest-garbled": "manifest.json cannot be read",
     "manifest-missing": "manifest.json cannot be read",
@@ -75,8 +75,8 @@ def damaged(saved: Path, damage: str) -> Path:
     """Return a copy of a checkpoint with a certain damage."""
     copy = saved.with_name(damage)
     shutil.copytree(saved, copy)
-    shard = sorted((copy / checkpointer.SHARDS).glob("*optim_states.pt"))[1]
-    manifest = copy / checkpointer.MANIFEST
+    shard = sorted((copy / checkpoint_dir.SHARDS).glob("*optim_states.pt"))[1]
+    manifest = copy / checkpoint_dir.MANIFEST
     if damage == "flipped":
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
@@ -182,8 +182,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_on_every_rank(damage: str, r
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_verify_names_the_file(damage: str, runs: Runs) -> None:
-    assert checkpointer.verify(runs.saved("zero2")) == []
-    (problem,) = checkpointer.verify(runs.saved("zero2").with_name(damage))
+    assert checkpoint_dir.verify(runs.saved("zero2")) == []
+    (problem,) = checkpoint_dir.verify(runs.saved("zero2").with_name(damage))
     assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in problem
 
 
@@ -214,7 +214,7 @@ def test_failed_saves_leave_the_others_intact(runs: Runs) -> None:
         assert [name for name, error in answer["errors"].items() if error is None] == ["good", "again"]
     folder = runs.home / "saves"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000008"]
-    assert [checkpointer.verify(saved) for saved in checkpointer.published(folder)] == [[], []]
+    assert [checkpoint_dir.verify(saved) for saved in checkpoint_dir.published(folder)] == [[], []]
 
 
 def test_a_storage_that_not_all_ranks_see_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,16 +224,16 @@ def test_a_storage_that_not_all_ranks_see_is_refused(tmp_path: Path, monkeypatch
     for others, refused in ((True, False), (False, True)):
         monkeypatch.setattr(checkpointer, "_gather", lambda mine, others=others: [mine, others])
         with pytest.raises(TrainingError, match="is seen by 1 ranks") if refused else nullcontext():
-            checkpointer._require_one_storage(engine, tmp_path, {}, 1)
+            checkpointer._require_shared_storage(engine, tmp_path, {}, 1)
     engine.zero_optimization_stage = lambda: 2
     with pytest.raises(TrainingError, match="has the optimizer shards of 1 ranks, and there are 2"):
-        checkpointer._require_one_storage(engine, tmp_path, {"rank_0_optim_states.pt": {}}, 1)
+        checkpointer._require_shared_storage(engine, tmp_path, {"rank_0_optim_states.pt": {}}, 1)
 
 
 def publish(folder: Path, name: str) -> Path:
-    (folder / name / checkpointer.SHARDS).mkdir(parents=True)
+    (folder / name / checkpoint_dir.SHARDS).mkdir(parents=True)
     manifest = {"step": 1, "world_size": 1, "zero_stage": 2, "files": {}}
-    (folder / name / checkpointer.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    (folder / name / checkpoint_dir.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return folder / name
 
 
@@ -241,23 +241,23 @@ def test_only_complete_checkpoints_are_found_oldest_first(tmp_path: Path) -> Non
     newest, oldest, middle = (publish(tmp_path, f"step-{step:08d}") for step in (100, 2, 30))
     for name in ("step-00000200.attempt-2.partial", "step-00000300.old.partial", "step-best", "other"):
         publish(tmp_path, name)
-    (tmp_path / "step-00000400" / checkpointer.SHARDS).mkdir(parents=True)  # no manifest
-    assert checkpointer.published(tmp_path) == [oldest, middle, newest]
-    assert [checkpointer.step_of(path) for path in checkpointer.published(tmp_path)] == [2, 30, 100]
-    assert checkpointer.published(tmp_path / "nothing") == []
+    (tmp_path / "step-00000400" / checkpoint_dir.SHARDS).mkdir(parents=True)  # no manifest
+    assert checkpoint_dir.published(tmp_path) == [oldest, middle, newest]
+    assert [checkpoint_dir.step_of(path) for path in checkpoint_dir.published(tmp_path)] == [2, 30, 100]
+    assert checkpoint_dir.published(tmp_path / "nothing") == []
 
 
 def test_clean_keeps_the_newest_and_removes_drafts(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         publish(tmp_path, f"step-{step:08d}")
     publish(tmp_path, "step-00000004.attempt-1.partial")
-    checkpointer.clean(tmp_path, keep=2)
+    checkpoint_dir.clean(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", '{"step": 1}'])
 def test_an_unreadable_manifest_names_the_remedy(content: str, tmp_path: Path) -> None:
     saved = publish(tmp_path, "step-00000001")
-    (saved / checkpointer.MANIFEST).write_text(content, encoding="utf-8")
+    (saved / checkpoint_dir.MANIFEST).write_text(content, encoding="utf-8")
     with pytest.raises(TrainingError, match=r"manifest\.json .*; remove .* and run the job again"):
-        checkpointer.verify(saved)
+        checkpoint_dir.verify(saved)

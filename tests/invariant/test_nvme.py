@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.export.export import fp32_weights
 from tests.invariant import material, reference
 from tests.invariant.group import Outcome, assert_close, run_group
@@ -203,12 +203,14 @@ def test_a_checkpoint_holds_the_weights_and_nothing_else(
     name: str, home: Path, outcomes: dict[str, Outcome]
 ) -> None:
     saved = home / name / SAVED
-    assert checkpointer.verify(saved) == []
-    in_memory = checkpointer.read_manifest(home / MEMORY / SAVED)["files"]
-    as_in_memory = {file.replace("bf16_zero", "zero") for file in checkpointer.read_manifest(saved)["files"]}
+    assert checkpoint_dir.verify(saved) == []
+    in_memory = checkpoint_dir.read_manifest(home / MEMORY / SAVED)["files"]
+    as_in_memory = {
+        file.replace("bf16_zero", "zero") for file in checkpoint_dir.read_manifest(saved)["files"]
+    }
     assert as_in_memory == set(in_memory)
-    assert {path.name for path in (saved / checkpointer.SHARDS).iterdir()} == set(
-        checkpointer.read_manifest(saved)["files"]
+    assert {path.name for path in (saved / checkpoint_dir.SHARDS).iterdir()} == set(
+        checkpoint_dir.read_manifest(saved)["files"]
     )
     weights = fp32_weights(saved, only_trained=name == "lora")
     found = {key: weight.contiguous().detach().numpy() for key, weight in weights.items()}

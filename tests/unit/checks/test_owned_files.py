@@ -14,7 +14,7 @@ import pytest
 from orchestrator.bench import report
 from orchestrator.bench.runner import run_cells
 from orchestrator.bench.sweep import load
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.cli import demo
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
@@ -36,11 +36,11 @@ def plant(*folders: Path) -> dict[Path, str]:
 
 def published(folder: Path, step: int, content: str = "x") -> Path:
     saved = folder / f"step-{step:08d}"
-    (saved / checkpointer.SHARDS).mkdir(parents=True, exist_ok=True)
-    for name in ("zero_to_fp32.py", "zero_to_torch.py", f"{checkpointer.SHARDS}/a.pt"):
+    (saved / checkpoint_dir.SHARDS).mkdir(parents=True, exist_ok=True)
+    for name in ("zero_to_fp32.py", "zero_to_torch.py", f"{checkpoint_dir.SHARDS}/a.pt"):
         (saved / name).write_text(content)
     manifest = {"step": step, "world_size": 1, "zero_stage": 2, "files": {"a.pt": {}}}
-    (saved / checkpointer.MANIFEST).write_text(json.dumps(manifest))
+    (saved / checkpoint_dir.MANIFEST).write_text(json.dumps(manifest))
     return saved
 
 
@@ -48,59 +48,59 @@ def assert_unchanged(planted: dict[Path, str]) -> None:
     assert {file: file.read_text() for file in planted} == planted
 
 
-def test_retention_leaves_what_others_put_into_checkpoints(tmp_path: Path) -> None:
+def test_retention_keeps_files_of_the_user_in_checkpoints(tmp_path: Path) -> None:
     old = [published(tmp_path, step) for step in (1, 2, 3, 4)]
     pinned = shutil.copytree(old[0], tmp_path / "step-00000001-best")
     mine = (tmp_path / "mine.partial", tmp_path / "step-00000009", tmp_path / "step-x.old.partial")
-    planted = plant(tmp_path, old[0], old[1] / checkpointer.SHARDS, old[3], *mine)
+    planted = plant(tmp_path, old[0], old[1] / checkpoint_dir.SHARDS, old[3], *mine)
     for _ in range(2):
-        checkpointer.clean(tmp_path, keep=2)
+        checkpoint_dir.clean(tmp_path, keep=2)
         assert_unchanged(planted)
-        assert checkpointer.published(tmp_path) == old[2:]
-        assert (pinned / checkpointer.SHARDS / "a.pt").is_file()
+        assert checkpoint_dir.published(tmp_path) == old[2:]
+        assert (pinned / checkpoint_dir.SHARDS / "a.pt").is_file()
     assert [path.name for path in old[0].iterdir()] == ["notes.txt"]
-    assert [path.name for path in (old[1] / checkpointer.SHARDS).iterdir()] == ["notes.txt"]
+    assert [path.name for path in (old[1] / checkpoint_dir.SHARDS).iterdir()] == ["notes.txt"]
 
 
 def test_retention_removes_whole_checkpoints_and_our_drafts(tmp_path: Path) -> None:
     old = [published(tmp_path, step) for step in (1, 2, 3)]
     for name in ("step-00000004.attempt-1.partial", "step-00000001.old.partial"):
-        (tmp_path / name / checkpointer.SHARDS).mkdir(parents=True)
-    checkpointer.clean(tmp_path, keep=1)
+        (tmp_path / name / checkpoint_dir.SHARDS).mkdir(parents=True)
+    checkpoint_dir.clean(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [old[2]]
 
 
-def test_a_removal_that_was_interrupted_is_finished(tmp_path: Path) -> None:
+def test_an_interrupted_removal_is_finished(tmp_path: Path) -> None:
     first, second = published(tmp_path, 1), published(tmp_path, 2)
-    (first / checkpointer.MANIFEST).rename(first / "manifest.retired.json")
-    (first / checkpointer.SHARDS / "a.pt").unlink()
-    assert checkpointer.published(tmp_path) == [second]
-    checkpointer.clean(tmp_path, keep=1)
+    (first / checkpoint_dir.MANIFEST).rename(first / "manifest.retired.json")
+    (first / checkpoint_dir.SHARDS / "a.pt").unlink()
+    assert checkpoint_dir.published(tmp_path) == [second]
+    checkpoint_dir.clean(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [second]
 
 
 @pytest.mark.parametrize("with_manifest", [True, False])
-def test_publishing_a_step_again_keeps_what_others_put_there(tmp_path: Path, with_manifest: bool) -> None:
+def test_publishing_a_step_again_keeps_files_of_the_user(tmp_path: Path, with_manifest: bool) -> None:
     final = published(tmp_path, 1, "old")
     if not with_manifest:
         shutil.rmtree(final)
-    planted = plant(final, final / checkpointer.SHARDS / "deep")
+    planted = plant(final, final / checkpoint_dir.SHARDS / "deep")
     draft = published(tmp_path / "draft", 1, "new")
-    manifest = json.loads((draft / checkpointer.MANIFEST).read_text())
+    manifest = json.loads((draft / checkpoint_dir.MANIFEST).read_text())
     checkpointer._publish(draft, final, manifest)
     assert_unchanged(planted)
-    assert (final / checkpointer.SHARDS / "a.pt").read_text() == "new"
-    assert checkpointer.published(tmp_path) == [final]
+    assert (final / checkpoint_dir.SHARDS / "a.pt").read_text() == "new"
+    assert checkpoint_dir.published(tmp_path) == [final]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", final.name]
 
 
 @pytest.mark.parametrize("new_is_there", [True, False])
-def test_a_publication_that_was_interrupted_is_settled(tmp_path: Path, new_is_there: bool) -> None:
+def test_an_interrupted_replacement_is_finished(tmp_path: Path, new_is_there: bool) -> None:
     replaced = published(tmp_path, 1, "old").rename(tmp_path / "step-00000001.replaced.partial")
     planted = plant(replaced)
     final = published(tmp_path, 1, "new") if new_is_there else tmp_path / "step-00000001"
-    checkpointer.clean(tmp_path, keep=1)
-    assert (final / checkpointer.SHARDS / "a.pt").read_text() == ("new" if new_is_there else "old")
+    checkpoint_dir.clean(tmp_path, keep=1)
+    assert (final / checkpoint_dir.SHARDS / "a.pt").read_text() == ("new" if new_is_there else "old")
     assert (final / "notes.txt").read_text() == planted[replaced / "notes.txt"]
     assert list(tmp_path.iterdir()) == [final]
 
@@ -114,7 +114,7 @@ def test_the_cache_and_the_folder_of_swaps_lose_only_drafts(tmp_path: Path) -> N
     _sweep(tmp_path)
     swap = tmp_path / "run.rank-0.0123abcd.swap"
     swap.mkdir()
-    with nvme_dir._own(tmp_path, "run.rank-0"):
+    with nvme_dir._swap_dir(tmp_path, "run.rank-0"):
         pass
     assert not any(folder.exists() for folder in (*ours, swap))
     assert_unchanged({file: text for file, text in planted.items() if file.parent in mine})

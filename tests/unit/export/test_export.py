@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.errors import TrainingError
 from orchestrator.export.export import fp32_weights
 
 
 def write(saved: Path, **state: Any) -> None:
     """Write a checkpoint of a bf16 run under ZeRO-0."""
-    (saved / checkpointer.SHARDS).mkdir()
-    torch.save({"buffer_names": [], **state}, saved / checkpointer.SHARDS / "mp_rank_00_model_states.pt")
+    (saved / checkpoint_dir.SHARDS).mkdir()
+    torch.save({"buffer_names": [], **state}, saved / checkpoint_dir.SHARDS / "mp_rank_00_model_states.pt")
     manifest = {"step": 1, "world_size": 2, "zero_stage": 0, "files": {}}
-    (saved / checkpointer.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    (saved / checkpoint_dir.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def test_fp32_weights_of_zero_0_are_told_by_name_and_not_by_their_place(tmp_path: Path) -> None:
