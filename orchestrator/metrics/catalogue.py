@@ -1,7 +1,7 @@
-"""Every number that is published: its name, unit and meaning, once.
+"""Names, units and descriptions of all published metrics.
 
-`steps.jsonl`, `report.json`, the Prometheus endpoint and the dashboards take names from here; in Prometheus
-they carry the prefix `orchestrator_`.
+`steps.jsonl`, `report.json`, the Prometheus endpoint and the dashboards use these names; in Prometheus they
+have the prefix `orchestrator_`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ RUN_LABELS = ("run", "attempt")
 
 @dataclass(frozen=True)
 class Metric:
-    """One published number.
+    """One published metric.
 
     Attributes:
-        name: Field name in files; Prometheus adds the prefix.
-        help: Meaning and unit, one sentence.
-        scope: `rank` for one series a worker, `run` for one a run.
-        lasting: Whether it stays true when the attempt that it was measured in is over.
+        name: Field name in files; the Prometheus name without the prefix.
+        help: Description with unit, one sentence.
+        scope: `rank` for one series per worker, `run` for one per run.
+        lasting: Whether the value stays valid after the end of its attempt.
     """
 
     name: str
@@ -33,48 +33,54 @@ class Metric:
 
 STEP_METRICS: tuple[Metric, ...] = (
     Metric("step", "Optimizer steps completed.", "run", lasting=True),
-    Metric("epoch", "Passes over the packs completed, as a fraction.", "run", lasting=True),
-    Metric("loss", "Cross-entropy in nats per trained token, over all ranks of the step.", "run"),
+    Metric("epoch", "Completed passes over the packed data, as a fraction.", "run", lasting=True),
+    Metric("loss", "Cross-entropy of the step in nats per trained token, over all ranks.", "run"),
     Metric("gradient_norm", "L2 norm of the whole gradient before clipping.", "run"),
     Metric("learning_rate", "Learning rate of the step.", "run"),
     Metric("tgs", "Real (non-padding) tokens per GPU per second.", "rank"),
-    Metric("tgs_trained", "Tokens that are targets of the loss, per GPU per second.", "rank"),
+    Metric("tgs_trained", "Tokens with a label, per GPU per second.", "rank"),
     Metric("tgs_slots", "Packed slots including padding, per GPU per second.", "rank"),
     Metric(
-        "tflops_model", "TFLOP/s per GPU of the work asked for: causal, per document, no recompute.", "rank"
+        "tflops_model",
+        "Model TFLOP/s per GPU: causal attention within documents, without recomputation.",
+        "rank",
     ),
-    Metric("tflops_hardware", "TFLOP/s per GPU of the work done, recomputation included.", "rank"),
-    Metric("mfu", "tflops_model over the device's dense peak; absent where the peak is not known.", "rank"),
+    Metric("tflops_hardware", "Hardware TFLOP/s per GPU, including recomputation.", "rank"),
+    Metric("mfu", "tflops_model divided by the device's dense peak; absent if the peak is unknown.", "rank"),
     Metric(
-        "hfu", "tflops_hardware over the device's dense peak; absent where the peak is not known.", "rank"
+        "hfu", "tflops_hardware divided by the device's dense peak; absent if the peak is unknown.", "rank"
     ),
-    Metric("step_seconds", "Wall seconds of the optimizer step, without evaluation and checkpoints.", "run"),
-    Metric("data_seconds", "Seconds of the step spent on making batches.", "rank"),
+    Metric(
+        "step_seconds", "Wall-clock seconds of the optimizer step, without evaluation and checkpoints.", "run"
+    ),
+    Metric("data_seconds", "Seconds of the step spent preparing batches.", "rank"),
     Metric("forward_seconds", "Seconds of the step spent in forward passes.", "rank"),
     Metric("backward_seconds", "Seconds of the step spent in backward passes.", "rank"),
     Metric("optimizer_seconds", "Seconds of the step spent in the optimizer.", "rank"),
     Metric("tokens", "Real tokens of the step.", "rank"),
-    Metric("trained_tokens", "Tokens of the step that are targets of the loss.", "rank"),
-    Metric("padding_fraction", "Share of the step's slots that hold padding.", "run"),
+    Metric("trained_tokens", "Tokens of the step with a label.", "rank"),
+    Metric("padding_fraction", "Fraction of the step's slots that are padding.", "run"),
     Metric(
-        "memory_bytes", "Memory in use at the end of the step: allocated on CUDA, resident on CPU.", "rank"
+        "memory_bytes",
+        "Memory in use at the end of the step: allocated on CUDA, resident set size on CPU.",
+        "rank",
     ),
-    Metric("memory_peak_bytes", "Largest memory in use so far: allocated on CUDA, resident on CPU.", "rank"),
+    Metric("memory_peak_bytes", "Peak memory in use: allocated on CUDA, resident set size on CPU.", "rank"),
     Metric(
-        "memory_reserved_bytes", "Memory that the allocator holds: reserved on CUDA, resident on CPU.", "rank"
+        "memory_reserved_bytes",
+        "Memory held by the allocator: reserved on CUDA, resident set size on CPU.",
+        "rank",
     ),
     Metric(
         "memory_reserved_peak_bytes",
-        "Largest memory that the allocator has held so far: reserved on CUDA, resident on CPU.",
+        "Peak memory held by the allocator: reserved on CUDA, resident set size on CPU.",
         "rank",
     ),
-    Metric("host_memory_peak_bytes", "Largest resident memory of the worker's process so far.", "rank"),
+    Metric("host_memory_peak_bytes", "Peak resident set size of the worker process.", "rank"),
 )
 
 DEVICE_METRICS: tuple[Metric, ...] = (
-    Metric(
-        "memory_limit_bytes", "Memory of the worker's device; absent where it has none of its own.", "rank"
-    ),
+    Metric("memory_limit_bytes", "Memory of the worker's device; absent on CPU.", "rank"),
 )
 
 RUN_METRICS: tuple[Metric, ...] = (
@@ -84,29 +90,29 @@ RUN_METRICS: tuple[Metric, ...] = (
         "run",
         lasting=True,
     ),
-    Metric("evaluation_seconds", "Seconds that the last evaluation took.", "run", lasting=True),
-    Metric("restarts", "How often the worker group was started again.", "run", lasting=True),
-    Metric("steps_lost", "Steps that were done again after restarts.", "run", lasting=True),
-    Metric("steps_planned", "Optimizer steps of the whole run.", "run", lasting=True),
-    Metric("steps_to_go", "Optimizer steps that are left.", "run", lasting=True),
+    Metric("evaluation_seconds", "Duration of the last evaluation in seconds.", "run", lasting=True),
+    Metric("restarts", "Restarts of the worker group.", "run", lasting=True),
+    Metric("steps_lost", "Steps repeated after restarts.", "run", lasting=True),
+    Metric("steps_planned", "Total optimizer steps of the run.", "run", lasting=True),
+    Metric("steps_to_go", "Remaining optimizer steps.", "run", lasting=True),
     Metric(
         "tokens_to_go",
-        "Real tokens that are left, estimated from those of the last steps of the attempt.",
+        "Remaining real tokens, estimated from the last steps of the attempt.",
         "run",
     ),
-    Metric("seconds_to_go", "Seconds that are left at the median pace of the attempt's last steps.", "run"),
+    Metric("seconds_to_go", "Remaining seconds at the median pace of the attempt's last steps.", "run"),
     Metric("world_size", "Workers of the attempt.", "run", lasting=True),
     Metric(
         "attempt_start_timestamp_seconds",
-        "Unix time at which the attempt began, or at which it was taken up by the recorder that shows it.",
+        "Unix time at which the attempt started, or at which this recorder resumed it.",
         "run",
         lasting=True,
     ),
     Metric("last_step_timestamp_seconds", "Unix time of the last completed step.", "run", lasting=True),
-    Metric("checkpoint_seconds", "Seconds that the last checkpoint took.", "run", lasting=True),
+    Metric("checkpoint_seconds", "Duration of the last checkpoint in seconds.", "run", lasting=True),
     Metric(
         "checkpoint_every_steps",
-        "Steps from one checkpoint to the next; absent where there is one only at the end.",
+        "Steps between checkpoints; absent if there is only one at the end.",
         "run",
         lasting=True,
     ),
@@ -119,19 +125,20 @@ RUN_METRICS: tuple[Metric, ...] = (
 )
 
 COUNTERS: tuple[Metric, ...] = (
-    Metric("processed_tokens", "Real tokens since the attempt began.", "rank"),
-    Metric("processed_flops", "FLOPs of the model's work since the attempt began.", "rank"),
+    Metric("processed_tokens", "Real tokens since the attempt started.", "rank"),
+    Metric("processed_flops", "Model FLOPs since the attempt started.", "rank"),
 )
 
 RUN_COUNTERS: tuple[Metric, ...] = (
     Metric(
         "processed_seconds",
-        "Wall seconds of optimizer steps since the attempt began, without evaluation and checkpoints.",
+        "Wall-clock seconds of optimizer steps since the attempt started, without evaluation and "
+        "checkpoints.",
         "run",
     ),
     Metric(
         "skipped_steps",
-        "Steps since the attempt began whose update was left out because the loss scale was too high.",
+        "Steps since the attempt started whose update was skipped because of fp16 overflow.",
         "run",
     ),
 )
@@ -140,7 +147,7 @@ PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint"
 PHASE_LABELS = (*RUN_LABELS, "phase")
 PHASE_SECONDS = Metric(
     "step_phase_seconds",
-    "Seconds by phase: of a step one observation a rank, of an evaluation and a checkpoint one in all.",
+    "Seconds by phase: one observation per rank and step, and one per evaluation and checkpoint.",
     "run",
 )
 PHASE_BOUNDS_SECONDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -152,7 +159,7 @@ INFO_LABELS = (*RUN_LABELS, "zero_stage", "sequence_parallel_size", "world_size"
 
 
 def sample_names() -> frozenset[str]:
-    """Return every name that a sample at the endpoint can have."""
+    """Return all sample names that the endpoint can serve."""
     gauges = (*STEP_METRICS, *DEVICE_METRICS, *RUN_METRICS, INFO)
     names = {metric.name for metric in gauges}
     names |= {f"{metric.name}_total" for metric in (*COUNTERS, *RUN_COUNTERS)}

@@ -1,4 +1,4 @@
-"""An HTTP server for one page of text that changes all the time."""
+"""HTTP server for the Prometheus text format."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from threading import Thread
-from typing import Any, Literal
+from typing import Literal
 
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PATHS = ("/metrics", "/")
 AUTO_PORTS = range(9400, 9500)
-"""Where `auto` looks for a free port."""
-_FASTEST = 1  # series of ranks repeat themselves, and shrink well at any level
+"""Ports tried for `metrics.port: auto`."""
+_GZIP_LEVEL = 1  # per-rank series are repetitive and compress well at any level
 
 
 class Endpoint:
-    """Serves the text that a function returns, at /metrics.
+    """Serves the result of a function at /metrics.
 
     Args:
         host: Address to listen on.
-        port: Port; 0 takes any free one, auto the first free one of `AUTO_PORTS`.
-        page: Called for every scrape, from a thread of its own.
+        port: Port; 0 uses any free port, auto the first free port of `AUTO_PORTS`.
+        page: Called for every scrape in a separate thread; returns the response body.
 
     Raises:
-        OSError: The port is taken or the address is not this machine's.
-        UnicodeError: The address cannot be a name.
+        OSError: The port is in use or the address does not belong to this machine.
+        UnicodeError: The host is not a valid name.
     """
 
     def __init__(self, host: str, port: int | Literal["auto"], page: Callable[[], str]) -> None:
@@ -39,7 +39,7 @@ class Endpoint:
 
         ports = AUTO_PORTS if port == "auto" else range(port, port + 1)
         for number in ports:
-            try:  # the server holds the port from here on: of two runs that try it at once, one goes on
+            try:  # binds the port: of two runs that try it concurrently, one continues with the next
                 self._server = Server((host, number), _handler(page))
                 break
             except OSError as error:
@@ -50,7 +50,7 @@ class Endpoint:
 
     @property
     def port(self) -> int:
-        """Port that is served."""
+        """Port of the server."""
         return int(self._server.server_address[1])
 
     def close(self) -> None:
@@ -61,11 +61,11 @@ class Endpoint:
 
 
 def family_of(host: str) -> socket.AddressFamily:
-    """Return the family of the addresses that a host's name stands for.
+    """Return the address family of a host.
 
     Raises:
-        OSError: The name stands for none.
-        UnicodeError: It cannot be a name.
+        OSError: The name cannot be resolved.
+        UnicodeError: The host is not a valid name.
     """
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
 
@@ -74,7 +74,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's own asks for the host's full name, which can take long
+        TCPServer.server_bind(self)  # HTTPServer's method does a slow reverse DNS lookup
 
 
 def _handler(page: Callable[[], str]) -> type[BaseHTTPRequestHandler]:
@@ -82,23 +82,23 @@ def _handler(page: Callable[[], str]) -> type[BaseHTTPRequestHandler]:
         timeout = 10
 
         def do_GET(self) -> None:
-            """Answer a scrape."""
+            """Handle a scrape."""
             if self.path.split("?")[0] not in _PATHS:
                 self.send_error(404, "the metrics are at /metrics")
                 return
             body = page().encode()
-            packed = "gzip" in self.headers.get("Accept-Encoding", "")
-            if packed:
-                body = gzip.compress(body, _FASTEST)
+            compress = "gzip" in self.headers.get("Accept-Encoding", "")
+            if compress:
+                body = gzip.compress(body, _GZIP_LEVEL)
             self.send_response(200)
             self.send_header("Content-Type", _CONTENT_TYPE)
             self.send_header("Content-Length", str(len(body)))
-            if packed:
+            if compress:
                 self.send_header("Content-Encoding", "gzip")
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: Any) -> None:
-            """Keep quiet: a line a scrape tells nobody anything."""
+        def log_message(self, *_: object) -> None:
+            """Do not log requests."""
 
     return Handler

@@ -1,4 +1,4 @@
-"""The Prometheus endpoint of a run: per-rank and per-run series, withdrawn when their attempt ends."""
+"""The Prometheus endpoint of a run: per-rank and per-run series, removed when their attempt ends."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from orchestrator.errors import ClusterError
 from orchestrator.metrics import catalogue, targets
 from orchestrator.metrics.catalogue import PREFIX
 from orchestrator.metrics.endpoint import AUTO_PORTS, Endpoint, family_of
-from orchestrator.metrics.exposition import Histogram, header, labelled, samples
+from orchestrator.metrics.exposition import Histogram, format_labels, header, samples
 from orchestrator.metrics.meter import FloatArray
-from orchestrator.metrics.targets import Target
+from orchestrator.metrics.targets import TargetFile
 
 _RANK_GAUGES = tuple(
     metric for metric in (*catalogue.STEP_METRICS, *catalogue.DEVICE_METRICS) if metric.scope == "rank"
@@ -35,7 +35,7 @@ _LASTING = frozenset(metric.name for metric in _RUN_GAUGES if metric.lasting)
 
 @dataclass(frozen=True)
 class RankLabels:
-    """Who a worker is, as the labels `node`, `rank` and `gpu` say it, and the memory of its device."""
+    """Labels `node`, `rank` and `gpu` of a worker, and the memory of its device in bytes."""
 
     node: str
     rank: str
@@ -45,7 +45,7 @@ class RankLabels:
 
 @dataclass(eq=False)
 class _Attempt(Collector):
-    """What is shown of one attempt. Arrays are replaced, never changed: a scrape may be reading them."""
+    """Metrics of one attempt. Arrays are replaced, never modified: a scrape may be reading them."""
 
     run: str
     number: str
@@ -59,29 +59,29 @@ class _Attempt(Collector):
     phases: dict[str, Histogram] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Return all series as text: those of the run by the client library, those of ranks by ours."""
+        """Return all series as text; per-rank series are formatted without the client library."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
-        return generate_latest(registry).decode() + "".join(self._of_ranks())
+        return generate_latest(registry).decode() + "".join(self._rank_series())
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the series of the run; this makes an attempt a collector of the client library."""
-        who = (self.run, self.number)
+        """Yield the per-run series; implements prometheus_client's Collector."""
+        run_labels = (self.run, self.number)
         for metric in _RUN_GAUGES:
             if metric.name in self.values:
                 gauge = GaugeMetricFamily(PREFIX + metric.name, metric.help, labels=catalogue.RUN_LABELS)
-                gauge.add_metric(who, self.values[metric.name])
+                gauge.add_metric(run_labels, self.values[metric.name])
                 yield gauge
         for metric in catalogue.RUN_COUNTERS:
             if metric.name in self.run_counters:
                 counter = CounterMetricFamily(PREFIX + metric.name, metric.help, labels=catalogue.RUN_LABELS)
-                counter.add_metric(who, self.run_counters[metric.name])
+                counter.add_metric(run_labels, self.run_counters[metric.name])
                 yield counter
         if self.phases:
             phases = catalogue.PHASE_SECONDS
             family = HistogramMetricFamily(PREFIX + phases.name, phases.help, labels=catalogue.PHASE_LABELS)
             for phase, histogram in self.phases.items():
-                family.add_metric((*who, phase), histogram.buckets(), histogram.sum)
+                family.add_metric((*run_labels, phase), histogram.buckets(), histogram.sum)
             yield family
         if self.info:
             info = GaugeMetricFamily(
@@ -90,7 +90,7 @@ class _Attempt(Collector):
             info.add_metric(tuple(self.info.values()), 1.0)
             yield info
 
-    def _of_ranks(self) -> Iterator[str]:
+    def _rank_series(self) -> Iterator[str]:
         for metric in _RANK_GAUGES:
             if metric.name in self.columns:
                 yield header(PREFIX + metric.name, "gauge", metric.help)
@@ -103,18 +103,18 @@ class _Attempt(Collector):
 
 
 class Exporter:
-    """Holds the series and serves them over HTTP.
+    """Holds the metrics of a run and serves them over HTTP.
 
     Args:
         run: Name of the run.
         host: Address to listen on.
-        port: Port; 0 takes any free one, auto the first free one of a range.
+        port: Port; 0 uses any free port, auto the first free port of `AUTO_PORTS`.
 
     Attributes:
-        unlisted: Why this machine's list of targets does not name the endpoint; None where it does.
+        target_problem: Why the target file of the endpoint could not be written; None on success.
 
     Raises:
-        ClusterError: The port is taken or the address is not this machine's.
+        ClusterError: The port is in use or the address does not belong to this machine.
     """
 
     def __init__(self, run: str, host: str, port: int | Literal["auto"]) -> None:
@@ -123,28 +123,28 @@ class Exporter:
         try:
             self._endpoint = Endpoint(host, port, self.text)
         except (OSError, UnicodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "no host name"
+            reason = error.strerror if isinstance(error, OSError) else "not a host name"
             raise endpoint_error(host, port, reason) from None
-        self.unlisted: str | None = None
-        self._target: Target | None = None
-        place = targets.folder(os.environ)
-        if place is None:
+        self.target_problem: str | None = None
+        self._target: TargetFile | None = None
+        folder = targets.folder(os.environ)
+        if folder is None:
             return
         try:
-            self._target = Target(place, run, host, self.port)
+            self._target = TargetFile(folder, run, host, self.port)
         except OSError as error:
-            self.unlisted = (
-                f"{place} cannot be written ({error.strerror}), so a Prometheus that reads it does not find "
-                f"this run; set {targets.PLACE} to a folder of your own, or to nothing"
+            self.target_problem = (
+                f"{folder} cannot be written ({error.strerror}), so a local Prometheus does not discover "
+                f"this run; set {targets.FOLDER_VARIABLE} to a writable folder, or to an empty string"
             )
 
     @property
     def port(self) -> int:
-        """Port that is served."""
+        """Port of the endpoint."""
         return self._endpoint.port
 
     def text(self) -> str:
-        """Return all series in Prometheus' text format."""
+        """Return all series in the Prometheus text format."""
         with self._lock:
             now = self._attempt
             copy = replace(now, values=dict(now.values), rank_counters=dict(now.rank_counters))
@@ -152,36 +152,36 @@ class Exporter:
         return copy.text()
 
     def begin_attempt(self, attempt: int, ranks: Sequence[RankLabels], info: Mapping[str, Any]) -> None:
-        """Withdraw the series of the attempt before, and say what this one is.
+        """Remove the series of the previous attempt and start a new one.
 
-        Counters stand at 0 before the first step, so that Prometheus counts that step too: of a series that
-        appears with a value it takes this value for the past.
+        Counters are exported as 0 before the first step, because Prometheus' `increase` ignores the first
+        value of a new series.
         """
         number = str(attempt)
-        chosen = {name: str(info[name]) for name in catalogue.INFO_LABELS if name in info}
-        chosen |= {"run": self._run, "attempt": number}
-        shown = _Attempt(
+        labels = {name: str(info[name]) for name in catalogue.INFO_LABELS if name in info}
+        labels |= {"run": self._run, "attempt": number}
+        current = _Attempt(
             self._run,
             number,
             labels=tuple(
-                labelled(catalogue.RANK_LABELS, (self._run, number, each.node, each.rank, each.gpu))
-                for each in ranks
+                format_labels(catalogue.RANK_LABELS, (self._run, number, rank.node, rank.rank, rank.gpu))
+                for rank in ranks
             ),
             memory_limits=np.array(
-                [np.nan if each.memory_limit_bytes is None else each.memory_limit_bytes for each in ranks]
+                [np.nan if rank.memory_limit_bytes is None else rank.memory_limit_bytes for rank in ranks]
             ),
-            info=chosen,
+            info=labels,
             rank_counters={metric.name: np.zeros(len(ranks)) for metric in catalogue.COUNTERS},
             run_counters={metric.name: 0.0 for metric in catalogue.RUN_COUNTERS},
             phases={phase: Histogram(catalogue.PHASE_BOUNDS_SECONDS) for phase in catalogue.PHASES},
         )
         with self._lock:
-            self._attempt = shown
+            self._attempt = current
 
     def end_attempt(self) -> None:
-        """Withdraw what was true only while the workers of the attempt lived.
+        """Remove the series that are only valid while the workers of the attempt are alive.
 
-        Counters stay, and stand still, until the next attempt begins: a scrape may not have seen them yet.
+        Counters keep their values until the next attempt, so that the next scrape still sees them.
         """
         with self._lock:
             self._attempt.columns = {}
@@ -190,37 +190,37 @@ class Exporter:
             }
 
     def set_run(self, values: Mapping[str, float]) -> None:
-        """Set series that stand for the whole run; others in `values` are passed over."""
+        """Set per-run series; other names in `values` are ignored."""
         with self._lock:
             self._attempt.values |= {name: value for name, value in values.items() if name in _RUN_NAMES}
 
     def set_ranks(self, columns: Mapping[str, FloatArray], flops: FloatArray, seconds: float) -> None:
-        """Set the series of all ranks, and count their tokens and FLOPs with the seconds that they took.
+        """Set the per-rank series of a step, and add its tokens, FLOPs and seconds to the counters.
 
         Args:
-            columns: Values by name and rank. What is NaN, or is not among them, is not shown: what is not
-                known of this step must not look as if it were.
-            flops: FLOPs of each rank's step.
-            seconds: Wall seconds of the step.
+            columns: Array of shape (world_size,) by metric name. NaN and missing metrics are not exported, so
+                that no value of an earlier step is current.
+            flops: Model FLOPs of the step, shape (world_size,).
+            seconds: Wall-clock seconds of the step.
 
         Raises:
-            ValueError: There are not as many values as ranks.
+            ValueError: The length of an array is not the world size.
         """
-        shown = self._attempt
+        current = self._attempt
         for name, column in {**columns, "processed_flops": flops}.items():
-            if len(column) != len(shown.labels):
-                raise ValueError(f"{name} has {len(column)} values for {len(shown.labels)} ranks")
-        if shown.memory_limits is not None:
-            columns = {**columns, "memory_limit_bytes": shown.memory_limits}
-        counted = shown.rank_counters
+            if len(column) != len(current.labels):
+                raise ValueError(f"{name} has {len(column)} values for {len(current.labels)} ranks")
+        if current.memory_limits is not None:
+            columns = {**columns, "memory_limit_bytes": current.memory_limits}
+        counters = current.rank_counters
         with self._lock:
-            shown.columns = columns
-            counted["processed_tokens"] = counted["processed_tokens"] + columns["tokens"]
-            counted["processed_flops"] = counted["processed_flops"] + flops
-            shown.run_counters["processed_seconds"] += seconds
+            current.columns = columns
+            counters["processed_tokens"] = counters["processed_tokens"] + columns["tokens"]
+            counters["processed_flops"] = counters["processed_flops"] + flops
+            current.run_counters["processed_seconds"] += seconds
 
     def count(self, amounts: Mapping[str, float]) -> None:
-        """Add to counters of the whole run."""
+        """Increment per-run counters."""
         with self._lock:
             for name, amount in amounts.items():
                 self._attempt.run_counters[name] += amount
@@ -230,11 +230,11 @@ class Exporter:
         with self._lock:
             self._attempt.phases[phase].observe(seconds)
 
-    def keep_listed(self) -> None:
-        """See to it that this machine's list of targets still names the endpoint."""
+    def refresh_target(self) -> None:
+        """Rewrite the target file of the endpoint if it was removed or is old."""
         if self._target is not None:
-            with suppress(OSError):  # a full disk is no reason to end a run
-                self._target.keep()
+            with suppress(OSError):  # a full disk must not fail the run
+                self._target.refresh()
 
     def close(self) -> None:
         """Stop serving."""
@@ -245,10 +245,10 @@ class Exporter:
 
 
 def require_port(host: str, port: int | Literal["auto"] | None) -> None:
-    """Find out that an endpoint cannot be opened, before anything is paid for.
+    """Check that the endpoint can be opened, before expensive work starts.
 
     Raises:
-        ClusterError: The port is taken or the address is not this machine's.
+        ClusterError: The port is in use or the address does not belong to this machine.
     """
     if port is None:
         return
@@ -257,18 +257,18 @@ def require_port(host: str, port: int | Literal["auto"] | None) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, 0 if port == "auto" else port))
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "no host name"
+        reason = getattr(error, "strerror", None) or "not a host name"
         raise endpoint_error(host, port, reason) from None
 
 
 def endpoint_error(host: str, port: int | Literal["auto"], reason: str | None) -> ClusterError:
-    """Return the error that says why the endpoint cannot be opened."""
+    """Return the error for an endpoint that cannot be opened."""
     if port == "auto":
         return ClusterError(
-            f"metrics.port=auto finds none of {AUTO_PORTS[0]} to {AUTO_PORTS[-1]} on {host} that can be "
+            f"metrics.port=auto found no port from {AUTO_PORTS[0]} to {AUTO_PORTS[-1]} on {host} that can be "
             f"opened ({reason}); check metrics.host, or set metrics.port: 0 for any free port"
         )
     return ClusterError(
         f"metrics.port={port} on {host} cannot be opened ({reason}); free it, set another "
-        "metrics.port, or 0 for any free one"
+        "metrics.port, or 0 for any free port"
     )

@@ -1,8 +1,8 @@
-"""The series of thousands of ranks in Prometheus' text format.
+"""Formats per-rank series in the Prometheus text format.
 
-The client library holds one object a series, which at thousands of ranks costs more than a step may take
-(docs/adr/0007); here a metric of all ranks is one array, and text is made of it when somebody asks. The
-format is version 0.0.4 of https://prometheus.io/docs/instrumenting/exposition_formats/.
+prometheus_client keeps one object per series, which is too slow for thousands of ranks (docs/adr/0007). Here
+a metric of all ranks is one array, formatted at scrape time. The format is version 0.0.4 of
+https://prometheus.io/docs/instrumenting/exposition_formats/.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 from orchestrator.metrics.meter import FloatArray
 
 
-def labelled(names: Sequence[str], values: Sequence[str]) -> str:
-    """Return labels in braces, their values escaped."""
+def format_labels(names: Sequence[str], values: Sequence[str]) -> str:
+    """Return labels in braces with escaped values."""
     pairs = zip(names, values, strict=True)
     return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in pairs) + "}"
 
 
-def header(name: str, kind: Literal["gauge", "counter"], meaning: str) -> str:
-    """Return the two lines that stand before the samples of a metric."""
-    text = meaning.replace("\\", "\\\\").replace("\n", "\\n")
+def header(name: str, kind: Literal["gauge", "counter"], description: str) -> str:
+    """Return the HELP and TYPE lines of a metric."""
+    text = description.replace("\\", "\\\\").replace("\n", "\\n")
     return f"# HELP {name} {text}\n# TYPE {name} {kind}\n"
 
 
 def samples(name: str, labels: Sequence[str], values: FloatArray) -> str:
-    """Return a sample for each value; NaN is what is not known, and gets none."""
+    """Return one sample line per value; NaN means unknown and is omitted."""
     pairs = zip(labels, values.tolist(), strict=True)
     if np.isfinite(values).all():
         return "".join([f"{name}{label} {value!r}\n" for label, value in pairs])
@@ -38,10 +38,10 @@ def samples(name: str, labels: Sequence[str], values: FloatArray) -> str:
 
 
 class Histogram:
-    """Counts observations by bucket.
+    """Prometheus histogram.
 
     Args:
-        bounds: Upper bounds of the buckets, rising; the last one, infinity, is added.
+        bounds: Increasing upper bounds of the buckets without +Inf.
     """
 
     def __init__(self, bounds: Sequence[float]) -> None:
@@ -50,9 +50,9 @@ class Histogram:
         self._sum = 0.0
 
     def observe(self, values: Sequence[float] | FloatArray) -> None:
-        """Count values; one that equals a bound belongs to its bucket."""
-        places = np.searchsorted(self._bounds, values, side="left")
-        self._counts = self._counts + np.bincount(places, minlength=len(self._counts))
+        """Add observations; a value equal to a bound is counted in its bucket."""
+        buckets = np.searchsorted(self._bounds, values, side="left")
+        self._counts = self._counts + np.bincount(buckets, minlength=len(self._counts))
         self._sum += float(np.sum(values))
 
     @property
@@ -61,7 +61,7 @@ class Histogram:
         return self._sum
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Return each upper bound with the number of observations up to it."""
+        """Return each upper bound with its cumulative count."""
         bounds = [*(repr(bound) for bound in self._bounds.tolist()), "+Inf"]
         return list(zip(bounds, accumulate(self._counts.tolist()), strict=True))
 

@@ -1,7 +1,7 @@
-"""From what one step did and how long it took to the numbers that are published. Pure arithmetic.
+"""Computes published metrics from the raw measurements of a step. Pure functions.
 
-Definitions: tokens are real tokens, never padding; seconds are wall seconds of the optimizer step, the same
-for all ranks, without evaluation and checkpoints.
+Tokens are real tokens without padding; seconds are wall-clock seconds of the optimizer step, the same for all
+ranks, without evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RankStep:
-    """What one rank did in one step; travels between ranks as a vector of its fields.
+    """Measurements of one rank in one step; gathered between ranks as a vector of its fields.
 
     Attributes:
-        loss_sum: Summed cross-entropy in nats.
+        loss_sum: Sum of the cross-entropy in nats.
         tokens: Real tokens.
-        trained_tokens: Targets of the loss.
-        slots: Positions including padding.
-        flops_model: FLOPs asked for; 0 where the architecture's are not known.
-        flops_hardware: FLOPs done; likewise.
-        data_seconds: Seconds of making batches.
+        trained_tokens: Tokens with a label.
+        slots: Tokens including padding.
+        flops_model: Model FLOPs; 0 for an unknown architecture.
+        flops_hardware: Hardware FLOPs including recomputation; 0 for an unknown architecture.
+        data_seconds: Seconds spent preparing batches.
         forward_seconds: Seconds of forward passes.
         backward_seconds: Seconds of backward passes.
         optimizer_seconds: Seconds of the optimizer.
         memory_bytes: Memory in use.
-        memory_peak_bytes: Largest memory in use so far.
+        memory_peak_bytes: Peak memory in use.
         memory_reserved_bytes: Memory held by the allocator.
-        memory_reserved_peak_bytes: Largest memory held by the allocator so far.
-        host_memory_peak_bytes: Largest resident memory of the process so far.
+        memory_reserved_peak_bytes: Peak memory held by the allocator.
+        host_memory_peak_bytes: Peak resident set size of the process.
     """
 
     loss_sum: float
@@ -64,17 +64,17 @@ _FIELDS = tuple(field.name for field in fields(RankStep))
 
 @dataclass(frozen=True)
 class RankSteps:
-    """What every rank did in one step, as one array: thousands of ranks cost the loop no objects.
+    """Measurements of all ranks in one step as one array, without an object per rank.
 
     Attributes:
-        rows: One row a rank, its columns the fields of `RankStep`.
+        rows: Array of shape (world_size, fields of `RankStep`).
     """
 
     rows: FloatArray
 
     @classmethod
     def of(cls, steps: Iterable[RankStep]) -> RankSteps:
-        """Return steps that are given one by one."""
+        """Build the array from one `RankStep` per rank."""
         return cls(np.array([step.vector() for step in steps]).reshape(-1, len(_FIELDS)))
 
     def __len__(self) -> int:
@@ -84,12 +84,12 @@ class RankSteps:
         return (RankStep(*row) for row in self.rows.tolist())
 
     def column(self, name: str) -> FloatArray:
-        """Return a field of all ranks, by rank."""
+        """Return a field of all ranks, shape (world_size,)."""
         return self.rows[:, _FIELDS.index(name)]
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy over the step's trained tokens; 0 where there is none."""
+        """Mean cross-entropy per trained token in nats; 0 without trained tokens."""
         trained = self.column("trained_tokens").sum()
         return float(self.column("loss_sum").sum() / trained) if trained else 0.0
 
@@ -105,23 +105,23 @@ MEMORY = (
 
 
 def peaks(peak_flops: Iterable[float | None]) -> FloatArray:
-    """Return the dense peak of each rank's device in FLOP/s, NaN where it is not known."""
+    """Return the dense peak of each rank's device in FLOP/s, shape (world_size,); NaN if unknown."""
     return np.array([np.nan if peak is None else peak for peak in peak_flops], dtype=np.float64)
 
 
 def rank_columns(steps: RankSteps, seconds: float, peak_flops: FloatArray) -> dict[str, FloatArray]:
-    """Return the published numbers of all ranks, by name and rank; NaN is what is not known.
+    """Return the per-rank metrics by name, arrays of shape (world_size,); NaN if unknown.
 
     Args:
-        steps: What each rank did.
-        seconds: Wall seconds of the step.
-        peak_flops: As `peaks` returns it; MFU and HFU are left out where it is NaN.
+        steps: Measurements of all ranks.
+        seconds: Wall-clock seconds of the step.
+        peak_flops: Result of `peaks`; MFU and HFU are NaN if the peak is NaN.
 
     Raises:
-        ValueError: There are not as many peaks as ranks.
+        ValueError: The number of peaks is not the world size.
     """
     if len(steps) != len(peak_flops):
-        raise ValueError(f"{len(steps)} ranks and {len(peak_flops)} peaks: give one for each rank")
+        raise ValueError(f"{len(steps)} ranks and {len(peak_flops)} peaks: pass one peak per rank")
     known = steps.column("flops_model") > 0
     model, hardware = (
         np.where(known, steps.column(name), np.nan) / seconds for name in ("flops_model", "flops_hardware")
@@ -139,42 +139,42 @@ def rank_columns(steps: RankSteps, seconds: float, peak_flops: FloatArray) -> di
 
 
 def step_values(steps: RankSteps, seconds: float, peak_flops: FloatArray) -> Values:
-    """Return the step's numbers over all ranks.
+    """Return the per-run metrics of a step.
 
-    Rates are means over ranks, so that they stay per GPU; tokens are sums; phases and memory are those of the
-    slowest and of the fullest rank, which a mean would hide.
+    Rates per GPU are means over ranks and tokens are sums. Phase seconds and memory are maxima over ranks,
+    because a mean would hide the slowest and the fullest rank.
 
     Args:
-        steps: What each rank did.
-        seconds: Wall seconds of the step.
-        peak_flops: As `peaks` returns it.
+        steps: Measurements of all ranks.
+        seconds: Wall-clock seconds of the step.
+        peak_flops: Result of `peaks`.
     """
-    each = rank_columns(steps, seconds, peak_flops)
+    columns = rank_columns(steps, seconds, peak_flops)
     values = {
         "loss": steps.loss,
         "step_seconds": seconds,
-        "padding_fraction": float(1.0 - each["tokens"].sum() / steps.column("slots").sum()),
+        "padding_fraction": float(1.0 - columns["tokens"].sum() / steps.column("slots").sum()),
     }
-    # A rank whose packs lie past the end of the data did no work: it counts as 0 and hides no other.
-    busy = each["tokens"] > 0
+    # A rank past the end of the data has no packs and counts as 0; its NaN MFU must not hide the others.
+    busy = columns["tokens"] > 0
     for name in ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu"):
-        if busy.any() and not np.isnan(each[name][busy]).any():
-            values[name] = float(np.nan_to_num(each[name]).mean())
+        if busy.any() and not np.isnan(columns[name][busy]).any():
+            values[name] = float(np.nan_to_num(columns[name]).mean())
     for name in ("tokens", "trained_tokens"):
-        values[name] = float(each[name].sum())
+        values[name] = float(columns[name].sum())
     for name in (*PHASES, *MEMORY):
-        values[name] = float(each[name].max())
+        values[name] = float(columns[name].max())
     return values
 
 
 def eta_seconds(step: int, steps: int, recent_step_seconds: Sequence[float]) -> float:
-    """Return the seconds that the remaining steps take at the median pace of recent ones."""
+    """Return the estimated seconds of the remaining steps at the median pace of recent steps."""
     ordered = sorted(recent_step_seconds)
     return (steps - step) * ordered[len(ordered) // 2] if ordered else 0.0
 
 
 def last_attempt(rows: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
-    """Return one row a step: a step that was done again after a restart counts as its last attempt says."""
+    """Return one row per step; of a step repeated after a restart, the row of the last attempt."""
     by_step: dict[float, Mapping[str, float]] = {}
     for row in rows:
         known = by_step.get(row["step"])

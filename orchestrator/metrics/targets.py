@@ -1,7 +1,7 @@
-"""The list of live endpoints of a machine, as files for Prometheus' file_sd: one a run, written by that run.
+"""Target files for Prometheus' file-based service discovery, one per run on this machine.
 
 The folder is shared by all users of the machine, like /tmp. A run writes its file when its endpoint opens and
-removes it when it closes; the file of a run that was killed is removed by whichever run comes next.
+removes it when it closes; the file of a killed run is removed by the next run that starts.
 """
 
 from __future__ import annotations
@@ -14,99 +14,99 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-PLACE = "ORCHESTRATOR_TARGETS"
-"""Environment variable with another folder than the default one; empty for none."""
-DEFAULT = "/tmp/orchestrator-targets"  # k8s/monitoring/prometheus.yml reads it
-_NAME = re.compile(r"\.?.+\.(\d+)\.(\d+)\.(\d+)\.json(\.draft)?")  # PID namespace, process, its start
-_SECONDS_BETWEEN_TOUCHES = 3600.0  # whatever clears /tmp goes by age
-_ANY_OR_OWN = frozenset({"", "0.0.0.0", "::", "127.0.0.1", "::1", "localhost"})
+FOLDER_VARIABLE = "ORCHESTRATOR_TARGETS"
+"""Environment variable that overrides the folder; empty disables target files."""
+DEFAULT_FOLDER = "/tmp/orchestrator-targets"  # read by k8s/monitoring/prometheus.yml
+_NAME = re.compile(r"\.?.+\.(\d+)\.(\d+)\.(\d+)\.json(\.draft)?")  # PID namespace, PID, process start time
+_REFRESH_SECONDS = 3600.0  # cleaners of /tmp remove old files
+_LOCAL_HOSTS = frozenset({"", "0.0.0.0", "::", "127.0.0.1", "::1", "localhost"})
 
 
 def folder(environ: Mapping[str, str]) -> Path | None:
-    """Return where targets are listed; None where they are not."""
-    named = environ.get(PLACE, DEFAULT)
-    return Path(named) if named else None
+    """Return the folder for target files; None if they are disabled."""
+    path = environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)
+    return Path(path) if path else None
 
 
-class Target:
-    """The entry of one endpoint, from its opening to its end.
+class TargetFile:
+    """The target file of one endpoint.
 
     Args:
-        place: The folder; made where it is missing.
+        target_folder: Folder for target files; created if missing.
         run: Name of the run.
         host: Address that the endpoint listens on.
-        port: Its port.
+        port: Port of the endpoint.
 
     Raises:
         OSError: The folder cannot be written.
     """
 
-    def __init__(self, place: Path, run: str, host: str, port: int) -> None:
+    def __init__(self, target_folder: Path, run: str, host: str, port: int) -> None:
         pid = os.getpid()
-        self._file = place / f"{run}.{_pid_namespace()}.{pid}.{_started(pid)}.json"
-        # Labels that begin with two underscores are Prometheus' own way to tell more, and end no series.
+        self._file = target_folder / f"{run}.{_pid_namespace()}.{pid}.{_start_time(pid)}.json"
+        # Prometheus drops labels with two leading underscores, so this label does not create new series.
         entry = {"targets": [address(host, port)], "labels": {"__meta_orchestrator_run": run}}
         self._text = json.dumps([entry]) + "\n"
         self._written = 0.0
-        _open_to_all(place)
-        _remove_stale(place)
-        self.keep()
+        _create_shared_folder(target_folder)
+        _remove_stale(target_folder)
+        self.refresh()
 
-    def keep(self) -> None:
-        """Write the file, unless that was done within the hour and it is still there.
+    def refresh(self) -> None:
+        """Write the file if it is missing or was written more than an hour ago.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
-        if time.monotonic() - self._written < _SECONDS_BETWEEN_TOUCHES and self._file.exists():
+        if time.monotonic() - self._written < _REFRESH_SECONDS and self._file.exists():
             return
         draft = self._file.with_name(f".{self._file.name}.draft")
         draft.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         with os.fdopen(os.open(draft, flags, 0o644), "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), 0o644)  # whatever the umask: Prometheus is another user
+            os.fchmod(file.fileno(), 0o644)  # independent of the umask: Prometheus runs as another user
             file.write(self._text)
         draft.replace(self._file)
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """Take the endpoint off the list."""
+        """Remove the file."""
         self._file.unlink(missing_ok=True)
 
 
 def address(host: str, port: int) -> str:
-    """Return where a Prometheus on the same machine reaches an endpoint."""
-    if host in _ANY_OR_OWN:
+    """Return HOST:PORT under which a Prometheus on the same machine reaches an endpoint."""
+    if host in _LOCAL_HOSTS:
         return f"localhost:{port}"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _open_to_all(place: Path) -> None:
-    """Make a folder in which everybody may write, and nobody may remove what is another's."""
+def _create_shared_folder(folder: Path) -> None:
+    """Create a world-writable folder with the sticky bit, like /tmp."""
     try:
-        place.mkdir(parents=True)
-        place.chmod(0o1777)
+        folder.mkdir(parents=True)
+        folder.chmod(0o1777)
     except FileExistsError:
-        if not stat.S_ISDIR(place.lstat().st_mode) and place == Path(DEFAULT):
-            raise NotADirectoryError(20, "it is no folder, and everybody may write into /tmp") from None
+        if not stat.S_ISDIR(folder.lstat().st_mode) and folder == Path(DEFAULT_FOLDER):
+            raise NotADirectoryError(20, "not a folder; any user can create files in /tmp") from None
 
 
-def _remove_stale(place: Path) -> None:
-    """Remove the files of processes that are no more; another container's cannot be judged from here."""
-    here = _pid_namespace()
-    for file in place.iterdir():
+def _remove_stale(folder: Path) -> None:
+    """Remove files of dead processes in this PID namespace; those of other containers cannot be checked."""
+    namespace = _pid_namespace()
+    for file in folder.iterdir():
         matched = _NAME.fullmatch(file.name)
-        if matched is None or int(matched[1]) != here:
+        if matched is None or int(matched[1]) != namespace:
             continue
-        if _started(int(matched[2])) != int(matched[3]):
+        if _start_time(int(matched[2])) != int(matched[3]):
             try:
                 file.unlink(missing_ok=True)
-            except OSError:  # another user's, whose next run removes it
+            except OSError:  # owned by another user, whose next run removes it
                 continue
 
 
-def _started(pid: int) -> int | None:
-    """Return when a process started, in ticks since the machine did; None where there is none."""
+def _start_time(pid: int) -> int | None:
+    """Return the start time of a process in clock ticks since boot; None if it does not exist."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

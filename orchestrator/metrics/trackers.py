@@ -1,8 +1,9 @@
-"""TensorBoard, Weights & Biases and MLflow: the same numbers under the same names, from one writer.
+"""Logs metrics to TensorBoard, Weights & Biases and MLflow.
 
-The recorder is that writer. Trackers write over networks and disks of their own, so they have a thread of
-their own: a slow one holds up nobody, and one that fails is left out for the rest of the run, which it does
-not end. Steps that are done again after a restart are logged again, with the same numbers.
+The recorder is the only writer. Trackers are called in a background thread, because they write to disks and
+networks: a slow tracker does not delay training, and one that fails is disabled for the rest of the run.
+Steps repeated after a restart are logged again with the same step number. docs/adr/0013 explains why
+`accelerate.tracking` is not used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,36 +22,36 @@ from typing import Any, Protocol
 from orchestrator.errors import SpecError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-_IDENTITIES = {"wandb": "wandb_id", "mlflow": "mlflow_id"}  # files: a run that goes on goes on there as well
-_MOST_WAITING = 10_000
+_ID_FILES = {"wandb": "wandb_id", "mlflow": "mlflow_id"}  # in the run directory, to resume the tracker's run
+_MAX_QUEUED = 10_000
 _SECONDS_TO_DRAIN = 30.0
 
 
 class Tracker(Protocol):
-    """Something that draws numbers over steps."""
+    """Backend that stores metrics by step."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of a step."""
+        """Log the metrics of a step."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    """Return a sentence for each tracker whose package is not installed."""
+    """Return a problem for each tracker whose package is not installed."""
     return [
-        f"metrics.trackers has {name}, and the package {PACKAGES[name]} is not installed; install the extra "
-        "`trackers`, or leave it out"
+        f"metrics.trackers contains {name}, but the package {PACKAGES[name]} is not installed; install the "
+        "extra `trackers`, or remove it"
         for name in names
         if importlib.util.find_spec(PACKAGES[name]) is None
     ]
 
 
 def require_packages(names: Sequence[str]) -> None:
-    """Refuse trackers whose packages are not installed.
+    """Check that the packages of trackers are installed.
 
     Raises:
-        SpecError: With each of them.
+        SpecError: With every missing package.
     """
     missing = missing_packages(names)
     if missing:
@@ -57,15 +59,15 @@ def require_packages(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """Trackers of a run, written to from a thread of their own.
+    """The trackers of a run, called in a background thread.
 
     Args:
-        names: Which.
+        names: Names of the trackers.
         run: Name of the run.
         project: Project (Weights & Biases) or experiment (MLflow).
-        folder: The run's folder.
-        job: The job, shown beside the curves.
-        note: Told when one fails.
+        run_dir: Run directory.
+        job: The job, logged as configuration.
+        note: Called with a message when a tracker fails.
     """
 
     def __init__(
@@ -73,21 +75,21 @@ class Trackers:
         names: Sequence[str],
         run: str,
         project: str,
-        folder: Path,
-        job: Mapping[str, Any],
+        run_dir: Path,
+        job: Mapping[str, object],
         note: Callable[[str], None],
     ) -> None:
         self._note = note
-        self._begin = [(name, _STARTS[name], (run, project, folder, job)) for name in names]
-        self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_MOST_WAITING)
-        self._full = False
+        self._factories = {name: partial(_FACTORIES[name], run, project, run_dir, job) for name in names}
+        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_MAX_QUEUED)
+        self._overflowed = False
         self._thread = threading.Thread(target=self._write, name="trackers", daemon=True)
         if names:
             self._thread.start()
 
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Hand over the numbers of a step; what is no number is left out."""
-        if not self._begin:
+    def log(self, step: int, values: Mapping[str, object]) -> None:
+        """Queue the metrics of a step; values that are not finite numbers are dropped."""
+        if not self._factories:
             return
         numbers = {
             name: float(value)
@@ -95,57 +97,55 @@ class Trackers:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         }
         try:
-            self._waiting.put_nowait((step, numbers))
+            self._queue.put_nowait((step, numbers))
         except queue.Full:
-            if not self._full:
-                self._note(f"trackers are {_MOST_WAITING} steps behind; what comes now is left out there")
-            self._full = True
+            if not self._overflowed:
+                self._note(f"trackers are {_MAX_QUEUED} steps behind; further steps are not logged to them")
+            self._overflowed = True
 
     def close(self) -> None:
-        """Write what is waiting, for half a minute at most."""
-        if not self._begin:
+        """Write the queued steps, for at most half a minute."""
+        if not self._factories:
             return
         try:
-            self._waiting.put(None, timeout=_SECONDS_TO_DRAIN)
+            self._queue.put(None, timeout=_SECONDS_TO_DRAIN)
         except queue.Full:
             return
         self._thread.join(_SECONDS_TO_DRAIN)
 
     def _write(self) -> None:
-        open_ones: dict[str, Tracker] = {}
-        for name, start, arguments in self._begin:
-            self._try(name, open_ones, partial(self._open, name, open_ones, start, arguments))
-        while (item := self._waiting.get()) is not None:
-            for name, tracker in list(open_ones.items()):
-                self._try(name, open_ones, partial(tracker.log, *item))
-        for name, tracker in list(open_ones.items()):
-            self._try(name, open_ones, tracker.close)
+        active: dict[str, Tracker] = {}
+        for name, create in self._factories.items():
+            with self._disable_on_error(name, active):
+                active[name] = create()
+        while (item := self._queue.get()) is not None:
+            for name, tracker in list(active.items()):
+                with self._disable_on_error(name, active):
+                    tracker.log(*item)
+        for name, tracker in list(active.items()):
+            with self._disable_on_error(name, active):
+                tracker.close()
 
-    @staticmethod
-    def _open(
-        name: str, open_ones: dict[str, Tracker], start: Callable[..., Tracker], arguments: tuple[Any, ...]
-    ) -> None:
-        open_ones[name] = start(*arguments)
-
-    def _try(self, name: str, open_ones: dict[str, Tracker], action: Callable[[], object]) -> None:
+    @contextmanager
+    def _disable_on_error(self, name: str, active: dict[str, Tracker]) -> Iterator[None]:
         try:
-            action()
-        except Exception as error:  # whatever it is, the run goes on without
-            open_ones.pop(name, None)
+            yield
+        except Exception as error:  # no failure of a tracker may fail the run
+            active.pop(name, None)
             reason = " ".join(str(error).split())[:200]
-            self._note(f"{name} is left out from here on: {type(error).__name__}: {reason}")
+            self._note(f"tracker {name} is disabled: {type(error).__name__}: {reason}")
 
 
 def no_trackers(note: Callable[[str], None]) -> Trackers:
-    """Return trackers that write nowhere."""
+    """Return `Trackers` without any tracker."""
     return Trackers((), "", "", Path(), {}, note)
 
 
 class _TensorBoard:
-    def __init__(self, run: str, project: str, folder: Path, job: Mapping[str, Any]) -> None:
+    def __init__(self, run: str, project: str, run_dir: Path, job: Mapping[str, object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -156,14 +156,14 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run: str, project: str, folder: Path, job: Mapping[str, Any]) -> None:
+    def __init__(self, run: str, project: str, run_dir: Path, job: Mapping[str, object]) -> None:
         import wandb
 
-        known = _identity(folder, "wandb")
+        run_id = _read_id(run_dir, "wandb")
         self._run: Any = wandb.init(
-            project=project, name=run, id=known, resume="allow", dir=str(folder), config=dict(job)
+            project=project, name=run, id=run_id, resume="allow", dir=str(run_dir), config=dict(job)
         )
-        _remember(folder, "wandb", self._run.id)
+        _write_id(run_dir, "wandb", self._run.id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -173,52 +173,55 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, run: str, project: str, folder: Path, job: Mapping[str, Any]) -> None:
+    def __init__(self, run: str, project: str, run_dir: Path, job: Mapping[str, object]) -> None:
         from mlflow.tracking import MlflowClient
 
-        where = None if "MLFLOW_TRACKING_URI" in os.environ else (folder / "mlruns").as_uri()
-        self._client = MlflowClient(tracking_uri=where)
-        self._id = _identity(folder, "mlflow")
+        uri = None if "MLFLOW_TRACKING_URI" in os.environ else (run_dir / "mlruns").as_uri()
+        self._client = MlflowClient(tracking_uri=uri)
+        self._id = _read_id(run_dir, "mlflow")
         if self._id is None:
             experiment = self._client.get_experiment_by_name(project)
-            number = experiment.experiment_id if experiment else self._client.create_experiment(project)
-            self._id = self._client.create_run(number, run_name=run).info.run_id
-            _remember(folder, "mlflow", self._id)
-            for name, value in _flat(job):
+            experiment_id = (
+                experiment.experiment_id if experiment else self._client.create_experiment(project)
+            )
+            self._id = self._client.create_run(experiment_id, run_name=run).info.run_id
+            _write_id(run_dir, "mlflow", self._id)
+            for name, value in _flatten(job):
                 self._client.log_param(self._id, name, str(value)[:500])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
 
-        now = int(values["time"] * 1000) if "time" in values else 0
-        metrics = [Metric(name, value, now, step) for name, value in values.items()]
+        timestamp_ms = int(values["time"] * 1000) if "time" in values else 0
+        metrics = [Metric(name, value, timestamp_ms, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
 
 
-_STARTS: Mapping[str, Callable[[str, str, Path, Mapping[str, Any]], Tracker]] = {
+_FACTORIES: Mapping[str, Callable[[str, str, Path, Mapping[str, object]], Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "mlflow": _Mlflow,
 }
 
 
-def _identity(folder: Path, name: str) -> str | None:
-    file = folder / _IDENTITIES[name]
+def _read_id(run_dir: Path, name: str) -> str | None:
+    file = run_dir / _ID_FILES[name]
     return file.read_text(encoding="utf-8").strip() if file.exists() else None
 
 
-def _remember(folder: Path, name: str, identity: str) -> None:
-    (folder / _IDENTITIES[name]).write_text(identity + "\n", encoding="utf-8")
+def _write_id(run_dir: Path, name: str, run_id: str) -> None:
+    (run_dir / _ID_FILES[name]).write_text(run_id + "\n", encoding="utf-8")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+def _flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    """Return nested mappings as pairs of dotted name and value."""
+    pairs: list[tuple[str, object]] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{name}.")
+            pairs += _flatten(value, f"{prefix}{name}.")
         else:
-            found.append((prefix + name, value))
-    return found
+            pairs.append((prefix + name, value))
+    return pairs

@@ -292,7 +292,7 @@ class Recorder:
         if self._run_lock.is_held(self._folder):
             self._run_lock.refresh(self._folder)
         if self._exporter:
-            self._exporter.keep_listed()
+            self._exporter.refresh_target()
         notes = tuple(self._notes.popleft() for _ in range(len(self._notes)))
         return Status(**{**vars(self._status), "notes": notes})
 
@@ -314,8 +314,8 @@ class Recorder:
             return
         where = {"target": address(host, self._exporter.port), "host": host, "port": self._exporter.port}
         write_json(self._folder / METRICS, {**where, "hostname": os.uname().nodename, "pid": os.getpid()})
-        if self._exporter.unlisted:
-            self._note(self._exporter.unlisted)
+        if self._exporter.target_problem:
+            self._note(self._exporter.target_problem)
 
     def _note(self, text: str) -> None:
         self._notes.append(text)

@@ -1,4 +1,4 @@
-"""One name and one meaning for every number, and no number without a name."""
+"""The metric catalogue has a unique name and a description for every published metric."""
 
 import re
 from dataclasses import fields
@@ -8,7 +8,7 @@ from orchestrator.metrics.meter import RankStep, RankSteps, peaks, rank_columns,
 
 STEP = RankSteps.of([RankStep(*[1.0] * len(fields(RankStep)))])
 PEAKS = peaks([1e12])
-EVERY = (
+ALL_METRICS = (
     *catalogue.STEP_METRICS,
     *catalogue.DEVICE_METRICS,
     *catalogue.RUN_METRICS,
@@ -19,27 +19,27 @@ EVERY = (
 )
 
 
-def test_names_are_unique_and_fit_for_prometheus() -> None:
-    names = [metric.name for metric in EVERY]
+def test_names_are_unique_and_valid_for_prometheus() -> None:
+    names = [metric.name for metric in ALL_METRICS]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[a-z][a-z0-9_]*", catalogue.PREFIX + name) for name in names)
-    # Prometheus appends these itself, and two series would meet in one name.
+    # Prometheus appends these suffixes, which could make two names equal.
     appended = ("_total", "_created", "_count", "_sum", "_bucket")
     assert [name for name in names if name.endswith(appended)] == []
 
 
-def test_every_metric_says_what_it_is_in_one_sentence() -> None:
-    assert all(metric.help.endswith((".", "1.")) and metric.help[0].isalpha() for metric in EVERY)
+def test_every_metric_has_a_one_sentence_description() -> None:
+    assert all(metric.help.endswith((".", "1.")) and metric.help[0].isalpha() for metric in ALL_METRICS)
 
 
-def test_every_number_of_the_meter_is_in_the_catalogue() -> None:
+def test_all_metrics_of_the_meter_are_in_the_catalogue() -> None:
     ranks = {metric.name for metric in catalogue.STEP_METRICS if metric.scope == "rank"}
     known = {metric.name for metric in catalogue.STEP_METRICS}
     assert set(rank_columns(STEP, 1.0, PEAKS)) <= ranks
     assert set(step_values(STEP, 1.0, PEAKS)) <= known
 
 
-def test_every_rank_metric_is_given_by_the_meter() -> None:
+def test_the_meter_returns_every_rank_metric() -> None:
     ranks = {metric.name for metric in catalogue.STEP_METRICS if metric.scope == "rank"}
     assert ranks == set(rank_columns(STEP, 1.0, PEAKS))
 
@@ -53,25 +53,25 @@ def test_labels() -> None:
         catalogue.PHASE_LABELS,
         catalogue.INFO_LABELS,
     ):
-        assert {"job", "instance"}.isdisjoint(labels)  # Prometheus writes these itself
+        assert {"job", "instance"}.isdisjoint(labels)  # set by Prometheus
         assert len(set(labels)) == len(labels)
 
 
-def test_only_what_counts_or_is_past_outlives_its_attempt() -> None:
-    """A rate, a loss or a size of memory would look as if workers still made steps."""
-    lasting = {metric.name for metric in EVERY if metric.lasting}
-    assert lasting.isdisjoint({metric.name for metric in EVERY if metric.scope == "rank"})
+def test_rates_and_current_values_do_not_outlive_their_attempt() -> None:
+    """A rate, loss or memory size would look as if the workers were still training."""
+    lasting = {metric.name for metric in ALL_METRICS if metric.lasting}
+    assert lasting.isdisjoint({metric.name for metric in ALL_METRICS if metric.scope == "rank"})
     assert lasting.isdisjoint({"loss", "gradient_norm", "learning_rate", "step_seconds", "padding_fraction"})
     assert {"last_step_timestamp_seconds", "world_size", "steps_to_go"} <= lasting
 
 
-def test_phases_of_a_step_have_a_gauge_and_a_place_in_the_histogram() -> None:
+def test_step_phases_have_a_gauge_and_histogram_bounds_are_sorted() -> None:
     gauges = {metric.name for metric in catalogue.STEP_METRICS}
     assert {f"{phase}_seconds" for phase in catalogue.PHASES[:4]} <= gauges
     assert list(catalogue.PHASE_BOUNDS_SECONDS) == sorted(set(catalogue.PHASE_BOUNDS_SECONDS))
 
 
-def test_sample_names_are_those_of_the_wire() -> None:
+def test_sample_names_have_prefix_and_suffix() -> None:
     names = catalogue.sample_names()
     assert {"orchestrator_tgs", "orchestrator_run_info", "orchestrator_processed_tokens_total"} <= names
     assert "orchestrator_step_phase_seconds_bucket" in names

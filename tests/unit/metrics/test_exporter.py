@@ -1,4 +1,4 @@
-"""The endpoint as Prometheus sees it: scraped over HTTP."""
+"""The metrics endpoint, scraped over HTTP."""
 
 import gzip
 import math
@@ -41,7 +41,7 @@ def scrape(exporter: Exporter) -> list[Any]:
 
 
 def series(exporter: Exporter, name: str) -> dict[tuple[tuple[str, str], ...], float]:
-    """Return each series of a metric by its labels."""
+    """Return the values of a metric by labels."""
     full = catalogue.PREFIX + name
     return {tuple(sorted(s.labels.items())): s.value for s in scrape(exporter) if s.name == full}
 
@@ -50,7 +50,7 @@ def labels(**of: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted({"run": "my-run", "attempt": "0", **of}.items()))
 
 
-def test_each_rank_has_its_series_with_all_labels(exporter: Exporter) -> None:
+def test_each_rank_has_a_series_with_all_labels(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)
     assert series(exporter, "tgs") == {
@@ -59,7 +59,7 @@ def test_each_rank_has_its_series_with_all_labels(exporter: Exporter) -> None:
     }
 
 
-def test_run_series_stand_once_and_rank_values_among_them_are_passed_over(exporter: Exporter) -> None:
+def test_set_run_ignores_rank_metrics_and_unknown_names(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_run({"loss": 2.5, "step": 7, "tgs": 150.0, "unheard_of": 1.0})
     assert series(exporter, "loss") == {labels(): 2.5}
@@ -68,7 +68,7 @@ def test_run_series_stand_once_and_rank_values_among_them_are_passed_over(export
     assert series(exporter, "unheard_of") == {}
 
 
-def test_run_values_among_a_ranks_are_passed_over(exporter: Exporter) -> None:
+def test_set_ranks_ignores_run_metrics(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_ranks({**ROWS, "loss": np.array([1.0, 1.0])}, np.array([0.0, 0.0]), 2.0)
     assert series(exporter, "loss") == {}
@@ -82,13 +82,13 @@ def test_counters_add_up_over_steps(exporter: Exporter) -> None:
     assert sorted(series(exporter, "processed_flops_total").values()) == [2e12, 5e12]
 
 
-def test_the_info_series_says_how_the_run_is_spread(exporter: Exporter) -> None:
-    exporter.begin_attempt(0, RANKS, {**INFO, "more": "is passed over"})
+def test_the_info_series_has_the_parallel_configuration(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, RANKS, {**INFO, "more": "is ignored"})
     expected = {name: str(value) for name, value in INFO.items()}
     assert series(exporter, "run_info") == {labels(**expected): 1.0}
 
 
-def test_a_new_attempt_withdraws_the_series_of_the_one_before(exporter: Exporter) -> None:
+def test_a_new_attempt_removes_the_series_of_the_previous_one(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)
     exporter.set_run({"loss": 2.5})
@@ -113,14 +113,14 @@ def test_every_metric_of_the_catalogue_can_be_set(exporter: Exporter) -> None:
     assert {sample.name for sample in scrape(exporter)} == catalogue.sample_names()
 
 
-def test_columns_must_match_ranks(exporter: Exporter) -> None:
+def test_columns_must_have_one_value_per_rank(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     with pytest.raises(ValueError, match="tgs has 1 values for 2 ranks"):
         exporter.set_ranks(FIRST, np.array([1e12, 1e12]), 2.0)
     assert series(exporter, "tgs") == {}
 
 
-def test_what_is_not_known_of_a_rank_has_no_series_and_what_was_known_before_is_withdrawn(
+def test_unknown_values_have_no_series_and_older_values_are_removed(
     exporter: Exporter,
 ) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
@@ -131,14 +131,14 @@ def test_what_is_not_known_of_a_rank_has_no_series_and_what_was_known_before_is_
     assert series(exporter, "mfu") == {}
 
 
-def test_a_loss_that_is_no_number_is_shown_as_such(exporter: Exporter) -> None:
+def test_nan_and_infinity_are_exported(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_run({"loss": math.nan, "gradient_norm": math.inf})
     assert math.isnan(series(exporter, "loss")[labels()])
     assert series(exporter, "gradient_norm") == {labels(): math.inf}
 
 
-def test_the_memory_of_a_device_is_shown_with_its_steps_where_it_is_known(exporter: Exporter) -> None:
+def test_the_device_memory_is_exported_if_known(exporter: Exporter) -> None:
     exporter.begin_attempt(0, [RankLabels("10.0.0.1", "0", "0", 80e9), RANKS[1]], INFO)
     assert series(exporter, "memory_limit_bytes") == {}
     exporter.set_ranks(ROWS, np.zeros(2), 2.0)
@@ -146,8 +146,8 @@ def test_the_memory_of_a_device_is_shown_with_its_steps_where_it_is_known(export
     assert series(exporter, "memory_limit_bytes") == limit
 
 
-def test_counters_stand_at_nought_before_the_first_step(exporter: Exporter) -> None:
-    """Prometheus takes the first value of a series for the past, and would not count the first step."""
+def test_counters_start_at_zero_before_the_first_step(exporter: Exporter) -> None:
+    """Prometheus' `increase` ignores the first value of a series, which would drop the first step."""
     exporter.begin_attempt(0, RANKS, INFO)
     assert list(series(exporter, "processed_tokens_total").values()) == [0.0, 0.0]
     assert series(exporter, "skipped_steps_total") == {labels(): 0.0}
@@ -156,7 +156,7 @@ def test_counters_stand_at_nought_before_the_first_step(exporter: Exporter) -> N
     assert series(exporter, "skipped_steps_total") == {labels(): 1.0}
 
 
-def test_seconds_of_steps_are_counted_beside_tokens_so_that_their_ratio_is_a_rate(exporter: Exporter) -> None:
+def test_step_seconds_are_counted_with_tokens(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_ranks(ROWS, np.zeros(2), 2.0)
     exporter.set_ranks(ROWS, np.zeros(2), 3.0)
@@ -165,7 +165,7 @@ def test_seconds_of_steps_are_counted_beside_tokens_so_that_their_ratio_is_a_rat
     assert series(exporter, "processed_seconds_total") == {labels(attempt="1"): 0.0}
 
 
-def test_an_attempt_that_ended_shows_what_lasts_and_nothing_that_its_workers_did(exporter: Exporter) -> None:
+def test_after_an_attempt_only_lasting_metrics_and_counters_remain(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)
     exporter.set_run({"loss": 2.5, "step": 7, "world_size": 2, "last_step_timestamp_seconds": 1e9})
@@ -177,7 +177,7 @@ def test_an_attempt_that_ended_shows_what_lasts_and_nothing_that_its_workers_did
     assert sorted(series(exporter, "processed_tokens_total").values()) == [50.0, 70.0]
 
 
-def test_phases_are_counted_by_bucket_and_a_bound_belongs_to_its_own(exporter: Exporter) -> None:
+def test_phase_histogram_buckets_include_their_upper_bound(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.observe("forward", np.array([0.1, 0.11]))
     exporter.observe("forward", [1000.0])
@@ -196,14 +196,14 @@ def test_phases_are_counted_by_bucket_and_a_bound_belongs_to_its_own(exporter: E
     assert series(exporter, "step_phase_seconds_count")[labels(phase="data")] == 0.0
 
 
-def test_the_histogram_has_no_series_a_rank(exporter: Exporter) -> None:
+def test_the_phase_histogram_has_no_rank_label(exporter: Exporter) -> None:
     many = [RankLabels("10.0.0.1", str(rank), "0") for rank in range(100)]
     exporter.begin_attempt(0, many, INFO)
     buckets = len(series(exporter, "step_phase_seconds_bucket"))
     assert buckets == len(catalogue.PHASES) * (len(catalogue.PHASE_BOUNDS_SECONDS) + 1)
 
 
-def test_labels_with_quotes_backslashes_and_lines_come_back_as_they_were(exporter: Exporter) -> None:
+def test_labels_with_quotes_backslashes_and_newlines_are_escaped(exporter: Exporter) -> None:
     odd = 'a"b\\c\nd'
     exporter.begin_attempt(0, [RankLabels(odd, "0", "")], {**INFO, "device": odd})
     exporter.set_ranks(FIRST, np.zeros(1), 2.0)
@@ -211,7 +211,7 @@ def test_labels_with_quotes_backslashes_and_lines_come_back_as_they_were(exporte
     assert [dict(key)["device"] for key in series(exporter, "run_info")] == [odd]
 
 
-def test_who_takes_gzip_gets_the_same_text_in_less(exporter: Exporter) -> None:
+def test_gzip_responses_have_the_same_content(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_ranks(ROWS, np.zeros(2), 2.0)
     address = f"http://127.0.0.1:{exporter.port}/metrics"
@@ -224,13 +224,13 @@ def test_who_takes_gzip_gets_the_same_text_in_less(exporter: Exporter) -> None:
     assert len(body) < len(text) / 3
 
 
-def test_any_other_page_is_not_found(exporter: Exporter) -> None:
+def test_other_paths_return_404(exporter: Exporter) -> None:
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"http://127.0.0.1:{exporter.port}/else", timeout=10)
 
 
 @pytest.mark.process
-def test_prometheus_own_check_finds_nothing_but_names_that_were_chosen(exporter: Exporter) -> None:
+def test_promtool_accepts_the_metrics(exporter: Exporter) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is missing: apt-get install prometheus")
@@ -253,7 +253,7 @@ def test_two_runs_do_not_share_series(exporter: Exporter) -> None:
         other.close()
 
 
-def test_a_port_that_is_taken_is_an_error_of_the_machines(exporter: Exporter) -> None:
+def test_a_port_in_use_is_a_cluster_error(exporter: Exporter) -> None:
     with pytest.raises(
         ClusterError, match=rf"metrics\.port={exporter.port} on 127\.0\.0\.1 cannot be opened"
     ):
@@ -261,7 +261,7 @@ def test_a_port_that_is_taken_is_an_error_of_the_machines(exporter: Exporter) ->
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "a" * 70 + ".org", "é" * 64])
-def test_an_address_that_is_not_this_machines_is_an_error_too(host: str) -> None:
+def test_an_address_of_another_machine_is_a_cluster_error(host: str) -> None:
     with pytest.raises(ClusterError, match="cannot be opened"):
         Exporter("run", host, 0)
 
@@ -299,10 +299,10 @@ def test_a_scrape_in_the_middle_of_updates_shows_one_step_of_all_ranks(exporter:
         done.set()
         thread.join()
     assert all(len(values) <= 1 for values in seen)
-    assert len(set(map(frozenset, seen))) > 1, "the values never changed, so nothing was shown"
+    assert len(set(map(frozenset, seen))) > 1, "the values never changed, so nothing was tested"
 
 
-def test_a_scrape_that_the_attempt_ends_under_sees_all_of_it_or_nothing(exporter: Exporter) -> None:
+def test_a_scrape_during_the_end_of_an_attempt_is_consistent(exporter: Exporter) -> None:
     done = Event()
 
     def turn_over() -> None:

@@ -1,4 +1,4 @@
-"""The published numbers, calculated by hand."""
+"""Published metrics against values calculated by hand."""
 
 import math
 from dataclasses import fields
@@ -53,7 +53,7 @@ IDLE = RankStep(0, 0, 0, 1000, 0, 0, 0.1, 0.1, 0.1, 0.1, 5, 6, 7, 8, 9)
 
 
 def of_one(step: RankStep, seconds: float, peak_flops: float | None) -> dict[str, float]:
-    """Return what is published of a single rank."""
+    """Return the metrics of a single rank."""
     columns = rank_columns(RankSteps.of([step]), seconds, peaks([peak_flops]))
     return {name: float(value) for name, (value,) in columns.items() if not math.isnan(value)}
 
@@ -90,7 +90,7 @@ def test_one_rank() -> None:
 def test_all_ranks() -> None:
     assert of_all([STEP, SLOWER], seconds=2.0, peak_flops=[1e13, 1e13]) == pytest.approx(
         {
-            "loss": 160.0 / 80.0,  # by token, and not the mean of the ranks' means
+            "loss": 160.0 / 80.0,  # per token, not the mean of the means of ranks
             "step_seconds": 2.0,
             "padding_fraction": 0.2,
             "tgs": (450.0 + 350.0) / 2,
@@ -115,11 +115,11 @@ def test_all_ranks() -> None:
     )
 
 
-def test_mfu_of_unlike_devices_is_the_mean_of_each_on_its_own_peak() -> None:
+def test_mfu_of_different_devices_uses_the_peak_of_each() -> None:
     assert of_all([STEP, SLOWER], 2.0, [1e13, 2e13])["mfu"] == pytest.approx((0.3 + 0.1) / 2)
 
 
-def test_an_unknown_peak_leaves_mfu_out_and_is_not_guessed() -> None:
+def test_mfu_is_absent_for_an_unknown_peak() -> None:
     one = of_one(STEP, 2.0, None)
     assert "mfu" not in one
     assert "hfu" not in one
@@ -130,14 +130,14 @@ def test_an_unknown_peak_leaves_mfu_out_and_is_not_guessed() -> None:
     assert every["tflops_model"] == 2.5
 
 
-def test_an_unknown_architecture_leaves_flops_out() -> None:
+def test_flops_are_absent_for_an_unknown_architecture() -> None:
     unknown = RankStep(**{**vars(STEP), "flops_model": 0.0, "flops_hardware": 0.0})
     values = of_all([unknown, unknown], 2.0, [1e13, 1e13])
     assert {"tflops_model", "tflops_hardware", "mfu", "hfu"}.isdisjoint(values)
     assert values["tgs"] == 450.0
 
 
-def test_a_rank_without_work_in_the_last_step_counts_as_nought_and_hides_nothing() -> None:
+def test_a_rank_without_work_counts_as_zero_and_does_not_hide_other_ranks() -> None:
     values = of_all([STEP, IDLE], 2.0, [1e13, 1e13])
     assert values["tflops_model"] == pytest.approx(1.5)
     assert values["mfu"] == pytest.approx(0.15)
@@ -146,11 +146,11 @@ def test_a_rank_without_work_in_the_last_step_counts_as_nought_and_hides_nothing
     assert values["padding_fraction"] == pytest.approx(0.55)
 
 
-def test_a_step_without_trained_tokens_has_a_loss_of_nought() -> None:
+def test_a_step_without_trained_tokens_has_zero_loss() -> None:
     assert of_all([IDLE], 2.0, [None])["loss"] == 0.0
 
 
-def test_ranks_and_peaks_must_match() -> None:
+def test_the_number_of_peaks_must_be_the_world_size() -> None:
     with pytest.raises(ValueError, match="2 ranks and 1 peaks"):
         of_all([STEP, SLOWER], 2.0, [None])
 
@@ -163,16 +163,16 @@ def test_ranks_keep_their_order() -> None:
     assert columns["mfu"][0] == pytest.approx(0.3)
 
 
-def test_a_rank_without_work_has_no_flops_of_its_own() -> None:
+def test_a_rank_without_work_has_no_flops() -> None:
     assert "tflops_model" not in of_one(IDLE, 2.0, 1e13)
 
 
-def test_a_loss_that_is_no_number_stays_none() -> None:
+def test_a_nan_loss_stays_nan() -> None:
     broken = RankStep(**{**vars(STEP), "loss_sum": math.nan})
     assert math.isnan(of_all([STEP, broken], 2.0, [None, None])["loss"])
 
 
-def test_a_step_travels_as_a_vector() -> None:
+def test_a_step_converts_to_a_vector_and_back() -> None:
     assert len(STEP.vector()) == len(fields(RankStep))
     both = RankSteps.of([STEP, SLOWER])
     assert list(both) == [STEP, SLOWER]
@@ -185,15 +185,15 @@ def test_a_step_travels_as_a_vector() -> None:
     [
         (0, 10, [], 0.0),
         (4, 10, [2.0], 12.0),
-        (4, 10, [2.0, 100.0, 3.0], 18.0),  # one slow step does not move it
+        (4, 10, [2.0, 100.0, 3.0], 18.0),  # the median ignores one slow step
         (10, 10, [2.0], 0.0),
     ],
 )
-def test_the_time_that_is_left(step: int, steps: int, recent: list[float], expected: float) -> None:
+def test_eta_seconds(step: int, steps: int, recent: list[float], expected: float) -> None:
     assert eta_seconds(step, steps, recent) == expected
 
 
-def test_a_step_that_was_done_again_counts_as_its_last_attempt() -> None:
+def test_of_a_repeated_step_the_last_attempt_counts() -> None:
     rows = [
         {"step": 1, "attempt": 0, "loss": 5.0},
         {"step": 2, "attempt": 0, "loss": 4.0},

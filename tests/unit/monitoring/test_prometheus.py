@@ -129,7 +129,7 @@ def test_no_alert_fires_while_all_is_well(scene: Scene) -> None:
 
 
 def test_runs_of_this_machine_are_found_by_themselves(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(targets.PLACE, str(scene.prometheus.local))  # not there before the first run
+    monkeypatch.setenv(targets.FOLDER_VARIABLE, str(scene.prometheus.local))  # not there before the first run
     found = 'up{job="orchestrator", cluster="local"} == 1'
     first, second = Exporter("first", "127.0.0.1", "auto"), Exporter("second", "0.0.0.0", "auto")
     expected = {f"localhost:{first.port}", f"localhost:{second.port}"}
