@@ -342,9 +342,9 @@ def export(
     with exit_codes("the folder is as it was"):
         with stdout_for_results():
             from orchestrator.export.run_exports import export_run
-            from orchestrator.export.weight_files import shard_bytes
+            from orchestrator.export.weight_files import parse_size
 
-            done = export_run(run, to, merge, step, dtype, shard_bytes(shard_size))
+            done = export_run(run, to, merge, step, dtype, parse_size(shard_size))
         _say(json.dumps(done.as_json()) if as_json else f"exported step {done.step} to {to} ({done.dtype})")
 
 

@@ -1,13 +1,14 @@
-"""What an export takes over from the folder of its base model, as it lies there: all but the weights.
+"""Copy everything but the weights from the directory of the base model to an export.
 
-Tokenizer files, generation_config.json, chat templates, the licence and the model's own code are copied byte
-for byte. config.json and tokenizer_config.json are edited by `orchestrator.export.config_files`.
+Tokenizer files, generation_config.json, chat templates, licence files and the model's own code are copied
+unchanged. config.json and tokenizer_config.json are edited by `orchestrator.export.config_files`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ TOKENIZER = (
     "chat_template*",
     "additional_chat_templates/*",
 )
-"""Names of the files of tokenizers and chat templates that transformers or the libraries below it read."""
+"""Patterns of tokenizer and chat template files that transformers or its tokenizer libraries read."""
 MODEL = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -48,115 +49,113 @@ MODEL = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""What else belongs to a model without its weights; its own code is found through auto_map."""
+"""Patterns of other files of a model; its own Python code is found through auto_map."""
 _CARD = "README.md"  # read for the licence, not copied
 
 
-def base_folder(model: ModelSpec, commit: str | None = None) -> Path:
-    """Return the folder with a base model's files, of a hub model that in the cache.
+def base_model_dir(model: ModelSpec, commit: str | None = None) -> Path:
+    """Return the directory of a base model; of a hub model its snapshot in the cache.
 
     Args:
-        model: Names a folder, a builtin model or one of the hub.
-        commit: Of the hub model, as its configuration was loaded from.
+        model: Names a directory, a builtin model or a hub model.
+        commit: Commit of the hub model from which its configuration was loaded.
 
     Raises:
-        TrainingError: The hub cannot be reached and the cache does not hold the model.
+        TrainingError: The model is not in the cache, and the hub cannot be reached.
     """
     path = resolve(model.path)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
 
-    wanted = [CONFIG, *TOKENIZER, *MODEL, "*.py", _CARD]
+    patterns = [CONFIG, *TOKENIZER, *MODEL, "*.py", _CARD]
     try:
-        return Path(snapshot_download(model.path, revision=commit, allow_patterns=wanted))
-    except Exception as error:  # errors of several classes of the hub's client and of those below it
+        return Path(snapshot_download(model.path, revision=commit, allow_patterns=patterns))
+    except Exception as error:  # the client raises its own errors, and those of httpx and the file system
         reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"the files of model.path={model.path} cannot be had ({reason}); make the hub or its cache "
-            "(HF_HOME) reachable, then export again"
+            f"the files of model.path={model.path} cannot be downloaded ({reason}); make the hub or its "
+            "cache (HF_HOME) reachable, then export again"
         ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where there is no file."""
+    """Return a JSON object; empty if there is no file."""
     if not path.is_file():
         return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object as Hugging Face formats it."""
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write a JSON object in the format of Hugging Face.
+
+    Not atomic: it writes into a draft, which is published by a rename of the whole directory.
+    """
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def carried_files(base: Path, only_tokenizer: bool = False) -> list[str]:
-    """Return the names of the files that an export copies, relative to the base model's folder.
+def copied_files(base: Path, only_tokenizer: bool = False) -> list[str]:
+    """Return the names of the files that an export copies, relative to the directory of the base model.
 
     Args:
-        base: The folder.
-        only_tokenizer: For an adapter, which is loaded with its base model.
+        base: Directory of the base model.
+        only_tokenizer: Whether to leave out all but the tokenizer, as for an adapter.
     """
     patterns = TOKENIZER if only_tokenizer else TOKENIZER + MODEL
-    inside = [
+    paths = [
         path for name in ("", "additional_chat_templates", "custom_generate") for path in _files(base / name)
     ]
-    names = {path.relative_to(base).as_posix() for path in inside}
-    found = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
-    settings = (TOKENIZER_CONFIG,) if only_tokenizer else (CONFIG, TOKENIZER_CONFIG)
-    return sorted(found.union(*(_code(base, read_json(base / name)) for name in settings)))
+    names = {path.relative_to(base).as_posix() for path in paths}
+    matching = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
+    config_names = (TOKENIZER_CONFIG,) if only_tokenizer else (CONFIG, TOKENIZER_CONFIG)
+    return sorted(matching.union(*(_own_code(base, read_json(base / name)) for name in config_names)))
 
 
-def copy_files(base: Path, folder: Path, only_tokenizer: bool = False) -> None:
-    """Copy what an export takes over, contents without rights or owners."""
-    for name in carried_files(base, only_tokenizer):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base / name, folder / name)
-
-
-def carried_bytes(base: Path) -> int:
-    """Return the size of all that an export may copy."""
-    return sum((base / name).stat().st_size for name in carried_files(base))
+def copy_files(base: Path, directory: Path, only_tokenizer: bool = False) -> None:
+    """Copy the files of a base model, without their permissions and owners."""
+    for name in copied_files(base, only_tokenizer):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / name, directory / name)
 
 
 def card_metadata(base: Path) -> dict[str, Any]:
-    """Return the front matter of a base model's own card, empty where it has none that can be read."""
+    """Return the front matter of the base model's card; empty if there is none, or it is invalid."""
     import yaml
 
     try:
         text = (base / _CARD).read_text(encoding="utf-8")
         if not text.startswith("---\n"):
             return {}
-        found = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---\n"))
+        metadata = yaml.safe_load(text.split("\n---", 1)[0].removeprefix("---\n"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
 
 
 def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
-def _code(base: Path, settings: dict[str, Any]) -> set[str]:
-    """Return the model's own modules that a file's auto_map names, and those that they import.
+def _own_code(base: Path, config: Mapping[str, Any]) -> set[str]:
+    """Return the modules that the auto_map of a configuration names, and those that they import.
 
-    Other Python files of the folder may be anything and stay where they are. Code that lives in another
-    repository (`owner/name--module.Class`) is found there by transformers.
+    Other Python files of the directory are not copied. Code of another repository
+    (`owner/name--module.Class`) is loaded from there by transformers.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    found: set[str] = set()
-    for named in dict(settings.get("auto_map") or {}).values():
-        for reference in named if isinstance(named, list | tuple) else [named]:
+    names: set[str] = set()
+    for references in dict(config.get("auto_map") or {}).values():
+        for reference in references if isinstance(references, list | tuple) else [references]:
             if not reference or "--" in reference:
                 continue
             module = base / f"{reference.rpartition('.')[0]}.py"
             if module.is_file():
-                needed = [module, *map(Path, get_relative_import_files(module))]
-                found |= {path.relative_to(base).as_posix() for path in needed if path.is_file()}
-    return found
+                modules = [module, *map(Path, get_relative_import_files(module))]
+                names |= {path.relative_to(base).as_posix() for path in modules if path.is_file()}
+    return names

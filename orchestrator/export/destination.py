@@ -1,8 +1,8 @@
-"""Where an export may be written: never over anything that is not an earlier export.
+"""The target directory of an export: an earlier export is replaced atomically, anything else never.
 
 DIR/.orchestrator-export.json          marker: every file of the export, with size and SHA-256
-.orchestrator-export-1f0c.../new       the export while it is written, in a folder of its own beside DIR
-.orchestrator-export-1f0c.../old       what DIR held, for the moment between two renames
+.orchestrator-export-1f0c.../new       the export while it is written, in a directory next to DIR
+.orchestrator-export-1f0c.../old       the earlier export, between two renames
 """
 
 from __future__ import annotations
@@ -27,141 +27,139 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
 
 MARKER = ".orchestrator-export.json"
-_HOLDER = ".orchestrator-export-"
+_DRAFT_PREFIX = ".orchestrator-export-"
 _OWNER = "owner.json"
-_HASHED_WHOLE_BYTES = 64 * 2**20
-# Of larger files both ends are hashed: names and shapes of tensors, and the last tensor.
+_MAX_HASHED_BYTES = 64 * 2**20
+# Of larger files the first and last MiB are hashed: tensor names and shapes, and the end of the data.
 _HASHED_END_BYTES = 2**20
-_EXPORT_OF_A_RUN = re.compile(r"export(-[0-9]+)?")
-_OF_A_RUN = ("checkpoints", "attempts.jsonl", "steps.jsonl", "data.json")
-_SHOWN = 3
+_RUN_EXPORT = re.compile(r"export(-[0-9]+)?")
+_RUN_FILES = ("checkpoints", "attempts.jsonl", "steps.jsonl", "data.json")
+_MAX_SHOWN = 3
 
 
-def target_problem(to: Path, run: Path, job: JobSpec) -> str | None:
-    """Return why an export must not be written to a folder, with the remedy; None where it may.
+def target_problem(to: Path, run_dir: Path, job: JobSpec) -> str | None:
+    """Return why an export must not be written to a directory, with the remedy; None if it may.
 
     Args:
-        to: The folder as given; a symbolic link stands for what it points to.
-        run: Folder of the run that is exported.
-        job: Its job: model, adapter and data must not be overwritten either.
+        to: The directory as given; a symbolic link is followed.
+        run_dir: Directory of the exported run.
+        job: Its job, whose model, adapter and data must not be overwritten.
     """
     target = Path(os.path.realpath(to.expanduser()))
-    reason = _wrong_place(target, run, job)
+    reason = _location_problem(target, run_dir, job)
     if reason is None and target.is_dir():
         if os.path.ismount(target):
-            reason = "is a mount point, which no rename can replace; name a folder inside it"
+            reason = "is a mount point and cannot be replaced by a rename; name a directory inside it"
         elif foreign := foreign_entries(target):
-            shown = ", ".join(foreign[:_SHOWN]) + (", ..." if len(foreign) > _SHOWN else "")
+            shown = ", ".join(foreign[:_MAX_SHOWN]) + (", ..." if len(foreign) > _MAX_SHOWN else "")
             reason = (
-                f"is not empty and holds what no export wrote ({len(foreign)} "
-                f"{'entries' if len(foreign) > 1 else 'entry'}: {shown}); name a folder that is not there yet"
+                f"is not empty and contains files that are not part of an export ({len(foreign)}: {shown}); "
+                "name a directory that does not exist yet"
             )
     return None if reason is None else f"{to} {reason}"
 
 
-def require_target(to: Path, run: Path, job: JobSpec) -> Path:
-    """Return the real path of a folder that an export may be written to.
+def require_target(to: Path, run_dir: Path, job: JobSpec) -> Path:
+    """Return the real path of a directory to which an export may be written.
 
     Raises:
-        SpecError: It may not; nothing was changed.
+        SpecError: The export must not be written there; nothing was changed.
     """
-    if problem := target_problem(to, run, job):
+    if problem := target_problem(to, run_dir, job):
         raise SpecError(f"--to {problem}")
     return Path(os.path.realpath(to.expanduser()))
 
 
-def free_target(run: Path, job: JobSpec) -> tuple[Path, str | None]:
-    """Return where a finished run exports to: `export`, or the first of export-2, export-3, ... that may be.
+def free_target(run_dir: Path, job: JobSpec) -> tuple[Path, str | None]:
+    """Return where a finished run is exported to: `export`, or the first usable of export-2, export-3, ...
 
     A run that trained for days must not end without an export because of a stray file.
 
     Returns:
-        The folder, and why it is not `export`, None where it is.
+        The directory, and why it is not `export`; None if it is.
     """
-    first = run / "export"
-    problem = target_problem(first, run, job)
+    first = run_dir / "export"
+    problem = target_problem(first, run_dir, job)
     if problem is None:
         return first, None
-    others = (run / f"export-{number}" for number in count(2))
-    return next(each for each in others if target_problem(each, run, job) is None), problem
+    candidates = (run_dir / f"export-{number}" for number in count(2))
+    return next(path for path in candidates if target_problem(path, run_dir, job) is None), problem
 
 
-def _wrong_place(target: Path, run: Path, job: JobSpec) -> str | None:
-    """Return why no export may stand at a path, whatever lies there now."""
+def _location_problem(target: Path, run_dir: Path, job: JobSpec) -> str | None:
+    """Return why no export may be written to a path, whatever it contains."""
     if target.exists() and not target.is_dir():
-        return "is a file; name a folder"
-    if blocking := next((each for each in target.parents if each.exists() and not each.is_dir()), None):
-        return f"lies below {blocking}, which is a file; name another folder"
-    kept = _of_the_user() | _used_by(job, run)
-    for what, path in kept.items():
+        return "is a file; name a directory"
+    if file := next((path for path in target.parents if path.exists() and not path.is_dir()), None):
+        return f"is below {file}, which is a file; name another directory"
+    for what, path in (_user_directories() | _job_paths(job, run_dir)).items():
         real = Path(os.path.realpath(path))
         if target == real or target in real.parents:
-            verb = "is" if target == real else "holds"
-            return f"{verb} {what} ({path}), which the export would replace; name a folder of its own"
-    own = Path(os.path.realpath(run))
-    for above in target.parents:
-        is_export = above == own and target.parent == own and _EXPORT_OF_A_RUN.fullmatch(target.name)
-        if (above == own or _is_run(above)) and not is_export:
-            return f"lies inside the run {above}; name a folder outside of it, or {run / 'export'}"
+            verb = "is" if target == real else "contains"
+            return f"{verb} {what} ({path}), which the export would replace; name another directory"
+    own_run = Path(os.path.realpath(run_dir))
+    for parent in target.parents:
+        is_export = parent == own_run and target.parent == own_run and _RUN_EXPORT.fullmatch(target.name)
+        if (parent == own_run or _is_run(parent)) and not is_export:
+            return f"is inside the run {parent}; name a directory outside of it, or {run_dir / 'export'}"
     return None
 
 
-def _of_the_user() -> dict[str, Path]:
-    found = {}
-    with suppress(OSError):  # it was removed
-        found["the working directory"] = Path.cwd()
-    with suppress(RuntimeError):  # a user without an entry, as containers have
-        found["the home directory"] = Path.home()
-    return found
+def _user_directories() -> dict[str, Path]:
+    directories = {}
+    with suppress(OSError):  # the working directory was removed
+        directories["the working directory"] = Path.cwd()
+    with suppress(RuntimeError):  # the user has no entry in passwd, as in some containers
+        directories["the home directory"] = Path.home()
+    return directories
 
 
-def _used_by(job: JobSpec, run: Path) -> dict[str, Path]:
-    """Return the files and folders that a job reads or keeps, by what they are."""
+def _job_paths(job: JobSpec, run_dir: Path) -> dict[str, Path]:
+    """Return the existing paths that a job reads or writes, by description."""
     sources = (*job.data.train, *(job.eval.data if job.eval else ()))
-    named = {
+    names = {
         "the base model": job.model.path,
         "the adapter that the run started from": job.method.adapter,
         "parallel.offload_path": job.parallel.offload_path,
         **{f"the data {Path(source.path).name}": source.path for source in sources},
     }
-    local = {what: resolve(str(path)) for what, path in named.items() if path}
-    found = {what: path for what, path in local.items() if path.exists()}
-    return {"the run": run, **found}
+    paths = {what: resolve(str(name)) for what, name in names.items() if name}
+    return {"the run": run_dir, **{what: path for what, path in paths.items() if path.exists()}}
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "job.yaml").is_file() and any((folder / name).exists() for name in _OF_A_RUN)
+def _is_run(directory: Path) -> bool:
+    return (directory / "job.yaml").is_file() and any((directory / name).exists() for name in _RUN_FILES)
 
 
-def foreign_entries(folder: Path) -> list[str]:
-    """Return what lies in a folder and was not written by the export that its marker tells of, sorted.
+def foreign_entries(directory: Path) -> list[str]:
+    """Return what a directory contains that is not an unchanged file of the export in its marker, sorted.
 
-    Of a folder without a marker that is all; a file of ours that was changed since counts as foreign.
+    Without a marker that is everything.
     """
-    listed = _listed(folder)
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    listed = _listed_files(directory)
+    foreign = []
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
         if path.is_dir() and not path.is_symlink():
-            known = any(each.startswith(f"{name}/") for each in listed)
+            is_ours = any(file.startswith(f"{name}/") for file in listed)
+        elif name == MARKER:
+            is_ours = bool(listed)
         else:
-            known = (name == MARKER and bool(listed)) or (
-                name in listed and _is_as_written(path, listed[name])
-            )
-        if not known:
-            found.append(f"{name} (changed since it was exported)" if name in listed else name)
-    return found
+            is_ours = name in listed and _is_unchanged(path, listed[name])
+        if not is_ours:
+            foreign.append(f"{name} (changed since it was exported)" if name in listed else name)
+    return foreign
 
 
-def _listed(folder: Path) -> Mapping[str, Any]:
+def _listed_files(directory: Path) -> Mapping[str, object]:
     try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return files if isinstance(files, dict) else {}
 
 
-def _is_as_written(path: Path, entry: Any) -> bool:
+def _is_unchanged(path: Path, entry: object) -> bool:
     try:
         return not path.is_symlink() and describe(path) == entry
     except OSError:
@@ -169,11 +167,11 @@ def _is_as_written(path: Path, entry: Any) -> bool:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return size and hash of a file; of a large one the hash of its two ends."""
+    """Return the size of a file and a hash of its content; of a large file a hash of its two ends."""
     size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        if size <= _HASHED_WHOLE_BYTES:
+        if size <= _MAX_HASHED_BYTES:
             digest.update(file.read())
         else:
             digest.update(file.read(_HASHED_END_BYTES))
@@ -184,106 +182,114 @@ def describe(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Draft:
-    """An export that is being written, in a folder that nobody else has.
+    """An export that is being written.
 
     Attributes:
-        target: The folder that it is going to be.
-        folder: Where it is written.
-        scratch: For what is needed only meanwhile.
+        target: The directory to publish to.
+        directory: Where the export is written.
+        scratch: For temporary files, which are not published.
     """
 
     target: Path
-    folder: Path
+    directory: Path
     scratch: Path
 
-    def publish(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the marker, give files the rights of the umask, and rename the draft to its target.
+    def publish(self, properties: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+        """Write the marker, set file permissions by the umask, and rename the draft to its target.
 
         Args:
-            about: What the marker says of the export, beside its files.
+            properties: What the marker says of the export in addition to its files.
 
         Returns:
             Size and hash by file, without the marker.
 
         Raises:
-            SpecError: The target holds by now what no export wrote; it is left as it is.
-            OSError: The draft cannot be renamed; the target is left as it is.
+            SpecError: The target now contains files that are not part of an export; it is unchanged.
+            OSError: The draft cannot be renamed; the target is unchanged.
         """
-        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        files = {path.relative_to(self.folder).as_posix(): describe(path) for path in paths}
-        marker = self.folder / MARKER
-        marker.write_text(json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8")
+        paths = sorted(path for path in self.directory.rglob("*") if path.is_file())
+        files = {path.relative_to(self.directory).as_posix(): describe(path) for path in paths}
+        marker = self.directory / MARKER
+        marker.write_text(json.dumps({**properties, "files": files}, indent=1) + "\n", encoding="utf-8")
         mode = marker.stat().st_mode & 0o777
-        for path in paths:  # some libraries write through private temporary files
+        for path in paths:  # safetensors creates its files with mode 600
             if path.stat().st_mode & 0o777 != mode:
                 path.chmod(mode)
-        old = self.folder.with_name("old")
         if not self.target.is_dir():
-            self.folder.rename(self.target)
-            return files
-        if not (self.target / MARKER).exists():  # an empty folder that somebody made as he wants it
-            shutil.copymode(self.target, self.folder)
+            self.directory.rename(self.target)
+        else:
+            self._replace_target()
+        return files
+
+    def _replace_target(self) -> None:
+        """Move the target aside, check it again, and rename the draft to it."""
+        old = self.directory.with_name("old")
+        if not (self.target / MARKER).exists():  # an empty directory of the user: keep its permissions
+            shutil.copymode(self.target, self.directory)
         self.target.rename(old)
         try:
+            # Checked after the rename: nobody writes to the old path any more.
             if foreign := foreign_entries(old):
                 raise SpecError(
-                    f"{self.target} holds what no export wrote ({', '.join(foreign[:_SHOWN])}), which came "
-                    "while this one was written; move it away, or name another folder with --to"
+                    f"{self.target} now contains files that are not part of an export "
+                    f"({', '.join(foreign[:_MAX_SHOWN])}), added while this one was written; move them away, "
+                    "or name another directory with --to"
                 )
-            self.folder.rename(self.target)
+            self.directory.rename(self.target)
         except BaseException:
             old.rename(self.target)
             raise
-        return files
 
 
 @contextmanager
-def draft_of(target: Path) -> Iterator[Draft]:
-    """Give a draft of a folder, and remove what it leaves when it is done or failed.
+def open_draft(target: Path) -> Iterator[Draft]:
+    """Create a draft for a target, and remove what is left of it afterwards.
 
-    What an export left that was killed is removed first; what it had moved away returns to its place.
+    Drafts of killed exports are removed first; an earlier export that they had moved aside is restored.
 
     Args:
-        target: The folder, a real path.
+        target: The directory to publish to, a real path.
     """
-    made = _make_parents(target.parent)
+    created = _create_parents(target.parent)
     try:
-        _recover(target.parent)
-        holder = target.parent / f"{_HOLDER}{uuid.uuid4().hex}"
-        holder.mkdir()
+        _remove_stale_drafts(target.parent)
+        draft = target.parent / f"{_DRAFT_PREFIX}{uuid.uuid4().hex}"
+        draft.mkdir()
         try:
             for name in ("new", "scratch"):
-                (holder / name).mkdir()
-            with (holder / _OWNER).open("w", encoding="utf-8") as owner:
-                with suppress(OSError):  # a file system without locks; the process id has to do there
+                (draft / name).mkdir()
+            with (draft / _OWNER).open("w", encoding="utf-8") as owner:
+                with suppress(OSError):  # no locks on this file system: the process id has to do
                     flock(owner, LOCK_EX | LOCK_NB)
+                # Not atomic: the file is locked, so it must be this one and not a renamed copy.
                 json.dump({"host": socket.gethostname(), "pid": os.getpid(), "target": target.name}, owner)
                 owner.flush()
-                yield Draft(target, holder / "new", holder / "scratch")
+                yield Draft(target, draft / "new", draft / "scratch")
         finally:
-            shutil.rmtree(holder, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
     finally:
-        for folder in made:  # of no use where the export failed; one that holds something stays
+        for directory in created:  # still empty if the export failed
             with suppress(OSError):
-                folder.rmdir()
+                directory.rmdir()
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Make a folder with its parents; return those that are new, the innermost first."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+def _create_parents(directory: Path) -> list[Path]:
+    """Create a directory with its parents; return those that are new, innermost first."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
     return missing
 
 
-def _recover(parent: Path) -> None:
+def _remove_stale_drafts(parent: Path) -> None:
     """Remove the drafts of exports that were killed on this machine."""
-    for holder in parent.glob(f"{_HOLDER}*"):
-        with suppress(OSError, ValueError, KeyError, TypeError), (holder / _OWNER).open("r+") as file:
+    for draft in parent.glob(f"{_DRAFT_PREFIX}*"):
+        with suppress(OSError, ValueError, KeyError, TypeError), (draft / _OWNER).open("r+") as file:
             owner = json.load(file)
             if owner["host"] != socket.gethostname() or Path(f"/proc/{int(owner['pid'])}").exists():
                 continue
-            flock(file, LOCK_EX | LOCK_NB)  # fails where it lives, in a container with a name like ours
-            old, target = holder / "old", parent / Path(str(owner["target"])).name
+            # Fails if the owner is alive, in a container with our host name and another PID namespace.
+            flock(file, LOCK_EX | LOCK_NB)
+            old, target = draft / "old", parent / Path(str(owner["target"])).name
             if old.is_dir() and not target.exists():
                 old.rename(target)
-            shutil.rmtree(holder, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""README.md of an export: what it was made of, how, and what it reached, without paths of the machine."""
+"""README.md of an export: base model, data, settings and results, without local paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 Kind = Literal["model", "adapter", "merged"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LICENCE = ("license", "license_name", "license_link")
-_OF_A_STEP = {"step", "attempt", "loss", "tokens", "trained_tokens"}
+_STEP_FIELDS = {"step", "attempt", "loss", "tokens", "trained_tokens"}
 _TITLES = {
     "model": "full fine-tuning",
     "adapter": "a LoRA adapter",
@@ -29,16 +29,16 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class CardFacts:
-    """What a card is written from.
+class ModelCardData:
+    """The data of a model card.
 
     Attributes:
         job: The run's job.
-        kind: What is exported.
-        step: Optimizer steps that the exported weights have had.
-        dtype: Number format of the weights.
-        parameters: Parameters in the files.
-        base_card: Front matter of the base model's own card.
+        kind: Kind of export.
+        step: Optimizer steps of the exported checkpoint.
+        dtype: Dtype of the weights.
+        parameters: Number of parameters in the files.
+        base_card: Front matter of the base model's card.
         steps: Rows of steps.jsonl up to the exported step, one a step.
         evaluations: Rows of evaluations.jsonl up to the exported step.
     """
@@ -53,30 +53,35 @@ class CardFacts:
     evaluations: Rows = ()
 
 
-def rows_until(run: Path, step: int) -> tuple[Rows, Rows]:
-    """Return the steps and evaluations of a run up to a step; of a step that was done twice, the last."""
-    rows = [row for row in read_lines(run / STEPS) if row.keys() >= _OF_A_STEP and row["step"] <= step]
-    evaluated = [row for row in read_lines(run / EVALUATIONS) if row.keys() >= {"step", "evaluation_loss"}]
-    return last_attempt(rows), [row for row in evaluated if row["step"] <= step]
+def history_until(run_dir: Path, step: int) -> tuple[Rows, Rows]:
+    """Return the rows of steps.jsonl and evaluations.jsonl up to a step; of a repeated step the last."""
+    steps = [row for row in read_lines(run_dir / STEPS) if row.keys() >= _STEP_FIELDS]
+    evaluations = [
+        row for row in read_lines(run_dir / EVALUATIONS) if row.keys() >= {"step", "evaluation_loss"}
+    ]
+    return (
+        last_attempt([row for row in steps if row["step"] <= step]),
+        [row for row in evaluations if row["step"] <= step],
+    )
 
 
 def hub_name(path: str) -> str | None:
-    """Return a model's name on the hub; None for a folder or what this package ships."""
+    """Return the hub name of a model; None if it is a directory or builtin."""
     is_local = path.startswith(("builtin/", "/", ".", "~")) or os.path.exists(path)
     return path if _HUB_NAME.fullmatch(path) and not is_local else None
 
 
-def model_card(facts: CardFacts) -> str:
-    """Return a model card with front matter as the hub reads it."""
-    front = yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True)
-    job, base = facts.job, _name(facts.job.model.path)
+def model_card(data: ModelCardData) -> str:
+    """Return a model card with the front matter of the hub."""
+    front = yaml.safe_dump(_front_matter(data), sort_keys=False, allow_unicode=True)
+    job, base = data.job, _public_name(data.job.model.path)
     origin = "random weights with the configuration of" if job.model.weights == "random" else "of"
     sections = [
         f"---\n{front}---\n",
         f"# {job.name}\n",
-        f"The result of {_TITLES[facts.kind]} {origin} `{base}`, after {facts.step:,} optimizer steps: "
-        f"{facts.parameters:,} parameters in {facts.dtype}.\n",
-        f"## Results\n\n{_table(_results(facts))}\n",
+        f"The result of {_TITLES[data.kind]} {origin} `{base}`, after {data.step:,} optimizer steps: "
+        f"{data.parameters:,} parameters in {data.dtype}.\n",
+        f"## Results\n\n{_table(_results(data))}\n",
         f"## Data\n\n{_sources(job.data.train)}\n",
         *([f"Held out for evaluation:\n\n{_sources(job.eval.data)}\n"] if job.eval else []),
         f"## Settings\n\n```yaml\n{yaml.safe_dump(_settings(job), sort_keys=False)}```\n",
@@ -84,45 +89,45 @@ def model_card(facts: CardFacts) -> str:
     return "\n".join(sections)
 
 
-def _front_matter(facts: CardFacts) -> dict[str, Any]:
-    base = hub_name(facts.job.model.path)
-    licence = {name: facts.base_card[name] for name in _LICENCE if isinstance(facts.base_card.get(name), str)}
-    found: dict[str, Any] = {}
-    if base is not None and facts.job.model.weights == "pretrained":
-        found |= {
+def _front_matter(data: ModelCardData) -> dict[str, Any]:
+    base = hub_name(data.job.model.path)
+    licence = {name: data.base_card[name] for name in _LICENCE if isinstance(data.base_card.get(name), str)}
+    base_model: dict[str, str] = {}
+    if base is not None and data.job.model.weights == "pretrained":
+        base_model = {
             "base_model": base,
-            "base_model_relation": "adapter" if facts.kind == "adapter" else "finetune",
+            "base_model_relation": "adapter" if data.kind == "adapter" else "finetune",
         }
-    method = ["lora"] if facts.job.method.type == "lora" else []
+    method = ["lora"] if data.job.method.type == "lora" else []
     return {
-        **found,
+        **base_model,
         **licence,
-        "library_name": "peft" if facts.kind == "adapter" else "transformers",
+        "library_name": "peft" if data.kind == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["orchestrator", "sft", *method],
     }
 
 
-def _name(path: str) -> str:
-    """Return what may be told of a path: a hub's or builtin name whole, of a file or folder its last part."""
+def _public_name(path: str) -> str:
+    """Return what is published of a path: a hub or builtin name as it is, of a local path the last part."""
     if path.startswith("builtin/") or ("://" not in path and hub_name(path)):
         return path
     return path.split("?")[0].rstrip("/").rpartition("/")[2]
 
 
-def _results(facts: CardFacts) -> dict[str, str]:
-    steps, evaluations = facts.steps, facts.evaluations
-    found = {"optimizer steps": f"{facts.step:,}"}
+def _results(data: ModelCardData) -> dict[str, str]:
+    steps, evaluations = data.steps, data.evaluations
+    results = {"optimizer steps": f"{data.step:,}"}
     if steps:
-        found["training loss, first step"] = f"{steps[0]['loss']:.4f}"
-        found["training loss, last step"] = f"{steps[-1]['loss']:.4f}"
-        found["tokens read"] = f"{int(sum(row['tokens'] for row in steps)):,}"
-        found["tokens trained on"] = f"{int(sum(row['trained_tokens'] for row in steps)):,}"
+        results["training loss, first step"] = f"{steps[0]['loss']:.4f}"
+        results["training loss, last step"] = f"{steps[-1]['loss']:.4f}"
+        results["tokens read"] = f"{int(sum(row['tokens'] for row in steps)):,}"
+        results["tokens trained on"] = f"{int(sum(row['trained_tokens'] for row in steps)):,}"
     if evaluations:
         last = evaluations[-1]
-        found["evaluation loss"] = f"{last['evaluation_loss']:.4f} (step {int(last['step']):,})"
-        found["lowest evaluation loss"] = f"{min(row['evaluation_loss'] for row in evaluations):.4f}"
-    return found
+        results["evaluation loss"] = f"{last['evaluation_loss']:.4f} (step {int(last['step']):,})"
+        results["lowest evaluation loss"] = f"{min(row['evaluation_loss'] for row in evaluations):.4f}"
+    return results
 
 
 def _table(rows: Mapping[str, str]) -> str:
@@ -132,34 +137,34 @@ def _table(rows: Mapping[str, str]) -> str:
 def _sources(sources: Sequence[SourceSpec]) -> str:
     lines = []
     for source in sources:
-        told = {
+        options = {
             "format": source.format,
             "split": source.split,
             "subset": source.subset,
             "sample": source.sample,
         }
-        details = [f"{name} {value}" for name, value in told.items() if value not in (None, "auto")]
+        details = [f"{name} {value}" for name, value in options.items() if value not in (None, "auto")]
         passes = source.weight * source.repeat
         details += [f"{passes:g} passes an epoch"] if passes != 1 else []
-        lines.append(f"- `{_name(source.path)}`" + (f" ({', '.join(details)})" if details else ""))
+        lines.append(f"- `{_public_name(source.path)}`" + (f" ({', '.join(details)})" if details else ""))
     return "\n".join(lines)
 
 
 def _settings(job: JobSpec) -> dict[str, Any]:
-    """Return the settings that decide what was trained; nothing of machines, storage or environments."""
-    whole = job.model_dump(mode="json")
-    method, data = dict(whole["method"]), dict(whole["data"])
+    """Return the settings that determine the result; not those of hardware, storage and environment."""
+    document = job.model_dump(mode="json")
+    method, data = dict(document["method"]), dict(document["data"])
     if method["type"] == "full":
         method = {"type": "full"}
     elif method.get("adapter"):
-        method["adapter"] = _name(method["adapter"])
+        method["adapter"] = _public_name(method["adapter"])
     data.pop("train")
     names = ("workers", "sequence_parallel_size", "zero_stage", "offload_optimizer", "offload_param")
-    parallel = {name: whole["parallel"][name] for name in names}
+    parallel = {name: document["parallel"][name] for name in names}
     return {
         "method": method,
         "data": data,
-        "optim": whole["optim"],
+        "optim": document["optim"],
         "parallel": parallel,
-        "seed": whole["run"]["seed"],
+        "seed": document["run"]["seed"],
     }

@@ -17,7 +17,7 @@ from orchestrator.atomic_files import write_json
 from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
-from orchestrator.export.export import Exported
+from orchestrator.export.export import ExportResult
 from orchestrator.export.run_exports import export_finished
 from orchestrator.metrics.exporter import require_port
 from orchestrator.metrics.trackers import require_packages
@@ -241,7 +241,7 @@ def _report(
     resolved: ResolvedJob,
     start: _Start,
     data: PreparedData,
-    exported: Exported | None,
+    exported: ExportResult | None,
     recorder: RecorderHandle,
     forecast: admission.Forecast | None,
 ) -> dict[str, Any]:

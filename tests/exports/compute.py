@@ -1,9 +1,9 @@
-"""What exports compute, for any version of transformers: run with the Python of another environment or user.
+"""Load exports and print their logits, in any version of transformers and as any user.
 
     python compute.py TASKS.json ANSWERS.json [UID]
 
-With UID it becomes that user before it answers, having done all once to import what it needs: the user may
-not be able to read the Python that runs. It imports nothing of this project.
+With UID it changes to that user, after having done everything once: that user may not be able to read the
+Python installation, so all modules must be imported before. It imports nothing of this project.
 """
 
 import json
@@ -15,7 +15,7 @@ TEXT = "<|user|>Name three primary colors.<|assistant|>Red, blue & yellow.</s>"
 
 
 def answer(folder, base=None, trust=False):
-    """Return the logits of a model, or of an adapter on its base, and what the tokenizer makes of a text."""
+    """Return the logits of a model, or of an adapter on its base model, and the tokens of a text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +41,7 @@ def answer(folder, base=None, trust=False):
 
 
 def answer_all(tasks):
-    """Return an answer by task, or the error that it ended in."""
+    """Return an answer or an error by task."""
     answers = {}
     for name, task in tasks.items():
         try:

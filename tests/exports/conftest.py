@@ -1,4 +1,4 @@
-"""One export of each kind, made once."""
+"""One run and export of each kind, made once a session."""
 
 from __future__ import annotations
 
@@ -69,40 +69,40 @@ class Exported:
 
     @property
     def task(self) -> dict[str, Any]:
-        """What `compute.answer` takes."""
+        """The arguments of `compute.answer`."""
         is_adapter = (self.folder / "adapter_config.json").exists()
         trust = (self.base / "modeling_own.py").exists()
         return {"folder": str(self.folder), "base": str(self.base) if is_adapter else None, "trust": trust}
 
 
 @pytest.fixture(scope="session")
-def shared_home() -> Iterator[Path]:
-    """A folder that other users can enter, which those of pytest are not."""
-    with tempfile.TemporaryDirectory(prefix="orchestrator-exports-") as home:
-        Path(home).chmod(0o755)
-        yield Path(home)
+def shared_dir() -> Iterator[Path]:
+    """A directory that other users can enter, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-exports-") as root:
+        Path(root).chmod(0o755)
+        yield Path(root)
 
 
 @pytest.fixture(scope="session")
-def exported(shared_home: Path) -> dict[str, Exported]:
+def exported(shared_dir: Path) -> dict[str, Exported]:
     """Export a run of each kind with random sizes, readable by everyone."""
     import torch
 
-    home = shared_home
+    root = shared_dir
     draw = random.Random(SEED)
-    found = {}
+    exports = {}
     before = os.umask(0o022)
     try:
         for number, (name, case) in enumerate(CASES.items()):
-            base = case.base(home / f"base-{number}")
+            base = case.base(root / f"base-{number}")
             method = {"rank": draw.choice([2, 4, 8])} if case.method else {}
-            made = runs.write_run(home / "runs" / f"run-{number}", base, method={**case.method, **method})
-            done = export_run(made.folder, home / f"export-{number}", **case.options)
+            made = runs.write_run(root / "runs" / f"run-{number}", base, method={**case.method, **method})
+            done = export_run(made.folder, root / f"export-{number}", **case.options)
             ids = torch.tensor([[token % made.model.config.vocab_size for token in IDS]])
             with torch.no_grad():
                 made.model.set_attn_implementation("eager")
                 logits = made.model(ids, use_cache=False).logits[0]
-            found[name] = Exported(name, home / f"export-{number}", base, made, logits, done)
+            exports[name] = Exported(name, root / f"export-{number}", base, made, logits, done)
     finally:
         os.umask(before)
-    return found
+    return exports

@@ -1,7 +1,7 @@
-"""Finished runs made in one process: a base model, a checkpoint beside it, and what its weights compute.
+"""Make finished runs in one process: a base model, a checkpoint, and the model with its weights.
 
-A checkpoint of ZeRO-0 is one file, so it can be written without Ray or a process group. What ZeRO-1 to 3 and
-real training leave is exported in tests/invariant.
+A checkpoint of ZeRO-0 is one file, so it can be written without Ray or a process group. Exports of ZeRO-1 to
+3 and of real training are tested in tests/invariant.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def scale(logits, config):
 
 @dataclass(frozen=True)
 class Made:
-    """A run's folder, and the model that its newest checkpoint holds."""
+    """A run directory, and the model with the weights of its newest checkpoint."""
 
     folder: Path
     job: JobSpec
@@ -112,7 +112,7 @@ class Made:
 
 
 def write_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
-    """Write a tiny random model as transformers 5 does, with a tokenizer and settings for generation."""
+    """Write a tiny random model as transformers 5 does, with tokenizer and generation config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
@@ -123,13 +123,13 @@ def write_base(folder: Path, family: str = "llama", **changes: Any) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TOKENIZER / file, folder / file)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION))
-    for file in folder.iterdir():  # safetensors' are private, which a published model's are not
+    for file in folder.iterdir():  # safetensors writes mode 600; published models are readable
         file.chmod(0o644)
     return folder
 
 
 def as_transformers_4_writes(folder: Path) -> Path:
-    """Give a Llama's config.json and tokenizer_config.json the names that published models have."""
+    """Rewrite config.json and tokenizer_config.json of a Llama model as transformers 4 writes them."""
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
@@ -143,7 +143,7 @@ def as_transformers_4_writes(folder: Path) -> Path:
 
 
 def with_own_code(folder: Path) -> Path:
-    """Make a Llama one whose code lies beside its weights, and scales its logits."""
+    """Turn a Llama model into one with its own code in its directory, which scales the logits."""
     config = json.loads((folder / "config.json").read_text())
     names = {
         "AutoConfig": "configuration_own.OwnConfig",
@@ -163,13 +163,14 @@ def with_own_code(folder: Path) -> Path:
 
 
 def write_run(folder: Path, base: Path, steps: tuple[int, ...] = (2, 4), **sections: Any) -> Made:
-    """Write a finished run on a base model whose weights, or adapters, were moved at random.
+    """Write a finished run of a base model whose weights, or adapter, were changed at random.
 
     Args:
-        folder: STORAGE/NAME.
-        base: The model's folder.
-        steps: Checkpoints, each with weights of its own.
-        **sections: Of the job, beside the defaults.
+
+        folder: The run directory, STORAGE/NAME.
+        base: Directory of the base model.
+        steps: Steps of the checkpoints, each with different weights.
+        **sections: Sections of the job that replace defaults.
     """
     model = {"path": str(base), "trust_remote_code": (base / "modeling_own.py").exists()}
     data = {"train": [{"path": "builtin/alpaca_sample", "sample": 64}], "max_length": 256}
@@ -216,7 +217,7 @@ def _move(model: Any, seed: int) -> None:
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint keeps of a model: all but what is frozen."""
+    """Return the state dict of a model without frozen weights, as a checkpoint has it."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 

@@ -1,4 +1,4 @@
-"""The files of an export: what it takes over from its base model, their rights, and what its card says."""
+"""The files of an export: what is copied from the base model, permissions, and the model card."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError, TrainingError
 from orchestrator.export import config_files
-from orchestrator.export.base_files import base_folder, carried_files
+from orchestrator.export.base_files import base_model_dir, copied_files
 from orchestrator.export.destination import MARKER
 from orchestrator.export.model_card import hub_name
 from orchestrator.export.run_exports import export_run
-from orchestrator.export.weight_files import shard_bytes
+from orchestrator.export.weight_files import parse_size
 from tests.exports import compute, runs
 from tests.exports.conftest import LORA, Exported
 
@@ -38,47 +38,47 @@ MODEL_FILES = (
     "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "preprocessor_config.json",
     "custom_generate/generate.py", "modeling_own.py", "configuration_own.py", "scaling_own.py",
 )  # fmt: skip
-STAY = (
+NOT_COPIED = (
     "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "README.md", "train.py",
     "secrets.txt", "trainer_state.json", "data/rows.json", "original/params.json", "optimizer.pt",
     "config.json",
 )  # fmt: skip
 
 
-def test_all_files_but_weights_are_taken_over(tmp_path: Path) -> None:
+def test_all_files_of_the_model_but_weights_are_copied(tmp_path: Path) -> None:
     runs.with_own_code(runs.write_base(tmp_path / "base"))
-    for name in (*TOKENIZER_FILES, *MODEL_FILES, *STAY):
+    for name in (*TOKENIZER_FILES, *MODEL_FILES, *NOT_COPIED):
         path = tmp_path / "base" / name
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
             path.write_text(name)
-    assert set(carried_files(tmp_path / "base")) == {*TOKENIZER_FILES, *MODEL_FILES}
-    assert set(carried_files(tmp_path / "base", only_tokenizer=True)) == set(TOKENIZER_FILES)
+    assert set(copied_files(tmp_path / "base")) == {*TOKENIZER_FILES, *MODEL_FILES}
+    assert set(copied_files(tmp_path / "base", only_tokenizer=True)) == set(TOKENIZER_FILES)
 
 
-def test_files_are_as_the_base_model_has_them(exported: dict[str, Exported]) -> None:
-    for found in exported.values():
-        names = carried_files(found.base, only_tokenizer=(found.folder / "adapter_config.json").exists())
+def test_copied_files_equal_those_of_the_base_model(exported: dict[str, Exported]) -> None:
+
+    for case in exported.values():
+        names = copied_files(case.base, only_tokenizer=(case.folder / "adapter_config.json").exists())
         assert {"tokenizer.json", "chat_template.jinja"} <= set(names)
         for name in set(names) - {"tokenizer_config.json"}:
-            assert (found.folder / name).read_bytes() == (found.base / name).read_bytes()
+            assert (case.folder / name).read_bytes() == (case.base / name).read_bytes()
 
 
-def test_config_says_what_the_base_model_says(exported: dict[str, Exported]) -> None:
+def test_config_has_the_settings_of_the_base_model(exported: dict[str, Exported]) -> None:
     for name in ("full", "merged"):
-        found = exported[name]
-        base, config = (json.loads((each / "config.json").read_text()) for each in (found.base, found.folder))
+        directories = (exported[name].base, exported[name].folder)
+        base, config = (json.loads((path / "config.json").read_text()) for path in directories)
         dtypes = {"torch_dtype": "float32", "dtype": "float32"}
         assert config == {**base, **dtypes}
         assert config["rope_theta"] == 5.0e5
         assert config["rope_scaling"] == runs.LLAMA3
-        settings = [
-            json.loads((each / "tokenizer_config.json").read_text()) for each in (found.base, found.folder)
-        ]
+
+        settings = [json.loads((path / "tokenizer_config.json").read_text()) for path in directories]
         assert settings[0] == settings[1]
 
 
-def test_rope_of_transformers_5_is_said_in_both_ways() -> None:
+def test_rope_parameters_of_transformers_5_are_written_for_both_versions() -> None:
     def added(**base: Any) -> dict[str, Any]:
         config = config_files.model_config(base, "bf16", "X", {})
         assert config.items() >= base.items()
@@ -105,7 +105,7 @@ def test_rope_of_transformers_5_is_said_in_both_ways() -> None:
     assert added(rope_theta=5.0, rope_scaling=None) == {"rope_theta": 5.0, "rope_scaling": None}
 
 
-def test_config_follows_the_weights_and_drops_their_quantisation() -> None:
+def test_config_has_the_dtype_and_vocab_size_of_the_weights_and_no_quantization() -> None:
     base = {"vocab_size": 10, "quantization_config": {"bits": 4}, "hidden_size": 8, "torch_dtype": "float16"}
     config = config_files.model_config(base, "bf16", "LlamaForCausalLM", {"vocab_size": 12, "hidden_size": 9})
     assert config == {
@@ -117,7 +117,7 @@ def test_config_follows_the_weights_and_drops_their_quantisation() -> None:
     }
 
 
-def test_a_resized_embedding_is_in_the_configuration(tmp_path: Path) -> None:
+def test_a_resized_embedding_changes_vocab_size(tmp_path: Path) -> None:
     made = runs.write_run(tmp_path / "runs" / "run", runs.write_base(tmp_path / "base"), steps=())
     made.model.resize_token_embeddings(2050, mean_resizing=False)
     runs.write_checkpoint(made.folder / "checkpoints", 6, runs.trained_state(made.model))
@@ -130,10 +130,10 @@ def test_a_resized_embedding_is_in_the_configuration(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(answer["logits"]), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_are_cut_and_cast_as_asked(exported: dict[str, Exported], tmp_path: Path) -> None:
+def test_weights_are_sharded_and_cast(exported: dict[str, Exported], tmp_path: Path) -> None:
     whole = load_file(exported["full of transformers 5"].folder / "model.safetensors")
     run = exported["full of transformers 5"].run.folder
-    done = export_run(run, tmp_path / "export", dtype="bf16", max_shard_bytes=shard_bytes("60KB"))
+    done = export_run(run, tmp_path / "export", dtype="bf16", max_shard_bytes=parse_size("60KB"))
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
@@ -144,38 +144,40 @@ def test_weights_are_cut_and_cast_as_asked(exported: dict[str, Exported], tmp_pa
     assert (
         index["metadata"]["total_size"] == 2 * done.parameters == 2 * sum(t.numel() for t in whole.values())
     )
-    told = done.as_json()
-    assert told["dtype"] == "bf16"
-    assert {each["name"]: each["bytes"] for each in told["files"]} == {
+
+    printed = done.as_json()
+    assert printed["dtype"] == "bf16"
+    assert {file["name"]: file["bytes"] for file in printed["files"]} == {
         str(path.relative_to(tmp_path / "export")): path.stat().st_size
         for path in (tmp_path / "export").rglob("*")
     }
-    assert told["bytes"] == sum(each["bytes"] for each in told["files"])
+
+    assert printed["bytes"] == sum(file["bytes"] for file in printed["files"])
 
 
-def test_a_value_that_fp16_cannot_hold_ends_the_export(tmp_path: Path) -> None:
+def test_a_value_out_of_range_of_fp16_is_an_error(tmp_path: Path) -> None:
     made = runs.write_run(tmp_path / "runs" / "run", runs.write_base(tmp_path / "base"), steps=())
     with torch.no_grad():
         made.model.lm_head.weight[0, :2] = 1.0e5
     runs.write_checkpoint(made.folder / "checkpoints", 6, runs.trained_state(made.model))
-    with pytest.raises(TrainingError, match=r"2 values of lm_head\.weight are beyond what fp16 can hold"):
+    with pytest.raises(TrainingError, match=r"2 values of lm_head\.weight exceed the range of fp16"):
         export_run(made.folder, tmp_path / "export", dtype="fp16")
     assert not (tmp_path / "export").exists()
 
 
 @pytest.mark.parametrize("text", ["0GB", "abc", "-1GB", "10", "1e3GB", ""])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(SpecError, match="is not a size"):
-        shard_bytes(text)
+        parse_size(text)
 
 
-def test_sizes_are_read() -> None:
-    assert [shard_bytes(text) for text in ("2GB", "1.5 gb", "500MB")] == [2 * 10**9, 15 * 10**8, 5 * 10**8]
+def test_sizes_are_parsed() -> None:
+    assert [parse_size(text) for text in ("2GB", "1.5 gb", "500MB")] == [2 * 10**9, 15 * 10**8, 5 * 10**8]
 
 
 @pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
 @pytest.mark.parametrize("name", ["full", "sharded", "lora", "merged"])
-def test_files_obey_the_umask(
+def test_file_permissions_follow_the_umask(
     name: str, umask: int, file: int, folder: int, exported: dict[str, Exported], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"merge": name == "merged"}
@@ -191,29 +193,30 @@ def test_files_obey_the_umask(
 
 
 @pytest.mark.process
-@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_another_user_loads_what_the_umask_lets_him_read(
-    exported: dict[str, Exported], shared_home: Path
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
+def test_another_user_can_load_an_export_if_the_umask_allows_it(
+    exported: dict[str, Exported], shared_dir: Path
 ) -> None:
     before = os.umask(0o077)
     try:
-        export_run(exported["full"].run.folder, shared_home / "private")
+        export_run(exported["full"].run.folder, shared_dir / "private")
     finally:
         os.umask(before)
-    tasks = {name: each.task for name, each in exported.items()}
-    tasks["private"] = {**tasks["full"], "folder": str(shared_home / "private")}
-    with tempfile.TemporaryDirectory() as home:
-        Path(home).chmod(0o777)
-        (Path(home) / "tasks.json").write_text(json.dumps(tasks))
-        command = [sys.executable, compute.__file__, f"{home}/tasks.json", f"{home}/answers.json"]
-        environment = {**os.environ, "HOME": home, "HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+    tasks = {name: case.task for name, case in exported.items()}
+    tasks["private"] = {**tasks["full"], "folder": str(shared_dir / "private")}
+    with tempfile.TemporaryDirectory() as root:
+        Path(root).chmod(0o777)
+        (Path(root) / "tasks.json").write_text(json.dumps(tasks))
+        command = [sys.executable, compute.__file__, f"{root}/tasks.json", f"{root}/answers.json"]
+        environment = {**os.environ, "HOME": root, "HF_HOME": root, "HF_HUB_OFFLINE": "1"}
         nobody = str(pwd.getpwnam("nobody").pw_uid)
-        subprocess.run([*command, nobody], check=True, env=environment, cwd=home)
-        answers = json.loads((Path(home) / "answers.json").read_text())
+        subprocess.run([*command, nobody], check=True, env=environment, cwd=root)
+        answers = json.loads((Path(root) / "answers.json").read_text())
     assert "error" in answers.pop("private")
-    for name, found in exported.items():
+
+    for name, case in exported.items():
         assert "error" not in answers[name], f"{name}: {answers[name]}"
-        torch.testing.assert_close(torch.tensor(answers[name]["logits"]), found.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(answers[name]["logits"]), case.logits, rtol=1e-5, atol=1e-5)
 
 
 def front_matter(folder: Path) -> tuple[dict[str, Any], str]:
@@ -221,7 +224,7 @@ def front_matter(folder: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body
 
 
-def test_the_card_says_what_was_trained(exported: dict[str, Exported]) -> None:
+def test_the_card_has_data_settings_and_results(exported: dict[str, Exported]) -> None:
     front, body = front_matter(exported["full"].folder)
     assert front == {
         "library_name": "transformers",
@@ -235,13 +238,14 @@ def test_the_card_says_what_was_trained(exported: dict[str, Exported]) -> None:
     assert "lr: " in body
     front, body = front_matter(exported["lora"].folder)
     assert (front["library_name"], front["tags"]) == ("peft", ["orchestrator", "sft", "lora"])
-    for found in exported.values():
-        for file in (found.folder / "README.md", found.folder / MARKER):
+
+    for case in exported.values():
+        for file in (case.folder / "README.md", case.folder / MARKER):
             assert "/tmp" not in file.read_text()
-            assert str(found.base.parent) not in file.read_text()
+            assert str(case.base.parent) not in file.read_text()
 
 
-def test_the_card_names_models_of_the_hub_only() -> None:
+def test_only_hub_models_have_a_hub_name() -> None:
     assert hub_name("meta-llama/Llama-2-7b-hf") == "meta-llama/Llama-2-7b-hf"
     for local in (
         "/models/llama",
@@ -257,7 +261,7 @@ def test_the_card_names_models_of_the_hub_only() -> None:
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Lay a model into the cache of the hub as its client does, and forbid the network."""
+    """Write a model into the hub cache as its client does, and set the client offline."""
     name, commit = "owner/model", "0" * 40
     folder = tmp_path / "hub" / "models--owner--model"
     runs.as_transformers_4_writes(runs.write_base(folder / "snapshots" / commit))
@@ -272,8 +276,8 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.process
-def test_a_model_of_the_hub_is_exported_from_the_cache(cached: str, tmp_path: Path) -> None:
-    """In a process of its own, as the hub's client reads its settings when it is imported."""
+def test_a_hub_model_is_exported_from_the_cache(cached: str, tmp_path: Path) -> None:
+    """Uses a subprocess, as the hub client reads its settings at import."""
     script = (
         "import sys; from pathlib import Path; from tests.exports import runs\n"
         "from orchestrator.export.run_exports import export_run\n"
@@ -300,27 +304,27 @@ def test_a_model_of_the_hub_is_exported_from_the_cache(cached: str, tmp_path: Pa
     assert front_matter(tmp_path / "lora")[0]["base_model_relation"] == "adapter"
 
 
-def test_a_model_that_is_not_in_the_cache_is_one_sentence(cached: str) -> None:
+def test_a_model_that_is_not_in_the_cache_is_one_error(cached: str) -> None:
     model = JobSpec.model_fields["model"].annotation(path="owner/other")  # type: ignore[misc]
-    with pytest.raises(TrainingError, match=r"the files of model\.path=owner/other cannot be had"):
-        base_folder(model)
+    with pytest.raises(TrainingError, match=r"the files of model\.path=owner/other cannot be downloaded"):
+        base_model_dir(model)
 
 
-def test_a_run_of_a_builtin_model_and_a_run_without_deepspeed_json(tmp_path: Path) -> None:
+def test_a_builtin_model_is_exported_and_a_missing_deepspeed_json_needs_dtype(tmp_path: Path) -> None:
     made = runs.write_run(tmp_path / "runs" / "run", Path("builtin/tiny-llama"), model={"weights": "random"})
     export_run(made.folder, tmp_path / "export")
     assert compute.answer(str(tmp_path / "export"))["special"] == ["<s>", "</s>", "<pad>"]
     (made.folder / "deepspeed.json").unlink()
-    with pytest.raises(TrainingError, match="say it with --dtype"):
+    with pytest.raises(TrainingError, match="name the dtype with --dtype"):
         export_run(made.folder, tmp_path / "export")
     export_run(made.folder, tmp_path / "export", dtype="fp32")
 
 
-def test_an_adapter_of_any_kind_merges_onto_its_base_only(tmp_path: Path) -> None:
+def test_an_adapter_is_merged_into_its_own_base_model_only(tmp_path: Path) -> None:
     base = runs.write_base(tmp_path / "base")
     made = runs.write_run(tmp_path / "runs" / "run", base, method=LORA)
     shutil.rmtree(base)
     runs.write_base(base, rms_norm_eps=1e-3)
-    with pytest.raises(TrainingError, match="is not the model that the adapter was trained beside"):
+    with pytest.raises(TrainingError, match="is not the base model that the adapter was trained with"):
         export_run(made.folder, tmp_path / "export", merge=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "runs"]

@@ -1,9 +1,9 @@
-"""Exports load in transformers 4 and compute there what the checkpoint does here.
+"""Exports load in transformers 4 and compute the logits of their checkpoints.
 
     python -m venv old && old/bin/pip install torch transformers==4.56.2 "peft<0.19" accelerate
     ORCHESTRATOR_TRANSFORMERS_4=old/bin/python pytest tests/exports/test_transformers_4.py
 
-docs/exports.md records the figures of such a run.
+docs/exports.md has the results of such a run.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def answers(exported: dict[str, Exported], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Let the other environment load every export."""
-    home = tmp_path_factory.mktemp("transformers-4")
-    (home / "tasks.json").write_text(json.dumps({name: each.task for name, each in exported.items()}))
-    command = [str(PYTHON), compute.__file__, str(home / "tasks.json"), str(home / "answers.json")]
+    """Load every export in the other environment."""
+    root = tmp_path_factory.mktemp("transformers-4")
+    (root / "tasks.json").write_text(json.dumps({name: case.task for name, case in exported.items()}))
+    command = [str(PYTHON), compute.__file__, str(root / "tasks.json"), str(root / "answers.json")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(home / "modules")}
-    subprocess.run(command, check=True, cwd=Path(home), env=environment, timeout=500)
-    found: dict[str, Any] = json.loads((home / "answers.json").read_text())
-    return found
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
+    subprocess.run(command, check=True, cwd=Path(root), env=environment, timeout=500)
+    loaded: dict[str, Any] = json.loads((root / "answers.json").read_text())
+    return loaded
 
 
-def test_it_is_transformers_4(answers: dict[str, Any]) -> None:
+def test_the_other_environment_has_transformers_4(answers: dict[str, Any]) -> None:
     assert answers["transformers"].startswith("4.")
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_4_computes_what_the_checkpoint_does(
+def test_transformers_4_computes_the_logits_of_the_checkpoint(
     name: str, exported: dict[str, Exported], answers: dict[str, Any], record_property: Any
 ) -> None:
-    answer, found = answers[name], exported[name]
+    answer, case = answers[name], exported[name]
     assert "error" not in answer, answer
     logits = torch.tensor(answer["logits"])
-    record_property("largest difference", (logits - found.logits).abs().max().item())
-    torch.testing.assert_close(logits, found.logits, rtol=1e-5, atol=1e-5)
-    here = compute.answer(**found.task)
-    assert {**answer, "logits": None} == {**here, "logits": None}
+    record_property("largest difference", (logits - case.logits).abs().max().item())
+    torch.testing.assert_close(logits, case.logits, rtol=1e-5, atol=1e-5)
+    expected = compute.answer(**case.task)
+    assert {**answer, "logits": None} == {**expected, "logits": None}

@@ -13,7 +13,7 @@ import torch
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError, TrainingError
 from orchestrator.export.adapter import merged_model, write_adapter
-from orchestrator.export.export import Request, export, fp32_weights
+from orchestrator.export.export import ExportRequest, export, fp32_weights
 from orchestrator.model.base_model_id import identity
 from orchestrator.model.build import require_supported
 from tests.exports.runs import TOKENIZER
@@ -179,7 +179,7 @@ def test_the_exported_adapter_and_the_merged_model_compute_what_the_run_did(
     saved = home / "checkpoints" / name / "step-00000004"
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tiny.model)
     for folder, merge in (("adapter", False), ("merged", True)):
-        export(Request(job, tmp_path / "run", saved, "fp32", identity(job), merge), tmp_path / folder)
+        export(ExportRequest(job, tmp_path / "run", saved, "fp32", identity(job), merge), tmp_path / folder)
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orchestrator.config.schema import JobSpec
-from orchestrator.export.export import Request, export
+from orchestrator.export.export import ExportRequest, export
 from orchestrator.model.base_model_id import identity
 from tests.invariant import material
 from tests.invariant.group import Outcome, assert_close, run_group
@@ -130,7 +130,7 @@ def test_the_exported_model_has_the_new_rows(
     task = task_of(home, "full-zero3", "unused")
     job = JobSpec.model_validate_json(json.dumps(task["job"]))
     saved = home / "checkpoints" / "full-zero3" / "step-00000003"
-    export(Request(job, tmp_path / "run", saved, "fp32"), tmp_path / "export")
+    export(ExportRequest(job, tmp_path / "run", saved, "fp32"), tmp_path / "export")
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(info.values())
     assert model.config.vocab_size == TOKENS
@@ -148,7 +148,7 @@ def test_the_adapter_and_the_merged_model_have_the_new_rows(
     job = JobSpec.model_validate_json(json.dumps(task_of(home, "lora-zero3", "unused")["job"]))
     saved = home / "checkpoints" / "lora-zero3" / "step-00000003"
     for folder, merge in (("adapter", False), ("merged", True)):
-        export(Request(job, tmp_path / "run", saved, "fp32", identity(job), merge), tmp_path / folder)
+        export(ExportRequest(job, tmp_path / "run", saved, "fp32", identity(job), merge), tmp_path / folder)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert merged.config.vocab_size == TOKENS
     base = AutoModelForCausalLM.from_pretrained(home / "untied" / "small", dtype=torch.float32)
