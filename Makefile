@@ -3,7 +3,6 @@ PYTHON ?= python3
 CORES := $(shell nproc)
 # More than cores, because the long tests wait much of their time.
 WORKERS ?= $(shell echo $$(($(CORES) < 6 ? $(CORES) + 2 : 8)))
-PYTEST = $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -29,10 +28,10 @@ demo: setup  ## train, scrape, export and reload the embedded default
 	$(BIN)/python -m orchestrator.cli.demo
 
 test: setup  ## run all tests, some minutes; what each tier proves is in tests/README.md
-	$(PYTEST) --numprocesses $(WORKERS) --timeout 1800
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --timeout 1800
 
 test-fast: setup  ## run the tests that start no process, before every commit
-	$(PYTEST) --numprocesses $(CORES) -m "not process"
+	$(BIN)/python -m pytest --numprocesses $(CORES) -m "not process"
 
 check: setup  ## ruff, mypy strict, import contracts, spelling and words, shell scripts
 	$(BIN)/ruff check .
