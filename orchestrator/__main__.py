@@ -1,4 +1,4 @@
-"""The command line, also as `python -m orchestrator`."""
+"""Entry point of `python -m orchestrator`."""
 
 from orchestrator.cli.main import app
 

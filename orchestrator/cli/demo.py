@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: train, scrape, export, reload, summarise, and check each of them.
+"""End-to-end demo of `make demo`: train, scrape metrics, export, reload the model, and check each step.
 
 Run as `python -m orchestrator.cli.demo`. It writes to runs/demo, or to the first of runs/demo-2, ... that
 does not exist.
@@ -22,8 +22,8 @@ _SERIES = re.compile(r"^(orchestrator_(?:tgs|tflops_model)\{.*rank=\"(\d+)\".*\}
 
 
 def main() -> int:
-    """Run the demonstration; 0 when every part of it worked."""
-    storage = _free(_STORAGE)
+    """Run the demo; return 0 if every step succeeded."""
+    storage = _new_folder(_STORAGE)
     job = resource("launch/jobs/quickstart.yaml")
     command = [
         sys.executable,
@@ -34,11 +34,11 @@ def main() -> int:
         "--set",
         f"checkpoint.storage={storage}",
     ]
-    _say(f"$ orchestrator train {job.name} --set checkpoint.storage={storage}")
+    _print(f"$ orchestrator train {job.name} --set checkpoint.storage={storage}")
     started = time.monotonic()
     process = subprocess.Popen(command)
     try:
-        # The run's endpoint takes the first free port, and its folder says which.
+        # The endpoint uses the first free port; metrics.json in the run directory has its address.
         seen = _scrape_while_running(process, storage / "quickstart" / "metrics.json")
     finally:
         if process.poll() is None:
@@ -47,42 +47,42 @@ def main() -> int:
     if process.returncode:
         return process.returncode
     if len(seen) < 4:
-        _say("the endpoint did not answer with TGS and TFLOPs of both ranks while the run went on")
+        _print("the metrics endpoint did not serve TGS and TFLOP/s of both ranks during the run")
         return 1
-    _say(f"\n{_reload(storage / 'quickstart' / 'export')}")
-    _say(f"demo finished in {time.monotonic() - started:.0f} s")
+    _print(f"\n{_reload(storage / 'quickstart' / 'export')}")
+    _print(f"demo finished in {time.monotonic() - started:.0f} s")
     return 0
 
 
-def _free(folder: Path) -> Path:
-    """Return a folder for this demonstration alone; what an earlier one left may be of use to somebody."""
+def _new_folder(folder: Path) -> Path:
+    """Return a folder that does not exist yet, so that earlier demos are kept."""
     names = chain(["demo"], (f"demo-{number}" for number in count(2)))
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def _scrape_while_running(process: subprocess.Popen[bytes], where: Path) -> dict[str, str]:
-    """Ask the endpoint until it has shown both ranks, print that once, and wait for the run to end."""
+def _scrape_while_running(process: subprocess.Popen[bytes], metrics_file: Path) -> dict[str, str]:
+    """Scrape the endpoint until it serves both ranks, print the series once, and wait for the run."""
     seen: dict[str, str] = {}
     while process.poll() is None:
         time.sleep(0.5)
         if len(seen) >= 4:
             continue
         try:
-            url = f"http://{json.loads(where.read_text(encoding='utf-8'))['target']}/metrics"
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                text = answer.read().decode()
-        except (OSError, ValueError):  # not there yet, or there no longer
+            url = f"http://{json.loads(metrics_file.read_text(encoding='utf-8'))['target']}/metrics"
+            with urllib.request.urlopen(url, timeout=2) as response:
+                text = response.read().decode()
+        except (OSError, ValueError):  # not open yet, or already closed
             continue
         seen = {series: value for series, _, value in _SERIES.findall(text)}
         if len(seen) >= 4:
-            _say(f"{url} answers, among other series:")
+            _print(f"{url} serves, among other series:")
             for series, value in seen.items():
-                _say(f"{series} {value}")
+                _print(f"{series} {value}")
     return seen
 
 
 def _reload(folder: Path) -> str:
-    """Load the exported model as any user of transformers would, and let it continue a prompt."""
+    """Load the exported model with transformers, and generate from a prompt."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -96,10 +96,10 @@ def _reload(folder: Path) -> str:
     output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return f"reloaded {folder}: {parameters:,} parameters; after so few steps it writes: {text!r}"
+    return f"reloaded {folder}: {parameters:,} parameters; after so few steps it generates: {text!r}"
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and what it says when it did not succeed."""
+"""Exit codes and error output of commands."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _UNEXPECTED = 1
 
 
 def fail(text: str, code: int) -> NoReturn:
-    """Say on stderr why a command ends, and end it with an exit code."""
+    """Print an error to stderr and exit."""
     write_message(text)
     raise typer.Exit(code)
 
 
-def _stopped(text: str) -> NoReturn:
+def _exit_by_signal(text: str) -> NoReturn:
     write_message(text)
     shutdown.leave()
 
 
 @contextmanager
 def exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
-    """Turn errors into one block on stderr and an exit code.
+    """Convert exceptions to an error message on stderr and an exit code.
 
-    2 file, 3 machines, 4 run, 130 Ctrl-C, 143 SIGTERM or SIGHUP, 1 a fault of this program.
+    2 job file, 3 cluster, 4 training, 130 Ctrl-C, 143 SIGTERM or SIGHUP, 1 unexpected error.
 
     Args:
-        interrupted: What a user is told who ends the command.
+        interrupted: Message if the user interrupts the command.
     """
     choose_auth_mode()  # before a command imports Ray
     try:
@@ -43,14 +43,14 @@ def exit_codes(interrupted: str = "nothing was changed") -> Iterator[None]:
     except KeyboardInterrupt as error:
         name = shutdown.received()
         if name:
-            _stopped(f"stopped by {name}: {error if str(error) else interrupted}")
+            _exit_by_signal(f"stopped by {name}: {error if str(error) else interrupted}")
         fail(f"interrupted: {interrupted}", 130)
     except typer.Exit:
         raise
     except Exception as error:
         name = shutdown.received()
-        if name:  # what broke off when the command was told to end
-            _stopped(f"stopped by {name}: {interrupted}")
+        if name:  # an error caused by the signal
+            _exit_by_signal(f"stopped by {name}: {interrupted}")
         if isinstance(error, OrchestratorError):
             fail(str(error), error.exit_code)
         fail(describe_unexpected(error), _UNEXPECTED)

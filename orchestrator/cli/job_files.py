@@ -1,4 +1,4 @@
-"""Reading job files for a command: what stands in their way here, and warnings of what is unusual in them."""
+"""Loads job files for commands, with problems and warnings."""
 
 from __future__ import annotations
 
@@ -13,52 +13,56 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
 
 
-def examined(jobs: Sequence[Path], overrides: Sequence[str], files: bool) -> tuple[list[str], list[str]]:
+def check_job_files(
+    jobs: Sequence[Path], overrides: Sequence[str], files: bool
+) -> tuple[list[str], list[str]]:
     """Return all problems and all warnings of job files.
 
     Args:
         jobs: The files.
         overrides: Applied on top of each.
-        files: Whether to look for what they name on this machine.
+        files: Whether to check data, models and folders on this machine.
     """
     problems: list[str] = []
     warnings: list[str] = []
     for path in jobs:
         try:
-            _, found, odd = loader.examine(path, overrides, all_problems if files else none, unusual_here)
+            _, file_problems, file_warnings = loader.examine(
+                path, overrides, all_problems if files else none, unusual_here
+            )
         except SpecError as error:
             problems += error.problems
         else:
-            problems += found
-            warnings += odd
+            problems += file_problems
+            warnings += file_warnings
     return problems, warnings
 
 
-def warn(warnings: Sequence[str]) -> None:
+def print_warnings(warnings: Sequence[str]) -> None:
     """Print warnings on standard error."""
     for warning in warnings:
         write_message(f"warning: {warning}")
 
 
-def load_to_train(job: Path, overrides: Sequence[str], workers_here: bool) -> JobSpec:
-    """Return a job that is to be trained from this machine, and print what is unusual in it.
+def load_for_train(job: Path, overrides: Sequence[str], workers_here: bool) -> JobSpec:
+    """Load a job to train from this machine, and print warnings.
 
     Raises:
-        SpecError: With every problem of the file, and of what it names here.
+        SpecError: With every problem of the file and of the paths it uses.
     """
     spec, warnings = loader.load_with_warnings(
-        job, overrides, lambda found: refusals(found, workers_here), unusual
+        job, overrides, lambda spec: refusals(spec, workers_here), unusual
     )
-    warn(warnings)
+    print_warnings(warnings)
     return spec
 
 
-def load_to_send(job: Path, overrides: Sequence[str]) -> JobSpec:
-    """Return a job that is to be trained elsewhere, and print what is unusual in it.
+def load_for_submit(job: Path, overrides: Sequence[str]) -> JobSpec:
+    """Load a job to train elsewhere, and print warnings.
 
     Raises:
         SpecError: With every problem of the file.
     """
     spec, warnings = loader.load_with_warnings(job, overrides, none, unusual)
-    warn(warnings)
+    print_warnings(warnings)
     return spec

@@ -1,6 +1,7 @@
-"""The command `orchestrator`: validate, doctor, pack, train, bench, submit, export, render, report.
+"""The `orchestrator` command line.
 
-Commands import what they need when they run, so that checking a job file answers in well under a second.
+Commands import their modules when they run, so that `validate`, `plan` and `render` start in well under a
+second.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from orchestrator import shutdown
+from orchestrator import __version__, shutdown
 
 if __name__ == "__main__" or Path(sys.argv[0]).name == "orchestrator":
-    shutdown.install()  # before the imports below, which take most of what a light command takes
+    shutdown.install()  # before the imports below, which take most of the time of a light command
 
 import json
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ import typer
 
 from orchestrator.checks.inputs import input_problems
 from orchestrator.cli.exit_codes import exit_codes, fail
-from orchestrator.cli.job_files import examined, load_to_send, load_to_train, warn
+from orchestrator.cli.job_files import check_job_files, load_for_submit, load_for_train, print_warnings
 from orchestrator.cli.options import (
     Address,
     AsJson,
@@ -35,9 +36,13 @@ from orchestrator.cli.options import (
     Overrides,
     Variables,
 )
-from orchestrator.cli.output import TolerantStream, prepare_streams, stdout_for_results
-from orchestrator.cli.output import write_message as _tell
-from orchestrator.cli.output import write_result as _say
+from orchestrator.cli.output import (
+    TolerantStream,
+    prepare_streams,
+    stdout_for_results,
+    write_message,
+    write_result,
+)
 from orchestrator.cli.run_tables import SUMMARY_FIELDS, read_report, side_by_side, summary, table
 from orchestrator.config import loader
 from orchestrator.config.auto_values import resolve_device, resolve_dtype
@@ -47,19 +52,25 @@ from orchestrator.errors import ClusterError, SpecError, TrainingError
 
 class _App(typer.Typer):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Run the command that the process was started for; tests call commands in other ways."""
+        """Install signal handlers and run the command; tests call commands differently."""
         shutdown.install()
+        options.setdefault("prog_name", "orchestrator")  # with `python -m orchestrator` as well
         return super().__call__(*arguments, **options)
 
 
 app = _App(
     name="orchestrator",
-    help="Fine-tune large language models on many nodes: one job file in, a trained model and numbers out.",
+    help="Multi-node fine-tuning of large language models with Ray Train and DeepSpeed, from one job file.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        write_result(f"orchestrator {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -71,6 +82,10 @@ def _prepare(
             help=f"Lowest level of messages: debug, info, warning, error; {LEVEL_VARIABLE} sets it too.",
         ),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
 ) -> None:
     prepare_streams()
     try:
@@ -83,15 +98,15 @@ def _prepare(
 def validate(
     jobs: JobFiles, files: LookForFiles = True, overrides: Overrides = [], as_json: AsJson = False
 ) -> None:
-    """Check job files, and what they name on this machine; print every error at once, and warnings."""
-    problems, warnings = examined(jobs, overrides, files)
+    """Check job files and the paths they use on this machine. Prints all errors and warnings at once."""
+    problems, warnings = check_job_files(jobs, overrides, files)
     if as_json:
-        _say(json.dumps({"valid": not problems, "problems": problems, "warnings": warnings}))
+        write_result(json.dumps({"valid": not problems, "problems": problems, "warnings": warnings}))
         raise typer.Exit(2 if problems else 0)
-    warn(warnings)
+    print_warnings(warnings)
     if problems:
         fail(str(SpecError(*problems)), 2)
-    _say(f"{len(jobs)} job file{'s' if len(jobs) > 1 else ''} valid")
+    write_result(f"{len(jobs)} job file{'s' if len(jobs) > 1 else ''} valid")
 
 
 @app.command(
@@ -102,29 +117,31 @@ def render(
     job: JobFile,
     target: Annotated[
         Literal["deepspeed", "rayjob"],
-        typer.Option(help="What to print: DeepSpeed's configuration, or a RayJob for Kubernetes."),
+        typer.Option(help="Output: the DeepSpeed configuration, or a RayJob for Kubernetes."),
     ] = "deepspeed",
     device: Annotated[
-        Literal["cuda", "cpu"] | None, typer.Option(help="Device kind where the job says auto.")
+        Literal["cuda", "cpu"] | None, typer.Option(help="Device type if the job has device: auto.")
     ] = None,
     overrides: Overrides = [],
-    image: Annotated[str | None, typer.Option(help="rayjob: image of all pods.")] = None,
+    image: Annotated[str | None, typer.Option(help="rayjob: Container image of all pods.")] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(help="rayjob: GPUs of a node, one worker each; 8 if not given.")
+        int | None, typer.Option(help="rayjob: GPUs per node, one worker each; default 8.")
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(help="rayjob, on CPU: pods of workers; 1 if not given.")
+        int | None, typer.Option(help="rayjob, CPU only: Number of worker pods; default 1.")
     ] = None,
-    cpus_per_node: Annotated[int | None, typer.Option(help="rayjob: processors of a pod of workers.")] = None,
-    memory_per_node: Annotated[
-        int | None, typer.Option(help="rayjob: GiB of memory of a pod of workers.")
-    ] = None,
-    claim: Annotated[str, typer.Option(help="rayjob: claim of the shared volume.")] = "orchestrator-shared",
-    mount: Annotated[str, typer.Option(help="rayjob: where it is mounted.")] = "/mnt/shared",
-    namespace: Annotated[str | None, typer.Option(help="rayjob: namespace of the objects.")] = None,
-    deadline_hours: Annotated[int, typer.Option(help="rayjob: hours after which a try is ended.")] = 168,
+    cpus_per_node: Annotated[int | None, typer.Option(help="rayjob: CPUs per worker pod.")] = None,
+    memory_per_node: Annotated[int | None, typer.Option(help="rayjob: Memory per worker pod in GiB.")] = None,
+    claim: Annotated[
+        str, typer.Option(help="rayjob: PersistentVolumeClaim of the shared volume.")
+    ] = "orchestrator-shared",
+    mount: Annotated[str, typer.Option(help="rayjob: Mount path of the shared volume.")] = "/mnt/shared",
+    namespace: Annotated[str | None, typer.Option(help="rayjob: Namespace of the objects.")] = None,
+    deadline_hours: Annotated[
+        int, typer.Option(help="rayjob: Hours after which an attempt is terminated.")
+    ] = 168,
 ) -> None:
-    """Print what would be used, and apply nothing."""
+    """Print the DeepSpeed configuration or RayJob manifest of a job."""
     with exit_codes():
         spec = loader.load(job, overrides)
         kind = device or resolve_device(spec.parallel.device, has_gpus=True)
@@ -144,14 +161,14 @@ def render(
         if target == "rayjob":
             from orchestrator.kubernetes.rayjob import manifest
 
-            _say(manifest(spec, options, kind).rstrip("\n"))
+            write_result(manifest(spec, options, kind).rstrip("\n"))
             return
         if options != PodOptions():
-            raise SpecError(f"target={target} takes no options of pods and nodes; add --target rayjob")
+            raise SpecError(f"options for pods and nodes require --target rayjob (got --target {target})")
         from orchestrator.parallel.deepspeed_config import render as render_deepspeed
 
         dtype = resolve_dtype(spec.model.dtype, kind)
-        _say(json.dumps(render_deepspeed(spec, dtype, kind), indent=2))
+        write_result(json.dumps(render_deepspeed(spec, dtype, kind), indent=2))
 
 
 @app.command(epilog="Example: orchestrator doctor --address auto --storage /mnt/shared/runs")
@@ -159,21 +176,28 @@ def doctor(
     address: Address = None,
     storage: Annotated[
         Path | None,
-        typer.Option(help="Folder that every node is to read and write, such as checkpoint.storage."),
+        typer.Option(
+            help="Folder that every node must be able to read and write, such as checkpoint.storage."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look at every node before a job is given to it: GPUs, versions, storage, clocks, and an all-reduce."""
+    """Check all nodes of a cluster and time an all-reduce.
+
+    Checks GPUs, package versions, /dev/shm, storage and clocks.
+    """
     with exit_codes():
         from orchestrator.train.environment import apply_submitted_env
 
-        apply_submitted_env(last=False)  # variables of NCCL and gloo decide what the all-reduce goes through
+        apply_submitted_env(last=False)  # NCCL and gloo variables select the network of the all-reduce
         from orchestrator.cli.doctor_output import format_report
         from orchestrator.train.doctor import diagnose_cluster
 
         with stdout_for_results():
-            cluster_report = diagnose_cluster(address, storage and storage.expanduser().absolute(), _tell)
-        _say(json.dumps(cluster_report.as_json()) if as_json else format_report(cluster_report))
+            cluster_report = diagnose_cluster(
+                address, storage and storage.expanduser().absolute(), write_message
+            )
+        write_result(json.dumps(cluster_report.as_json()) if as_json else format_report(cluster_report))
         problems = [diag.sentence for diag in cluster_report.diagnostics if diag.level == "problem"]
         if problems:
             raise ClusterError(*problems)
@@ -186,7 +210,7 @@ def pack(
     overrides: Overrides = [],
     as_json: AsJson = False,
 ) -> None:
-    """Tokenise and pack only, and say what became of every row and token."""
+    """Tokenize and pack the data, and print statistics of rows and tokens."""
     with exit_codes():
         from orchestrator.train.environment import apply_submitted_and_job_env
 
@@ -196,9 +220,9 @@ def pack(
 
             figures = prepare(spec, address)
         sources = figures.pop("sources") if not as_json else []
-        _say(json.dumps(figures) if as_json else table(figures))
+        write_result(json.dumps(figures) if as_json else table(figures))
         for source in sources if len(sources) > 1 else []:
-            _say(f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}")
+            write_result(f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}")
 
 
 @app.command(epilog="Example: orchestrator train launch/jobs/quickstart.yaml")
@@ -209,11 +233,11 @@ def train(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a job through Ray Train; run it again after a failure and it goes on from its last checkpoint."""
-    with exit_codes("run the same command again and it goes on from the last checkpoint"):
+    """Train a job. The same command resumes it from its last checkpoint."""
+    with exit_codes("run the same command again to resume from the last checkpoint"):
         from orchestrator.train.environment import apply_submitted_and_job_env
 
-        spec = apply_submitted_and_job_env(load_to_train(job, overrides, workers_here=address is None))
+        spec = apply_submitted_and_job_env(load_for_train(job, overrides, workers_here=address is None))
         from orchestrator.cli.progress import Progress
         from orchestrator.train.resume import finished_before
 
@@ -224,7 +248,7 @@ def train(
                 from orchestrator.train.driver import run
 
                 report = run(spec, address, Progress(), force=force)
-        _say(json.dumps(report) if as_json else summary(report))
+        write_result(json.dumps(report) if as_json else summary(report))
 
 
 @app.command(
@@ -233,29 +257,35 @@ def train(
 def plan(
     job: JobFile,
     gpus: Annotated[
-        str, typer.Option(metavar="NODESxGPUSxDEVICE", help="The machines, e.g. 4x8xA100-80G-SXM.")
+        str,
+        typer.Option(
+            metavar="NODESxGPUSxDEVICE", help="Nodes, GPUs per node and device, e.g. 4x8xA100-80G-SXM."
+        ),
     ],
     overrides: Overrides = [],
     explain: Annotated[
-        bool, typer.Option("--explain", help="Print memory and time by part, and why every other way loses.")
+        bool,
+        typer.Option(
+            "--explain", help="Print memory and time by component, and why other configurations lose."
+        ),
     ] = False,
-    catalogue: Annotated[
-        Path | None, typer.Option(help="A catalogue of devices of your own (TOML), beside that which ships.")
-    ] = None,
+    catalogue: Annotated[Path | None, typer.Option(help="Additional hardware catalogue (TOML).")] = None,
     plots: Annotated[
-        Path | None, typer.Option(help="Folder for plots of memory by part and TGS over max_length.")
+        Path | None, typer.Option(help="Folder for plots of memory by component and TGS over max_length.")
     ] = None,
     document_tokens: DocumentTokens = 0.0,
     network_gbits: NetworkGbits = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict what fits and how fast, choose how to spread the job, and say why; nothing is started."""
+    """Predict memory and throughput of a job. Suggests the fastest configuration that fits."""
     with exit_codes():
         spec = loader.load(job, overrides)
         from orchestrator.cli import plan_output
 
         found, remedies = plan_output.planned(spec, gpus, catalogue, plots, document_tokens, network_gbits)
-        _say(plan_output.as_json(found, remedies) if as_json else plan_output.text(found, remedies, explain))
+        write_result(
+            plan_output.as_json(found, remedies) if as_json else plan_output.text(found, remedies, explain)
+        )
         if found.best is None:
             raise ClusterError(f"{spec.name} fits on {found.machines} in none of {found.considered:,} ways")
 
@@ -267,12 +297,12 @@ def bench(
     overrides: Overrides = [],
     plots: Annotated[bool, typer.Option(help="Draw plots.")] = True,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Run cells again that failed, but for lack of memory.")
+        bool, typer.Option("--retry-failed", help="Rerun failed cells, except those that ran out of memory.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every cell of a sweep in a process of its own; run it again and it goes on where it stood."""
-    with exit_codes("run the same command again and it goes on with the cells that have no row"):
+    """Benchmark all cells of a sweep. The same command resumes it."""
+    with exit_codes("run the same command again to resume with the cells that have no row"):
         from orchestrator.bench import report as sweep_report
         from orchestrator.bench.plots import require_matplotlib
         from orchestrator.bench.runner import run_cells
@@ -281,91 +311,93 @@ def bench(
 
         wanted = load(sweep, overrides)
         for cell in wanted.cells:
-            apply_submitted_and_job_env(cell.job)  # each cell's process inherits it
+            apply_submitted_and_job_env(cell.job)  # inherited by the process of each cell
         if plots:
             require_matplotlib()
-        rows = run_cells(wanted, address, _tell, retry_failed)
+        rows = run_cells(wanted, address, write_message, retry_failed)
         files = sweep_report.write(wanted.folder, plots)
         table, _ = sweep_report.load(wanted.folder)
-        _say((table.json() if as_json else table.markdown()).rstrip())
-        _tell(f"written: {', '.join(str(file) for file in files)}")
+        write_result((table.json() if as_json else table.markdown()).rstrip())
+        write_message(f"written: {', '.join(str(file) for file in files)}")
         failed = [row.cell for row in rows if row.status == "failed"]
         if failed:
             raise TrainingError(
-                f"{len(failed)} of {len(rows)} cells failed: {', '.join(failed)}; see the table"
+                f"{len(failed)} of {len(rows)} cells failed: {', '.join(failed)}; see the table for reasons"
             )
 
 
 @app.command(epilog="Example: orchestrator submit job.yaml --address http://HEAD:8265")
 def submit(
     job: JobFile,
-    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster, http://HEAD:8265.")],
+    address: Annotated[str, typer.Option(help="Dashboard of the Ray cluster, e.g. http://HEAD:8265.")],
     wait: Annotated[bool, typer.Option(help="Stream the log until the run ends.")] = True,
-    doctor: Annotated[bool, typer.Option(help="Look at every node before the training starts.")] = True,
+    doctor: Annotated[bool, typer.Option(help="Run `doctor` on the cluster before training.")] = True,
     certificate: Certificate = None,
     env: Variables = [],
     inherit_env: InheritVariables = True,
     overrides: Overrides = [],
     force: Force = False,
 ) -> None:
-    """Train a job on a cluster through Ray's job submission API; a token is taken from RAY_AUTH_TOKEN."""
-    with exit_codes("the job goes on; the commands above follow it and end it"):
-        spec = load_to_send(job, overrides)
+    """Train a job on a cluster through Ray's job submission API. Authenticates with RAY_AUTH_TOKEN."""
+    with exit_codes("the job keeps running; use the commands above to follow or stop it"):
+        spec = load_for_submit(job, overrides)
         from orchestrator.submit import submit as submission
         from orchestrator.submit.working_dir import with_env_options
 
         options = submission.Submission(wait, doctor, force, inherit_env)
         head = submission.Head(address, certificate)
-        raise typer.Exit(submission.submit(with_env_options(spec, env), head, options, (_say, _tell)))
+        raise typer.Exit(
+            submission.submit(with_env_options(spec, env), head, options, (write_result, write_message))
+        )
 
 
 @app.command(epilog="Example: orchestrator export runs/quickstart --to model --dtype bf16 --shard-size 2GB")
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, STORAGE/NAME.")],
-    to: Annotated[
-        Path, typer.Option(help="Folder to write; it may be new, empty, or an unchanged earlier export.")
-    ],
-    merge: Annotated[bool, typer.Option("--merge", help="Add adapters to the base model's weights.")] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory, STORAGE/NAME.")],
+    to: Annotated[Path, typer.Option(help="Output folder; new, empty, or an unmodified earlier export.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model.")] = False,
     step: Annotated[
-        int | None, typer.Option(help="Step of the checkpoint to export; the newest if not given.")
+        int | None, typer.Option(help="Step of the checkpoint to export; default is the newest.")
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
-        typer.Option(help="Number format of the weights; the run's if not given."),
+        typer.Option(help="Dtype of the weights; default is that of the run."),
     ] = None,
     shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest size of a file of weights, e.g. 2GB or 500MB.")
+        str, typer.Option(metavar="SIZE", help="Maximum size of a weight file, e.g. 2GB or 500MB.")
     ] = "5GB",
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint of a run as Hugging Face safetensors: the model, its adapter, or both merged."""
-    with exit_codes("the folder is as it was"):
+    """Export a checkpoint as Hugging Face safetensors. Writes the model, its adapter, or both merged."""
+    with exit_codes("the output folder is unchanged"):
         with stdout_for_results():
             from orchestrator.export.run_exports import export_run
             from orchestrator.export.weight_files import parse_size
 
             done = export_run(run, to, merge, step, dtype, parse_size(shard_size))
-        _say(json.dumps(done.as_json()) if as_json else f"exported step {done.step} to {to} ({done.dtype})")
+        write_result(
+            json.dumps(done.as_json()) if as_json else f"exported step {done.step} to {to} ({done.dtype})"
+        )
 
 
 @app.command(
     epilog="Example: orchestrator report runs/quickstart; orchestrator report --compare runs/a runs/b"
 )
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of sweeps.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or sweeps.")],
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Say of two runs or sweeps whether they differ by more than noise."),
+        typer.Option("--compare", help="Test whether two runs or sweeps differ by more than noise."),
     ] = False,
     warmup_steps: Annotated[
-        int, typer.Option(min=0, help="Steps at the start of a run that --compare leaves out.")
+        int, typer.Option(min=0, help="Initial steps of a run that --compare ignores.")
     ] = 2,
     layout: Annotated[
-        str | None, typer.Option(help="Layout of a sweep's table; none takes that of the sweep.")
+        str | None, typer.Option(help="Table layout of a sweep; default is that of the sweep.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the summaries of finished runs, side by side where there are several, or tables of sweeps."""
+    """Print or compare the results of runs and sweeps."""
     with exit_codes():
         from orchestrator.bench.report import is_sweep
 
@@ -373,25 +405,25 @@ def report(
             from orchestrator.bench.compare import compare as compare_two
 
             if len(runs) != 2:
-                raise SpecError(f"--compare takes two folders, and {len(runs)} are given; name A and B")
+                raise SpecError(f"--compare requires two folders (got {len(runs)}); pass A and B")
             found = compare_two(runs[0], runs[1], warmup_steps)
-            _say((found.json() if as_json else found.markdown()).rstrip())
+            write_result((found.json() if as_json else found.markdown()).rstrip())
             return
         if any(is_sweep(run) for run in runs):
             from orchestrator.bench.report import load
 
             for run in runs:
                 found, _ = load(run, layout)
-                _say((found.json() if as_json else found.markdown()).rstrip())
+                write_result((found.json() if as_json else found.markdown()).rstrip())
             return
         fields = SUMMARY_FIELDS if len(runs) == 1 and not as_json else ("name",)
         reports = [read_report(run, fields) for run in runs]
         if as_json:
-            _say(json.dumps(reports))
+            write_result(json.dumps(reports))
         elif len(reports) == 1:
-            _say(summary(reports[0]))
+            write_result(summary(reports[0]))
         else:
-            _say(side_by_side(reports))
+            write_result(side_by_side(reports))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take, and the longer ones of single commands."""
+"""Shared command-line arguments and options, and long ones of single commands."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ LookForFiles = Annotated[
     bool,
     typer.Option(
         "--files/--no-files",
-        help="Look for data, models and folders on this machine; --no-files for a job that is to run "
-        "elsewhere.",
+        help="Check data, models and folders on this machine; use --no-files for a job that runs elsewhere.",
     ),
 ]
 Overrides = Annotated[
@@ -22,31 +21,33 @@ Overrides = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, e.g. optim.lr=1e-5; repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Force = Annotated[bool, typer.Option("--force", help="Train although the plan says that it cannot fit.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to use, e.g. auto; none starts a local Ray.")]
-Certificate = Annotated[
-    Path | None, typer.Option(help="Certificate of the authority that signed the dashboard's.")
+Force = Annotated[
+    bool, typer.Option("--force", help="Train even if the plan predicts that the job does not fit.")
 ]
+Address = Annotated[
+    str | None, typer.Option(help="Address of the Ray cluster, e.g. auto; default is a local Ray.")
+]
+Certificate = Annotated[Path | None, typer.Option(help="CA certificate file for an https dashboard.")]
 Variables = Annotated[
     list[str],
     typer.Option(
         "--env",
         metavar="NAME[=VALUE]",
-        help="Environment variable of driver and workers; NAME alone takes its value here; repeatable.",
+        help="Environment variable of driver and workers; NAME alone uses the current value; repeatable.",
     ),
 ]
 InheritVariables = Annotated[
-    bool, typer.Option(help="Send HF_*, WANDB_*, MLFLOW_*, NCCL_*, GLOO_* and proxies as they are set here.")
+    bool, typer.Option(help="Send the current HF_*, WANDB_*, MLFLOW_*, NCCL_*, GLOO_* and proxy variables.")
 ]
 DocumentTokens = Annotated[
     float,
     typer.Option(
         min=0.0,
-        help="Tokens of the document that a token is in, on average: `mean_square_tokens` of `pack`. "
-        "Without it attention is counted over whole packs, an upper limit.",
+        help="Mean document length seen by a token: `mean_square_tokens` of `pack`. Default: attention over "
+        "whole packs, an upper bound.",
     ),
 ]
 NetworkGbits = Annotated[
     float | None,
-    typer.Option(min=0.1, help="Gbit/s of a node's network; the catalogue's, eight fast ports, by default."),
+    typer.Option(min=0.1, help="Network bandwidth per node in Gbit/s; default from the hardware catalogue."),
 ]

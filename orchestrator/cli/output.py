@@ -1,4 +1,4 @@
-"""Writing to standard output and error, which may be closed, full, of another encoding, or read by nobody."""
+"""Writes to stdout and stderr, which may be closed, full or have another encoding."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from orchestrator.errors import ClusterError
 
 
 def prepare_streams() -> None:
-    """Let both streams take any character, and exist where the caller closed them."""
+    """Make both streams accept any character, and replace closed ones."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # started with the descriptor closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open as long as we run
+        if stream is None:  # the file descriptor was closed at start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process exits
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def write_result(text: str) -> None:
-    """Write a command's result to standard output.
+    """Write a command's result to stdout.
 
-    A reader that has gone, as `head` does, is no error.
+    A closed pipe, as with `head`, is not an error.
 
     Raises:
-        ClusterError: Standard output cannot be written, such as a file on a full disk.
+        ClusterError: Stdout cannot be written, for example to a full disk.
     """
     try:
         sys.stdout.write(text + "\n")
@@ -39,27 +39,27 @@ def write_result(text: str) -> None:
     except OSError as error:
         _discard(sys.stdout)
         raise ClusterError(
-            f"the result cannot be written to standard output ({error.strerror}); redirect it elsewhere"
+            f"cannot write the result to stdout ({error.strerror}); redirect it elsewhere"
         ) from None
 
 
 def write_message(text: str) -> None:
-    """Write a message to standard error; one that cannot be written is lost, and ends nothing."""
+    """Write a message to stderr; ignore errors."""
     TolerantStream(sys.stderr).write(text + "\n")
 
 
 class TolerantStream:
-    """A stream whose failures end nothing: a run must outlive the terminal that watches it.
+    """A text stream that ignores write errors, so that a run survives its terminal.
 
     Args:
-        stream: What is written to.
+        stream: Stream to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Write a text and flush it, or lose it."""
+        """Write and flush; discard the text on errors."""
         try:
             self._stream.write(text)
             self._stream.flush()
@@ -71,9 +71,9 @@ class TolerantStream:
 
 
 def describe_unexpected(error: Exception) -> str:
-    """Keep the traceback of an error that nobody foresaw in a file, and return one sentence that names it."""
+    """Write the traceback of an unexpected error to a file, and return a one-line message."""
     reason = " ".join(str(error).split())[:300]
-    found = f"unexpected error: {type(error).__name__}: {reason}".removesuffix(": ")
+    message = f"unexpected error: {type(error).__name__}: {reason}".removesuffix(": ")
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="orchestrator-error-", suffix=".log", delete=False, encoding="utf-8"
@@ -81,18 +81,18 @@ def describe_unexpected(error: Exception) -> str:
             traceback.print_exception(error, file=file)
     except OSError:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{found} at {last.filename}:{last.lineno}; this is a fault of orchestrator, please report it"
-    return f"{found}; this is a fault of orchestrator, please report it with the traceback in {file.name}"
+        return f"{message} at {last.filename}:{last.lineno}; this is a bug in orchestrator, please report it"
+    return f"{message}; this is a bug in orchestrator, please report it with the traceback in {file.name}"
 
 
 @contextmanager
 def stdout_for_results() -> Iterator[TextIO]:
-    """Send to stderr what libraries print meanwhile, also from C++; yield the stdout of results."""
+    """Redirect stdout of libraries, including C++, to stderr; yield the original stdout."""
     real = sys.stdout
     try:
         real.flush()
         saved = os.dup(real.fileno())
-    except (OSError, ValueError):  # it is no file, as in tests, or closed
+    except (OSError, ValueError):  # not a file, as in tests, or closed
         with redirect_stdout(sys.stderr):
             yield real
         return
@@ -106,7 +106,7 @@ def stdout_for_results() -> Iterator[TextIO]:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what is still buffered to nowhere: the interpreter flushes the stream once more at its end."""
+    """Redirect a stream to /dev/null, because the interpreter flushes its buffer again at exit."""
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())

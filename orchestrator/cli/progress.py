@@ -1,4 +1,4 @@
-"""Showing a run to a person: one line for each step or so, with loss, TGS and the time that is left."""
+"""Progress output of a run: lines with step, loss, TGS and remaining time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Logs the status of a run whenever there is something new, a line every two seconds at most."""
+    """Logs the status of a run, at most one line every two seconds."""
 
     def __init__(self) -> None:
         self._attempt = 0
@@ -22,7 +22,7 @@ class Progress:
         self._printed = 0.0
 
     def __call__(self, status: Status) -> None:
-        """Show a status of the recorder."""
+        """Log a status of the recorder."""
         if status.attempt != self._attempt:
             self._attempt, self._step = status.attempt, -1
             where = f", metrics on port {status.metrics_port}" if status.metrics_port else ""

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import yaml
 
+from orchestrator import __version__
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.kubernetes.pod_sizing import GIB, RAY_PORTS, PodOptions, PodSizing, size_pods
 from orchestrator.metrics.endpoint import AUTO_PORTS
 
 RAY_VERSION = "2.60.0"  # must match the images: KubeRay selects its probes by version
-IMAGES = {"cuda": "orchestrator:0.1.0-cuda", "cpu": "orchestrator:0.1.0-cpu"}
+IMAGES = {device: f"orchestrator:{__version__}-{device}" for device in ("cuda", "cpu")}
 """Image names as built in k8s/README.md; they are not in any registry."""
 
 LONGEST_RAYJOB_NAME = 47

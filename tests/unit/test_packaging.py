@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import __version__
 from orchestrator.config import loader
 from orchestrator.package_data import RESOURCES, ROOT
 from orchestrator.submit import working_dir
@@ -131,6 +132,8 @@ def test_a_wheel_is_found_among_foreign_packages(foreign: Path) -> None:
     zipfile.ZipFile(wheel).extractall(site)
     top_level = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
     assert top_level == {"orchestrator"}
+    assert (site / "orchestrator" / "py.typed").exists()
+    assert wheel.name.split("-")[1] == __version__
     assert_complete(found_by(site, foreign), site / "orchestrator", site / "orchestrator" / "_bundled")
     assert run_plan(cwd=foreign, python_path=site) == run_plan(cwd=foreign, python_path=ROOT)
 

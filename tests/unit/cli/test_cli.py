@@ -1,4 +1,4 @@
-"""The command line: what it loads, how soon it answers, and that what it ships is what it says."""
+"""The command line: imports, start time, help, errors and output."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import __version__
 from orchestrator.config import loader
 from tests.conftest import ENVIRONMENT, ROOT, orchestrator
 
@@ -20,6 +21,7 @@ QUICKSTART = ROOT / "launch" / "jobs" / "quickstart.yaml"
 SCHEMA = ROOT / "launch" / "jobs" / "job.schema.json"
 LIGHT_COMMANDS = [
     ["--help"],
+    ["--version"],
     ["validate", str(QUICKSTART)],
     ["render", "--target", "deepspeed", str(QUICKSTART)],
     ["render", "--target", "rayjob", str(QUICKSTART), "--set", "checkpoint.storage=/mnt/shared/runs"],
@@ -37,9 +39,9 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize("arguments", LIGHT_COMMANDS, ids=lambda arguments: arguments[0])
-def test_light_commands_load_no_framework_and_answer_in_a_second(arguments: list[str]) -> None:
+def test_light_commands_import_no_framework_and_finish_within_a_second(arguments: list[str]) -> None:
     seconds = []
-    for _ in range(2):  # of the processor, because the machine may be busy with something else
+    for _ in range(2):  # CPU time, because other processes may use the machine
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-c", PROBE, *arguments],
@@ -62,19 +64,36 @@ def test_every_command_has_help_with_an_example(command: str, tmp_path: Path) ->
     assert f"orchestrator {command}" in done.out.split("Example:")[1]
 
 
-def test_validate_answers_in_json(tmp_path: Path) -> None:
+def test_version_is_that_of_the_package(tmp_path: Path) -> None:
+    done = orchestrator("--version", cwd=tmp_path)
+    assert (done.code, done.out) == (0, f"orchestrator {__version__}\n")
+
+
+def test_the_shell_completes_commands(tmp_path: Path) -> None:
+    script = orchestrator(
+        "--show-completion", "bash", cwd=tmp_path, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    )
+    assert script.code == 0
+    assert "_ORCHESTRATOR_COMPLETE=complete_bash" in script.out
+    completed = orchestrator(
+        cwd=tmp_path, _ORCHESTRATOR_COMPLETE="complete_bash", COMP_WORDS="orchestrator val", COMP_CWORD="1"
+    )
+    assert completed.out.split() == ["validate"]
+
+
+def test_validate_prints_json(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("name: a/b\nmodel: {path: m}\ndata: {train: [{path: d}]}\n")
     good = orchestrator("validate", str(QUICKSTART), "--json", cwd=tmp_path)
     assert (good.code, json.loads(good.out)) == (0, {"valid": True, "problems": [], "warnings": []})
     bad = orchestrator("validate", str(QUICKSTART), "bad.yaml", "--json", cwd=tmp_path)
     assert bad.code == 2
-    found = json.loads(bad.out)
-    assert [problem.split(": ")[0] for problem in found["problems"]] == ["bad.yaml:1", "bad.yaml:3"]
+    result = json.loads(bad.out)
+    assert [problem.split(": ")[0] for problem in result["problems"]] == ["bad.yaml:1", "bad.yaml:3"]
     elsewhere = orchestrator("validate", "bad.yaml", "--no-files", "--json", cwd=tmp_path)
     assert [problem.split(": ")[0] for problem in json.loads(elsewhere.out)["problems"]] == ["bad.yaml:1"]
 
 
-def test_validate_and_train_refuse_the_same_and_leave_nothing(tmp_path: Path) -> None:
+def test_validate_and_train_report_the_same_errors_and_create_no_files(tmp_path: Path) -> None:
     text = "name: j\nmodel:\n  path: ./modle\ndata:\n  train: [{path: nope.json}]\nmetrics: {port: null}\n"
     (tmp_path / "job.yaml").write_text(text)
     checked = orchestrator("validate", "job.yaml", cwd=tmp_path)
@@ -86,40 +105,40 @@ def test_validate_and_train_refuse_the_same_and_leave_nothing(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
 
 
-def test_warnings_are_printed_beside_a_result_and_fail_nothing(tmp_path: Path) -> None:
-    odd = ("--set", "optim.lr=50", "--set", "optim.warmup_ratio=1")
-    checked = orchestrator("validate", str(QUICKSTART), *odd, cwd=tmp_path)
+def test_warnings_do_not_change_result_and_exit_code(tmp_path: Path) -> None:
+    unusual = ("--set", "optim.lr=50", "--set", "optim.warmup_ratio=1")
+    checked = orchestrator("validate", str(QUICKSTART), *unusual, cwd=tmp_path)
     assert (checked.code, checked.out) == (0, "1 job file valid\n")
     lines = checked.err.splitlines()
     assert [line.split("=")[0] for line in lines] == [
         "warning: --set optim.lr",
         "warning: --set optim.warmup_ratio",
     ]
-    answered = orchestrator("validate", str(QUICKSTART), *odd, "--json", cwd=tmp_path)
-    found = json.loads(answered.out)
-    assert (answered.code, answered.err, found["valid"]) == (0, "", True)
-    assert [f"warning: {warning}" for warning in found["warnings"]] == lines
-    wrong = orchestrator("validate", str(QUICKSTART), *odd, "--set", "optim.epoch=1", cwd=tmp_path)
+    as_json = orchestrator("validate", str(QUICKSTART), *unusual, "--json", cwd=tmp_path)
+    result = json.loads(as_json.out)
+    assert (as_json.code, as_json.err, result["valid"]) == (0, "", True)
+    assert [f"warning: {warning}" for warning in result["warnings"]] == lines
+    wrong = orchestrator("validate", str(QUICKSTART), *unusual, "--set", "optim.epoch=1", cwd=tmp_path)
     assert wrong.code == 2
     assert wrong.err.startswith("\n".join(lines) + "\njob file error: --set optim.epoch=1: ")
     for command in (("train",), ("submit", "--address", "http://127.0.0.1:9")):
-        refused = orchestrator(
+        failed = orchestrator(
             command[0],
             str(QUICKSTART),
             *command[1:],
-            *odd,
+            *unusual,
             "--set",
             "checkpoint.storage=/proc/x",
             "--set",
             "metrics.port=null",
             cwd=tmp_path,
         )
-        assert refused.code == 3
-        assert refused.err.splitlines()[:2] == lines
-        assert refused.err.count("warning:") == 2
+        assert failed.code == 3
+        assert failed.err.splitlines()[:2] == lines
+        assert failed.err.count("warning:") == 2
 
 
-def test_render_prints_what_a_run_would_use(tmp_path: Path) -> None:
+def test_render_prints_the_deepspeed_configuration(tmp_path: Path) -> None:
     on_gpu = orchestrator("render", str(QUICKSTART), "--set", "parallel.zero_stage=2", cwd=tmp_path)
     assert on_gpu.code == 0
     config = json.loads(on_gpu.out)
@@ -130,7 +149,7 @@ def test_render_prints_what_a_run_would_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "null", '{"name": "run"}', "{", "\x00"])
-def test_a_file_that_is_no_report_is_one_clear_error(text: str, tmp_path: Path) -> None:
+def test_an_invalid_report_is_one_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(text)
     done = orchestrator("report", ".", cwd=tmp_path)
     assert done.code == 2
@@ -138,7 +157,7 @@ def test_a_file_that_is_no_report_is_one_clear_error(text: str, tmp_path: Path) 
     assert "name the folder STORAGE/NAME of a run" in done.err
 
 
-def test_steps_that_are_no_steps_are_not_compared(tmp_path: Path) -> None:
+def test_runs_without_valid_steps_are_not_compared(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "steps.jsonl").write_text('[1]\n5\n{"step": 1}\n{"step": "x", "attempt": 1}\n{"st')
@@ -147,7 +166,7 @@ def test_steps_that_are_no_steps_are_not_compared(tmp_path: Path) -> None:
     assert "a holds no sweep and no run with more than 2 steps" in done.err
 
 
-def test_reports_stand_side_by_side(tmp_path: Path) -> None:
+def test_reports_are_printed_side_by_side(tmp_path: Path) -> None:
     common = {"evaluation_loss": None, "tgs": 1.0, "step_seconds": 2.0, "world_size": 2, "restarts": 0}
     for name, loss in (("a", 1.5), ("b", 1.25)):
         (tmp_path / name).mkdir()
@@ -157,7 +176,7 @@ def test_reports_stand_side_by_side(tmp_path: Path) -> None:
     assert [line.split() for line in done.out.splitlines()[:2]] == [["a", "b"], ["loss", "1.5", "1.25"]]
 
 
-def test_the_schema_for_editors_is_that_of_the_code() -> None:
+def test_the_json_schema_matches_the_code() -> None:
     text = json.dumps(loader.json_schema(), indent=2) + "\n"
     if os.environ.get("GOLDEN_UPDATE"):
         SCHEMA.write_text(text)

@@ -1,4 +1,4 @@
-"""Output that cannot be written, or not as it is: the command still ends as it should."""
+"""Output to closed, full or ASCII streams, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAN = "-m orchestrator plan launch/jobs/quickstart.yaml --gpus 8xA100-80G-SXM -
 
 
 def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of bash, where `PLAN` prints some 4 KiB to standard output, with signs outside ASCII."""
+    """Run a line of bash, where `PLAN` prints about 4 KiB with non-ASCII characters to stdout."""
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line.replace('PLAN', f'{sys.executable} {PLAN}')}"],
         cwd=ROOT,
@@ -34,10 +34,10 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ("PLAN | true", 0, ""),
         ("PLAN >&-", 0, ""),
         ("PLAN 2>&-", 0, ""),
-        ("PLAN > /dev/full", 3, "the result cannot be written to standard output (No space left on device)"),
+        ("PLAN > /dev/full", 3, "cannot write the result to stdout (No space left on device)"),
     ],
 )
-def test_a_result_that_nobody_takes(line: str, code: int, words: str) -> None:
+def test_closed_and_full_streams(line: str, code: int, words: str) -> None:
     done = shell(line)
     assert (done.returncode, "Traceback" in done.stderr, "Exception ignored" in done.stderr) == (
         code,
@@ -47,13 +47,13 @@ def test_a_result_that_nobody_takes(line: str, code: int, words: str) -> None:
     assert words in done.stderr
 
 
-def test_signs_that_the_terminal_does_not_know_are_escaped() -> None:
+def test_characters_outside_the_encoding_are_escaped() -> None:
     done = shell("PLAN", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert r"\xb1" in done.stdout
 
 
-def test_a_message_that_cannot_be_written_ends_nothing() -> None:
+def test_a_tolerant_stream_ignores_write_errors() -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:
         stream = TolerantStream(full)
         stream.write("lost\n")
@@ -61,16 +61,16 @@ def test_a_message_that_cannot_be_written_ends_nothing() -> None:
     TolerantStream(full).write("closed by now\n")
 
 
-def test_what_nobody_foresaw_is_one_sentence_and_a_traceback_in_a_file(
+def test_an_unexpected_error_is_one_line_with_a_traceback_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     try:
         raise KeyError("lost\nkey")
     except KeyError as error:
-        said = describe_unexpected(error)
+        message = describe_unexpected(error)
     (file,) = tmp_path.iterdir()
-    assert said.startswith("unexpected error: KeyError: ")
-    assert "\n" not in said
-    assert str(file) in said
+    assert message.startswith("unexpected error: KeyError: ")
+    assert "\n" not in message
+    assert str(file) in message
     assert "Traceback (most recent call last)" in file.read_text()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import __version__
 from orchestrator.config import loader
 from orchestrator.kubernetes.pod_sizing import PodOptions, size_pods
 from orchestrator.kubernetes.rayjob import IMAGES, RAY_VERSION, rayjob_spec
@@ -31,8 +32,7 @@ def test_the_ray_version_is_installed_and_pinned() -> None:
 
 
 def test_image_tags_match_the_project_version() -> None:
-    version = PROJECT["project"]["version"]
-    assert {kind: f"orchestrator:{version}-{kind}" for kind in ("cuda", "cpu")} == IMAGES
+    assert {kind: f"orchestrator:{__version__}-{kind}" for kind in ("cuda", "cpu")} == IMAGES
     readme = (ROOT / "k8s" / "README.md").read_text()
     for kind, file in DOCKERFILES.items():
         command = rf"docker build -f {file.relative_to(ROOT)}\s+-t {re.escape(IMAGES[kind])}\s+\."
