@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from orchestrator.atomic_files import read_object
+from orchestrator.atomic_files import read_object, write_json
 from orchestrator.bench import results
 from orchestrator.bench.layouts import LAYOUTS, table
 from orchestrator.bench.results import Row
@@ -24,8 +23,7 @@ def is_sweep(folder: Path) -> bool:
 
 def describe(folder: Path, name: str, layout: str, cells: list[str]) -> None:
     """Record what the report of a sweep is made of: its layout, and its cells in their order."""
-    text = json.dumps({"name": name, "layout": layout, "cells": cells}, indent=1)
-    (folder / SWEEP).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / SWEEP, {"name": name, "layout": layout, "cells": cells})
 
 
 def foreign_file(folder: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.atomic_files import read_lines, read_object, read_value
+from orchestrator.atomic_files import read_lines, read_object, read_value, write_json
 from orchestrator.bench import results
 from orchestrator.bench.cell import INSTRUCTIONS, OUTCOME
 from orchestrator.bench.report import describe, foreign_file
@@ -136,7 +135,7 @@ def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, 
         "address": address,
         "memory_limit_bytes": None if gib is None else int(gib * 2**30),
     }
-    (run_dir / INSTRUCTIONS).write_text(json.dumps(asked), encoding="utf-8")
+    write_json(run_dir / INSTRUCTIONS, asked)
     ended = _run_process(run_dir, sweep.spec.timeout_minutes, lock)
     return read_object(run_dir / OUTCOME) or {"status": "failed", "reason": ended}
 

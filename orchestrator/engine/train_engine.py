@@ -1,7 +1,7 @@
 """The part of DeepSpeed's engine that this project uses, as protocols: DeepSpeed ships no types.
 
 Names and signatures are those of deepspeed/runtime/engine.py and deepspeed/runtime/zero (0.19). Attributes
-that are methods upstream stand here as attributes where this project replaces them.
+that are methods upstream are declared as attributes if this project replaces them.
 """
 
 from __future__ import annotations

@@ -209,7 +209,8 @@ class Draft:
         """
         paths = sorted(path for path in self.directory.rglob("*") if path.is_file())
         files = {path.relative_to(self.directory).as_posix(): describe(path) for path in paths}
-        marker = self.directory / MARKER
+
+        marker = self.directory / MARKER  # atomic by the rename of the directory
         marker.write_text(json.dumps({**properties, "files": files}, indent=1) + "\n", encoding="utf-8")
         mode = marker.stat().st_mode & 0o777
         for path in paths:  # safetensors creates its files with mode 600

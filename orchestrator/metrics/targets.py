@@ -60,6 +60,8 @@ class TargetFile:
         """
         if time.monotonic() - self._written < _REFRESH_SECONDS and self._file.exists():
             return
+        # Not by `atomic_files.write_json`: the folder is world-writable, where another user could have put a
+        # link in the place of the draft. O_EXCL and O_NOFOLLOW refuse to write through it.
         draft = self._file.with_name(f".{self._file.name}.draft")
         draft.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
