@@ -1,4 +1,4 @@
-"""What fault tests take place on: a small disk, and a driver in the process of the test."""
+"""Fixtures of fault tests: a small disk, and a driver in the process of the test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def tokenising() -> Iterator[ModuleType]:
-    """Start a local Ray in this process, so that what the driver does can be got at."""
+    """Start a local Ray in this process, so that functions of the driver can be replaced."""
     import ray
 
     from orchestrator.cluster.auth import choose_auth_mode
@@ -34,7 +34,7 @@ def tokenising() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mount a file system of so many bytes, or give the one that is mounted another size."""
+    """Mount a file system of a given size in bytes, or resize it if it is mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
 
@@ -43,7 +43,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         command = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(folder)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+            pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
         return folder
 
     try:

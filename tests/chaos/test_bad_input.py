@@ -1,4 +1,4 @@
-"""Bad input of every kind: one clear error, the right exit code, no traceback, nothing left or lost."""
+"""Invalid input of every kind: one clear error, the right exit code, no traceback, no files left or lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _write(folder: Path, text: str | bytes) -> None:
 
 
 def _assert_clear(done: Finished, code: int, *words: str) -> None:
-    """One block on stderr: a title, sentences that name value, rule and remedy, nothing else."""
+    """Check that stderr has a title and errors with value, rule and remedy."""
     assert done.code == code, f"{done.out[-2000:]}\n{done.err[-2000:]}"
     block = done.err.strip()
     titles = {2: "job file error:", 3: "cluster error:", 4: "training error:"}
@@ -31,7 +31,7 @@ def _assert_clear(done: Finished, code: int, *words: str) -> None:
         assert word in block
 
 
-# What stands in a job file: each case changes one thing, and names the words that the error must hold.
+# Each case changes one field of a job file, and has words that the error must contain.
 FILES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "unknown key": ({"optim__learning_rte": 1}, ("optim.learning_rte", "not a field")),
     "misspelt key": ({"data__max_lenght": 512}, ("data.max_lenght", "did you mean max_length?")),
@@ -42,7 +42,7 @@ FILES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "list for a section": ({"optim": [1, 2]}, ("optim=[1, 2]", "section")),
     "unknown choice": ({"parallel__zero_stage": 7}, ("parallel.zero_stage=7", "0, 1, 2 or 3")),
     "negative rate": ({"optim__lr": -1.0}, ("optim.lr=-1.0", "above 0")),
-    "rate that is no number": ({"optim__lr": float("nan")}, ("optim.lr",)),
+    "rate that is not a number": ({"optim__lr": float("nan")}, ("optim.lr",)),
     "zero workers": ({"parallel__workers": 0}, ("parallel.workers=0", "at least 1")),
     "port out of range": ({"metrics__port": 70000}, ("metrics.port=70000", "65535")),
     "empty list of data": ({"data__train": []}, ("data.train", "at least 1")),
@@ -76,7 +76,7 @@ FILES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_job_file(kind: str, tmp_path: Path) -> None:
+def test_invalid_field(kind: str, tmp_path: Path) -> None:
     changes, words = FILES[kind]
     _write(tmp_path, job_text(tmp_path / "runs", **changes))
     for command in (("validate",), ("train",)):
@@ -102,7 +102,7 @@ TEXTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", TEXTS)
-def test_text_of_the_file(kind: str, tmp_path: Path) -> None:
+def test_invalid_yaml(kind: str, tmp_path: Path) -> None:
     text, words = TEXTS[kind]
     _write(tmp_path, text)
     _assert_clear(orchestrator("train", "job.yaml", cwd=tmp_path), 2, *words)
@@ -116,11 +116,13 @@ def test_text_of_the_file(kind: str, tmp_path: Path) -> None:
         (("train", "job.yaml", "--set", "optim.lr"), 2, ("--set optim.lr", "field.name=value")),
         (("train", "job.yaml", "--set", "optim.lrr=1"), 2, ("optim.lrr", "did you mean lr?")),
         (("train", "job.yaml", "--set", "data.train.5.path=x"), 2, ("data.train.5.path",)),
-        (("export", "nowhere", "--to", "model"), 2, ("nowhere", "not the folder of a run")),
+        (("export", "nowhere", "--to", "model"), 2, ("nowhere", "not a run directory")),
         (("report", "nowhere"), 2, ("nowhere", "report.json")),
     ],
 )
-def test_command_line(arguments: tuple[str, ...], code: int, words: tuple[str, ...], tmp_path: Path) -> None:
+def test_invalid_arguments(
+    arguments: tuple[str, ...], code: int, words: tuple[str, ...], tmp_path: Path
+) -> None:
     _write(tmp_path, job_text(tmp_path / "runs"))
     _assert_clear(orchestrator(*arguments, cwd=tmp_path), code, *words)
 
@@ -132,7 +134,7 @@ def test_all_errors_of_a_file_at_once(tmp_path: Path) -> None:
     _assert_clear(done, 2, "4 problems", "name=", "optim.lr=", "data.max_lenght", "parallel.zero_stage=9")
 
 
-def test_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     _write(
         tmp_path,
         job_text(
@@ -146,13 +148,13 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     _assert_clear(done, 2, "absent.json", "also-absent.json", "no-model")
 
 
-def test_model_folder_without_configuration(tmp_path: Path) -> None:
+def test_model_directory_without_config_json(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     _write(tmp_path, job_text(tmp_path / "runs", model={"path": "folder", "weights": "random"}))
     _assert_clear(orchestrator("train", "job.yaml", cwd=tmp_path), 2, "model.path", "config.json")
 
 
-def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
+def test_storage_that_is_not_writable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     _write(tmp_path, job_text(tmp_path / "file" / "runs"))
     _assert_clear(
@@ -161,20 +163,20 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_port_that_is_taken(tmp_path: Path) -> None:
+def test_port_that_is_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         _write(tmp_path, job_text(tmp_path / "runs", metrics__port=port))
         _assert_clear(orchestrator("train", "job.yaml", cwd=tmp_path), 3, f"metrics.port={port}", "free")
 
 
-def test_dashboard_that_does_not_answer(tmp_path: Path) -> None:
+def test_dashboard_that_does_not_respond(tmp_path: Path) -> None:
     _write(tmp_path, job_text(tmp_path / "runs"))
     done = orchestrator("submit", "job.yaml", "--address", "http://127.0.0.1:9", cwd=tmp_path)
     _assert_clear(done, 3, "http://127.0.0.1:9", "--address")
 
 
-def test_submit_with_paths_that_do_not_travel(tmp_path: Path) -> None:
+def test_submit_with_paths_that_cannot_be_uploaded(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     changes = {
         "data__train": [{"path": "../rows.json"}],
@@ -188,7 +190,7 @@ def test_submit_with_paths_that_do_not_travel(tmp_path: Path) -> None:
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Callable[..., Finished]]:
-    """Run a command that starts Ray, and find that it leaves no process behind."""
+    """Run a command that starts Ray, and check that no process is left."""
     marker = uuid.uuid4().hex
 
     def run(*arguments: str) -> Finished:
@@ -212,17 +214,17 @@ ROWS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
 
 @pytest.mark.ray
 @pytest.mark.parametrize("kind", ROWS)
-def test_rows(kind: str, tmp_path: Path, watched: Callable[..., Finished]) -> None:
+def test_invalid_rows(kind: str, tmp_path: Path, watched: Callable[..., Finished]) -> None:
     content, words = ROWS[kind]
     (tmp_path / "rows.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     _write(tmp_path, job_text(tmp_path / "runs", data__train=[{"path": "rows.json"}]))
     _assert_clear(watched("pack", "job.yaml"), 2, "rows.json", *words)
     folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
-    assert all(any(path.iterdir()) for path in folders), folders  # what was refused leaves no empty folder
+    assert all(any(path.iterdir()) for path in folders), folders  # no empty directories are left
 
 
 @pytest.mark.ray
-def test_rows_that_are_all_longer_than_max_length(tmp_path: Path, watched: Callable[..., Finished]) -> None:
+def test_rows_that_all_exceed_max_length(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     rows = [{"instruction": "word " * 100, "output": "word " * 100}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     changes = {"data__train": [{"path": "rows.json"}], "data__max_length": 32, "data__truncation": "drop"}
@@ -235,14 +237,12 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, watched: Callable[...
     changes = {"parallel__workers": 512, "optim__global_batch_size": 512}
     _write(tmp_path, job_text(tmp_path / "runs", **changes))
     _assert_clear(watched("train", "job.yaml"), 3, "512", "parallel.workers")
-    # The name is not burnt: the corrected job may use it.
+    # The name of the job stays free for the corrected job.
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.ray
-def test_offloading_more_than_the_nodes_have_memory_for(
-    tmp_path: Path, watched: Callable[..., Finished]
-) -> None:
+def test_offload_that_exceeds_host_memory(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     builtin = Path(__file__).resolve().parents[2] / "orchestrator" / "builtin" / "tiny-llama"
     shutil.copytree(builtin, tmp_path / "model")
     config = json.loads((builtin / "config.json").read_text())
@@ -258,7 +258,7 @@ def test_offloading_more_than_the_nodes_have_memory_for(
 
 
 @pytest.mark.ray
-def test_a_job_that_cannot_fit_is_refused_before_data_are_read(
+def test_a_job_that_does_not_fit_is_refused_before_data_is_read(
     tmp_path: Path, watched: Callable[..., Finished]
 ) -> None:
     _write(tmp_path, job_text(tmp_path / "runs", data__max_length=4_194_304))
@@ -270,12 +270,10 @@ def test_a_job_that_cannot_fit_is_refused_before_data_are_read(
 
 
 @pytest.mark.ray
-def test_number_format_that_the_device_does_not_have(
-    tmp_path: Path, watched: Callable[..., Finished]
-) -> None:
+def test_dtype_that_the_device_does_not_support(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     _write(tmp_path, job_text(tmp_path / "runs", model__dtype="fp16", parallel__device="cpu"))
     _assert_clear(watched("train", "job.yaml"), 2, "model.dtype=fp16", "fp32")
-    assert not (tmp_path / "runs").exists()  # no folder of a run that never began
+    assert not (tmp_path / "runs").exists()  # no run directory is left
 
 
 @pytest.mark.ray
@@ -289,28 +287,26 @@ def test_tokenizer_without_chat_template(tmp_path: Path, watched: Callable[..., 
 
 
 @pytest.mark.ray
-def test_model_without_weights_is_not_tried_again(tmp_path: Path, watched: Callable[..., Finished]) -> None:
+def test_model_without_weights_is_not_retried(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     _write(tmp_path, job_text(tmp_path / "runs", model__weights="pretrained"))
     _assert_clear(watched("train", "job.yaml"), 2, "model.path=builtin/tiny-llama", "has no weights")
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.ray
-def test_loss_that_is_no_number(tmp_path: Path, watched: Callable[..., Finished]) -> None:
+def test_loss_that_is_not_finite(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     changes = {"optim__lr": 1e30, "optim__schedule": "constant", "optim__warmup_ratio": 0.0}
     _write(tmp_path, job_text(tmp_path / "runs", **changes))
     _assert_clear(watched("train", "job.yaml"), 4, "loss=nan", "at step 2", "lower optim.lr")
 
 
 @pytest.mark.ray
-def test_disk_that_is_full_keeps_the_last_checkpoint(
-    tmp_path: Path, watched: Callable[..., Finished]
-) -> None:
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, watched: Callable[..., Finished]) -> None:
     storage = tmp_path / "small"
     storage.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(storage)], check=False)
     if mounted.returncode:
-        pytest.skip("a small file system cannot be mounted here (needs root)")
+        pytest.skip("mounting a small file system needs root")
     try:
         _write(tmp_path, job_text(storage, checkpoint__every_steps=4))
         done = watched("train", "job.yaml")
@@ -333,7 +329,7 @@ def test_disk_that_is_full_keeps_the_last_checkpoint(
 def test_damaged_checkpoint_and_another_job(
     undisturbed_run: Observed, tmp_path: Path, watched: Callable[..., Finished]
 ) -> None:
-    """A copy of a finished run, taken back to before its end."""
+    """Uses a copy of a finished run without its report, so that it is not finished."""
     storage = tmp_path / "runs"
     shutil.copytree(undisturbed_run.folder, storage / "run")
     (storage / "run" / "report.json").unlink()
@@ -357,7 +353,7 @@ def test_damaged_checkpoint_and_another_job(
     assert not (tmp_path / "model").exists()
 
 
-def test_run_that_another_process_writes(tmp_path: Path) -> None:
+def test_run_directory_that_is_in_use(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "run"
     run_dir.mkdir(parents=True)
     sleeper = subprocess.Popen(["sleep", "120"])
@@ -366,7 +362,7 @@ def test_run_that_another_process_writes(tmp_path: Path) -> None:
         (run_dir / "owner.json").write_text(json.dumps(owner))
         _write(tmp_path, job_text(tmp_path / "runs"))
         done = orchestrator("train", "job.yaml", cwd=tmp_path)
-        _assert_clear(done, 3, f"process {sleeper.pid}", "another name")
+        _assert_clear(done, 3, f"process {sleeper.pid}", "change name in the job file")
     finally:
         sleeper.kill()
         sleeper.wait()

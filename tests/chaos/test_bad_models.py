@@ -1,4 +1,4 @@
-"""Models that do not fit their files or their data end a run before a worker is started, with one error."""
+"""Models that do not match their files or their data are an error before workers start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {
 
 
 def write_model(folder: Path, family: str, **fields: Any) -> None:
-    """Write a tiny model of a family with the tokenizer that this package ships."""
+    """Write a tiny model of a family with the builtin tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     tokenizer.save_pretrained(folder)
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **{**SIZES, **fields})
@@ -44,7 +44,7 @@ def assert_refused(done: Finished, folder: Path, *words: str) -> None:
     assert not (folder / "runs" / "run" / "workers.json").exists()
 
 
-def test_a_lost_weight_ends_the_run_before_it_starts(tmp_path: Path) -> None:
+def test_a_missing_weight_is_an_error_before_workers_start(tmp_path: Path) -> None:
     write_model(tmp_path / "model", "llama")
     file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(file)
@@ -53,8 +53,8 @@ def test_a_lost_weight_ends_the_run_before_it_starts(tmp_path: Path) -> None:
     assert_refused(train(tmp_path), tmp_path, "model.path=", "lacks 1 of", name, "copy the model again")
 
 
-def test_tokens_beyond_the_embedding_end_the_run_before_workers_start(tmp_path: Path) -> None:
-    """Its other notes come first: of a balance loss, and of positions that the model was not made for."""
+def test_tokens_beyond_the_embedding_are_an_error_before_workers_start(tmp_path: Path) -> None:
+    """Warnings about a balance loss and about max_position_embeddings are logged first."""
     write_model(
         tmp_path / "model", "mixtral", num_local_experts=2, output_router_logits=True,
         router_aux_loss_coef=10.0,

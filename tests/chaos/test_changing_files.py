@@ -1,4 +1,4 @@
-"""A file that changes while it is read, and a disk that is full at the last moment: nothing is kept."""
+"""A data file that changes while it is read, and a disk that is full at the end: nothing is cached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def _write_short_rows(path: Path, count: int = 5000) -> None:
-    """Write rows of a few words: two shards and next to no work."""
+    """Write rows of a few words: two shards, quickly tokenized."""
     rows = ({"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(count))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -41,14 +41,14 @@ def _append_a_row(file: Path) -> None:
 
 
 def _change_a_word_and_hide_it(file: Path) -> None:
-    """Same size, same time of change, other content."""
+    """Same size and modification time, other content."""
     before = file.stat()
     file.write_bytes(file.read_bytes().replace(b"It is 4999", b"It is 4998"))
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def _change_a_word_and_change_it_back(file: Path) -> None:
-    """Same size, same content, another time of change: what was read in between is not known."""
+    """Same size and content, other modification time: what was read in between is unknown."""
     content, before = file.read_bytes(), file.stat()
     file.write_bytes(content.replace(b"It is 4999", b"It is 4998"))
     file.write_bytes(content)
@@ -101,7 +101,7 @@ def test_a_file_that_changes_during_the_read_is_refused(
     assert len(seen) == 2
     (problem,) = refused.value.problems
     assert f"data file {file} {words}" in problem
-    assert list(cache.iterdir()) == [], "nothing is kept of it"
+    assert list(cache.iterdir()) == [], "nothing is cached"
 
     if file.exists():
         store = _tokenise(tokenising, file, cache)
@@ -110,7 +110,7 @@ def test_a_file_that_changes_during_the_read_is_refused(
         assert len(store) == len(file.read_text().splitlines())
 
 
-def test_a_disk_that_is_full_at_the_index_is_named_as_well(
+def test_a_disk_that_is_full_at_the_index_is_an_error(
     tokenising: ModuleType, tmp_path: Path, small_disk: Callable[[int], Path]
 ) -> None:
     file = tmp_path / "rows.jsonl"

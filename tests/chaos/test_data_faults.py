@@ -1,4 +1,4 @@
-"""Faults while data is tokenised and read: never a wrong token, always a clear message, nothing left."""
+"""Faults during tokenization and packing: no wrong tokens, a clear error, no files left."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MARKER = uuid.uuid4().hex
 
 @dataclass
 class Packed:
-    """A data set that was tokenised and packed without any fault."""
+    """A dataset that was tokenized and packed without a fault."""
 
     file: Path
     cache: Path
@@ -51,34 +51,36 @@ class Packed:
 
     @property
     def store(self) -> Path:
-        """Folder of the only store."""
+        """Directory of the only token store."""
         (store,) = _stores(self.cache)
         return store
 
     @property
     def plan(self) -> Path:
-        """Folder of the only plan."""
+        """Directory of the only packed dataset."""
         (plan,) = self.cache.glob("plan-*")
         return plan
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Packed]:
-    """Tokenise and pack generated rows once, with nothing in the way."""
-    home = tmp_path_factory.mktemp("undisturbed-data")
-    write_rows(home / "rows.jsonl", ROWS)
-    _write_job(home, home / "rows.jsonl", home / "runs")
-    done = _run("pack", "job.yaml", "--json", cwd=home)
+    """Tokenize and pack generated rows once, without a fault."""
+
+    root = tmp_path_factory.mktemp("undisturbed-data")
+    write_rows(root / "rows.jsonl", ROWS)
+    _write_job(root, root / "rows.jsonl", root / "runs")
+    done = _run("pack", "job.yaml", "--json", cwd=root)
     assert done.code == 0, done.err
-    packed = Packed(home / "rows.jsonl", home / "runs" / ".cache", json.loads(done.out))
+
+    packed = Packed(root / "rows.jsonl", root / "runs" / ".cache", json.loads(done.out))
     assert len(list(packed.store.glob("shard-*"))) == 3
     yield packed
     wait_until(lambda: not processes_of(f"TEST_MARKER={MARKER}"), 90, "all processes gone")
 
 
-def _write_job(home: Path, data: Path, storage: Path, **changes: Any) -> None:
+def _write_job(directory: Path, data: Path, storage: Path, **changes: Any) -> None:
     changes = {"data__train": [{"path": str(data)}], "eval": None, "optim__max_steps": 2, **changes}
-    (home / "job.yaml").write_text(job_text(storage, **changes))
+    (directory / "job.yaml").write_text(job_text(storage, **changes))
 
 
 def _run(*arguments: str, cwd: Path) -> Finished:
@@ -86,7 +88,7 @@ def _run(*arguments: str, cwd: Path) -> Finished:
 
 
 def _assert_clear(done: Finished, *words: str) -> None:
-    """The machines' fault: exit code 3 and one block on stderr that names place and remedy."""
+    """Check exit code 3 and an error on stderr that has these words."""
     assert done.code == 3, f"{done.out[-2000:]}\n{done.err[-2000:]}"
     assert "cluster error:" in done.err
     for word in words:
@@ -98,27 +100,31 @@ def _stores(cache: Path) -> list[Path]:
 
 
 def _drafts(cache: Path) -> list[str]:
-    """Return what lies in a cache and is neither a store nor a plan in its place."""
-    places = {path.parent.name for name in ("manifest.json", "plan.json") for path in cache.glob(f"*/{name}")}
+    """Return the entries of a cache that are neither complete token stores nor packed datasets."""
+    complete = {
+        path.parent.name for name in ("manifest.json", "plan.json") for path in cache.glob(f"*/{name}")
+    }
     return [
         path.name
         for path in cache.iterdir()
-        if path.name not in places or path.name.startswith(".") or path.suffix == ".partial"
+        if path.name not in complete or path.name.startswith(".") or path.suffix == ".partial"
     ]
 
 
 def _assert_same_tokens(cache: Path, expected: Packed) -> None:
-    """One store, with the tokens and turns of every row as they were without any fault."""
+    """Check that there is one token store, with the same tokens and turns as without a fault."""
     (folder,) = _stores(cache)
     assert folder.name == expected.store.name
-    found, wanted = TokenStore(folder), TokenStore(expected.store)
-    assert len(found) == len(wanted) == ROWS
+
+    store, reference_store = TokenStore(folder), TokenStore(expected.store)
+    assert len(store) == len(reference_store) == ROWS
     for number in range(ROWS):
-        row, reference = found.row(number), wanted.row(number)
+        row, reference = store.row(number), reference_store.row(number)
         assert np.array_equal(row.tokens, reference.tokens), number
         assert np.array_equal(row.turn, reference.turn), number
-    checked = ("rows", "rows_malformed", "tokens", "index_checksum", "shards")
-    assert {key: found.manifest[key] for key in checked} == {key: wanted.manifest[key] for key in checked}
+
+    for key in ("rows", "rows_malformed", "tokens", "index_checksum", "shards"):
+        assert store.manifest[key] == reference_store.manifest[key]
 
 
 def _flip_a_byte(file: Path) -> None:
@@ -127,14 +133,14 @@ def _flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_tokenising_that_is_killed_is_done_again_whole(undisturbed: Packed, tmp_path: Path) -> None:
+def test_killed_tokenization_is_repeated(undisturbed: Packed, tmp_path: Path) -> None:
     cache = tmp_path / "runs" / ".cache"
     _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
     process = start("pack", "job.yaml", "--json", cwd=tmp_path, TEST_MARKER=MARKER)
-    wait_until(lambda: list(cache.glob("*.partial/shard-*.arrow")), 120, "a shard begun")
+    wait_until(lambda: list(cache.glob("*.partial/shard-*.arrow")), 120, "the first shard")
     process.send_signal(signal.SIGKILL)
     assert finish(process, timeout=60).code == -signal.SIGKILL
-    assert _stores(cache) == [], "it was killed too late to say anything"
+    assert _stores(cache) == [], "it was killed too late for this test"
     assert len(_drafts(cache)) == 1
 
     done = _run("pack", "job.yaml", "--json", cwd=tmp_path)
@@ -149,16 +155,17 @@ def test_two_drivers_share_one_cache(undisturbed: Packed, tmp_path: Path) -> Non
     _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
     both = [start("pack", "job.yaml", "--json", cwd=tmp_path, TEST_MARKER=MARKER) for _ in range(2)]
     done = [finish(process) for process in both]
-    for each in done:
-        assert each.code == 0, each.err
-        assert json.loads(each.out) == undisturbed.figures
+
+    for finished in done:
+        assert finished.code == 0, finished.err
+        assert json.loads(finished.out) == undisturbed.figures
     assert sorted(path.name for path in cache.iterdir()) == sorted(
         [undisturbed.store.name, undisturbed.plan.name]
     )
     _assert_same_tokens(cache, undisturbed)
 
 
-def test_a_full_disk_is_named_and_left_clean(
+def test_a_full_disk_is_an_error_that_leaves_no_files(
     undisturbed: Packed, tmp_path: Path, small_disk: Callable[[int], Path]
 ) -> None:
     needed = sum(path.stat().st_size for path in undisturbed.store.iterdir())
@@ -168,7 +175,7 @@ def test_a_full_disk_is_named_and_left_clean(
 
     full = _run("pack", "job.yaml", cwd=tmp_path)
     _assert_clear(full, f"cannot be written to {cache}", "free some space there", "checkpoint.storage")
-    assert list(storage.iterdir()) == []  # not even the folder of the cache, which it had made
+    assert list(storage.iterdir()) == []  # not even the cache directory
 
     small_disk(3 * needed)
     done = _run("pack", "job.yaml", "--json", cwd=tmp_path)
@@ -177,17 +184,17 @@ def test_a_full_disk_is_named_and_left_clean(
     _assert_same_tokens(cache, undisturbed)
 
 
-def test_a_damaged_shard_is_named_and_made_again(undisturbed: Packed, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_an_error_until_it_is_removed(undisturbed: Packed, tmp_path: Path) -> None:
     cache = tmp_path / "runs" / ".cache"
     shutil.copytree(undisturbed.cache, cache)
     _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
     damaged = cache / undisturbed.store.name / "shard-00001.arrow"
     _flip_a_byte(damaged)
 
-    # Another max_length cuts other rows, and which of their tokens are trained stands in the shards only.
+    # Another max_length needs the turns of every row again, which are in the shards only.
     again = ("pack", "job.yaml", "--json", "--set", "data.max_length=256")
     _assert_clear(_run(*again, cwd=tmp_path), str(damaged), "checksum", f"remove the folder {damaged.parent}")
-    assert len(list(cache.glob("plan-*"))) == 1, "no plan was made of it"
+    assert len(list(cache.glob("plan-*"))) == 1, "no dataset was packed from it"
 
     shutil.rmtree(damaged.parent)
     done = _run(*again, cwd=tmp_path)
@@ -212,11 +219,11 @@ def test_no_step_is_trained_on_a_damaged_shard(undisturbed: Packed, tmp_path: Pa
     assert not (storage / "run" / "export").exists()
 
 
-_DIE_IN_A_PLAN = """
+_DIE_WHILE_PACKING = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from orchestrator.data import plan
+from orchestrator.data import packed_dataset
 from orchestrator.data.token_cache import TokenStore
 from orchestrator.config.schema import DataSpec, SourceSpec
 
@@ -227,11 +234,12 @@ def save_and_die(file, array):
 np.save = save_and_die
 store = Path(sys.argv[1])
 source = SourceSpec(path="rows.jsonl")
-plan.plan_in(store.parent, [TokenStore(store)], [source], DataSpec(train=(source,), max_length=512), 123)
+data = DataSpec(train=(source,), max_length=512)
+packed_dataset.plan_in(store.parent, [TokenStore(store)], [source], data, 123)
 """
 
 
-def test_a_damaged_plan_is_named_and_what_is_left_of_a_killed_one_goes(
+def test_a_damaged_dataset_is_an_error_and_a_partial_one_is_removed(
     undisturbed: Packed, tmp_path: Path
 ) -> None:
     cache = tmp_path / "runs" / ".cache"
@@ -245,7 +253,7 @@ def test_a_damaged_plan_is_named_and_what_is_left_of_a_killed_one_goes(
 
     shutil.rmtree(plan)
     died = subprocess.run(
-        [sys.executable, "-c", _DIE_IN_A_PLAN, str(cache / undisturbed.store.name)],
+        [sys.executable, "-c", _DIE_WHILE_PACKING, str(cache / undisturbed.store.name)],
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
         check=False,
     )
@@ -256,12 +264,12 @@ def test_a_damaged_plan_is_named_and_what_is_left_of_a_killed_one_goes(
     assert json.loads(done.out) == undisturbed.figures
     assert _drafts(cache) == []
     for name in ("documents", "packs", "bounds"):
-        made, wanted = (np.load(folder / f"{name}.npy") for folder in (plan, undisturbed.plan))
-        assert np.array_equal(made, wanted)
+        packed, expected = (np.load(folder / f"{name}.npy") for folder in (plan, undisturbed.plan))
+        assert np.array_equal(packed, expected)
 
 
 def test_no_changed_byte_of_a_cache_changes_a_token(tmp_path: Path) -> None:
-    """Each byte of each file of a small store and its plan, one after the other."""
+    """Changes each byte of each file of a small token store and its packed dataset, one at a time."""
     store, sizes = tmp_path / "store", ((3, 5), (4,), (2, 2, 6))
     store.mkdir()
     shards = []
@@ -281,21 +289,24 @@ def test_no_changed_byte_of_a_cache_changes_a_token(tmp_path: Path) -> None:
         rows = [opened.row(number) for number in range(len(opened))]
         documents = [corpus.document(number) for number in packs.documents.tolist()]
         tokens = [(row.tokens.tobytes(), row.turn.tobytes()) for row in rows]
-        tokens += [(each.tokens.tobytes(), each.trained.tobytes()) for each in documents]
+
+        tokens += [(document.tokens.tobytes(), document.trained.tobytes()) for document in documents]
         return tokens, (corpus.account, packs.bounds.tolist(), opened.manifest, len(opened.malformed))
 
     expected = read()
     for file in sorted((*store.iterdir(), *plan.iterdir())):
         remedy = f"remove the folder {store}" if file.parent == store else f"{plan} is damaged"
         content = file.read_bytes()
-        for place in range(len(content)):
+
+        for offset in range(len(content)):
             changed = bytearray(content)
-            changed[place] ^= (0x01, 0x04, 0x20)[place % 3]
+            changed[offset] ^= (0x01, 0x04, 0x20)[offset % 3]
             file.write_bytes(changed)
             message = None
             try:
-                found = read()
+                actual = read()
             except ClusterError as error:
                 message = str(error)
-            assert remedy in message if message else found == expected, (file, place, message)
+
+            assert remedy in message if message else actual == expected, (file, offset, message)
         file.write_bytes(content)

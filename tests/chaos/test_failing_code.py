@@ -1,4 +1,4 @@
-"""An exception that comes back at the same step is not tried a third time, and its traceback is kept."""
+"""An exception that occurs twice at the same step is not retried, and its traceback is kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import ROOT, job_text, orchestrator
 pytestmark = pytest.mark.ray
 
 
-def test_code_that_fails_at_one_step_twice_ends_the_run(tmp_path: Path) -> None:
+def test_code_that_fails_twice_at_one_step_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(
         job_text(tmp_path / "runs", optim__max_steps=4, checkpoint__every_steps=1, eval=None)
     )
@@ -30,7 +30,7 @@ def test_code_that_fails_at_one_step_twice_ends_the_run(tmp_path: Path) -> None:
     assert done.code == 4
     assert done.out == ""
     assert "rank 1 failed twice in the same way in step 3 (TypeError: unsupported operand at" in done.err
-    assert f"the whole traceback is in {logs / 'rank-1.attempt-2.log'}" in done.err
+    assert f"the full traceback is in {logs / 'rank-1.attempt-2.log'}" in done.err
     assert done.err.rstrip().splitlines()[-1].startswith("    TypeError: unsupported operand")
     rows = [json.loads(line) for line in (logs.parent / "attempts.jsonl").read_text().splitlines()]
     assert [row["attempt"] for row in rows] == [1, 2]

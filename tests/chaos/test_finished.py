@@ -1,4 +1,4 @@
-"""A finished run answers for its own job only; more steps go on with the optimizer's state."""
+"""Starting a finished run again: the same job prints its report, more steps resume, other data is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _job(folder: Path) -> None:
     )
 
 
-def test_a_finished_run_goes_on_or_answers_or_refuses(tmp_path: Path) -> None:
+def test_a_finished_run_prints_its_report_or_resumes_or_refuses(tmp_path: Path) -> None:
     straight, stages = tmp_path / "straight", tmp_path / "stages"
     for folder in (straight, stages):
         _job(folder)

@@ -1,4 +1,4 @@
-"""Kill any process at any moment: the run comes back with the same loss curve."""
+"""Kill any process at any moment: the run resumes with the same loss curve."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def _job(folder: Path) -> Path:
 
 
 def _of_ours(marker: str) -> list[int]:
-    """Return what a command started, less two processes of Ray's own that hold nothing of a run.
+    """Return the processes of a command, without two of Ray's agents.
 
-    When a raylet dies unannounced, its agents try for 60 s to tell the GCS, which died with it.
+    When a raylet is killed, its agents try for 60 s to reach the GCS, which was killed with it.
     """
     agents = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
     return [pid for pid in processes_of(marker) if not _command(pid).startswith(agents)]
@@ -60,7 +60,7 @@ def _assert_same_curve(run: Path, undisturbed: Observed) -> None:
     assert losses(run) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_path: Path) -> None:
+def test_a_killed_recorder_and_worker_are_restarted(undisturbed_run: Observed, tmp_path: Path) -> None:
     run, marker = _job(tmp_path), uuid.uuid4().hex
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -78,7 +78,7 @@ def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_p
     os.kill(victim["pid"], signal.SIGKILL)
     wait_until(lambda: "orchestrator_tgs{" not in _metrics(port), 60, "rates withdrawn with their workers")
     left = _metrics(port)
-    assert 'orchestrator_world_size{attempt="1",run="run"} 2.0' in left, "before another attempt has begun"
+    assert 'orchestrator_world_size{attempt="1",run="run"} 2.0' in left, "before the next attempt begins"
     done = finish(process)
 
     assert done.code == 0, done.err
@@ -86,7 +86,7 @@ def test_a_killed_recorder_and_worker_come_back(undisturbed_run: Observed, tmp_p
     assert report["restarts"] == 1
     before = [int(row["step"]) for row in step_rows(run) if row["attempt"] == 1]
     after = [int(row["step"]) for row in step_rows(run) if row["attempt"] == 2]
-    assert after[0] % 4 == 1, "it goes on right after a checkpoint"
+    assert after[0] % 4 == 1, "it resumes right after a checkpoint"
     assert report["steps_lost"] == before[-1] - after[0] + 1
     assert {row["attempt"] for row in step_rows(run)} == {1, 2}
     assert json.loads((run / "workers.json").read_text())[0]["attempt"] == 2

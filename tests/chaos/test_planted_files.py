@@ -1,4 +1,4 @@
-"""No command removes or changes a file that it did not write, wherever somebody put it."""
+"""No command removes or changes a file of the user, in whatever directory it is."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ FOLDERS = (
 
 @pytest.fixture
 def planted(tmp_path: Path) -> dict[Path, tuple[str, int]]:
-    """Put a file that is a month old into every folder that a command may write to."""
+    """Put a file that is a month old into every directory that a command may write to."""
     files = [tmp_path / folder / "notes.txt" for folder in FOLDERS]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"mine, in {file.parent.name}")
-        for each in (file, file.parent):
-            os.utime(each, (time.time() - 30 * 86400,) * 2)
+        for path in (file, file.parent):
+            os.utime(path, (time.time() - 30 * 86400,) * 2)
     return {file: (file.read_text(), file.stat().st_mtime_ns) for file in files}
 
 
-def test_every_planted_file_outlives_every_command(
+def test_every_planted_file_survives_every_command(
     tmp_path: Path, planted: dict[Path, tuple[str, int]]
 ) -> None:
     def run(*arguments: str, code: int = 0) -> str:
         done = orchestrator(*arguments, cwd=tmp_path)
         assert done.code == code, done.err
-        found = {file: (file.read_text(), file.stat().st_mtime_ns) for file in planted if file.exists()}
-        assert found == planted, f"after {' '.join(arguments)}"
+        actual = {file: (file.read_text(), file.stat().st_mtime_ns) for file in planted if file.exists()}
+        assert actual == planted, f"after {' '.join(arguments)}"
         return done.out + done.err
 
     text = job_text(
@@ -59,15 +59,15 @@ def test_every_planted_file_outlives_every_command(
     assert [path.parent.name for path in (tmp_path / RUN).glob("checkpoints/*/manifest.json")] == [
         "step-00000003"
     ]
-    told = json.loads((tmp_path / RUN / "report.json").read_text())
-    assert told["export"] == str(tmp_path / RUN / "export-2")
+    report = json.loads((tmp_path / RUN / "report.json").read_text())
+    assert report["export"] == str(tmp_path / RUN / "export-2")
     assert (tmp_path / RUN / "export-2" / "model.safetensors").is_file()
     run("report", RUN)
     for target in ("shelf", RUN):  # more of them in tests/exports
         run("export", RUN, "--to", target, code=2)
     for _ in range(2):
-        told = json.loads(run("export", RUN, "--to", "exported", "--json").splitlines()[0])
-        assert told["step"] == 3
+        exported = json.loads(run("export", RUN, "--to", "exported", "--json").splitlines()[0])
+        assert exported["step"] == 3
     storage = f"checkpoint.storage={tmp_path / 'runs'}"
     run("submit", "job.yaml", "--address", "http://127.0.0.1:9", "--set", storage, code=3)
     run("doctor", "--storage", "runs")

@@ -1,4 +1,4 @@
-"""A published job trains on data of which some rows have no output, as in Alpaca itself; counts add up."""
+"""A published job trains on data with empty outputs, as in Alpaca itself, and the row counts add up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = 40
 
 
 def _write(file: Path, empty: list[int]) -> None:
-    """Write a JSON array of Alpaca rows, as the data set is published; `empty` counts from 1."""
+    """Write a JSON array of Alpaca rows; rows in `empty`, counted from 1, have no output."""
     rows = [
         {"instruction": f"Count to {number}.", "input": "", "output": f"One to {number}: done." * 3}
         for number in range(1, ROWS + 1)
@@ -46,7 +46,7 @@ def test_a_published_job_trains_on_rows_without_an_output(tmp_path: Path) -> Non
 
     trained = orchestrator("train", *job, cwd=tmp_path)
     assert trained.code == 0, trained.err
-    packed = orchestrator("pack", *job, cwd=tmp_path)  # from the stores that the run has left
+    packed = orchestrator("pack", *job, cwd=tmp_path)  # from the token cache of the run
     assert packed.code == 0, packed.err
 
     run = tmp_path / "runs" / "xtuner-llama2-7b-8k"

@@ -1,7 +1,7 @@
-"""Two runs at once on the head of one cluster, from a project whose packages have the names of ours.
+"""Two concurrent runs on the head of one cluster, from a project with packages of the same names as ours.
 
-One is submitted, the other is a driver on the head. Both have variables whose values may be found nowhere,
-both open an endpoint, and both train on a folder that lies in the project.
+One is submitted, the other is a driver on the head. Both have environment variables whose values must not be
+stored anywhere, both open an endpoint, and both train on a directory of the project.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ with ray_session.connected(sys.argv[1], ["MINE"]):
 
 @dataclass(frozen=True)
 class Head:
-    """A cluster of one node: its addresses, and the folder of all that Ray writes."""
+    """A cluster of one node: its addresses, and Ray's temporary directory."""
 
     address: str
     dashboard: str
@@ -70,7 +70,7 @@ def head() -> Iterator[Head]:
         )
     try:
         url = f"http://127.0.0.1:{dashboard}"
-        wait_until(lambda: _answers(f"{url}/api/version"), 90, "the dashboard answers")
+        wait_until(lambda: _responds(f"{url}/api/version"), 90, "the dashboard responds")
         yield Head(f"127.0.0.1:{gcs}", url, folder)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -80,7 +80,7 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """Return a folder with packages that fail when they are imported, and with rows in a folder."""
+    """Return a directory with packages that fail at import, and with a directory of rows."""
     for name in FOREIGN_PACKAGES:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('of another project')\n")
@@ -90,11 +90,11 @@ def project(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start `orchestrator` as its console script does, which has no working directory on its path."""
+    """Start `orchestrator` like its console script: without the working directory on sys.path."""
     return start(*arguments, cwd=cwd, options=("-P",), **environment)
 
 
-def test_tasks_and_actors_of_a_cluster_have_the_drivers_variables(head: Head, project: Path) -> None:
+def test_tasks_and_actors_have_the_environment_variables_of_the_driver(head: Head, project: Path) -> None:
     variables = {"HF_TOKEN": SECRET, "GLOO_X": "1", "MINE": "2", "OTHER": "3"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", PROBE, head.address],
@@ -110,7 +110,7 @@ def test_tasks_and_actors_of_a_cluster_have_the_drivers_variables(head: Head, pr
         assert package == str(ROOT / "orchestrator" / "__init__.py")
 
 
-def test_two_runs_at_once_both_start_and_leave_no_value_behind(head: Head, project: Path) -> None:
+def test_two_concurrent_runs_start_and_store_no_values(head: Head, project: Path) -> None:
     targets = project / "targets"
     for name in ("submitted", "driven"):
         job = job_text(
@@ -159,7 +159,7 @@ def test_two_runs_at_once_both_start_and_leave_no_value_behind(head: Head, proje
         assert SECRET not in answer.read().decode()
 
 
-def test_a_local_ray_takes_our_packages_from_a_project_that_has_its_own(project: Path) -> None:
+def test_a_local_ray_imports_our_packages_from_a_project_with_the_same_names(project: Path) -> None:
     (project / "job.yaml").write_text(
         job_text(project / "runs", data__train=[{"path": "data/rows"}], run__env={"GIVEN": SECRET})
     )
@@ -173,12 +173,13 @@ def _assert_ended_well(ended: list[Finished]) -> None:
         assert done.code == 0, f"{done.out[-4000:]}\n{done.err[-4000:]}"
         assert SECRET not in done.out + done.err
         assert "Traceback" not in done.out + done.err
-        # Each line of the log once, although some lines of different steps are alike.
+
+        # Each line of the log is printed once, although lines of different steps may be equal.
         assert sum(line.startswith("training from step 0") for line in done.out.splitlines()) == 1
 
 
 class _Watch:
-    """Looks at the command lines of all processes, as often as it can, for the secret."""
+    """Polls the command lines of all processes for the secret."""
 
     def __enter__(self) -> _Watch:
         self.seen: set[str] = set()
@@ -203,16 +204,16 @@ class _Watch:
 
 
 def _files_with_the_secret(folder: Path) -> list[str]:
-    found = []
+    files = []
     for root, _, names in os.walk(folder):
         for name in names:
             file = Path(root) / name
             if file.is_file() and SECRET.encode() in file.read_bytes():
-                found.append(str(file))
-    return found
+                files.append(str(file))
+    return files
 
 
-def _answers(url: str) -> bool:
+def _responds(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)

@@ -1,6 +1,6 @@
-"""SIGTERM and SIGHUP in every phase of a run: one line, exit code 143, nothing left, at most one step lost.
+"""SIGTERM and SIGHUP in every phase of a run: one message, exit code 143, at most one step lost.
 
-A few moments; `python -m tests.chaos.sigterm --times 20` takes as many as are wanted, at random.
+`python -m tests.chaos.sigterm --times 20` tests more moments, at random.
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ _dice = random.Random(14)
 SLOW_STEPS = {"PYTHONPATH": f"{ROOT / 'tests' / 'chaos' / 'faults'}:{ROOT}", "STEP_SECONDS": "0.5"}
 
 
-def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on(
-    undisturbed_run: Observed, tmp_path: Path
-) -> None:
+def test_a_stopped_run_saves_its_step_and_resumes(undisturbed_run: Observed, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs"))
     run = tmp_path / "runs" / "run"
     moments = [
         (lambda: True, signal.SIGTERM, "nothing"),  # while Python imports
-        (lambda: (run / "logs" / "driver.log").exists(), signal.SIGHUP, "on from the last checkpoint"),
+        (lambda: (run / "logs" / "driver.log").exists(), signal.SIGHUP, "from the last checkpoint"),
         (lambda: len(step_rows(run)) >= 2, signal.SIGTERM, "checkpoint saved; run the same command again"),
     ]
     for reached, number, words in moments:
         marker = f"TEST_MARKER={uuid.uuid4().hex}"
         process = begin("train", "job.yaml", cwd=tmp_path, marker=marker, **SLOW_STEPS)
-        wait_until(reached, 200, "the moment has come")
+        wait_until(reached, 200, "the next phase")
         time.sleep(_dice.uniform(0.0, 0.3))
         answer = interrupt(process, marker, number)
         assert not answer.problems, answer
@@ -55,9 +53,7 @@ def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on(
 
 
 @pytest.mark.parametrize("command", ["pack", "export", "validate", "plan"])
-def test_other_commands_say_it_in_one_line_too(
-    command: str, tmp_path: Path, undisturbed_run: Observed
-) -> None:
+def test_other_commands_end_with_one_message(command: str, tmp_path: Path, undisturbed_run: Observed) -> None:
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs"))
     arguments = {
         "pack": ["job.yaml", "--json"],

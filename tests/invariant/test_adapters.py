@@ -207,7 +207,9 @@ def test_an_adapter_is_not_merged_into_another_base(
     material.write_model(tmp_path / "other", rms_norm_eps=1e-6)
     document["model"]["path"] = str(tmp_path / "other")
     other = JobSpec.model_validate_json(json.dumps(document))
-    with pytest.raises(TrainingError, match=r"is not the model that the adapter was trained beside \(config"):
+    with pytest.raises(
+        TrainingError, match=r"is not the base model that the adapter was trained with \(config"
+    ):
         merged_model(other, tmp_path, torch.float32)
 
 

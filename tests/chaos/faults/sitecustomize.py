@@ -1,7 +1,7 @@
-"""Changes the steps of the training loop in every process that has this folder in PYTHONPATH.
+"""Inject faults into the training loop of every process that has this directory in PYTHONPATH.
 
-FAULT_STEP is the step, from 0, and FAULT_RANK the rank on which it raises what model code might. STEP_SECONDS
-is how much longer each step takes, so that a signal is sure to come between two of them.
+At step FAULT_STEP, from 0, rank FAULT_RANK raises a TypeError. STEP_SECONDS is added to each step, so that a
+signal arrives between two steps.
 """
 
 import importlib.abc
