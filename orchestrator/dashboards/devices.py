@@ -1,4 +1,4 @@
-"""The dashboard "Cluster": what NVIDIA's DCGM says of devices, with the run and rank that each works for."""
+"""The dashboard "Cluster": DCGM metrics of GPUs, joined with the run and rank that use them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DCGM = (
     "DCGM_FI_DEV_GPU_TEMP",
     "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
 )
-_HOLDERS = f"max by (cluster, node, gpu, run, rank) (orchestrator_tokens{RANK} * 0 + 1)"
+_USERS = f"max by (cluster, node, gpu, run, rank) (orchestrator_tokens{RANK} * 0 + 1)"
 
 
-def held(metric: str) -> str:
-    """Return a metric of DCGM for the devices that runs hold, with labels run and rank."""
+def used(metric: str) -> str:
+    """Return a DCGM metric of GPUs used by runs, with labels run and rank."""
     device = f"max by (cluster, node, gpu) ({metric}{NODE})"
-    return f"{device} * on (cluster, node, gpu) group_right () ({_HOLDERS})"
+    return f"{device} * on (cluster, node, gpu) group_right () ({_USERS})"
 
 
 def _by_rank(title: str, description: str, unit: str, expr: str) -> Panel:
@@ -30,7 +30,7 @@ def _by_rank(title: str, description: str, unit: str, expr: str) -> Panel:
 CLUSTER = Board(
     "orchestrator-cluster",
     "Cluster",
-    "Devices by node and GPU, joined with the ranks that work on them by the labels node and gpu.",
+    "GPUs by node, joined with the ranks that use them by the labels node and gpu.",
     (
         Variable("cluster", "label_values(DCGM_FI_DEV_GPU_UTIL, cluster)"),
         Variable("node", 'label_values(DCGM_FI_DEV_GPU_UTIL{cluster=~"$cluster"}, node)'),
@@ -42,69 +42,70 @@ CLUSTER = Board(
             "Runs",
             (
                 stat(
-                    "Devices held",
-                    "Devices of DCGM that a rank of the run works on. Fewer than its ranks: the labels node "
-                    "and gpu of both sides do not agree, see k8s/monitoring/prometheus.yml.",
+                    "GPUs in use",
+                    "GPUs used by ranks of the run. If fewer than its ranks, the labels node and gpu of "
+                    "DCGM and the run differ; see k8s/monitoring/prometheus.yml.",
                     "short",
-                    f"count by (cluster, run) ({held('DCGM_FI_DEV_GPU_UTIL')})",
+                    f"count by (cluster, run) ({used('DCGM_FI_DEV_GPU_UTIL')})",
                 ),
                 stat(
                     "Nodes",
-                    "Nodes with a rank of the run.",
+                    "Nodes with ranks of the run.",
                     "short",
                     f"count by (cluster, run) (count by (cluster, run, node) (orchestrator_tokens{RANK}))",
                 ),
                 stat(
                     "Power",
-                    "Of all devices that the run holds.",
+                    "Total power of the GPUs used by the run.",
                     "watt",
-                    f"sum by (cluster, run) ({held('DCGM_FI_DEV_POWER_USAGE')})",
+                    f"sum by (cluster, run) ({used('DCGM_FI_DEV_POWER_USAGE')})",
                 ),
                 stat(
-                    "Energy a token",
-                    "Power over real tokens a second, of five minutes.",
+                    "Energy per token",
+                    "Power divided by real tokens per second, over five minutes.",
                     "suffix: J/token",
-                    f"sum by (cluster, run) ({held('DCGM_FI_DEV_POWER_USAGE')}) / "
+                    f"sum by (cluster, run) ({used('DCGM_FI_DEV_POWER_USAGE')}) / "
                     f"(sum by (cluster, run) (rate(orchestrator_processed_tokens_total{RANK}[5m])) > 0)",
                 ),
                 stat(
-                    "Devices idle",
-                    "Devices of DCGM that are used less than 5 % and that no rank of the chosen runs holds.",
+                    "Idle GPUs",
+                    "GPUs with less than 5 % utilization that no rank of the selected runs uses.",
                     "short",
                     f"count by (cluster) (max by (cluster, node, gpu) (DCGM_FI_DEV_GPU_UTIL{NODE}) < 5 "
-                    f"unless on (cluster, node, gpu) {_HOLDERS}) "
-                    f"or count by (cluster) (DCGM_FI_DEV_GPU_UTIL{NODE}) * 0",
+                    f"unless on (cluster, node, gpu) {_USERS}) or count by (cluster) "
+                    f"(DCGM_FI_DEV_GPU_UTIL{NODE}) * 0",
                     "{{cluster}}",
                 ),
             ),
         ),
         Section(
-            "Utilisation",
+            "Utilization",
             (
                 graph(
-                    "GPU utilisation by node",
-                    "Mean over the node's devices. Waiting in a collective counts as use: look at power.",
+                    "GPU utilization by node",
+                    "Mean over the GPUs of a node. Waiting in a collective counts as utilization; compare "
+                    "power.",
                     "percent",
                     (f"avg by (cluster, node) (DCGM_FI_DEV_GPU_UTIL{NODE})", "{{node}}"),
                     width=12,
                 ),
                 _by_rank(
-                    "GPU utilisation, ten lowest ranks",
-                    "Devices that runs hold.",
+                    "GPU utilization, ten lowest ranks",
+                    "GPUs used by runs.",
                     "percent",
-                    f"bottomk(10, {held('DCGM_FI_DEV_GPU_UTIL')})",
+                    f"bottomk(10, {used('DCGM_FI_DEV_GPU_UTIL')})",
                 ),
                 _by_rank(
                     "Tensor cores active, ten lowest ranks",
-                    "Share of cycles; close to what MFU can reach.",
+                    "Fraction of cycles; an approximate upper bound of MFU.",
                     "percentunit",
-                    f"bottomk(10, {held('DCGM_FI_PROF_PIPE_TENSOR_ACTIVE')})",
+                    f"bottomk(10, {used('DCGM_FI_PROF_PIPE_TENSOR_ACTIVE')})",
                 ),
                 _by_rank(
-                    "Memory used, ten fullest ranks",
-                    "As the driver sees it: allocator, CUDA context and NCCL together.",
+                    "Memory used, ten highest ranks",
+                    "As reported by the driver: allocator, CUDA context and NCCL.",
                     "mbytes",
-                    f"topk(10, {held('DCGM_FI_DEV_FB_USED')})",
+                    f"topk(10, {used('DCGM_FI_DEV_FB_USED')})",
                 ),
             ),
         ),
@@ -113,28 +114,28 @@ CLUSTER = Board(
             (
                 graph(
                     "Power by node",
-                    "Sum over the node's devices.",
+                    "Sum over the GPUs of a node.",
                     "watt",
                     (f"sum by (cluster, node) (DCGM_FI_DEV_POWER_USAGE{NODE})", "{{node}}"),
                     width=12,
                 ),
                 _by_rank(
                     "Power, ten lowest ranks",
-                    "Full utilisation at little power is a kernel that waits for other ranks.",
+                    "High utilization at low power indicates a kernel that waits for other ranks.",
                     "watt",
-                    f"bottomk(10, {held('DCGM_FI_DEV_POWER_USAGE')})",
+                    f"bottomk(10, {used('DCGM_FI_DEV_POWER_USAGE')})",
                 ),
                 _by_rank(
                     "SM clock, ten lowest ranks",
-                    "A straggler is often a device that was slowed down by heat or power.",
+                    "Stragglers are often GPUs throttled by temperature or power.",
                     "suffix: MHz",
-                    f"bottomk(10, {held('DCGM_FI_DEV_SM_CLOCK')})",
+                    f"bottomk(10, {used('DCGM_FI_DEV_SM_CLOCK')})",
                 ),
                 _by_rank(
                     "Temperature, ten hottest ranks",
-                    "Of the GPU.",
+                    "GPU temperature.",
                     "celsius",
-                    f"topk(10, {held('DCGM_FI_DEV_GPU_TEMP')})",
+                    f"topk(10, {used('DCGM_FI_DEV_GPU_TEMP')})",
                 ),
             ),
         ),

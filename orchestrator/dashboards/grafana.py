@@ -1,4 +1,4 @@
-"""Grafana's JSON: `python -m orchestrator.dashboards.grafana` writes it with the extra `dashboards`."""
+"""Writes the Grafana dashboards as JSON: `python -m orchestrator.dashboards.grafana` (extra `dashboards`)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _HEIGHTS = {"graph": 8, "stat": 4, "table": 6}
 
 
 def files() -> dict[str, str]:
-    """Return the text of each dashboard by the name of its file."""
+    """Return the JSON of each dashboard by file name."""
     return {f"{board.uid}.json": _text(_dashboard(board).build()) for board in BOARDS}
 
 
 def _text(built: models.Dashboard) -> str:
     for variable in built.templating.list_val or []:
-        # The SDK writes fields of interval variables into all of them; Grafana's own schema refuses them.
+        # The SDK sets fields of interval variables on all variables, which Grafana's schema rejects.
         variable.auto = variable.auto_count = variable.auto_min = None
     return json.dumps(built, cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 
 
 def _dashboard(board: Board) -> dashboard.Dashboard:
-    made = (
+    builder = (
         dashboard.Dashboard(board.title)
         .uid(board.uid)
         .description(board.description)
@@ -46,13 +46,13 @@ def _dashboard(board: Board) -> dashboard.Dashboard:
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     )
     for variable in board.variables:
-        made = made.with_variable(_variable(variable))
-    numbers = count(1)  # links to a panel stay right
+        builder = builder.with_variable(_variable(variable))
+    numbers = count(1)  # stable panel IDs keep links valid
     for section in board.sections:
-        made = made.with_row(dashboard.Row(section.title).id(next(numbers)))
+        builder = builder.with_row(dashboard.Row(section.title).id(next(numbers)))
         for panel in section.panels:
-            made = made.with_panel(_panel(panel).id(next(numbers)))
-    return made
+            builder = builder.with_panel(_panel(panel).id(next(numbers)))
+    return builder
 
 
 def _variable(variable: Variable) -> dashboard.QueryVariable:
@@ -69,18 +69,18 @@ def _variable(variable: Variable) -> dashboard.QueryVariable:
         )
         .multi(True)
         .include_all(True)
-        .all_value(".*")  # also where nobody sets the label
+        .all_value(".*")  # matches series without the label as well
         .current(models.VariableOption(selected=True, text="All", value="$__all"))
     )
 
 
 def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
-    made: timeseries.Panel | stat.Panel | table.Panel
+    builder: timeseries.Panel | stat.Panel | table.Panel
     if panel.kind == "stat":
         latest = common.ReduceDataOptions().calcs(["lastNotNull"])
-        made = stat.Panel().color_mode(common_models.BigValueColorMode.VALUE).reduce_options(latest)
+        builder = stat.Panel().color_mode(common_models.BigValueColorMode.VALUE).reduce_options(latest)
     elif panel.kind == "table":
-        made = table.Panel()
+        builder = table.Panel()
     else:
         legend = (
             common.VizLegendOptions()
@@ -89,28 +89,28 @@ def _panel(panel: Panel) -> timeseries.Panel | stat.Panel | table.Panel:
             .show_legend(True)
         )
         tooltip = common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI)
-        made = timeseries.Panel().legend(legend).tooltip(tooltip).fill_opacity(5).span_nulls(False)
-    made = (
-        made.title(panel.title)
+        builder = timeseries.Panel().legend(legend).tooltip(tooltip).fill_opacity(5).span_nulls(False)
+    builder = (
+        builder.title(panel.title)
         .description(panel.description)
         .unit(panel.unit)
         .datasource(_SOURCE)
         .height(_HEIGHTS[panel.kind])
         .span(panel.width)
     )
-    for place, query in enumerate(panel.queries):
-        made = made.with_target(_target(query, chr(ord("A") + place), panel.kind))
-    return made
+    for index, query in enumerate(panel.queries):
+        builder = builder.with_target(_target(query, chr(ord("A") + index), panel.kind))
+    return builder
 
 
 def _target(query: Query, name: str, kind: str) -> prometheus.Dataquery:
-    made = prometheus.Dataquery().expr(query.expr).ref_id(name).datasource(_SOURCE)
+    builder = prometheus.Dataquery().expr(query.expr).ref_id(name).datasource(_SOURCE)
     if kind == "table":
-        return made.instant().format(PromQueryFormat.TABLE)
-    made = made.legend_format(query.legend)
+        return builder.instant().format(PromQueryFormat.TABLE)
+    builder = builder.legend_format(query.legend)
     return (
-        made.instant() if kind == "stat" else made.range()
-    )  # the latest value of a range may be of a dead run
+        builder.instant() if kind == "stat" else builder.range()
+    )  # the latest value of a range may be of a finished run
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""What the dashboards show, as plain values; `dashboards.py` makes Grafana's JSON of them.
+"""Definitions of the dashboards; `grafana.py` converts them to JSON.
 
-Queries that show single ranks keep to the ten that matter most, so that a run of thousands can be looked at.
+Panels of single ranks are limited to ten ranks, so that they remain readable for thousands of ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TFLOPS = "suffix: TFLOP/s"
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression and what the legend says of its series."""
+    """A PromQL expression and the legend of its series."""
 
     expr: str
     legend: str
@@ -28,12 +28,12 @@ class Panel:
     """One panel.
 
     Attributes:
-        title: What it shows.
-        description: How to read it.
-        unit: Grafana's name of the unit.
-        queries: What is asked for.
-        kind: A graph over time, the latest values, or a table of labels.
-        width: Of the 24 columns of a dashboard.
+        title: Title.
+        description: How to interpret the panel.
+        unit: Grafana unit.
+        queries: Queries of the panel.
+        kind: A time series graph, the latest values, or a table of labels.
+        width: Width in columns; a dashboard has 24.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A row with its panels."""
+    """A row of panels."""
 
     title: str
     panels: tuple[Panel, ...]
@@ -54,7 +54,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Variable:
-    """A choice at the top of a dashboard: the values of a label."""
+    """A dashboard variable: the values of a label."""
 
     name: str
     query: str
@@ -72,12 +72,12 @@ class Board:
 
 
 def stat(title: str, description: str, unit: str, expr: str, legend: str = "{{run}}") -> Panel:
-    """Return a panel with the latest value of each run."""
+    """Create a panel with the latest value of each run."""
     return Panel(title, description, unit, (Query(expr, legend),), kind="stat", width=4)
 
 
 def graph(title: str, description: str, unit: str, *queries: tuple[str, str], width: int = 8) -> Panel:
-    """Return a graph of queries, each with its legend."""
+    """Create a graph from pairs of query and legend."""
     return Panel(title, description, unit, tuple(Query(*query) for query in queries), width=width)
 
 
@@ -85,41 +85,41 @@ PROGRESS = Section(
     "Progress",
     (
         stat(
-            "Steps to go", "Optimizer steps that are left.", "short", f"run:orchestrator_steps_to_go:max{RUN}"
+            "Steps remaining", "Remaining optimizer steps.", "short", f"run:orchestrator_steps_to_go:max{RUN}"
         ),
         stat(
-            "Time to go",
+            "Time remaining",
             "At the median pace of the last 20 steps, without evaluations and checkpoints.",
             "s",
             f"max by (cluster, run) (orchestrator_seconds_to_go{RUN})",
         ),
         stat(
-            "Tokens to go",
-            "Real tokens that are left, estimated from the last 20 steps.",
+            "Tokens remaining",
+            "Remaining real tokens, estimated from the last 20 steps.",
             "short",
             f"max by (cluster, run) (orchestrator_tokens_to_go{RUN})",
         ),
         stat(
             "Age of the last step",
-            "Grows while no step is finished; OrchestratorStalled fires on it.",
+            "Grows while no step completes; basis of the alert OrchestratorStalled.",
             "s",
             f"run:orchestrator_step_age:seconds{RUN}",
         ),
         stat(
-            "Ranks that report",
-            "Ranks with a step in the current attempt; 0 between two attempts.",
+            "Active ranks",
+            "Ranks with a completed step in the current attempt; 0 between attempts.",
             "short",
             f"run:orchestrator_world_size:max{RUN} - run:orchestrator_ranks_missing:count{RUN}",
         ),
         stat(
             "Restarts",
-            "How often the worker group was started again.",
+            "Restarts of the worker group.",
             "short",
             f"max by (cluster, run) (orchestrator_restarts{RUN})",
         ),
         Panel(
             "Runs",
-            "How each run is spread, effectively: what DeepSpeed was really given.",
+            "Effective parallel configuration of each run, as passed to DeepSpeed.",
             "none",
             (Query(f"orchestrator_run_info{RUN}", ""),),
             kind="table",
@@ -133,8 +133,8 @@ THROUGHPUT = Section(
     (
         graph(
             "Tokens per GPU per second, last step",
-            "TGS counts real tokens, trained those with a label, slots padding too (as most tools print). "
-            "Mean over ranks; absent while no workers live.",
+            "TGS counts real tokens; trained: tokens with a label; slots: including padding, as most tools "
+            "report. Mean over ranks; absent without live workers.",
             TOKENS_A_SECOND,
             (f"run:orchestrator_tgs:avg{RUN}", "{{run}} TGS"),
             (f"avg by (cluster, run) (orchestrator_tgs_trained{RUN})", "{{run}} trained"),
@@ -142,35 +142,36 @@ THROUGHPUT = Section(
         ),
         graph(
             "Tokens per GPU per second, counted",
-            "Over five minutes of steps, as report.json counts, and of wall time: there pauses "
-            "and restarts cost, and a run that hangs falls to 0.",
+            "Over five minutes, per step time as in report.json, and per wall-clock time, which includes "
+            "pauses and restarts and is 0 for a run that hangs.",
             TOKENS_A_SECOND,
             (f"run:orchestrator_tgs:steps5m{RUN}", "{{run}} steps"),
             (f"run:orchestrator_tgs:rate5m{RUN}", "{{run}} wall"),
         ),
         graph(
             "TFLOP/s per GPU",
-            "Model: the work asked for, causal and inside documents. Hardware: with what is recomputed.",
+            "Model: causal attention within documents. Hardware: including recomputation.",
             TFLOPS,
             (f"run:orchestrator_tflops_model:avg{RUN}", "{{run}} model"),
             (f"avg by (cluster, run) (orchestrator_tflops_hardware{RUN})", "{{run}} hardware"),
         ),
         graph(
             "MFU and HFU",
-            "Share of the device's dense peak; absent for a device that the catalogue does not know.",
+            "Fraction of the device's dense peak; absent for a device that is not in the hardware catalogue.",
             "percentunit",
             (f"run:orchestrator_mfu:avg{RUN}", "{{run}} MFU"),
             (f"avg by (cluster, run) (orchestrator_hfu{RUN})", "{{run}} HFU"),
         ),
         graph(
             "Padding",
-            "Share of the step's slots that hold no token.",
+            "Fraction of the step's slots that are padding.",
             "percentunit",
             (f"max by (cluster, run) (orchestrator_padding_fraction{RUN})", "{{run}}"),
         ),
         graph(
             "TFLOP/s of the ten lowest ranks",
-            "A rank with shorter documents has less work; one that stays low with as many tokens is slow.",
+            "A rank with shorter documents has less work; a rank with the same tokens that remains low is "
+            "slow.",
             TFLOPS,
             (f"bottomk(10, orchestrator_tflops_model{RANK})", OF_RANK),
         ),
@@ -182,26 +183,25 @@ STEPS = Section(
     (
         graph(
             "Step",
-            "Wall seconds of the optimizer step, the same for all ranks, and the median of an hour.",
+            "Wall-clock seconds of the optimizer step, the same for all ranks, and the median of one hour.",
             "s",
             (f"max by (cluster, run) (orchestrator_step_seconds{RUN})", "{{run}} last"),
             (f"run:orchestrator_step_seconds:median1h{RUN}", "{{run}} median"),
         ),
         graph(
             "Phases, mean over ranks",
-            "Seconds of a step by phase; an evaluation and a checkpoint count whole.",
+            "Seconds per step by phase; evaluations and checkpoints in total.",
             "s",
             (
                 "sum by (cluster, run, phase) "
-                f"(rate(orchestrator_step_phase_seconds_sum{RUN}[$__rate_interval])) / "
-                "sum by (cluster, run, phase) "
-                f"(rate(orchestrator_step_phase_seconds_count{RUN}[$__rate_interval]) > 0)",
+                f"(rate(orchestrator_step_phase_seconds_sum{RUN}[$__rate_interval])) / sum by (cluster, run, "
+                f"phase) (rate(orchestrator_step_phase_seconds_count{RUN}[$__rate_interval]) > 0)",
                 "{{run}} {{phase}}",
             ),
         ),
         graph(
             "Phases, 99th percentile over ranks",
-            "From a histogram with two buckets a decade: an order of magnitude, not a figure to quote.",
+            "From a histogram with two buckets per decade: only an order of magnitude.",
             "s",
             (
                 "histogram_quantile(0.99, sum by (cluster, run, phase, le) "
@@ -210,8 +210,8 @@ STEPS = Section(
             ),
         ),
         graph(
-            "Ten slowest ranks, against the median of their run",
-            "Seconds of making batches and passing forward; OrchestratorStraggler begins to look at 1.5.",
+            "Ten slowest ranks, relative to the median of their run",
+            "Seconds of batch preparation and forward passes; OrchestratorStraggler fires above 1.5.",
             "none",
             (
                 f"topk(10, rank:orchestrator_own_seconds:avg5m{RANK} / on (cluster, run) group_left () "
@@ -221,8 +221,8 @@ STEPS = Section(
             width=12,
         ),
         graph(
-            "Ten ranks that wait longest for data",
-            "Seconds of the step that the host spent on making batches.",
+            "Ten ranks with the longest data time",
+            "Seconds of the step spent preparing batches.",
             "s",
             (f"topk(10, orchestrator_data_seconds{RANK})", OF_RANK),
             width=12,
@@ -234,18 +234,19 @@ MEMORY = Section(
     "Memory",
     (
         graph(
-            "Fullest device",
-            "Most memory allocated since the attempt began, as a share of the device's; absent on CPU.",
+            "Highest memory use",
+            "Peak allocated memory since the attempt started, as a fraction of the device memory; absent on "
+            "CPU.",
             "percentunit",
             (
-                "max by (cluster, run) "
-                f"(orchestrator_memory_peak_bytes{RUN} / orchestrator_memory_limit_bytes{RUN})",
+                f"max by (cluster, run) (orchestrator_memory_peak_bytes{RUN} / "
+                f"orchestrator_memory_limit_bytes{RUN})",
                 "{{run}}",
             ),
         ),
         graph(
-            "Allocated and reserved, fullest rank",
-            "Reserved far above allocated is fragmentation.",
+            "Allocated and reserved, highest rank",
+            "Reserved far above allocated indicates fragmentation.",
             "bytes",
             (f"max by (cluster, run) (orchestrator_memory_bytes{RUN})", "{{run}} allocated"),
             (f"max by (cluster, run) (orchestrator_memory_reserved_bytes{RUN})", "{{run}} reserved"),
@@ -255,14 +256,14 @@ MEMORY = Section(
             ),
         ),
         graph(
-            "Ten fullest ranks",
-            "Most memory allocated since the attempt began.",
+            "Ten ranks with the highest memory use",
+            "Peak allocated memory since the attempt started.",
             "bytes",
             (f"topk(10, orchestrator_memory_peak_bytes{RANK})", OF_RANK),
         ),
         graph(
             "Host memory of the workers, by node",
-            "Sum of the workers' largest resident sizes; offloaded state lies here.",
+            "Sum of the peak resident set sizes of the workers; includes offloaded state.",
             "bytes",
             (f"sum by (cluster, run, node) (orchestrator_host_memory_peak_bytes{RANK})", "{{run}} {{node}}"),
             width=24,
@@ -275,20 +276,20 @@ TRAINING = Section(
     (
         graph(
             "Loss",
-            "Nats per trained token; steps that were done again after a restart are shown twice.",
+            "Nats per trained token; steps repeated after a restart appear twice.",
             "none",
             (f"max by (cluster, run) (orchestrator_loss{RUN})", "{{run}} training"),
             (f"max by (cluster, run) (orchestrator_evaluation_loss{RUN})", "{{run}} held out"),
         ),
         graph(
             "Gradient norm",
-            "L2 norm of the whole gradient, before clipping.",
+            "L2 norm of the whole gradient before clipping.",
             "none",
             (f"max by (cluster, run) (orchestrator_gradient_norm{RUN})", "{{run}}"),
         ),
         graph(
             "Learning rate",
-            "Of the last step.",
+            "Learning rate of the last step.",
             "sci",
             (f"max by (cluster, run) (orchestrator_learning_rate{RUN})", "{{run}}"),
         ),
@@ -300,20 +301,20 @@ SAFETY = Section(
     (
         graph(
             "Checkpoint and evaluation seconds",
-            "What the last ones took; no step is made meanwhile.",
+            "Duration of the last ones; training pauses meanwhile.",
             "s",
             (f"max by (cluster, run) (orchestrator_checkpoint_seconds{RUN})", "{{run}} checkpoint"),
             (f"max by (cluster, run) (orchestrator_evaluation_seconds{RUN})", "{{run}} evaluation"),
         ),
         graph(
             "Age of the last checkpoint",
-            "Work that a failure would cost.",
+            "Work that would be lost by a failure.",
             "s",
             (f"run:orchestrator_checkpoint_age:seconds{RUN}", "{{run}}"),
         ),
         graph(
             "Restarts, steps lost and skipped",
-            "Lost steps were done again after a restart; skipped ones of the attempt updated nothing (fp16).",
+            "Lost: repeated after a restart. Skipped: no update because of fp16 overflow in this attempt.",
             "short",
             (f"max by (cluster, run) (orchestrator_restarts{RUN})", "{{run}} restarts"),
             (f"max by (cluster, run) (orchestrator_steps_lost{RUN})", "{{run}} steps lost"),

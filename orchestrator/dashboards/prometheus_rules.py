@@ -1,4 +1,4 @@
-"""Rules as the Prometheus operator takes them: python -m orchestrator.dashboards.prometheus_rules."""
+"""Writes the PrometheusRule manifest: `python -m orchestrator.dashboards.prometheus_rules`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "k8s" / "monitoring"
 TARGET = FOLDER / "prometheusrule.yaml"
-_HEAD = "# Written by `python -m orchestrator.dashboards.prometheus_rules` from rules/: change it there.\n"
+_HEAD = "# Generated from rules/ by `python -m orchestrator.dashboards.prometheus_rules`; do not edit.\n"
 
 
 def prometheus_rule() -> str:
-    """Return the PrometheusRule that holds all groups of the rule files."""
+    """Return a PrometheusRule with all groups of the rule files."""
     groups = [
         group
         for file in sorted((FOLDER / "rules").glob("*.yml"))

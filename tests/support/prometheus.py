@@ -1,4 +1,4 @@
-"""A Prometheus that reads the configuration that is shipped, for tests that ask it."""
+"""Runs a Prometheus server with the example configuration for tests."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ needs_prometheus = pytest.mark.skipif(
 
 
 class Prometheus:
-    """A server with the shipped rules, that scrapes every second; a context manager.
+    """A Prometheus server with the example rules that scrapes every second; a context manager.
 
     Args:
-        folder: Where its configuration and data go.
-        targets: Files of targets by their names in `targets/`, each a list of addresses.
-        cluster: Label of all targets.
+        folder: Folder for configuration and data.
+        targets: Addresses by the name of the target file in `targets/`.
+        cluster: Label `cluster` of all targets.
 
     Attributes:
-        local: Stands for the folder in which runs of this machine list their endpoints.
+        local: Replaces the folder with the target files of runs on this machine.
     """
 
     def __init__(self, folder: Path, targets: Mapping[str, list[str]], cluster: str) -> None:
@@ -42,7 +42,7 @@ class Prometheus:
         text = (self._folder / "prometheus.yml").read_text()
         assert text.count(": 15s") == 2
         local = '"/tmp/orchestrator-targets/*.json"'
-        assert text.count(local) == 1  # this machine's own runs are not looked at
+        assert text.count(local) == 1  # do not scrape other runs of this machine
         self.local = self._folder / "local"
         text = text.replace(local, f'"{self.local}/*.json"').replace("interval: 10s", "interval: 1s")
         text = text.replace(": 15s", ": 1s").replace("scrape_timeout: 10s", "scrape_timeout: 1s")
@@ -64,7 +64,7 @@ class Prometheus:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "GOMAXPROCS": "1"},
         )
-        wait_until(self._is_ready, 60, "Prometheus answers")
+        wait_until(self._is_ready, 60, "Prometheus is ready")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,38 +72,38 @@ class Prometheus:
         self._process.wait(timeout=30)
 
     def ask(self, query: str, at: float | None = None) -> list[dict[str, Any]]:
-        """Return the series that a query finds, now or at a Unix time, each with one value."""
-        asked = {"query": query} if at is None else {"query": query, "time": at}
-        return list(self._data("query", asked)["result"])
+        """Return the result of an instant query, now or at a Unix time."""
+        arguments = {"query": query} if at is None else {"query": query, "time": at}
+        return list(self._data("query", arguments)["result"])
 
     def range(self, query: str, begin: float, end: float, step: float) -> list[dict[str, Any]]:
-        """Return the series that a query finds between two times, each with values every so many seconds."""
-        asked = {"query": query, "start": begin, "end": end, "step": step}
-        return list(self._data("query_range", asked)["result"])
+        """Return the result of a range query; times and step are in seconds."""
+        arguments = {"query": query, "start": begin, "end": end, "step": step}
+        return list(self._data("query_range", arguments)["result"])
 
     def rules(self) -> list[dict[str, Any]]:
-        """Return all rules, as they were last evaluated."""
+        """Return all rules with their last evaluation."""
         return [rule for group in self._data("rules", {})["groups"] for rule in group["rules"]]
 
     def _data(self, kind: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         address = f"http://127.0.0.1:{self.port}/api/v1/{kind}?{urllib.parse.urlencode(arguments)}"
         try:
-            with urllib.request.urlopen(address, timeout=30) as answer:
-                found: dict[str, Any] = json.loads(answer.read())["data"]
+            with urllib.request.urlopen(address, timeout=30) as response:
+                data: dict[str, Any] = json.loads(response.read())["data"]
         except urllib.error.HTTPError as error:
             pytest.fail(f"{address}: {error.read().decode()}")
-        return found
+        return data
 
     def _is_ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=1) as answer:
-                return bool(answer.status == 200)
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/-/ready", timeout=1) as response:
+                return bool(response.status == 200)
         except OSError:
             return False
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on."""
+    """Return a free port of 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     return port

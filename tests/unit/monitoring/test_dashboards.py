@@ -1,4 +1,4 @@
-"""Dashboards as Grafana reads them: complete, of metrics that exist, in queries that Prometheus takes."""
+"""Dashboards are complete, use existing metrics, and have valid queries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PANELS = [
     for panel in dashboard["panels"]
     if panel["type"] != "row"
 ]
-QUERIES = [target["expr"] for each in PANELS for target in each.values[0]["targets"]]
+QUERIES = [target["expr"] for param in PANELS for target in param.values[0]["targets"]]
 VARIABLES = [
     variable
     for dashboard in DASHBOARDS.values()
@@ -36,11 +36,11 @@ UNITS = {"short", "none", "s", "bytes", "mbytes", "percent", "percentunit", "wat
 
 
 def substituted(expression: str) -> str:
-    """Return a query as Grafana sends it with everything chosen."""
+    """Return a query as Grafana sends it with all values selected."""
     return re.sub(r"\$(cluster|run|node|rank)\b", ".*", expression).replace("$__rate_interval", "1m")
 
 
-def test_both_dashboards_are_there() -> None:
+def test_both_dashboards_exist() -> None:
     boards = (panels.RUNS, devices.CLUSTER)
     assert {f"{board.uid}.json": board.title for board in boards} == {
         name: dashboard["title"] for name, dashboard in DASHBOARDS.items()
@@ -50,7 +50,7 @@ def test_both_dashboards_are_there() -> None:
 
 
 @pytest.mark.parametrize("panel", PANELS)
-def test_a_panel_says_what_it_shows_in_which_unit(panel: dict[str, Any]) -> None:
+def test_a_panel_has_title_description_and_unit(panel: dict[str, Any]) -> None:
     assert panel["title"]
     assert panel["description"].endswith(".")
     unit = panel["fieldConfig"]["defaults"]["unit"]
@@ -62,7 +62,7 @@ def test_a_panel_says_what_it_shows_in_which_unit(panel: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("panel", PANELS)
-def test_a_panel_asks_for_what_is_published_and_keeps_to_the_choices(panel: dict[str, Any]) -> None:
+def test_a_panel_queries_existing_metrics_and_uses_the_variables(panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
         names = names_in(target["expr"])
         assert names
@@ -77,19 +77,19 @@ def test_a_panel_asks_for_what_is_published_and_keeps_to_the_choices(panel: dict
             assert shown <= {label.strip() for label in grouped.group(1).split(",")}
 
 
-def test_queries_that_show_single_ranks_are_bounded() -> None:
-    """A graph of 4,096 lines is none."""
+def test_queries_of_single_ranks_are_limited_to_ten() -> None:
+    """A graph with 4,096 lines is unreadable."""
     ranks = [
         target
-        for each in PANELS
-        for target in each.values[0]["targets"]
+        for param in PANELS
+        for target in param.values[0]["targets"]
         if "{{rank}}" in target.get("legendFormat", "")
     ]
     assert len(ranks) > 8
     assert all(re.match(r"(top|bottom)k\(10, ", target["expr"]) for target in ranks)
 
 
-def test_titles_and_numbers_are_unique_and_panels_do_not_overlap() -> None:
+def test_titles_and_ids_are_unique_and_panels_do_not_overlap() -> None:
     for dashboard in DASHBOARDS.values():
         titles = [panel["title"] for panel in dashboard["panels"]]
         numbers = [panel["id"] for panel in dashboard["panels"]]
@@ -105,7 +105,7 @@ def test_titles_and_numbers_are_unique_and_panels_do_not_overlap() -> None:
         assert max(x for x, _ in covered) < 24
 
 
-def test_variables_are_those_that_are_used_and_take_a_label_that_is_absent() -> None:
+def test_variables_are_used_and_match_absent_labels() -> None:
     for dashboard in DASHBOARDS.values():
         names = {variable["name"] for variable in dashboard["templating"]["list"]}
         assert names == {"datasource", "cluster", "run", "node", "rank"}
@@ -118,7 +118,7 @@ def test_variables_are_those_that_are_used_and_take_a_label_that_is_absent() -> 
 
 
 @pytest.mark.process
-def test_prometheus_takes_every_query(tmp_path: Path) -> None:
+def test_prometheus_accepts_every_query(tmp_path: Path) -> None:
     rules = [
         {"record": f"panel:query:{number}", "expr": substituted(query)}
         for number, query in enumerate(QUERIES)
@@ -128,7 +128,7 @@ def test_prometheus_takes_every_query(tmp_path: Path) -> None:
     assert f"{len(QUERIES)} rules found" in promtool("check", "rules", str(file))
 
 
-def test_files_are_what_the_code_writes() -> None:
+def test_files_match_the_code() -> None:
     if util.find_spec("grafana_foundation_sdk") is None:
         pytest.skip("grafana-foundation-sdk is missing: pip install -e .[dashboards]")
     from orchestrator.dashboards.grafana import files
@@ -136,12 +136,12 @@ def test_files_are_what_the_code_writes() -> None:
     assert {file.name: file.read_text() for file in FOLDER.glob("*.json")} == files()
 
 
-def test_the_operators_manifest_holds_the_rules() -> None:
-    """Written anew by `python -m orchestrator.dashboards.prometheus_rules`."""
+def test_the_prometheus_rule_matches_the_rule_files() -> None:
+    """Regenerate with `python -m orchestrator.dashboards.prometheus_rules`."""
     assert TARGET.read_text() == prometheus_rule()
 
 
-def test_provisioning_points_at_what_is_there() -> None:
+def test_provisioning_refers_to_existing_files() -> None:
     source = yaml.safe_load((MONITORING / "grafana/provisioning/datasources/prometheus.yaml").read_text())
     scraped = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["global"]["scrape_interval"]
     assert source["datasources"][0]["jsonData"]["timeInterval"] == scraped

@@ -1,4 +1,4 @@
-"""Grafana's own types accept the dashboards, and refuse what is planted into them."""
+"""Grafana's TypeScript types accept the dashboards and reject injected errors."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def complaints(packages: Path, dashboard: dict[str, Any]) -> str:
-    """Return what the compiler says of a dashboard that is declared to be Grafana's."""
+def compiler_errors(packages: Path, dashboard: dict[str, Any]) -> str:
+    """Return the compiler errors of a dashboard declared as Grafana's type."""
     file = packages / "dashboard.ts"
     file.write_text(
-        "import type { Dashboard } from '@grafana/schema';\n"
-        f"export const dashboard: Dashboard = {json.dumps(dashboard)};\n"
+        "import type { Dashboard } from '@grafana/schema';\nexport const dashboard: Dashboard = "
+        f"{json.dumps(dashboard)};\n"
     )
     compiler = packages / "node_modules" / ".bin" / "tsc"
     command = [str(compiler), *_TSC, "--target", "es2022", str(file)]
@@ -49,7 +49,7 @@ def complaints(packages: Path, dashboard: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", DASHBOARDS)
 def test_grafanas_types_accept_a_dashboard(packages: Path, name: str) -> None:
-    assert complaints(packages, DASHBOARDS[name]) == ""
+    assert compiler_errors(packages, DASHBOARDS[name]) == ""
 
 
 def _unknown_field(dashboard: dict[str, Any]) -> None:
@@ -65,16 +65,16 @@ def _number_as_title(dashboard: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "named"),
+    ("inject", "expected"),
     [
         (_unknown_field, "refreshh"),
         (_no_height, "'h' is missing"),
         (_number_as_title, "'number' is not assignable to type 'string'"),
     ],
 )
-def test_planted_errors_are_refused(
-    packages: Path, plant: Callable[[dict[str, Any]], None], named: str
+def test_injected_errors_are_rejected(
+    packages: Path, inject: Callable[[dict[str, Any]], None], expected: str
 ) -> None:
     dashboard = json.loads(json.dumps(DASHBOARDS["orchestrator-runs.json"]))
-    plant(dashboard)
-    assert named in complaints(packages, dashboard)
+    inject(dashboard)
+    assert expected in compiler_errors(packages, dashboard)

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a recorder by the configuration that is shipped, and answers every panel."""
+"""A real Prometheus with the example configuration scrapes a recorder and answers every query."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.monitoring.test_dashboards import PANELS, substituted
 from tests.unit.monitoring.test_rules import RECORDED
 
 pytestmark = [pytest.mark.process, needs_prometheus]
-# As NVIDIA's exporter writes its samples: the label gpu is the number of the device on its node.
+# Samples in the format of NVIDIA's exporter; the label gpu is the index of the device on its node.
 DCGM = "".join(
     f'# TYPE {name} gauge\n{name}{{gpu="{gpu}",UUID="GPU-{gpu}",device="nvidia{gpu}",'
     f'modelName="NVIDIA H100 80GB HBM3",Hostname="node-1"}} {value}\n'
@@ -50,7 +50,7 @@ INFO = {
 
 @dataclass
 class Scene:
-    """A Prometheus, and the recorder that it scrapes."""
+    """A Prometheus and the recorder that it scrapes."""
 
     prometheus: Prometheus
     recorder: Recorder
@@ -58,11 +58,11 @@ class Scene:
     step: int = 0
 
     def ask(self, query: str) -> list[dict[str, Any]]:
-        """Return what a query finds now."""
+        """Return the current result of a query."""
         return self.prometheus.ask(query)
 
     def train(self) -> None:
-        """Make a step, as a worker would tell of it."""
+        """Record a step as a worker does."""
         self.step += 1
         one = RankStep(
             **{**{field.name: 1.0 for field in fields(RankStep)}, "tokens": 900.0, "slots": 1000.0}
@@ -91,7 +91,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         with Prometheus(tmp_path_factory.mktemp("prometheus"), targets, "example") as prometheus:
             made = Scene(prometheus, recorder, recorder.begin_attempt(WORKERS, INFO, 0, 10_000))
             deadline = time.monotonic() + 8
-            while time.monotonic() < deadline:  # counters have to rise from one scrape to the next
+            while time.monotonic() < deadline:  # counters must increase between scrapes
                 made.train()
                 time.sleep(0.2)
             yield made
@@ -101,35 +101,37 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("panel", PANELS)
-def test_every_query_of_a_panel_finds_something(scene: Scene, panel: dict[str, Any]) -> None:
+def test_every_query_of_a_panel_has_results(scene: Scene, panel: dict[str, Any]) -> None:
     scene.train()
     for target in panel["targets"]:
         found = scene.ask(substituted(target["expr"]))
-        assert found, f"{target['expr']} finds nothing"
+        assert found, f"{target['expr']} has no result"
         shown = target.get("legendFormat", "").replace("{{", "\0").split("\0")[1:]
         labels = {part.split("}}")[0] for part in shown} - {"cluster"}
         assert all(labels <= set(series["metric"]) for series in found)
 
 
-def test_every_recorded_rule_finds_something(scene: Scene) -> None:
+def test_every_recording_rule_has_results(scene: Scene) -> None:
     scene.train()
     assert [name for name in sorted(RECORDED) if not scene.ask(name)] == []
 
 
-def test_devices_are_joined_with_the_ranks_that_hold_them(scene: Scene) -> None:
-    (held,) = [panel.values[0] for panel in PANELS if panel.values[0]["title"] == "Devices held"]
-    (idle,) = [panel.values[0] for panel in PANELS if panel.values[0]["title"] == "Devices idle"]
+def test_gpus_are_joined_with_the_ranks_that_use_them(scene: Scene) -> None:
+    (held,) = [panel.values[0] for panel in PANELS if panel.values[0]["title"] == "GPUs in use"]
+    (idle,) = [panel.values[0] for panel in PANELS if panel.values[0]["title"] == "Idle GPUs"]
     assert [each["value"][1] for each in scene.ask(substituted(held["targets"][0]["expr"]))] == ["2"]
     assert scene.ask(substituted(idle["targets"][0]["expr"]))[0]["value"][1] == "1"
 
 
-def test_no_alert_fires_while_all_is_well(scene: Scene) -> None:
+def test_no_alert_fires_for_a_healthy_run(scene: Scene) -> None:
     scene.train()
     assert scene.ask('ALERTS{alertstate="firing"}') == []
 
 
-def test_runs_of_this_machine_are_found_by_themselves(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(targets.FOLDER_VARIABLE, str(scene.prometheus.local))  # not there before the first run
+def test_runs_of_this_machine_are_discovered(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        targets.FOLDER_VARIABLE, str(scene.prometheus.local)
+    )  # does not exist before the first run
     found = 'up{job="orchestrator", cluster="local"} == 1'
     first, second = Exporter("first", "127.0.0.1", "auto"), Exporter("second", "0.0.0.0", "auto")
     expected = {f"localhost:{first.port}", f"localhost:{second.port}"}
@@ -138,14 +140,14 @@ def test_runs_of_this_machine_are_found_by_themselves(scene: Scene, monkeypatch:
     )
     first.close()
     second.close()
-    wait_until(lambda: not scene.ask('up{job="orchestrator"}'), 30, "neither is a target any more")
+    wait_until(lambda: not scene.ask('up{job="orchestrator"}'), 30, "neither is a target")
 
 
-def test_series_of_an_attempt_are_gone_from_prometheus_as_soon_as_it_ends(scene: Scene) -> None:
-    """Comes last: the attempt is over after it."""
+def test_series_of_an_attempt_disappear_when_it_ends(scene: Scene) -> None:
+    """Runs last, because it ends the attempt."""
     assert scene.ask("orchestrator_tgs")
     scene.recorder.end_attempt()
-    wait_until(lambda: not scene.ask("orchestrator_tgs"), 20, "no rates any more")
+    wait_until(lambda: not scene.ask("orchestrator_tgs"), 20, "no rates")
     missing = "run:orchestrator_ranks_missing:count"
     wait_until(
         lambda: [each["value"][1] for each in scene.ask(missing)] == ["2"], 20, "both ranks are missing"
@@ -153,6 +155,6 @@ def test_series_of_an_attempt_are_gone_from_prometheus_as_soon_as_it_ends(scene:
     wait_until(
         lambda: scene.ask('ALERTS{alertname="OrchestratorRanksMissing", alertstate="pending"}'),
         20,
-        "it is noticed",
+        "the alert is pending",
     )
     assert scene.ask("orchestrator_last_step_timestamp_seconds")
