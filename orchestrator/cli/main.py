@@ -309,14 +309,14 @@ def bench(
         from orchestrator.bench.sweep import load
         from orchestrator.train.environment import apply_submitted_and_job_env
 
-        wanted = load(sweep, overrides)
-        for cell in wanted.cells:
+        spec = load(sweep, overrides)
+        for cell in spec.cells:
             apply_submitted_and_job_env(cell.job)  # inherited by the process of each cell
         if plots:
             require_matplotlib()
-        rows = run_cells(wanted, address, write_message, retry_failed)
-        files = sweep_report.write(wanted.folder, plots)
-        table, _ = sweep_report.load(wanted.folder)
+        rows = run_cells(spec, address, write_message, retry_failed)
+        files = sweep_report.write(spec.folder, plots)
+        table, _ = sweep_report.load(spec.folder)
         write_result((table.json() if as_json else table.markdown()).rstrip())
         write_message(f"written: {', '.join(str(file) for file in files)}")
         failed = [row.cell for row in rows if row.status == "failed"]
@@ -406,15 +406,15 @@ def report(
 
             if len(runs) != 2:
                 raise SpecError(f"--compare requires two folders (got {len(runs)}); pass A and B")
-            found = compare_two(runs[0], runs[1], warmup_steps)
-            write_result((found.json() if as_json else found.markdown()).rstrip())
+            comparison = compare_two(runs[0], runs[1], warmup_steps)
+            write_result((comparison.json() if as_json else comparison.markdown()).rstrip())
             return
         if any(is_sweep(run) for run in runs):
             from orchestrator.bench.report import load
 
             for run in runs:
-                found, _ = load(run, layout)
-                write_result((found.json() if as_json else found.markdown()).rstrip())
+                sweep_table, _ = load(run, layout)
+                write_result((sweep_table.json() if as_json else sweep_table.markdown()).rstrip())
             return
         fields = SUMMARY_FIELDS if len(runs) == 1 and not as_json else ("name",)
         reports = [read_report(run, fields) for run in runs]

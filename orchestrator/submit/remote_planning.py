@@ -54,11 +54,11 @@ def require_fit(job: JobSpec, fetch: Fetch, force: bool, note: Callable[[str], N
         note(f"not planned locally, train plans it on the cluster: {'; '.join(reason.problems)}")
         return
     constants = constants_of(stack_of(plain.prediction.work, machines))
-    found = asked_of(job, config, machines, constants).prediction
-    if found.verdict == "does not fit" and not force:
-        raise ClusterError(refusal(job, config, machines, found, constants))
-    forced = ", and forced" if found.verdict == "does not fit" else ""
-    note(f"planned{forced} for {machines}: {figures(found)}")
+    prediction = asked_of(job, config, machines, constants).prediction
+    if prediction.verdict == "does not fit" and not force:
+        raise ClusterError(refusal(job, config, machines, prediction, constants))
+    forced = ", and forced" if prediction.verdict == "does not fit" else ""
+    note(f"planned{forced} for {machines}: {figures(prediction)}")
 
 
 def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> Machines:
@@ -77,20 +77,21 @@ def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> Machines:
         raise PlanningUnavailable(f"the dashboard does not list its nodes ({error!r})") from None
     gpus = any(node.gpus for node in nodes)
     if resolve_device(job.parallel.device, gpus) == "cuda":
-        found = gpu_machines(job, nodes, _gpu(fetch))
+        cluster = gpu_machines(job, nodes, _gpu(fetch))
     else:
-        found = _processors(job, nodes)
-    if found is None:
+        cluster = _cpu_nodes(job, nodes)
+    if cluster is None:
         raise PlanningUnavailable("no node has enough resources for a worker")
-    return found
+    return cluster
 
 
-def _processors(job: JobSpec, nodes: Sequence[Node]) -> Machines | None:
-    places = processor_places(job, nodes)
-    if places is None:
+def _cpu_nodes(job: JobSpec, nodes: Sequence[Node]) -> Machines | None:
+    slots = processor_places(job, nodes)
+    if slots is None:
         return None
-    each, memory = places
-    return Machines(-(-job.parallel.workers // each), each, processor(memory / GIB))
+    workers_per_node, memory_bytes = slots
+    nodes_used = -(-job.parallel.workers // workers_per_node)
+    return Machines(nodes_used, workers_per_node, processor(memory_bytes / GIB))
 
 
 def _gpu(fetch: Fetch) -> hardware.Device:

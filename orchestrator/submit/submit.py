@@ -60,7 +60,7 @@ def submit(
     job: JobSpec,
     head: Head,
     options: Submission,
-    tell: tuple[Callable[[str], None], Callable[[str], None]],
+    outputs: tuple[Callable[[str], None], Callable[[str], None]],
 ) -> int:
     """Plan a job for a cluster, submit it and follow its log.
 
@@ -68,7 +68,7 @@ def submit(
         job: The job. Data files with a relative path are uploaded; others must be visible to the nodes.
         head: Dashboard of the cluster.
         options: Options of the submission.
-        tell: Called with each output line, and with messages before the submission.
+        outputs: Called with each output line, and with each message before the submission.
 
     Returns:
         Exit code of the run; 0 immediately with wait=False.
@@ -77,7 +77,7 @@ def submit(
         ClusterError: The cluster cannot be reached, denies access, or the job does not fit on it.
         SpecError: A path of the job is neither uploaded nor visible to the cluster.
     """
-    say, note = tell
+    print_line, note = outputs
     address = dashboard_address(head.address)
     values = working_dir.env_to_send(job, options.inherit_env)
     with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
@@ -91,10 +91,10 @@ def submit(
             submission_id = _submit(client, job, options, folder, values)
         except FAILURES as error:
             raise submission_error(address, error) from None
-    say(f"submitted {submission_id}")
+    print_line(f"submitted {submission_id}")
     for purpose, command in (("follow", "logs --follow"), ("status", "status"), ("stop", "stop")):
-        say(f"{purpose.ljust(6)} ray job {command} --address {address} {submission_id}")
-    return _follow(client, submission_id, address, say) if options.wait else 0
+        print_line(f"{purpose.ljust(6)} ray job {command} --address {address} {submission_id}")
+    return _follow(client, submission_id, address, print_line) if options.wait else 0
 
 
 def _client(address: str, certificate: Path | None) -> Any:
@@ -151,9 +151,9 @@ def _pack_working_dir(job: JobSpec, folder: Path) -> None:
     working_dir.create_working_dir(job, folder, lambda text: None)
 
 
-def _follow(client: Any, submission_id: str, address: str, say: Callable[[str], None]) -> int:
+def _follow(client: Any, submission_id: str, address: str, print_line: Callable[[str], None]) -> int:
     """Print the log and return the exit code of the run; Ctrl-C asks once whether to stop the job."""
-    log, stopped = JobLog(client, submission_id, say), False
+    log, stopped = JobLog(client, submission_id, print_line), False
     while True:
         try:
             details = log.follow()
@@ -163,7 +163,9 @@ def _follow(client: Any, submission_id: str, address: str, say: Callable[[str], 
                 raise
             client.stop_job(submission_id)
             stopped = True
-            say(f"stopping {submission_id}; it saves a checkpoint, and submitting the job again resumes it")
+            print_line(
+                f"stopping {submission_id}; it saves a checkpoint, and submitting the job again resumes it"
+            )
         except FAILURES as error:
             raise ClusterError(
                 f"lost the cluster while following {submission_id} ({' '.join(str(error).split())[:200]}); "

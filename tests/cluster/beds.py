@@ -1,4 +1,4 @@
-"""Test beds whose nodes can run what these tests submit."""
+"""Testbeds whose nodes can run the jobs of these tests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from tests.support.testbed import Testbed, unavailable_reason
 
 
 def new_bed(nodes: int, cpus_per_node: int, **env: str) -> Testbed:
-    """Return a test bed, or skip the test with the reason that there can be none.
+    """Return a testbed, or skip the test if it cannot run on this machine.
 
     Args:
-        nodes: Number of Ray nodes, the head included.
-        cpus_per_node: Logical processors of each.
-        env: Environment of the nodes, beside the commands of this interpreter. Without a PYTHONPATH the code
-            comes with each job.
+        nodes: Number of Ray nodes including the head.
+        cpus_per_node: Logical CPUs per node.
+        env: Additional environment of the nodes. Without PYTHONPATH each job brings its own code.
     """
     reason = unavailable_reason()
     if reason:

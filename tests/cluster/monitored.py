@@ -1,4 +1,4 @@
-"""A run on two nodes that a Prometheus watches from outside, and that loses a worker on its way."""
+"""A run on two nodes that is scraped by an external Prometheus and loses a worker."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _TGS_OF_RANK_1 = 'orchestrator_tgs{run="run", rank="1"}'
 
 @dataclass(frozen=True)
 class Monitored:
-    """What is left of it: its folder, and a Prometheus that remembers.
+    """The finished run and a Prometheus with its data.
 
     Attributes:
-        prometheus: The server; the run's target is gone.
-        folder: The run's folder.
+        prometheus: The server; it no longer scrapes the run.
+        folder: The run directory.
         nodes: Addresses of the nodes.
-        begun: Unix time before the job was submitted.
-        steady: Unix time when everything had been seen, before the kill.
-        killed: Unix time when worker 1 was killed.
-        withdrawn: Unix time when Prometheus had no rate of worker 1 any more.
+        begun: Unix time before the submission.
+        steady: Unix time with all metrics scraped, before the kill.
+        killed: Unix time at which worker 1 was killed.
+        withdrawn: Unix time at which Prometheus had no rate of worker 1 anymore.
         ended: Unix time after the job.
     """
 
@@ -45,14 +45,14 @@ class Monitored:
     ended: float
 
     def report(self) -> dict[str, Any]:
-        """Return the run's own summary."""
-        found: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
-        return found
+        """Return report.json of the run."""
+        report: dict[str, Any] = json.loads((self.folder / "report.json").read_text())
+        return report
 
 
 @contextmanager
 def monitored_run(home: Path, steps: int = 60) -> Iterator[Monitored]:
-    """Submit a job of so many steps, kill worker 1 when a third of them is done, and wait for its end."""
+    """Submit a job, kill worker 1 after a third of its steps, and wait for the end of the job."""
     job = job_text(
         home / "runs",
         optim__max_steps=steps,
@@ -68,7 +68,7 @@ def monitored_run(home: Path, steps: int = 60) -> Iterator[Monitored]:
         with Prometheus(home, {"runs.json": [f"{nodes[0]}:9400"]}, CLUSTER) as prometheus:
             process = start("submit", "job.yaml", "--address", bed.dashboard_url, "--no-doctor", cwd=home)
             wait_until(lambda: len(step_rows(run)) >= steps // 3, 300, "a third of the steps done")
-            # What is worked out from others comes an evaluation of the rules later.
+            # Recorded series appear after the next rule evaluation.
             wait_until(lambda: prometheus.ask("run:orchestrator_tgs:steps5m"), 30, "rates are recorded")
             time.sleep(3)
             steady = time.time()

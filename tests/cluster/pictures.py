@@ -1,4 +1,4 @@
-"""Draws the panels of "Runs and throughput" as Grafana would place them, from a run that really happened.
+"""Draws the panels of "Runs and throughput" in Grafana's layout from a real run.
 
 `python -m tests.cluster.pictures` trains it on two nodes, kills a worker on the way, and writes
 docs/figures/dashboard.svg.
@@ -34,7 +34,7 @@ _Found = list[tuple[str, list[tuple[float, float]]]]
 
 
 def draw(seen: Monitored) -> str:
-    """Return the panels as SVG; one that had no data says so."""
+    """Return the panels as SVG; panels without data are marked."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -98,13 +98,13 @@ def _framed(axes: Any, panel: dict[str, Any]) -> Any:
 
 
 def _unit(panel: dict[str, Any]) -> tuple[str, float]:
-    """Return the unit that is written beside a panel's numbers, and what they are multiplied with."""
+    """Return the displayed unit of a panel and the factor for its values."""
     name = panel["fieldConfig"]["defaults"]["unit"].removeprefix("suffix: ")
     return _UNITS.get(name, (name, 1.0))
 
 
 def _latest(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored) -> None:
-    """Write the value that a panel of latest values showed before the kill."""
+    """Draw the value of a stat panel before the kill."""
     _, scale = _unit(panel)
     _, points = found[0]
     value = [value for at, value in points if at <= seen.steady - seen.begun][-1] * scale
@@ -115,7 +115,7 @@ def _latest(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored) ->
 
 
 def _lines(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored, first: float) -> None:
-    """Draw a panel over time; the dotted line is the kill."""
+    """Draw a time series panel with a dotted line at the kill."""
     if not found:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -138,7 +138,7 @@ def _lines(axes: Any, panel: dict[str, Any], found: _Found, seen: Monitored, fir
 
 
 def _with_gaps(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return times and values, with a NaN where nothing was known: a gap there, as in Grafana."""
+    """Return times and values with NaN in gaps, so that lines are interrupted as in Grafana."""
     at, values = [points[0][0]], [points[0][1]]
     for (earlier, _), (later, value) in itertools.pairwise(points):
         if later - earlier > 1.5 * _STEP_SECONDS:
@@ -150,7 +150,7 @@ def _with_gaps(points: list[tuple[float, float]]) -> tuple[list[float], list[flo
 
 
 def main() -> None:
-    """Train, kill, draw and write."""
+    """Run the job, draw the panels and write the file."""
     with tempfile.TemporaryDirectory() as home, monitored_run(Path(home), steps=120) as seen:
         text = draw(seen)
         report = seen.report()

@@ -1,4 +1,4 @@
-"""`orchestrator doctor` on two real Ray nodes: what it finds, and what it says of storage that fails."""
+"""`orchestrator doctor` on two real Ray nodes, with working and with unusable storage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bed() -> Iterator[Testbed]:
 
 
 def doctor(bed: Testbed, *arguments: str, cwd: Path) -> tuple[int, str, str]:
-    """Run the command on the head, as a driver of the cluster."""
+    """Run `doctor` on the head as a driver of the cluster."""
     process = bed.run(
         0,
         [sys.executable, "-m", "orchestrator", "doctor", "--address", bed.gcs_address, *arguments],
@@ -39,7 +39,7 @@ def doctor(bed: Testbed, *arguments: str, cwd: Path) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_two_nodes_are_looked_at_and_reduce_a_tensor(bed: Testbed, tmp_path: Path) -> None:
+def test_doctor_checks_two_nodes_and_runs_an_all_reduce(bed: Testbed, tmp_path: Path) -> None:
     code, out, err = doctor(bed, "--storage", str(tmp_path / "shared"), "--json", cwd=tmp_path)
     assert code == 0, err
     found = json.loads(out)
@@ -47,7 +47,7 @@ def test_two_nodes_are_looked_at_and_reduce_a_tensor(bed: Testbed, tmp_path: Pat
     for node in found["nodes"]:
         assert node["storage_problem"] is None
         assert node["interface"] not in (None, "lo")
-        assert abs(node["skew_seconds"]) <= node["skew_error_seconds"] + 0.05, "it is one clock"
+        assert abs(node["skew_seconds"]) <= node["skew_error_seconds"] + 0.05, "both nodes share one clock"
         assert node["versions"]["torch"]
     assert found["all_reduce"]["ranks"] == 2
     assert found["all_reduce"]["backend"] == "gloo"
@@ -55,7 +55,7 @@ def test_two_nodes_are_looked_at_and_reduce_a_tensor(bed: Testbed, tmp_path: Pat
     assert list((tmp_path / "shared").iterdir()) == []
 
 
-def test_storage_that_cannot_be_written_is_a_problem_of_every_node(bed: Testbed, tmp_path: Path) -> None:
+def test_unwritable_storage_is_a_problem_of_every_node(bed: Testbed, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     code, out, err = doctor(bed, "--storage", str(tmp_path / "file" / "runs"), cwd=tmp_path)
     assert code == 3

@@ -1,4 +1,4 @@
-"""Two nodes, a training run and a Prometheus: what dashboards ask for is there, right, and gone in time."""
+"""With two nodes and a Prometheus, all queries have correct data, which disappear in time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.monitoring.test_dashboards import PANELS, substituted
 from tests.unit.monitoring.test_rules import ALERTS, RECORDED
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, needs_prometheus]
-# A CPU has no peak in the catalogue, no memory of its own and no DCGM; tests/unit/monitoring asks for these.
+# A CPU has no peak in the catalogue, no device memory and no DCGM; tests/unit/monitoring covers these.
 NEEDS_A_GPU = re.compile(r"orchestrator_(mfu|hfu|memory_limit_bytes)|DCGM_")
 
 
@@ -34,12 +34,12 @@ def test_every_query_of_a_panel_returns_data(seen: Monitored, panel: dict[str, A
         assert all(series["metric"].get("cluster", CLUSTER) == CLUSTER for series in found)
 
 
-def test_every_recorded_rule_returns_data(seen: Monitored) -> None:
+def test_every_recording_rule_returns_data(seen: Monitored) -> None:
     empty = {name for name in RECORDED if not seen.prometheus.ask(name, at=seen.steady)}
-    assert empty == {"run:orchestrator_mfu:avg"}, "a CPU has no peak to compare with"
+    assert empty == {"run:orchestrator_mfu:avg"}, "a CPU has no peak"
 
 
-def test_every_alert_can_be_evaluated_and_none_fires_on_a_run_that_is_well(seen: Monitored) -> None:
+def test_every_alert_is_evaluated_and_none_fires_on_a_healthy_run(seen: Monitored) -> None:
     rules = seen.prometheus.rules()
     assert {rule["name"]: rule["health"] for rule in rules if rule["type"] == "alerting"} == {
         alert["alert"]: "ok" for alert in ALERTS
@@ -47,7 +47,7 @@ def test_every_alert_can_be_evaluated_and_none_fires_on_a_run_that_is_well(seen:
     assert seen.prometheus.ask('ALERTS{alertstate="firing"}', at=seen.steady) == []
 
 
-def test_tgs_in_prometheus_is_that_of_the_report(seen: Monitored) -> None:
+def test_tgs_in_prometheus_equals_the_report(seen: Monitored) -> None:
     hour = f"[{seen.ended - seen.begun:.0f}s]"
     tokens = f"sum(max_over_time(orchestrator_processed_tokens_total{hour}))"
     seconds = f"sum(max_over_time(orchestrator_processed_seconds_total{hour}))"
@@ -55,16 +55,18 @@ def test_tgs_in_prometheus_is_that_of_the_report(seen: Monitored) -> None:
     report = seen.report()
     assert float(found["value"][1]) == pytest.approx(report["tgs"], rel=0.02)
     recorded = seen.prometheus.range("run:orchestrator_tgs:steps5m", seen.begun, seen.ended, 1.0)
-    assert float(recorded[0]["values"][-1][1]) == pytest.approx(report["tgs"], rel=0.1), "of its last minutes"
+    assert float(recorded[0]["values"][-1][1]) == pytest.approx(report["tgs"], rel=0.1), (
+        "over the last minutes"
+    )
 
 
-def test_ranks_of_both_nodes_are_told_apart(seen: Monitored) -> None:
+def test_ranks_of_both_nodes_have_their_own_series(seen: Monitored) -> None:
     found = seen.prometheus.ask("orchestrator_tgs", at=seen.steady)
     assert {(each["metric"]["rank"], each["metric"]["attempt"]) for each in found} == {("0", "1"), ("1", "1")}
     assert {each["metric"]["node"] for each in found} == set(seen.nodes)
 
 
-def test_series_of_a_killed_worker_end_and_restarts_rise(seen: Monitored) -> None:
+def test_series_of_a_killed_worker_end_and_restarts_increase(seen: Monitored) -> None:
     assert seen.withdrawn - seen.killed < 20
     killed = seen.prometheus.range('orchestrator_tgs{attempt="1"}', seen.begun, seen.ended, 1.0)
     assert len(killed) == 2

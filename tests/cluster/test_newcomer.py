@@ -1,4 +1,4 @@
-"""The README's ten commands, as they stand there, from nothing to numbers in Prometheus."""
+"""The ten commands of the README, exactly as written, produce metrics in Prometheus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.prometheus import needs_prometheus
 
 pytestmark = [pytest.mark.ray, needs_prometheus]
 _HEADING = "## From nothing to numbers in Prometheus\n"
-# Who is root already needs no sudo, and may have none.
+# Root needs no sudo, and it may not be installed.
 _BEFORE = 'set -e -o pipefail\nsudo() { "$@"; }\nexport DEBIAN_FRONTEND=noninteractive\n'
 
 
@@ -33,11 +33,11 @@ def checkout(tmp_path: Path) -> Path:
     bin_folder = tmp_path / "checkout" / ".venv" / "bin"
     bin_folder.mkdir(parents=True)
     (bin_folder / "activate").symlink_to(Path(sys.executable).parent / "activate")
-    (bin_folder.parent / ".ready").touch()  # `make setup` has nothing to do, as in a checkout that is set up
+    (bin_folder.parent / ".ready").touch()  # `make setup` has nothing to do, as in an installed checkout
     return tmp_path / "checkout"
 
 
-def test_ten_commands_are_enough(checkout: Path) -> None:
+def test_the_commands_of_the_readme_work(checkout: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("the first command installs a package, which needs root")
     listed = commands()
@@ -46,7 +46,7 @@ def test_ten_commands_are_enough(checkout: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", script + "wait\n"],
         cwd=checkout,
-        # As a newcomer has it: the run lists its endpoint where the shipped configuration looks for it.
+        # As for a new user: the run writes its target file to the default folder.
         env={
             name: value
             for name, value in ENVIRONMENT.items()
@@ -58,7 +58,7 @@ def test_ten_commands_are_enough(checkout: Path) -> None:
         timeout=400,
     )
     said = re.split(r"(?m)^::: \d+\n", done.stdout)[1:]
-    # The last command ends Prometheus, which `wait` then tells of.
+    # The last command stops Prometheus, which `wait` then reports.
     assert len(said) == len(listed), f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
     (answer,) = [text for line, text in zip(listed, said, strict=True) if line.startswith("promtool query")]

@@ -1,4 +1,4 @@
-"""The testbed itself: real nodes come up, die when killed, and leave nothing behind."""
+"""The testbed: real nodes start, die when killed, and leave nothing behind."""
 
 import json
 import signal
@@ -37,7 +37,7 @@ def network() -> Iterator[netns.Network]:
 
 
 def states(dashboard_url: str) -> dict[str, str]:
-    """Ask the dashboard itself rather than the testbed."""
+    """Return node states from the dashboard instead of the testbed."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{dashboard_url}/api/v0/nodes?detail=1", timeout=10) as reply:
         records = json.load(reply)["data"]["result"]["result"]
@@ -45,7 +45,7 @@ def states(dashboard_url: str) -> dict[str, str]:
 
 
 def leftovers(network: netns.Network) -> list[str]:
-    """What still carries the names of a testbed on this machine."""
+    """Return namespaces, links and files of a testbed that still exist on this machine."""
     name = f"rtb{network.slot}"
     found = [line for line in netns.ip("netns", "list").splitlines() if line.startswith(f"{name}n")]
     found += [line for line in netns.ip("-o", "link").splitlines() if f" {name}" in line]
@@ -53,7 +53,7 @@ def leftovers(network: netns.Network) -> list[str]:
     return found + [str(path) for path in paths if path.exists()]
 
 
-def test_a_node_dies_and_comes_back_and_nothing_is_left() -> None:
+def test_a_node_dies_and_restarts_and_nothing_is_left() -> None:
     with Testbed(nodes=2, cpus_per_node=1, env={"TESTBED_MARK": "seen"}) as testbed:
         network = testbed._up()
         first, second = testbed.addresses
@@ -100,16 +100,16 @@ def test_nodes_reach_each_other_by_name_until_the_link_is_cut(network: netns.Net
 
 
 def connects(network: netns.Network) -> bool:
-    """Whether node 0 gets any answer from node 1, be it that the port is closed."""
+    """Return whether node 0 gets a response from node 1, even a refused connection."""
     code = (
-        "import socket, sys; s = socket.socket(); s.settimeout(2);"
-        f"sys.exit({{0: 0, 111: 0}}.get(s.connect_ex(({network.namespace(1)!r}, 9)), 1))"
+        "import socket, sys; s = socket.socket(); "
+        f"s.settimeout(2);sys.exit({{0: 0, 111: 0}}.get(s.connect_ex(({network.namespace(1)!r}, 9)), 1))"
     )
     argv = netns.inside(network.namespace(0), [sys.executable, "-c", code])
     return subprocess.run(argv, check=False, timeout=20).returncode == 0
 
 
-def test_two_networks_live_side_by_side(network: netns.Network) -> None:
+def test_two_networks_coexist(network: netns.Network) -> None:
     other = netns.claim()
     try:
         assert other.slot != network.slot
@@ -123,12 +123,11 @@ def test_two_networks_live_side_by_side(network: netns.Network) -> None:
     assert leftovers(network) != []
 
 
-def test_what_a_crashed_owner_left_is_cleared() -> None:
+def test_leftovers_of_a_crashed_owner_are_removed() -> None:
     code = (
-        "import subprocess, signal; from tests.support import netns; network = netns.claim();"
-        "network.create(1);"
-        "process = subprocess.Popen(netns.inside(network.namespace(0), ['sleep', '600']));"
-        "print(network.slot, process.pid, flush=True); signal.pause()"
+        "import subprocess, signal; from tests.support import netns; network = "
+        "netns.claim();network.create(1);process = subprocess.Popen(netns.inside(network.namespace(0), "
+        "['sleep', '600']));print(network.slot, process.pid, flush=True); signal.pause()"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
@@ -143,7 +142,7 @@ def test_what_a_crashed_owner_left_is_cleared() -> None:
     assert not Path(f"/proc/{pid}/exe").exists()
 
 
-def test_a_node_that_does_not_start_is_reported_with_its_log() -> None:
+def test_a_failed_start_is_reported_with_its_log() -> None:
     testbed = Testbed(nodes=1, env={"PYTHONHOME": "/nowhere"})
     with pytest.raises(TestbedError, match=r"`ray start` on node 0 ended with status 1; the end of its log:"):
         testbed.__enter__()
@@ -152,12 +151,12 @@ def test_a_node_that_does_not_start_is_reported_with_its_log() -> None:
 
 
 @pytest.mark.parametrize("nodes", [0, 33])
-def test_the_number_of_nodes_has_limits(nodes: int) -> None:
+def test_the_number_of_nodes_is_limited(nodes: int) -> None:
     with pytest.raises(TestbedError, match=f"nodes={nodes}; a testbed has 1 to 32 nodes"):
         Testbed(nodes=nodes)
 
 
-def test_the_shell_command_ends_in_order_on_a_signal() -> None:
+def test_the_shell_command_stops_cleanly_on_a_signal() -> None:
     argv = [sys.executable, "-m", "tests.support.testbed", "up", "--nodes", "1", "--cpus-per-node", "1"]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The main job on two real Ray nodes: submitted from outside, one worker a node, losses as on one node."""
+"""A job submitted to two real Ray nodes with one worker each has the same losses as on one node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tests.conftest import Observed, job_text, losses, orchestrator
 pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
 
-def test_submitted_run_on_two_nodes_equals_the_run_on_one(undisturbed_run: Observed, tmp_path: Path) -> None:
+def test_a_submitted_run_on_two_nodes_equals_the_run_on_one(
+    undisturbed_run: Observed, tmp_path: Path
+) -> None:
     (tmp_path / "job.yaml").write_text(job_text(tmp_path / "runs"))
     with new_bed(2, 1) as bed:
         done = orchestrator("submit", "job.yaml", "--address", bed.dashboard_url, cwd=tmp_path, timeout=400)

@@ -1,4 +1,4 @@
-"""Network namespaces on one bridge: the machines of a testbed, without what runs on them.
+"""Network namespaces on one bridge: the nodes of a testbed without Ray.
 
 Every testbed takes a slot, a small number from which all its names follow: namespaces ``rtb<slot>n<k>``, host
 ends of the links ``rtb<slot>v<k>``, bridge ``rtb<slot>br``, directory ``/tmp/rtb<slot>``. A file lock, which
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 MAX_NODES = 32
 _SLOTS = 64
 _LOCKS = Path("/run")
-# Not tempfile.gettempdir(): Ray puts sockets some 70 characters below, and AF_UNIX ends at 107.
+# Not tempfile.gettempdir(): Ray creates sockets with paths about 70 characters longer; AF_UNIX allows 107.
 _DIRECTORIES = Path("/tmp")
 _HOSTS = Path("/etc/netns")
-# Private ranges first; the last one is set aside for tests of network devices by RFC 2544.
+# Private ranges first; the last one is reserved for benchmarks by RFC 2544.
 _RANGES = ("10.77", "10.143", "10.209", "172.29", "198.18")
-# Sets the name in the new UTS namespace, then becomes the command, so that the process id stays the same.
+# Sets the hostname in the new UTS namespace, then execs the command to keep the PID.
 _BECOME = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
 
 
 class TestbedError(RuntimeError):
-    """The testbed could not do what was asked of it."""
+    """An operation of the testbed failed."""
 
     __test__ = False  # the name looks like a test class to pytest
 
 
 def ip(*arguments: str) -> str:
-    """Run iproute2's ``ip`` and return what it printed.
+    """Run iproute2's ``ip`` and return its output.
 
     Raises:
         TestbedError: The command is missing, fails, or takes longer than 30 seconds.
@@ -59,13 +59,13 @@ def ip(*arguments: str) -> str:
 
 
 def inside(namespace: str, argv: Sequence[str]) -> list[str]:
-    """Return the command line that runs a command in a namespace, whose name is also its hostname."""
+    """Return a command line that runs a command in a namespace; its name is also the hostname."""
     prefix = [_path("ip"), "netns", "exec", namespace, _path("unshare"), "--uts"]
     return [*prefix, sys.executable, "-I", "-S", "-c", _BECOME, namespace, *argv]
 
 
 def unavailable_reason() -> str | None:
-    """Return why namespaces cannot be used on this machine, or None when a trial namespace came up."""
+    """Return why namespaces cannot be used on this machine, or None if creating one succeeded."""
     if not sys.platform.startswith("linux"):
         return f"network namespaces need Linux, this is {sys.platform}"
     if os.geteuid() != 0:
@@ -102,16 +102,16 @@ class Network:
 
     @property
     def bridge(self) -> str:
-        """Name of the bridge all nodes hang on; the host has the subnet's first address there."""
+        """Name of the bridge of all nodes; the host has the first address of the subnet."""
         return f"rtb{self.slot}br"
 
     @property
     def directory(self) -> Path:
-        """Directory for the nodes' own files; its path is short."""
+        """Directory for files of the nodes, with a short path."""
         return _DIRECTORIES / f"rtb{self.slot}"
 
     def namespace(self, k: int) -> str:
-        """Return the name of node k, which is its namespace's and its hostname."""
+        """Return the name of node k: its namespace and hostname."""
         return f"rtb{self.slot}n{k}"
 
     def address(self, k: int) -> str:
@@ -119,7 +119,7 @@ class Network:
         return str(self.subnet[10 + k])
 
     def create(self, nodes: int) -> None:
-        """Create the bridge and one namespace a node, where every node knows the others by name.
+        """Create the bridge and one namespace per node; nodes resolve each other by name.
 
         Raises:
             TestbedError: A command of iproute2 fails, or a file cannot be written.
@@ -147,7 +147,7 @@ class Network:
         ip("-n", name, "link", "set", "lo", "up")
         ip("-n", name, "addr", "add", f"{self.address(k)}/{self.subnet.prefixlen}", "dev", "eth0")
         ip("-n", name, "link", "set", "eth0", "up")
-        # Libraries find "the" address of a node by asking for a route to the outside; nothing is forwarded.
+        # Libraries determine the address of a node from its default route; nothing is forwarded.
         ip("-n", name, "route", "add", "default", "via", gateway)
 
     def set_link(self, k: int, state: str) -> None:
@@ -155,11 +155,11 @@ class Network:
         ip("link", "set", self._link(k), state)
 
     def pids(self, k: int) -> list[int]:
-        """Return the ids of all processes in node k."""
+        """Return the PIDs of all processes in node k."""
         return [int(pid) for pid in ip("netns", "pids", self.namespace(k)).split()]
 
     def kill(self, k: int, timeout_seconds: float = 20.0) -> None:
-        """End every process in node k with SIGKILL and wait until none is left.
+        """Kill all processes in node k with SIGKILL and wait until none is left.
 
         Raises:
             TestbedError: Processes are left after the timeout.
@@ -167,7 +167,7 @@ class Network:
         _kill(self.namespace(k), timeout_seconds)
 
     def remove(self) -> None:
-        """End all processes and remove everything that carries this slot's names; safe to repeat.
+        """Kill all processes and remove namespaces, links and files of this slot; safe to repeat.
 
         Raises:
             TestbedError: Something cannot be removed.
@@ -175,7 +175,7 @@ class Network:
         for name in self._namespaces():
             _kill(name, timeout_seconds=20.0)
         for name in self._links():
-            # Removed by name, because a namespace's own end is cleaned up only some time after its deletion.
+            # Remove links by name: the kernel deletes those of a namespace only some time later.
             ip("link", "del", name)
         for name in self._namespaces():
             ip("netns", "del", name)
@@ -186,7 +186,7 @@ class Network:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def release(self) -> None:
-        """Give the slot back."""
+        """Release the slot."""
         _lock_path(self.slot).unlink(missing_ok=True)
         os.close(self.lock)
 
@@ -201,7 +201,7 @@ class Network:
 
 
 def claim() -> Network:
-    """Clear what crashed owners left, take a free slot, and choose a subnet this host does not use.
+    """Remove leftovers of crashed owners, take a free slot, and choose an unused subnet.
 
     Raises:
         TestbedError: All slots or subnets are taken, or what was left cannot be cleared.
@@ -217,7 +217,9 @@ def claim() -> Network:
         except BaseException:
             network.release()
             raise
-    raise TestbedError(f"all {_SLOTS} slots ({_lock_path(0)} and on) are taken; close a testbed first")
+    raise TestbedError(
+        f"all {_SLOTS} slots ({_lock_path(0)} and following) are in use; close a testbed first"
+    )
 
 
 def _take(slot: int) -> Network | None:
@@ -242,7 +244,7 @@ def _lock(slot: int) -> int | None:
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # An owner removes the file before it drops the lock, and a lock on a nameless file protects nothing.
+        # An owner removes the file before it releases the lock, so the locked file may be unlinked.
         if os.fstat(lock).st_ino == path.stat().st_ino:
             return lock
     except (BlockingIOError, FileNotFoundError):
@@ -272,7 +274,7 @@ def _networks_in_use() -> list[IPv4Network]:
 
 def _kill(namespace: str, timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
-    # More than once: a process may fork between the listing and the signal.
+    # Repeatedly: a process may fork between listing and signal.
     while pids := [int(pid) for pid in ip("netns", "pids", namespace).split()]:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Several real Ray nodes on one machine, each in its own network namespace, for tests and demonstrations.
+"""Several real Ray nodes on one machine, each in its own network namespace, for tests.
 
 Every node has its own address, link and hostname, so a crash or a cut cable can be staged without a second
 machine. Needs root, iproute2, util-linux and Ray. From a shell: ``python -m tests.support.testbed up --nodes
@@ -39,19 +39,19 @@ _GCS_PORT, _DASHBOARD_PORT, _METRICS_PORT = 6379, 8265, 8080
 
 
 def unavailable_reason() -> str | None:
-    """Return why no testbed can run on this machine, or None; meant for ``pytest.skip``."""
+    """Return why testbeds cannot run on this machine, or None; for ``pytest.skip``."""
     if not _ray().exists():
-        return f"there is no {_ray()}; install ray[default] into the environment of this interpreter"
+        return f"{_ray()} does not exist; install ray[default] into the environment of this interpreter"
     return netns.unavailable_reason()
 
 
 class Testbed:
-    """A Ray cluster of several nodes on this machine; a context manager that leaves nothing behind.
+    """A Ray cluster of several nodes on this machine; a context manager that cleans up after itself.
 
-    Node 0 is the head. What a crashed testbed left is cleared by the next one that takes its slot.
+    Node 0 is the head. Leftovers of a crashed testbed are removed by the next one in its slot.
 
     Attributes:
-        dashboard_url: Where the head's dashboard and job server listen, reachable from this machine.
+        dashboard_url: URL of the dashboard and job server, reachable from this machine.
         gcs_address: Address of the cluster for ``ray.init`` inside a node.
         addresses: IP addresses of the nodes, head first.
     """
@@ -65,14 +65,14 @@ class Testbed:
         gpus_per_node: int = 0,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """Describe a testbed; nothing happens before it is entered.
+        """Configure a testbed; it starts when the context is entered.
 
         Args:
-            nodes: Number of Ray nodes, the head included.
-            cpus_per_node: Logical processors every node offers.
-            gpus_per_node: Logical accelerators every node offers, whether or not there are real ones.
-            env: Additional environment of the nodes, which their workers inherit, such as PYTHONPATH. The
-                caller's own environment is passed on too, except RAY_*: name those here.
+            nodes: Number of Ray nodes including the head.
+            cpus_per_node: Logical CPUs per node.
+            gpus_per_node: Logical GPUs per node, independent of real ones.
+            env: Additional environment of the nodes and their workers, such as PYTHONPATH. The caller's
+                environment is inherited except RAY_*; add those here.
 
         Raises:
             TestbedError: The number of nodes is out of range.
@@ -87,20 +87,20 @@ class Testbed:
         self._owner = os.getpid()
 
     def __enter__(self) -> Self:
-        """Create the namespaces, start Ray in each, and wait until the head counts all nodes as alive.
+        """Create the namespaces, start Ray in each, and wait until the head lists all nodes as alive.
 
         Raises:
             TestbedError: The testbed is up already, namespaces cannot be made, or a node does not start.
         """
         if self._network is not None:
-            raise TestbedError("this testbed is up already; make another one for a second cluster")
+            raise TestbedError("this testbed is already running; create another one for a second cluster")
         self._network = netns.claim()
         self._owner = os.getpid()
         atexit.register(self.close)
         try:
             self._network.create(self._count)
             self._finish(0, self._launch(0))
-            # Workers together: each spends most of its start waiting.
+            # Start workers concurrently: each mostly waits.
             starting = {k: self._launch(k) for k in range(1, self._count)}
             for k, process in starting.items():
                 self._finish(k, process)
@@ -111,7 +111,7 @@ class Testbed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the testbed, whatever happened in it."""
+        """Close the testbed."""
         self.close()
 
     @property
@@ -130,7 +130,7 @@ class Testbed:
         return [self._up().address(k) for k in range(self._count)]
 
     def nodes(self) -> tuple[Node, ...]:
-        """Return what the head says of the nodes; one that was started again is listed once for each life.
+        """Return the nodes as listed by the head; a restarted node is listed once per start.
 
         Raises:
             TestbedError: The dashboard does not answer.
@@ -139,28 +139,28 @@ class Testbed:
         request = urllib.request.Request(url)
         if token := self._extra_env.get("RAY_AUTH_TOKEN"):
             request.add_header("Authorization", f"Bearer {token}")
-        # Without proxies: the addresses exist on this machine only.
+        # Without proxies: the addresses only exist on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=10) as reply:
                 return from_state_api(json.load(reply)["data"]["result"]["result"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TestbedError(f"the dashboard at {url} gives no list of nodes: {error!r}") from error
+            raise TestbedError(f"the dashboard at {url} does not list nodes: {error!r}") from error
 
     def kill(self, k: int) -> None:
-        """Crash node k: SIGKILL for every process in it. The head says DEAD some 13 seconds later."""
+        """Crash node k: SIGKILL for every process. The head reports DEAD about 13 seconds later."""
         self._node(k).kill(k)
 
     def partition(self, k: int) -> None:
-        """Cut node k off without a word to its peers. The head says DEAD up to a minute later."""
+        """Disconnect node k silently. The head reports DEAD up to a minute later."""
         self._node(k).set_link(k, "down")
 
     def heal(self, k: int) -> None:
-        """Connect node k again. After a long cut its Ray has ended itself and must be started anew."""
+        """Reconnect node k. After a long partition its Ray has exited and must be restarted."""
         self._node(k).set_link(k, "up")
 
     def start(self, k: int) -> None:
-        """End whatever is left on node k, start Ray there anew, and wait until the head counts it as alive.
+        """Kill remaining processes on node k, restart Ray, and wait until the head lists it as alive.
 
         The head takes its cluster along: ``start(0)`` ends all other nodes, which must be started, too.
 
@@ -168,23 +168,23 @@ class Testbed:
             TestbedError: Ray does not start; the message ends with the node's log.
         """
         network = self._node(k)
-        # A new head refuses to start as long as any process on this machine was told the old one's address.
+        # A new head does not start while any process on this machine has the address of the old one.
         for ending in range(self._count) if k == 0 else [k]:
             network.kill(ending)
         network.set_link(k, "up")
-        # For some seconds the head still counts the life that just ended as alive, at the same address.
+        # For some seconds the head still lists the killed node as alive, with the same address.
         ended: set[str] = set()
-        with contextlib.suppress(TestbedError):  # the dashboard is down when the head itself is started anew
+        with contextlib.suppress(TestbedError):  # the dashboard is down when the head itself is restarted
             ended = {node.node_id for node in self.nodes() if node.address == network.address(k)}
         self._finish(k, self._launch(k))
         self._await_alive({network.address(k)}, ended)
 
     def pids(self, k: int) -> list[int]:
-        """Return the ids of all processes in node k."""
+        """Return the PIDs of all processes in node k."""
         return self._node(k).pids(k)
 
     def run(self, k: int, argv: Sequence[str], **popen: Any) -> subprocess.Popen[Any]:
-        """Start a process inside node k, in the node's environment, with RAY_ADDRESS set to this cluster.
+        """Start a process inside node k in the node's environment, with RAY_ADDRESS set to this cluster.
 
         Args:
             k: The node.
@@ -202,13 +202,15 @@ class Testbed:
         return process
 
     def close(self) -> None:
-        """End all processes and remove namespaces, links and files; safe to repeat.
+        """Kill all processes and remove namespaces, links and files; safe to repeat.
 
         Raises:
             TestbedError: Something cannot be removed. The next testbed tries again.
         """
         network = self._network
-        if network is None or os.getpid() != self._owner:  # a forked child must not end its parent's testbed
+        if (
+            network is None or os.getpid() != self._owner
+        ):  # a forked child must not close the testbed of its parent
             return
         network.remove()
         for process in self._running:
@@ -221,7 +223,7 @@ class Testbed:
 
     def _up(self) -> netns.Network:
         if self._network is None:
-            raise TestbedError("this testbed is not up; use it inside `with Testbed(...) as testbed:`")
+            raise TestbedError("this testbed is not running; use it inside `with Testbed(...) as testbed:`")
         return self._network
 
     def _node(self, k: int) -> netns.Network:
@@ -234,12 +236,12 @@ class Testbed:
         local = ",".join(["localhost", "127.0.0.1", *self.addresses])
         return inherited | {
             "PATH": f"{_ray().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-            # Left unset, a plain ray.init() elsewhere on the machine turns token authentication on here too.
+            # If unset, a plain ray.init() elsewhere on the machine enables token authentication here as well.
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "GLOO_SOCKET_IFNAME": "eth0",
             "NCCL_SOCKET_IFNAME": "eth0",
-            # gRPC's own resolver does not read the hosts file of a namespace.
+            # gRPC's built-in resolver does not read the hosts file of a namespace.
             "GRPC_DNS_RESOLVER": "native",
             "NO_PROXY": local,
             "no_proxy": local,
@@ -271,7 +273,7 @@ class Testbed:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for this process, which then ends the nodes in order
+                start_new_session=True,  # Ctrl-C only reaches this process, which stops the nodes
             )
         self._running.append(process)
         return process
@@ -294,7 +296,7 @@ class Testbed:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while True:
             state = "the dashboard does not answer"
-            with contextlib.suppress(TestbedError):  # the dashboard listens a little later than the head
+            with contextlib.suppress(TestbedError):  # the dashboard starts a little later than the head
                 alive = {node.address for node in self.nodes() if node.alive and node.node_id not in ended}
                 late = addresses - alive
                 if not late:
@@ -314,7 +316,7 @@ def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Keep a testbed up until Ctrl-C or SIGTERM; return the exit status."""
+    """Run a testbed until Ctrl-C or SIGTERM; return the exit status."""
     parser = argparse.ArgumentParser(
         "python -m tests.support.testbed", description="Ray in network namespaces."
     )
