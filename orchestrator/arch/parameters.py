@@ -149,7 +149,7 @@ def parameter_count(config: Mapping[str, Any], method: MethodSpec) -> ParameterC
         return None
     if method.type == "full":
         return ParameterCount(found.total, found.total, found.largest)
-    chosen = chosen_linears(found.linears, method.targets)
+    chosen = chosen_linears(found.linears, method.target_modules)
     added = found.adapters(method.rank, chosen, method.use_dora)
     copies = found.embedding + found.head + found.head_bias if method.train_embeddings else 0
     return ParameterCount(found.total + added + copies, added + copies, found.largest)

@@ -151,7 +151,7 @@ def ms_swift(name: str, rows: Sequence[Row]) -> Table:
             row.setting("optim.micro_batch_size"),
             row.setting("model.gradient_checkpointing"),
             row.setting("method.rank") if _is_lora(row) else None,
-            _plain(row.setting("method.targets")) if _is_lora(row) else None,
+            _plain(row.setting("method.target_modules")) if _is_lora(row) else None,
             *_outcome(row, figures),
         )
         for row in rows

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.config import loader, yaml_loader
-from orchestrator.config.schema import Count, JobSpec, Place, Section
+from orchestrator.config.schema import Count, JobSpec, PathStr, Section
 from orchestrator.errors import SpecError
 
 Layout = Literal["plain", "xtuner", "qwen", "ms-swift", "llm-action", "llama2-lora"]
@@ -42,7 +42,7 @@ class SweepSpec(Section):
     """Name of the sweep; its folder is STORAGE/NAME."""
     layout: Layout = "plain"
     """Columns of the table: those of a published page, or plain."""
-    base: Place | Annotated[tuple[Place, ...], Field(min_length=1)] | None = None
+    base: PathStr | Annotated[tuple[PathStr, ...], Field(min_length=1)] | None = None
     """Job file, or several, relative to the sweep file."""
     job: Values | None = None
     """The job itself, instead of a base."""
@@ -59,7 +59,7 @@ class SweepSpec(Section):
     on top of what its process holds before the model is built. null sets no limit."""
     timeout_minutes: float | None = Field(default=None, gt=0.0)
     """A cell that takes longer is ended, and its row says so; null waits."""
-    storage: Place = "runs/bench"
+    storage: PathStr = "runs/bench"
     """Folder that every node can read and write."""
 
 

@@ -111,11 +111,11 @@ def _optimization(job: JobSpec) -> Iterator[Problem]:
             ("optim.weight_decay",),
             f"optim.weight_decay={optim.weight_decay:g} is decoupled, and 0 to 0.1 are customary; lower it",
         )
-    if optim.clip_norm > _HIGHEST_CLIP_NORM:
+    if optim.max_grad_norm > _HIGHEST_CLIP_NORM:
         yield (
-            ("optim.clip_norm",),
-            f"optim.clip_norm={optim.clip_norm:g} clips nothing; 1 is customary, and 0 says that nothing is "
-            "to be clipped",
+            ("optim.max_grad_norm",),
+            f"optim.max_grad_norm={optim.max_grad_norm:g} never clips; the usual value is 1, and 0 "
+            "turns clipping off",
         )
     first, second = optim.betas
     if first >= math.sqrt(second) and first > 0.0:  # the bound of Adam's convergence, arXiv 2208.09632

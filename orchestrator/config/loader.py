@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from orchestrator.config import yaml_loader
+from orchestrator.config import field_names, yaml_loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import Problem, broken_rules
 from orchestrator.config.yaml_loader import Location, Places, dotted, location_of, place_of
@@ -318,9 +319,21 @@ def sentence_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str
 
 
 def _did_you_mean(location: Location, model: type[BaseModel]) -> str:
-    known = _fields_at(location[:-1], model)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+    name, fields = str(location[-1]), _fields_at(location[:-1], model)
+    is_job = model is JobSpec
+    if is_job and (elsewhere := [field for field in _dotted_fields() if field.split(".")[-1] == name]):
+        return f"use {' or '.join(elsewhere)}"
+    if is_job and (answer := field_names.remedy(name)):
+        return answer
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"fields here: {', '.join(fields)}"
+
+
+@lru_cache(maxsize=1)
+def _dotted_fields() -> tuple[str, ...]:
+    """Return the dotted names of all fields of sections, such as optim.lr."""
+    sections = [name for name in JobSpec.model_fields if name != "name"]
+    return tuple(f"{section}.{field}" for section in sections for field in _fields_at((section,), JobSpec))
 
 
 def _fields_at(location: Iterable[str | int], root: type[BaseModel]) -> list[str]:

@@ -1,8 +1,8 @@
-"""The job file as values: frozen models that say what to train.
+"""The schema of a job file: frozen pydantic models.
 
-Reading order starts here. A `JobSpec` holds no decision of the planner and touches nothing outside itself:
-building one opens no file, asks no network and starts no process. `orchestrator.config.validation` says which
-fields go together, and `orchestrator.config.loader` reads a job from YAML.
+Reading order starts here. A `JobSpec` holds what the user wrote and no decision of the planner; building one
+opens no file, uses no network and starts no process. `orchestrator.config.validation` checks rules between
+fields, and `orchestrator.config.loader` reads a job from YAML.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Place = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # no file system can store a NUL
+PathStr = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # no file system can store a NUL
 
 
-def _one_problem(value: object, judge: ValidatorFunctionWrapHandler) -> object:
-    """Let a value that is neither of two kinds have one error, where pydantic gives one for each kind."""
+def _one_problem(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """Report one error for a value that matches no member of a union; pydantic reports one per member."""
     try:
-        return judge(value)
+        return validate(value)
     except ValidationError:
         raise PydanticCustomError("port", "auto, or a whole number from 0 to 65535") from None
 
@@ -58,7 +58,7 @@ Checkpointing = Annotated[
 
 
 class Section(BaseModel):
-    """A part of the job file: frozen, without unknown keys, types as written."""
+    """A section of the job file: frozen, no unknown keys, no type coercion."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -66,140 +66,143 @@ class Section(BaseModel):
 
 
 class ModelSpec(Section):
-    """Which model, in which number format, and how its attention is computed."""
+    """The model: path, dtype, attention, recomputation."""
 
-    path: Place
-    """Folder in Hugging Face format, a hub name, or builtin/tiny-llama (ships with this package)."""
+    path: PathStr
+    """Folder in Hugging Face format, hub name, or builtin/tiny-llama, which ships with this package."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """`random` initialises from the configuration and run.seed instead of loading weights."""
+    """random initializes weights from the configuration and run.seed instead of loading them."""
     dtype: Dtype = "auto"
-    """Number format of weights and activations; auto is bf16 on CUDA and fp32 on CPU."""
+    """Dtype of weights and activations; auto is bf16 on CUDA and fp32 on CPU."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """Kernel of the per-document attention; auto is flash on CUDA and sdpa on CPU."""
+    """Attention backend; auto is flash on CUDA and sdpa on CPU. Documents of a pack never attend to one
+    another."""
     gradient_checkpointing: Checkpointing = "full"
-    """full (or true) keeps only each layer's input and recomputes the layer in the backward pass; selective
-    keeps what matrix products and attention gave and recomputes the rest; none (or false) keeps all."""
+    """full (or true) saves each layer's input and recomputes the layer in the backward pass; selective saves
+    matmul and attention outputs and recomputes the rest; none (or false) saves all activations."""
     loss_tile_tokens: Count | None = None
-    """Score labels so many at a time and compute each tile's logits again in the backward pass, so that
-    memory never holds the logits of all; null scores all at once."""
+    """Labelled tokens per tile of the loss: logits are computed tile by tile and recomputed in the backward
+    pass, so that memory never holds all logits; null computes them at once."""
     mlp_tile_tokens: Count | None = None
-    """Run each MLP on so many tokens at a time and compute each tile again in the backward pass, so that
-    memory never holds the MLP's inner activations of all; null runs it on all at once."""
+    """Tokens per tile of each MLP, recomputed in the backward pass, so that memory never holds all of the
+    MLP's inner activations; null runs the MLP on all tokens at once."""
     resize_embeddings: bool = False
-    """Add rows to embedding and LM head until every token of the tokenizer has one; each starts as the mean
-    of the others. With lora it needs method.train_embeddings, which trains and saves them."""
+    """Add rows to the embedding and LM head for tokens of the tokenizer that have none, initialized to the
+    mean of the existing rows. With lora, method.train_embeddings is required, which trains and saves them."""
     trust_remote_code: bool = False
-    """Allow Python code from the model's own repository to run."""
+    """Run Python code from the model's repository."""
 
 
 class MethodSpec(Section):
     """Which parameters are trained."""
 
     type: Literal["full", "lora"] = "full"
-    """full trains every parameter; lora trains two narrow matrices beside each of the targets, and nothing
-    else."""
+    """full trains every parameter; lora adds trainable low-rank matrices to each target module and freezes
+    everything else."""
     rank: Annotated[int, Field(ge=1, le=65_536)] = 8
-    """Width of the two matrices (lora)."""
+    """Rank of the low-rank matrices (lora)."""
     alpha: float = Field(default=16.0, gt=0.0)
-    """Their product is multiplied by alpha / rank (lora)."""
+    """The low-rank product is scaled by alpha / rank (lora)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability of dropping an input of the two matrices (lora)."""
-    targets: Literal["all-linear", "attention"] | tuple[Name, ...] = "all-linear"
-    """all-linear: every linear layer but the LM head; attention: those inside attention; or a list of names
-    of modules, such as [q_proj, v_proj] (lora)."""
+    """Dropout probability on the input of the low-rank matrices (lora)."""
+    target_modules: Literal["all-linear", "attention"] | tuple[Name, ...] = "all-linear"
+    """Modules that get adapters: all-linear (every linear layer except the LM head), attention (linear layers
+    of attention), or a list of module names such as [q_proj, v_proj] (lora)."""
     use_rslora: bool = False
-    """Multiply by alpha / sqrt(rank) instead, so that a large rank does not learn more slowly (rsLoRA)."""
+    """Scale by alpha / sqrt(rank) instead, so that a large rank does not learn more slowly (rsLoRA)."""
     use_dora: bool = False
-    """Learn length and direction of each weight apart (DoRA)."""
-    adapter: Place | None = None
-    """Folder of an adapter in peft's format, such as a run exports, to start from; null starts from a new
-    one (lora)."""
+    """Train magnitude and direction of each weight separately (DoRA)."""
+    adapter: PathStr | None = None
+    """Folder of a peft adapter to start from, such as an export of a run; null starts from a new one
+    (lora)."""
     train_embeddings: bool = False
-    """Train embedding and LM head as well, whole, and save them with the adapter (lora)."""
+    """Also train the whole embedding and LM head, and save them with the adapter (lora)."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Load the frozen weights of linear layers in 4 or 8 bits, through bitsandbytes (lora)."""
+    """Quantize the frozen linear weights to 4 bits (nf4) or 8 bits (int8) with bitsandbytes (lora)."""
     double_quantization: bool = True
-    """Quantise the scales of nf4 blocks as well."""
+    """Quantize the block scales of nf4 as well."""
 
 
 class SourceSpec(Section):
     """One data set."""
 
-    path: Place
+    path: PathStr
     """JSON, JSONL (also .gz, .zst), Parquet or Arrow file; a folder of them; a saved data set; a URI
     (s3://...); a data set of the hub; or builtin/alpaca_sample and builtin/alpaca_sample_eval, which ship
     with this package."""
     format: Format = "auto"
-    """What a row holds; auto tells it from the names of its fields."""
+    """Format of the rows; auto detects it from the field names."""
     split: Name | None = None
-    """Split of a data set of several; train for one of the hub."""
+    """Split of the data set; for a hub data set the default is train."""
     subset: Name | None = None
     """Configuration of a data set of the hub."""
     revision: Name | None = None
     """Commit or tag of a data set of the hub."""
     weight: float = Field(default=1.0, gt=0.0, le=1.0e6)
-    """Passes over the rows in an epoch: 0.5 reads a half of them, drawn by run.seed, 2.5 all twice and a
-    half."""
+    """Sampling weight per epoch: 0.5 uses a random half (seeded by run.seed), 2.5 every row twice plus a
+    random half."""
     repeat: Count = 1
-    """How often every row is read in an epoch; multiplies weight."""
+    """Repetitions of every row in an epoch; multiplies weight."""
     sample: Count | None = None
-    """Use only this many rows, drawn by run.seed."""
+    """Use a random subset of this many rows, seeded by run.seed."""
 
 
 class DataSpec(Section):
-    """What is read, and how rows become packs of max_length tokens."""
+    """Data sources, and how rows are packed to max_length tokens."""
 
     train: tuple[SourceSpec, ...] = Field(min_length=1)
     """The training data."""
     max_length: Annotated[int, Field(ge=16, le=LARGEST)] = 2048
-    """Tokens in a pack."""
+    """Tokens of a pack."""
     packing: Literal["none", "best_fit", "concat"] = "best_fit"
-    """best_fit puts whole documents together; concat joins all and cuts at every max_length; none pads
-    each."""
+    """best_fit packs whole documents; concat concatenates all documents and cuts at every max_length; none
+    pads each document."""
     cross_document_attention: bool = False
-    """true lets tokens attend to other documents of their pack, as XTuner's published profile does."""
+    """true lets tokens attend to other documents of their pack, as XTuner's published benchmark does."""
     truncation: Literal["right", "left", "drop", "split"] = "right"
-    """What happens to a row longer than max_length: keep its start, keep its end, leave it out, or go on with
-    it in another pack, where nothing attends to the part before."""
+    """For a row longer than max_length: right keeps its start, left keeps its end, drop skips the row, split
+    continues it in another pack, without attention to the part before."""
     loss_on: Literal["response", "all", "last_turn"] = "response"
-    """Which tokens are trained on: all answers, every token, or the last answer of a conversation."""
-    template: Literal["auto", "chat", "alpaca"] = "auto"
-    """chat: the tokenizer's chat template; alpaca: Stanford Alpaca's prompt; auto: chat if there is one."""
+    """Tokens with a loss: those of all responses, all tokens, or those of the last response."""
+    chat_template: Literal["auto", "chat", "alpaca"] = "auto"
+    """chat: the tokenizer's chat template; alpaca: the Stanford Alpaca prompt; auto: chat if the tokenizer
+    has a template, else alpaca."""
     empty_answers: Literal["skip", "error", "learn_end"] = "skip"
-    """What happens to answers without text: skip learns nothing of them, and leaves out and counts the rows
-    that have nothing else to learn (rows_empty); error refuses such answers as malformed rows are refused;
-    learn_end learns that the answer ends at once. With loss_on: all a row is empty only without any text."""
+    """For answers without text: skip computes no loss on them, and skips and counts rows without any other
+    trained token (rows_empty); error treats them as malformed rows; learn_end trains the end-of-turn token.
+    With loss_on: all, only a row without any text is empty."""
     malformed_rows_allowed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
-    """Rows that are none are left out and listed; more than this many end the run."""
+    """Maximum number of malformed rows to skip; the run fails if there are more."""
     balance_window_steps: Count = 32
-    """Packs of like attention cost share a step inside a window of so many steps; 1 leaves that to chance."""
+    """Steps within which packs are reordered so that packs of one step have similar attention cost; 1 turns
+    balancing off."""
 
 
 class ParallelSpec(Section):
-    """How the work is spread over devices."""
+    """Parallelism: workers, ZeRO, offload, sequence parallelism."""
 
     workers: Annotated[int, Field(ge=1, le=65_536)] = 1
-    """Number of worker processes, one per GPU (per CPU slot on CPU)."""
+    """Number of worker processes, one per GPU; on CPU, one per cpus_per_worker cores."""
     device: Device = "auto"
-    """auto takes the GPUs of the cluster where there are any."""
+    """auto uses CUDA if the cluster has GPUs, else CPU."""
     cpus_per_worker: Count = 1
     """CPU cores that Ray reserves for each worker."""
     sequence_parallel_size: Count = 1
-    """How many workers share one sequence."""
+    """Number of workers that share each sequence (Ulysses)."""
     zero_stage: Literal[0, 1, 2, 3] = 3
-    """0 partitions nothing, 1 optimizer state, 2 gradients too, 3 the parameters too."""
+    """ZeRO stage: 0 partitions nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
     offload_optimizer: OffloadState = "none"
-    """cpu keeps optimizer state in host memory, and steps there; nvme (zero_stage 3) keeps it on a disk of
-    the node, and passes it through host memory for the step."""
+    """cpu keeps optimizer states in host memory and runs the step there; nvme (zero_stage: 3) keeps them on a
+    disk of the node and moves them through host memory for the step."""
     offload_param: OffloadState = "none"
-    """cpu keeps the parameters in host memory, nvme on a disk of the node (zero_stage 3 with
+    """cpu keeps parameters in host memory, nvme on a disk of the node (requires zero_stage: 3 and
     offload_optimizer: cpu or nvme)."""
-    offload_path: Place | None = None
-    """Folder on a fast disk that every node has, for what goes to nvme; a run removes what it wrote there."""
+    offload_path: PathStr | None = None
+    """Folder on a fast disk of every node for offload to nvme; a run removes the files it wrote there."""
     offload_activations: Offload = "none"
-    """cpu keeps each layer's input, all that gradient_checkpointing: full keeps, in host memory."""
+    """cpu keeps the saved layer inputs of gradient_checkpointing: full in host memory."""
     expandable_segments: bool = True
-    """Let CUDA's allocator grow its segments, which wastes less memory where sizes vary; no effect on CPU."""
+    """Use expandable segments in the CUDA allocator, which reduces fragmentation; no effect on CPU."""
 
 
 class OptimSpec(Section):
@@ -208,82 +211,82 @@ class OptimSpec(Section):
     lr: float = Field(default=2.0e-5, gt=0.0)
     """Peak learning rate."""
     micro_batch_size: Count = 1
-    """Packs in one forward and backward pass of a worker."""
+    """Packs per forward and backward pass of a worker."""
     global_batch_size: Count = 8
-    """Packs in one optimizer step over all workers."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up; cosine and linear end at zero."""
+    """Packs per optimizer step over all workers."""
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate schedule after warm-up; cosine and linear decay to zero."""
     warmup_ratio: Fraction = 0.03
-    """Share of all steps in which the learning rate rises linearly from zero."""
+    """Fraction of all steps with linear warm-up from zero."""
     max_steps: Count | None = None
-    """Optimizer steps; null means epochs decide."""
+    """Number of optimizer steps; null derives it from epochs."""
     epochs: float = Field(default=1.0, gt=0.0, le=1.0e6)
-    """Passes over the packs."""
-    clip_norm: float = Field(default=1.0, ge=0.0)
-    """Largest gradient norm; 0 does not clip."""
+    """Passes over the training data."""
+    max_grad_norm: float = Field(default=1.0, ge=0.0)
+    """Gradient norm clipping; 0 turns it off."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"] = "adamw"
-    """adamw keeps its state in fp32; with offload_optimizer it is DeepSpeed's CPU Adam. adamw_8bit keeps the
-    moments in 8 bits, paged_ in memory that CUDA moves to the host when it runs short (bitsandbytes). muon
-    takes steps of orthogonal matrices inside the layers, and adamw's elsewhere."""
+    """adamw keeps fp32 states; with offload_optimizer it is DeepSpeed's CPU Adam. adamw_8bit keeps the
+    moments in 8 bits; paged_ optimizers page states to host memory under memory pressure (bitsandbytes). muon
+    updates the matrices of the layers with orthogonalized momentum, and other parameters with adamw."""
     muon_lr: float | None = Field(default=None, gt=0.0)
-    """Peak learning rate of the matrices inside the layers, in units of a step's singular values (muon)."""
+    """Peak learning rate of the matrices that muon updates, in units of the update's singular values."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moment."""
     eps: float = Field(default=1.0e-8, gt=0.0)
-    """Added to the denominator of the update."""
+    """Term added to the denominator of the update."""
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """Decoupled weight decay, on every parameter."""
+    """Decoupled weight decay, applied to every parameter."""
 
     def packs(self, packs: int) -> int:
-        """Return the packs of all steps together, where an epoch has so many; a part of one counts as one."""
+        """Return the number of packs of all steps, given those of an epoch; a partial pack counts as one."""
         if self.max_steps is not None:
             return self.max_steps * self.global_batch_size
         return max(1, math.ceil(round(self.epochs * packs, 6)))
 
     def steps(self, packs: int) -> int:
-        """Return the optimizer steps, where an epoch has so many packs; the last one may hold fewer packs."""
+        """Return the number of optimizer steps, given the packs of an epoch; the last may be a partial batch."""
         return math.ceil(self.packs(packs) / self.global_batch_size)
 
 
 class EvalSpec(Section):
-    """Held-out rows whose loss is measured during training."""
+    """Evaluation during training."""
 
     data: tuple[SourceSpec, ...] = Field(min_length=1)
-    """The held-out data."""
+    """The evaluation data."""
     every_steps: Count | None = None
-    """Evaluate after every so many steps; null means only at the end."""
+    """Evaluate every N steps; null evaluates only at the end."""
 
 
 class CheckpointSpec(Section):
-    """Where the run lives and how often it is saved."""
+    """Run storage and checkpoint interval."""
 
-    storage: Place = "runs"
+    storage: PathStr = "runs"
     """Folder that every node can read and write; the run's folder is STORAGE/NAME."""
     every_steps: Count | None = None
-    """Save after every so many steps; null means only at the end."""
+    """Save a checkpoint every N steps; null saves only at the end."""
     keep: Count = 2
-    """How many checkpoints stay."""
+    """Number of checkpoints to keep."""
     asynchronous: bool = False
     """Upload in the background."""
 
 
 class RunSpec(Section):
-    """What happens when something fails."""
+    """Seed, retries, timeouts and environment variables."""
 
     max_failures: Annotated[int, Field(ge=0, le=LARGEST)] = 3
-    """How often the worker group is started again from the last checkpoint."""
+    """Maximum number of restarts of the worker group from the latest checkpoint."""
     min_workers: Count | None = None
-    """Go on with fewer workers, down to this many; null waits for all of them."""
+    """Minimum number of workers to continue with after a failure; null waits for all."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1024
-    """Seed of initialisation, packing and order."""
+    """Seed of initialization, packing and data order."""
     collective_timeout_seconds: Annotated[int, Field(ge=10, le=604_800)] = 600
-    """A collective that waits longer ends the attempt."""
+    """Timeout of a collective operation, which fails the attempt."""
     stop_grace_seconds: Annotated[int, Field(ge=0, le=604_800)] = 20
-    """How long a run that is told to stop (SIGTERM, SIGHUP) may take to save the step it is at; Kubernetes
-    and Slurm kill what has not ended after 30 s, unless they are told otherwise."""
+    """Time to save a checkpoint after SIGTERM or SIGHUP; Kubernetes and Slurm kill the process after 30 s by
+    default."""
     env: dict[EnvironmentName, SecretStr | None] = Field(default_factory=dict)
-    """Environment variables of the driver, its tasks and its workers, NAME: value; null takes the value from
-    where the command runs. Values are recorded nowhere: job.yaml of the run lists names only."""
+    """Environment variables of the driver, tasks and workers, NAME: value; null takes the value from the
+    environment of the command. Values are never recorded: job.yaml of the run lists only names."""
 
     @field_serializer("env")
     def _names_only(self, env: dict[str, SecretStr | None]) -> dict[str, None]:
@@ -291,16 +294,16 @@ class RunSpec(Section):
 
 
 class MetricsSpec(Section):
-    """Where the run's numbers are found, besides its folder."""
+    """Prometheus endpoint and experiment trackers."""
 
     port: Port | None = "auto"
-    """Port of the endpoint on the driver's node: auto takes the first free one of 9400 to 9499, a number
-    only that one, 0 any free one; null opens none."""
+    """Port of the Prometheus endpoint on the driver's node: auto is the first free port of 9400 to 9499, 0
+    any free port; null opens none."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address that the endpoint listens on; 0.0.0.0 for scraping from other machines."""
+    """Listen address of the endpoint; 0.0.0.0 allows scraping from other machines."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """What else draws them: tensorboard into the run's folder; wandb and mlflow where their environment
-    variables say."""
+    """Experiment trackers: tensorboard writes to the run directory; wandb and mlflow use their environment
+    variables."""
     project: Name = "orchestrator"
     """Project of Weights & Biases, experiment of MLflow."""
 

@@ -235,10 +235,10 @@ def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:
             "model.resize_embeddings=true adds rows that method.type=lora neither trains nor saves; set "
             "method.train_embeddings: true as well",
         )
-    if method.targets == ():
+    if method.target_modules == ():
         yield (
-            ("method.targets",),
-            "method.targets=[] names no module; use all-linear, attention or a list such as [q_proj, v_proj]",
+            ("method.target_modules",),
+            "method.target_modules=[] is empty; use all-linear, attention or a list such as [q_proj, v_proj]",
         )
 
 

@@ -71,7 +71,7 @@ def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Templat
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if wanted == "chat" and not has_chat:
         raise SpecError(
-            "data.template=chat, and the model's tokenizer has no chat template; use template: alpaca"
+            "data.chat_template=chat, but the tokenizer has no chat template; use chat_template: alpaca"
         )
     if wanted == "auto":
         return "chat" if has_chat else "alpaca"
@@ -103,7 +103,7 @@ def render(
         return _chat(_as_conversation(row), tokenizer, learn_ends)
     if row.history:
         raise Malformed(
-            "field history needs several turns, which template: alpaca has not; use template: chat"
+            "field history needs several turns, which chat_template: alpaca has not; use chat_template: chat"
         )
     body = _ALPACA_WITH_INPUT if row.input else _ALPACA_WITHOUT_INPUT
     prompt = body.format(instruction=row.instruction, input=row.input)
@@ -195,7 +195,7 @@ def _chat(row: Conversation, tokenizer: Any, learn_ends: bool) -> Rendered:
     except Exception as error:  # a template is a program of others and can fail in any way
         raise Malformed(
             f"the model's chat template refuses the row ({error}); change the row, or the template (rows of "
-            "one instruction can also use data.template: alpaca)"
+            "one instruction can also use data.chat_template: alpaca)"
         ) from None
     return rendered
 

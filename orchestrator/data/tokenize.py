@@ -102,7 +102,7 @@ def tokenize_sources(
         ClusterError: The cache cannot be written.
     """
     tokenizer = load_tokenizer(model)
-    template = choose(data.template, tokenizer)
+    template = choose(data.chat_template, tokenizer)
     learnt = learnt_of(data)
     _sweep(cache)
     stores: list[TokenStore] = []

@@ -1,4 +1,4 @@
-"""Learning rate schedule: linear warmup, then cosine, linear or constant."""
+"""Learning rate lr_scheduler: linear warmup, then cosine, linear or constant."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def learning_rate(optim: OptimSpec, step: int, steps: int) -> float:
     if step < warmup:
         return optim.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    if optim.schedule == "cosine":
+    if optim.lr_scheduler == "cosine":
         return optim.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-    if optim.schedule == "linear":
+    if optim.lr_scheduler == "linear":
         return optim.lr * (1.0 - progress)
     return optim.lr
 
@@ -46,5 +46,7 @@ def schedule_change_message(old: OptimSpec, new: OptimSpec, done: int, old_steps
     last_rate, next_rate = learning_rate(old, done - 1, old_steps), learning_rate(new, done, new_steps)
     is_same = math.isclose(last_rate, next_rate, rel_tol=1e-9)
     change = "stays" if is_same else f"was {last_rate:.3g} in step {done} and is"
-    schedule = "schedule" if new.schedule == "constant" else f"{new.schedule} schedule, which now ends there"
+    schedule = (
+        "schedule" if new.lr_scheduler == "constant" else f"{new.lr_scheduler} schedule, which now ends there"
+    )
     return f"{message}; by its {schedule}, the learning rate {change} {next_rate:.3g} in step {done + 1}"

@@ -59,7 +59,7 @@ def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise SpecError(
             f"method.type=lora cannot be applied to {type(model).__name__} ({reason}); choose other "
-            "method.targets, or use type: full"
+            "method.target_modules, or use type: full"
         ) from None
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -103,7 +103,7 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
     other = Difference.between(stored, {name: weight.shape for name, weight in kept.items()})
     if other != Difference():
         return (
-            f"{where} does not have the weights that method.targets and method.train_embeddings ask for: it "
+            f"{where} does not match method.target_modules and method.train_embeddings: it "
             f"{other.in_words('the adapter of this job')}; write the adapter's targets in this job, or name "
             "the model that it was trained beside"
         )
@@ -159,10 +159,10 @@ def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
         SpecError: A name that no linear layer has, with those that there are.
     """
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    if method.targets == "all-linear":
+    if method.target_modules == "all-linear":
         few_bits = [name for name, module in linear.items() if is_of_few_bits(module)]
         return few_bits or "all-linear"  # peft takes only PyTorch's for linear
-    if method.targets == "attention":
+    if method.target_modules == "attention":
         # By their full names: some models call a layer of their MLP as one of their attention.
         found = [
             name
@@ -171,20 +171,22 @@ def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
         ]
         if not found:
             raise SpecError(
-                f"method.targets=attention finds no attention in {type(model).__name__}; name modules: "
+                f"method.target_modules=attention: {type(model).__name__} has no attention; name modules: "
                 f"{', '.join(_names(linear))}"
             )
         return found
-    missing = [name for name in method.targets if not any(f".{each}".endswith(f".{name}") for each in linear)]
+    missing = [
+        name for name in method.target_modules if not any(f".{each}".endswith(f".{name}") for each in linear)
+    ]
     if missing:
         raise SpecError(
             *(
-                f"method.targets: no linear layer of {type(model).__name__} is called {name}; there are "
+                f"method.target_modules: {type(model).__name__} has no linear layer {name}; it has "
                 f"{', '.join(_names(linear))}"
                 for name in missing
             )
         )
-    return list(method.targets)
+    return list(method.target_modules)
 
 
 def _names(linear: dict[str, nn.Module]) -> list[str]:

@@ -92,7 +92,7 @@ def render(
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": optim.global_batch_size
         // (optim.micro_batch_size * layout.data_parallel_size),
-        "gradient_clipping": optim.clip_norm,
+        "gradient_clipping": optim.max_grad_norm,
         "bf16.enabled": dtype == "bf16",
         "fp16.enabled": dtype == "fp16",
         "optimizer.params.lr": optim.lr,

@@ -171,7 +171,7 @@ def work_of(
         sequence_parallel_size=parallel.sequence_parallel_size,
         method=job.method.type,
         rank=job.method.rank,
-        targets=job.method.targets,
+        targets=job.method.target_modules,
         train_embeddings=job.method.train_embeddings,
         quantization=_quantization(job, config),
         casts_frozen=False,

@@ -103,7 +103,7 @@ def _write_job(folder: Path, workers: int) -> None:
     text = job_text(
         folder / "runs",
         optim__max_steps=_MANY_STEPS,
-        optim__schedule="constant",
+        optim__lr_scheduler="constant",
         optim__warmup_ratio=0.0,
         data__max_length=256,
         parallel={"workers": workers, "zero_stage": 2},

@@ -281,9 +281,9 @@ def test_tokenizer_without_chat_template(tmp_path: Path, watched: Callable[..., 
     builtin = Path(__file__).resolve().parents[2] / "orchestrator" / "builtin" / "tiny-llama"
     shutil.copytree(builtin, tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    changes = {"model": {"path": "./model", "weights": "random"}, "data__template": "chat"}
+    changes = {"model": {"path": "./model", "weights": "random"}, "data__chat_template": "chat"}
     _write(tmp_path, job_text(tmp_path / "runs", **changes))
-    _assert_clear(watched("pack", "job.yaml"), 2, "data.template=chat", "template: alpaca")
+    _assert_clear(watched("pack", "job.yaml"), 2, "data.chat_template=chat", "chat_template: alpaca")
 
 
 @pytest.mark.ray
@@ -295,7 +295,7 @@ def test_model_without_weights_is_not_retried(tmp_path: Path, watched: Callable[
 
 @pytest.mark.ray
 def test_loss_that_is_not_finite(tmp_path: Path, watched: Callable[..., Finished]) -> None:
-    changes = {"optim__lr": 1e30, "optim__schedule": "constant", "optim__warmup_ratio": 0.0}
+    changes = {"optim__lr": 1e30, "optim__lr_scheduler": "constant", "optim__warmup_ratio": 0.0}
     _write(tmp_path, job_text(tmp_path / "runs", **changes))
     _assert_clear(watched("train", "job.yaml"), 4, "loss=nan", "at step 2", "lower optim.lr")
 

@@ -29,7 +29,10 @@ def _write_short_rows(path: Path, count: int = 5000) -> None:
 def _tokenise(tokenising: ModuleType, path: Path, cache: Path) -> TokenStore:
     source = SourceSpec(path=str(path))
     (store,) = tokenising.tokenize_sources(
-        ModelSpec(path="builtin/tiny-llama"), DataSpec(train=(source,), template="alpaca"), [source], cache
+        ModelSpec(path="builtin/tiny-llama"),
+        DataSpec(train=(source,), chat_template="alpaca"),
+        [source],
+        cache,
     )
     assert isinstance(store, TokenStore)
     return store

@@ -21,7 +21,7 @@ def _job(folder: Path) -> None:
             folder / "runs",
             data={"train": [{"path": "rows.jsonl"}], "max_length": 256},
             parallel={"workers": 1, "zero_stage": 2},
-            optim={"lr": 1e-3, "global_batch_size": 4, "schedule": "constant", "max_steps": 4},
+            optim={"lr": 1e-3, "global_batch_size": 4, "lr_scheduler": "constant", "max_steps": 4},
             eval=None,
         )
     )

@@ -144,7 +144,7 @@ def job(folder: Path, workers: int, parallel: dict[str, Any], **changes: Any) ->
         "method": sections["method"],
         "data": {"train": [{"path": "unused"}], "max_length": MAX_LENGTH, **sections["data"]},
         "parallel": {"workers": workers, "device": "cpu", **parallel},
-        "optim": {"lr": 1e-3, "clip_norm": 0.5, "weight_decay": 0.01, "global_batch_size": 8, **changes},
+        "optim": {"lr": 1e-3, "max_grad_norm": 0.5, "weight_decay": 0.01, "global_batch_size": 8, **changes},
         "run": {"seed": SEED, **sections["run"]},
         "checkpoint": sections["checkpoint"],
     }

@@ -74,7 +74,9 @@ def train(
             optimizer.zero_grad()
         losses.append(_backward(model, documents))
         gradients = gradients or {name: weight.grad.numpy().copy() for name, weight in trained.items()}
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), optim.clip_norm or float("inf"))))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(trained.values(), optim.max_grad_norm or float("inf")))
+        )
         rates.append(learning_rate(optim, step, steps))
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.distributed
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "alpha": 8.0},
-    "attention": {"rank": 3, "alpha": 8.0, "targets": "attention"},
+    "attention": {"rank": 3, "alpha": 8.0, "target_modules": "attention"},
     "named": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"], "use_rslora": True},
     "dora": {"rank": 4, "alpha": 8.0, "use_dora": True},
     "embeddings": {"rank": 4, "alpha": 8.0, "train_embeddings": True},
@@ -73,7 +73,7 @@ def plain_peft(model: Any, method: dict[str, Any]) -> Any:
     """Adapt a model with peft alone."""
     from peft import LoraConfig, get_peft_model
 
-    chosen = method.get("targets", "all-linear")
+    chosen = method.get("target_modules", "all-linear")
     torch.manual_seed(SEED)
     return get_peft_model(
         model,
@@ -256,7 +256,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_start(
 
     assert "rank 4, and method.rank is 8" in refusal(rank=8)
     assert "alpha 8.0, and method.alpha is 2.0" in refusal(alpha=2.0)
-    assert "does not have the weights that method.targets" in refusal(targets=["q_proj"])
-    assert "does not have the weights that method.targets" in refusal(train_embeddings=True)
+    assert "does not have the weights that method.target_modules" in refusal(target_modules=["q_proj"])
+    assert "does not have the weights that method.target_modules" in refusal(train_embeddings=True)
     assert "was trained beside another model" in refusal(model=str(tmp_path / "other"))
     assert "is no adapter that can be read" in refusal(path=str(tmp_path / "other"))

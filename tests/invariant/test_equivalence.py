@@ -121,7 +121,7 @@ def outcomes(tiny: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         for policy, shape in TIED
     ]
     tasks += [
-        task_of(f"unclipped {policy} {shape}", tiny, policy, shape, clip_norm=0.0)
+        task_of(f"unclipped {policy} {shape}", tiny, policy, shape, max_grad_norm=0.0)
         for policy, shape in WITHOUT_CLIPPING
     ]
     return run_all(tmp_path_factory.mktemp("equivalence"), tasks)
@@ -176,7 +176,7 @@ def test_cpu_adam_steps_where_the_state_is_offloaded(name: str, outcomes: dict[s
 
 @pytest.fixture(scope="module")
 def expected_without_clipping(tiny: Material) -> reference.Reference:
-    _, task = task_of("", tiny, "zero2", "1x8", clip_norm=0.0)
+    _, task = task_of("", tiny, "zero2", "1x8", max_grad_norm=0.0)
     return reference.train(task["job"], tiny.training)
 
 

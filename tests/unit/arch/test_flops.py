@@ -163,7 +163,9 @@ def test_frozen_weights_need_no_gradient_and_adapters_do(
     keep: Literal["selective", "full"], targets: Any, model: Any
 ) -> None:
     checkpoint_layers(model, keep, offload=False)
-    adapted = adapt(model, MethodSpec(type="lora", rank=4, targets=targets), torch.float32, seed=0).train()
+    adapted = adapt(
+        model, MethodSpec(type="lora", rank=4, target_modules=targets), torch.float32, seed=0
+    ).train()
     parameters = adapter_parameters(adapted)
     squares = sum(length * length for length in LENGTHS)
     forward = forward_flops(SHAPE, sum(LENGTHS), squares, SCORED, adapter_parameters=parameters)

@@ -42,8 +42,8 @@ def saved(family: str, folder: Path) -> dict[str, Any]:
     [
         "{type: full}",
         "{type: lora, rank: 16}",
-        "{type: lora, targets: attention, use_dora: true}",
-        "{type: lora, targets: [o_proj, up_proj]}",
+        "{type: lora, target_modules: attention, use_dora: true}",
+        "{type: lora, target_modules: [o_proj, up_proj]}",
         "{type: lora, train_embeddings: true}",
     ],
 )
@@ -97,6 +97,6 @@ def test_a_family_that_is_not_known_is_not_counted() -> None:
 
 def test_names_that_are_not_known_may_stand_for_every_module(tmp_path: Path) -> None:
     config = {"model_type": "llama", **SIZES}
-    unknown = parameter_count(config, MethodSpec(type="lora", targets=("wqkv",)))
+    unknown = parameter_count(config, MethodSpec(type="lora", target_modules=("wqkv",)))
     assert unknown == parameter_count(config, MethodSpec(type="lora"))
     assert isinstance(unknown, ParameterCount)

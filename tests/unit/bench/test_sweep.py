@@ -100,7 +100,7 @@ def test_a_name_says_what_a_cell_is_and_changes_with_what_its_figures_depend_on(
 
 def test_a_long_list_of_fields_makes_a_valid_name(tmp_path: Path) -> None:
     targets = ", ".join(["q_proj"] * 30)
-    text = f"name: s\nbase: job.yaml\nmatrix: {{method: [{{type: lora, targets: [{targets}]}}]}}\n"
+    text = f"name: s\nbase: job.yaml\nmatrix: {{method: [{{type: lora, target_modules: [{targets}]}}]}}\n"
     (cell,) = sweep(tmp_path, text).cells
     assert len(cell.name) <= 63
 

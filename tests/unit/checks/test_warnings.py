@@ -59,7 +59,7 @@ LLAMA = {"path": "meta-llama/Llama-2-7b-hf"}
         ("optim.warmup_ratio", {"optim": {"warmup_ratio": 0.2}}, {"optim": {"warmup_ratio": 1.0}}),
         ("optim.epochs", {"optim": {"epochs": 15.0}}, {"optim": {"epochs": 300.0}}),
         ("optim.weight_decay", {"optim": {"weight_decay": 0.1}}, {"optim": {"weight_decay": 1.0}}),
-        ("optim.clip_norm", {"optim": {"clip_norm": 0.0}}, {"optim": {"clip_norm": 1e6}}),
+        ("optim.max_grad_norm", {"optim": {"max_grad_norm": 0.0}}, {"optim": {"max_grad_norm": 1e6}}),
         ("optim.betas", {"optim": {"betas": [0.9, 0.95]}}, {"optim": {"betas": [0.999, 0.9]}}),
         ("method.rank", {"method": {**LORA, "rank": 64}}, {"method": WIDE}),
         ("method.alpha", {"method": {**LORA, "rank": 64}}, {"method": {**LORA, "alpha": 1024.0}}),

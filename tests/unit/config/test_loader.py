@@ -126,7 +126,7 @@ data:
   max_length: 1024
 optim:
   lr: -1
-  schedule: cosin
+  lr_scheduler: cosin
   global_batch_size: 7
 parallel:
   workers: 2
@@ -138,7 +138,7 @@ parallel:
         (6, "data.train has 0 elements; give at least 1"),
         (8, "key data.max_length stands twice (first on line 7); keep one"),
         (10, "optim.lr=-1 is out of range; it must be above 0"),
-        (11, "optim.schedule=\"cosin\" is not one of the values known; use 'cosine'"),
+        (11, "optim.lr_scheduler=\"cosin\" is not one of the values known; use 'cosine'"),
         (12, "optim.global_batch_size=7 is not a multiple of"),
     ]:
         assert any(problem.startswith(f"job.yaml:{line}: {start}") for problem in problems), (
@@ -190,7 +190,7 @@ def test_odd_keys_are_unknown_fields(key: str) -> None:
 
 
 def test_an_unknown_field_like_no_other_lists_what_is_known() -> None:
-    assert "known here: port, host" in problem_of(MINIMAL + "metrics: {qqq: 1}")
+    assert "fields here: port, host" in problem_of(MINIMAL + "metrics: {qqq: 1}")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_defaults_make_a_job_that_breaks_no_rule() -> None:
         ("data.packing", "first_fit"),
         ("data.truncation", "middle"),
         ("data.loss_on", "prompt"),
-        ("data.template", "vicuna"),
+        ("data.chat_template", "vicuna"),
         ("parallel.workers", 0),
         ("parallel.workers", 65_537),
         ("parallel.device", "tpu"),
@@ -88,14 +88,14 @@ def test_defaults_make_a_job_that_breaks_no_rule() -> None:
         ("optim.lr", float("inf")),
         ("optim.micro_batch_size", 0),
         ("optim.global_batch_size", 10**400),
-        ("optim.schedule", "step"),
+        ("optim.lr_scheduler", "step"),
         ("optim.warmup_ratio", 1.1),
         ("optim.warmup_ratio", -0.1),
         ("optim.max_steps", 0),
         ("optim.max_steps", 3.0),
         ("optim.epochs", 0.0),
         ("optim.epochs", 1e300),
-        ("optim.clip_norm", -1.0),
+        ("optim.max_grad_norm", -1.0),
         ("optim.optimizer", "sgd"),
         ("optim.betas", (0.9,)),
         ("optim.betas", (0.9, 1.0)),
@@ -133,7 +133,7 @@ def test_a_value_outside_its_rule_is_refused(field: str, value: object) -> None:
         ("optim.lr", 1),
         ("optim.warmup_ratio", 0.0),
         ("optim.warmup_ratio", 1.0),
-        ("optim.clip_norm", 0.0),
+        ("optim.max_grad_norm", 0.0),
         ("optim.betas", (0.0, 0.999)),
         ("run.max_failures", 0),
         ("run.seed", 2**32 - 1),
@@ -268,12 +268,12 @@ def test_stage_0_keeps_its_state_on_the_device_and_does_not_scale_the_loss() -> 
 
 
 def test_fields_of_lora_have_no_effect_on_full_training() -> None:
-    sentences = broken(method__rank=4, method__targets=("q_proj",), method__quantization="nf4")
+    sentences = broken(method__rank=4, method__target_modules=("q_proj",), method__quantization="nf4")
     assert [sentence.split("=")[0] for sentence in sentences] == [
-        "method.rank", "method.targets", "method.quantization",
+        "method.rank", "method.target_modules", "method.quantization",
     ]  # fmt: skip
     assert all(sentence.endswith("use type: lora, or leave it out") for sentence in sentences)
-    assert broken(method__type="lora", method__rank=4, method__targets=("q_proj",)) == []
+    assert broken(method__type="lora", method__rank=4, method__target_modules=("q_proj",)) == []
 
 
 def test_int8_weights_cannot_be_partitioned() -> None:
@@ -284,8 +284,8 @@ def test_int8_weights_cannot_be_partitioned() -> None:
 
 
 def test_lora_needs_a_target() -> None:
-    (sentence,) = broken(method__type="lora", method__targets=())
-    assert "method.targets=[] names no module" in sentence
+    (sentence,) = broken(method__type="lora", method__target_modules=())
+    assert "method.target_modules=[] names no module" in sentence
 
 
 def test_flash_attention_needs_cuda_and_half_precision() -> None:

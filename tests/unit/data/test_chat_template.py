@@ -72,7 +72,7 @@ def test_a_tokenizer_without_special_tokens_adds_none() -> None:
 
 
 def test_history_has_no_place_in_alpacas_prompt(tokenizer: Any) -> None:
-    assert "use template: chat" in refusal(WITH_HISTORY, tokenizer, "alpaca")
+    assert "use chat_template: chat" in refusal(WITH_HISTORY, tokenizer, "alpaca")
 
 
 def test_which_template_is_used(tokenizer: Any) -> None:
@@ -80,7 +80,7 @@ def test_which_template_is_used(tokenizer: Any) -> None:
     assert choose("alpaca", tokenizer) == "alpaca"
     assert choose("chat", tokenizer) == "chat"
     assert choose("auto", NoChat()) == "alpaca"
-    with pytest.raises(SpecError, match="has no chat template; use template: alpaca"):
+    with pytest.raises(SpecError, match="has no chat template; use chat_template: alpaca"):
         choose("chat", NoChat())
 
 

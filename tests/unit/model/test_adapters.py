@@ -73,7 +73,9 @@ def test_counts_of_qwen_7b_are_the_published_ones(
 ) -> None:
     with torch.device("meta"):
         model = Qwen7B()
-    assert count(adapted(model, targets=targets, rank=rank)) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert count(adapted(model, target_modules=targets, rank=rank)) / 1e6 == pytest.approx(
+        millions, abs=0.005
+    )
 
 
 def test_counts_of_llama_2_7b() -> None:
@@ -87,7 +89,7 @@ def test_counts_of_llama_2_7b() -> None:
 
 
 def test_attention_is_told_from_the_mlp_by_its_place() -> None:
-    found = trained(adapted(small(), targets="attention"))
+    found = trained(adapted(small(), target_modules="attention"))
     assert all("self_attn" in name for name in found)
     assert {name.split(".")[-4] for name in found} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
@@ -95,7 +97,7 @@ def test_attention_is_told_from_the_mlp_by_its_place() -> None:
 def test_a_name_that_the_mlp_has_too_is_adapted_in_attention_only() -> None:
     with torch.device("meta"):
         model = Qwen7B()
-    found = adapted(model, targets="attention", rank=8)
+    found = adapted(model, target_modules="attention", rank=8)
     assert not any(".mlp." in name for name in trained(found))
     assert count(found) == 32 * 8 * (4 * 4096 + 2 * 4096)
 
@@ -117,10 +119,10 @@ def test_embedding_and_head_are_trained_whole(tied: bool) -> None:
 
 def test_a_target_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(SpecError) as raised:
-        adapted(small(), targets=("q_proj", "c_attn", "proj"))
+        adapted(small(), target_modules=("q_proj", "c_attn", "proj"))
     assert len(raised.value.problems) == 2
     assert raised.value.problems[0] == (
-        "method.targets: no linear layer of LlamaForCausalLM is called c_attn; there are "
+        "method.target_modules: no linear layer of LlamaForCausalLM is called c_attn; there are "
         "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     )
 

@@ -63,8 +63,8 @@ def job(name: str, workers: int = 4) -> JobSpec:
         "model: {path: m}\n"
         "data: {train: [{path: d}]}\n"
         f"parallel: {json.dumps(parallel)}\n"
-        "optim: {lr: 3e-4, micro_batch_size: 2, global_batch_size: 24, clip_norm: 0.5, betas: [0.8, 0.95], "
-        "eps: 1e-6, weight_decay: 0.1}\n"
+        "optim: {lr: 3e-4, micro_batch_size: 2, global_batch_size: 24, max_grad_norm: 0.5, "
+        "betas: [0.8, 0.95], eps: 1e-6, weight_decay: 0.1}\n"
     )
 
 

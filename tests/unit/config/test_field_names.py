@@ -1,0 +1,66 @@
+"""An unknown field is answered with the field that it corresponds to, whichever trainer its name is from."""
+
+import pytest
+
+from orchestrator.config.field_names import EQUIVALENTS, Equivalent, equivalent
+from orchestrator.config.loader import _dotted_fields, parse
+from orchestrator.errors import SpecError
+
+JOB = "name: a\nmodel: {path: m}\ndata: {train: [{path: d}]}\n"
+
+
+def refusal(overrides: list[str]) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse(JOB, overrides)
+    (problem,) = caught.value.problems
+    return problem
+
+
+@pytest.mark.parametrize("name", sorted(EQUIVALENTS))
+def test_every_equivalent_is_a_field_or_says_why_there_is_none(name: str) -> None:
+    answer = EQUIVALENTS[name]
+    if answer.field is None:
+        assert answer.remark
+    else:
+        assert answer.field in {*_dotted_fields(), "name"}
+
+
+@pytest.mark.parametrize("name", sorted(EQUIVALENTS))
+@pytest.mark.parametrize("section", ["optim.", ""])
+def test_the_error_for_every_name_says_what_to_write(name: str, section: str) -> None:
+    answer = EQUIVALENTS[name]
+    problem = refusal([f"{section}{name}=1"])
+    assert f"{section}{name} is not a field of a job; " in problem
+    assert (f"use {answer.field}" if answer.field else "there is no such field: ") in problem
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("optim.learning_rate", "use optim.lr"),
+        ("data.max_seq_length", "use data.max_length"),
+        ("optim.num_train_epochs", "use optim.epochs"),
+        ("method.r", "use method.rank"),
+        ("method.lora_r", "use method.rank"),
+        ("optim.per_device_train_batch_size", "use optim.micro_batch_size"),
+        ("optim.gradient_accumulation_steps", "set optim.global_batch_size"),
+        ("deepspeed", "use parallel.zero_stage (set parallel.zero_stage and parallel.offload_*"),
+        ("output_dir", "use checkpoint.storage (the run directory is STORAGE/NAME)"),
+        ("method.targets", "use method.target_modules"),
+        ("optim.clip_norm", "use optim.max_grad_norm"),
+        ("optim.schedule", "use optim.lr_scheduler"),
+        ("data.template", "use data.chat_template"),
+        ("lr", "use optim.lr"),
+        ("zero_stage", "use parallel.zero_stage"),
+        ("every_steps", "use eval.every_steps or checkpoint.every_steps"),
+        ("optim.Learning-Rate", "use optim.lr"),
+        ("optim.weightdecay", "did you mean weight_decay?"),
+    ],
+)
+def test_a_name_of_elsewhere_gets_the_right_one(written: str, answer: str) -> None:
+    assert answer in refusal([f"{written}=1"])
+
+
+def test_a_name_is_looked_up_whatever_its_case_and_separators() -> None:
+    assert equivalent("Learning-Rate") == Equivalent("optim.lr")
+    assert equivalent("never_heard_of") is None
