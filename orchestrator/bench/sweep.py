@@ -104,14 +104,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises:
         SpecError: With every problem of the file, of its bases and of every cell.
     """
-    data, places, problems = yaml_loader.read(loader.text_of(path, "sweep"), path.name, "sweep")
-    spec, broken = _validate(data, places, path.name)
+    data, source_lines, problems = yaml_loader.read(loader.text_of(path, "sweep"), path.name, "sweep")
+    spec, broken = _validate(data, source_lines, path.name)
     if problems or spec is None:
         raise SpecError(*problems, *broken)
-    bases = _bases(spec, data, places, path, overrides)
+    bases = _bases(spec, data, source_lines, path, overrides)
     cells: dict[str, Cell] = {}
     found: dict[str, None] = {}  # each problem once, in order: most are the same in many cells
-    for base, (fields, written) in itertools.product(bases, _combinations(spec, places, path.name)):
+    for base, (fields, written) in itertools.product(bases, _combinations(spec, source_lines, path.name)):
         job, broken = _job(base, fields, written)
         if job is None:
             found.update(dict.fromkeys(broken))
@@ -129,12 +129,12 @@ class _Base:
 
     label: str
     data: dict[str, Any]
-    places: yaml_loader.Places
+    source_lines: yaml_loader.SourceLines
     origin: str
 
 
 def _validate(
-    data: dict[str, Any], places: yaml_loader.Places, origin: str
+    data: dict[str, Any], source_lines: yaml_loader.SourceLines, origin: str
 ) -> tuple[SweepSpec | None, list[str]]:
     problems = []
     try:
@@ -145,8 +145,8 @@ def _validate(
         for detail in error.errors(include_url=False):
             first.setdefault(detail["loc"][:1] if detail["loc"][0] == "base" else detail["loc"], detail)
         return None, [
-            f"{yaml_loader.place_of(places, [at], origin)}: "
-            + loader.sentence_of({**detail, "loc": at}, SweepSpec, "sweep")
+            f"{yaml_loader.line_of(source_lines, [at], origin)}: "
+            + loader.message_of({**detail, "loc": at}, SweepSpec, "sweep")
             for at, detail in first.items()
         ]
     if (spec.base is None) == (spec.job is None):
@@ -154,7 +154,7 @@ def _validate(
         problems.append(f"{origin}: the sweep has {how}; write base: JOB.yaml, or the job itself below job:")
     for index, cell in enumerate(spec.cells):
         for name in cell.keys() & spec.matrix.keys():
-            where = yaml_loader.place_of(places, [("cells", index, name)], origin)
+            where = yaml_loader.line_of(source_lines, [("cells", index, name)], origin)
             problems.append(f"{where}: {name} is in cells and in matrix; vary it in one of them")
     count = len(spec.cells) * len(_base_names(spec))
     for values in spec.matrix.values():
@@ -171,7 +171,11 @@ def _base_names(spec: SweepSpec) -> tuple[str, ...]:
 
 
 def _bases(
-    spec: SweepSpec, data: dict[str, Any], places: yaml_loader.Places, path: Path, overrides: Sequence[str]
+    spec: SweepSpec,
+    data: dict[str, Any],
+    source_lines: yaml_loader.SourceLines,
+    path: Path,
+    overrides: Sequence[str],
 ) -> list[_Base]:
     """Read the job files, or the job that stands in the sweep, and set the overrides in each."""
     problems: list[str] = []
@@ -182,17 +186,17 @@ def _bases(
             try:
                 job, where, twice = yaml_loader.read(loader.text_of(file, "job"), file.name)
             except SpecError as error:
-                named = yaml_loader.place_of(places, [("base",)], path.name)
+                named = yaml_loader.line_of(source_lines, [("base",)], path.name)
                 problems += [f"{named}: {problem}" for problem in error.problems]
                 continue
             base = _Base(file.stem, job, where, file.name)
         else:
-            below = {
-                place[1:]: line for place, line in places.items() if place[0] == "job" and len(place) > 1
-            }
+            below = {key[1:]: line for key, line in source_lines.items() if key[0] == "job" and len(key) > 1}
             base, twice = _Base(spec.name, dict(data["job"]), below, path.name), []
         problems += twice
-        problems += [p for text in overrides if (p := loader.apply_override(base.data, base.places, text))]
+        problems += [
+            p for text in overrides if (p := loader.apply_override(base.data, base.source_lines, text))
+        ]
         bases.append(base)
     if problems:
         raise SpecError(*problems)
@@ -200,7 +204,7 @@ def _bases(
 
 
 def _combinations(
-    spec: SweepSpec, places: yaml_loader.Places, origin: str
+    spec: SweepSpec, source_lines: yaml_loader.SourceLines, origin: str
 ) -> Iterator[tuple[Values, dict[str, str]]]:
     """Yield the fields of every cell, and the line that each of them was written on."""
     for index, listed in enumerate(spec.cells):
@@ -209,19 +213,19 @@ def _combinations(
             fields = {**listed, **{name: spec.matrix[name][at] for name, at in picked.items()}}
             locations: dict[str, yaml_loader.Location] = {name: ("cells", index, name) for name in listed}
             locations |= {name: ("matrix", name, at) for name, at in picked.items()}
-            yield fields, {n: yaml_loader.place_of(places, [at], origin) for n, at in locations.items()}
+            yield fields, {n: yaml_loader.line_of(source_lines, [at], origin) for n, at in locations.items()}
 
 
 def _job(base: _Base, fields: Values, written: Mapping[str, str]) -> tuple[JobSpec | None, list[str]]:
-    data, places = copy.deepcopy(base.data), dict(base.places)
+    data, source_lines = copy.deepcopy(base.data), dict(base.source_lines)
     problems = []
     for name, value in fields.items():
-        reason = loader.put(data, places, name, value, written[name])
+        reason = loader.put(data, source_lines, name, value, written[name])
         if reason:
             problems.append(f"{written[name]}: {name}: {reason}")
     if problems:
         return None, problems
-    return loader.judge(data, places, base.origin)
+    return loader.validate(data, source_lines, base.origin)
 
 
 def _cell(spec: SweepSpec, job: JobSpec, fields: Values, base: str | None) -> Cell:

@@ -16,14 +16,14 @@ from pydantic_core import ErrorDetails
 from orchestrator.config import field_names, yaml_loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import Problem, broken_rules
-from orchestrator.config.yaml_loader import Location, Places, dotted, location_of, place_of
+from orchestrator.config.yaml_loader import Location, SourceLines, dotted, line_of, location_of
 from orchestrator.errors import SpecError
 
 _NO_OVERRIDE = "not of the form field.name=value; write for example --set optim.lr=1e-5"
 
 
 Check = Callable[[JobSpec], Iterable[Problem]]
-_Found = list[tuple[list[Location], str]]
+_Located = list[tuple[list[Location], str]]
 
 
 def _nothing(_: JobSpec) -> Iterable[Problem]:
@@ -50,7 +50,7 @@ def load(path: Path, overrides: Sequence[str] = (), check: Check = _nothing) -> 
 def load_with_warnings(
     path: Path, overrides: Sequence[str], check: Check = _nothing, warn: Check = _nothing
 ) -> tuple[JobSpec, list[str]]:
-    """Read a job file as `load` does, and return with the job what `warn` finds, each with its line."""
+    """Read a job file as `load` does, and return the job with the warnings of `warn`, each with its line."""
     job, problems, warnings = examine(path, overrides, check, warn)
     if job is None:
         raise SpecError(*problems)
@@ -60,16 +60,16 @@ def load_with_warnings(
 def examine(
     path: Path, overrides: Sequence[str], check: Check, warn: Check
 ) -> tuple[JobSpec | None, list[str], list[str]]:
-    """Return the job of a file, None where it has problems, with all problems and all warnings.
+    """Return the job of a file (None if it has problems), all problems and all warnings.
 
     Args:
         path: The YAML file.
         overrides: As `load` takes them.
         check: As `load` takes it.
-        warn: Finds what is allowed and still most likely a slip.
+        warn: Finds values that are allowed but probably a mistake.
 
     Raises:
-        SpecError: The file cannot be read, or is no YAML.
+        SpecError: The file cannot be read, or is not YAML.
     """
     return _read(text_of(path, "job"), overrides, path.name, check, warn)
 
@@ -78,7 +78,7 @@ def text_of(path: Path, thing: str) -> str:
     """Return the text of a file.
 
     Raises:
-        SpecError: The file cannot be read, or is no text.
+        SpecError: The file cannot be read, or is not UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -103,28 +103,30 @@ def parse(text: str, overrides: Sequence[str] = (), origin: str = "job") -> JobS
 def _read(
     text: str, overrides: Sequence[str], origin: str, check: Check, warn: Check
 ) -> tuple[JobSpec | None, list[str], list[str]]:
-    data, places, problems = yaml_loader.read(text, origin)
+    data, source_lines, problems = yaml_loader.read(text, origin)
     for override in overrides:
-        problem = apply_override(data, places, override)
+        problem = apply_override(data, source_lines, override)
         if problem:
             problems.append(problem)
     job, broken, warnings = _validate(data, check, warn)
-    problems += _placed(broken, places, origin)
-    return None if problems else job, problems, _placed(warnings, places, origin)
+    problems += _with_lines(broken, source_lines, origin)
+    return None if problems else job, problems, _with_lines(warnings, source_lines, origin)
 
 
-def judge(data: dict[str, Any], places: Places, origin: str) -> tuple[JobSpec | None, list[str]]:
-    """Return the job that the data are, or a sentence for every problem, each with the place it stands at."""
+def validate(
+    data: dict[str, Any], source_lines: SourceLines, origin: str
+) -> tuple[JobSpec | None, list[str]]:
+    """Validate a job that has been read; return it, or a message with its line for every problem."""
     job, broken, _ = _validate(data, _nothing, _nothing)
-    return job, _placed(broken, places, origin)
+    return job, _with_lines(broken, source_lines, origin)
 
 
-def _placed(found: _Found, places: Places, origin: str) -> list[str]:
-    return [f"{place_of(places, locations, origin)}: {sentence}" for locations, sentence in found]
+def _with_lines(found: _Located, source_lines: SourceLines, origin: str) -> list[str]:
+    return [f"{line_of(source_lines, locations, origin)}: {sentence}" for locations, sentence in found]
 
 
 def dump(job: JobSpec) -> str:
-    """Return the job as YAML with every default written out; `parse` reads it back equal."""
+    """Return the job as YAML with all defaults; `parse` returns an equal job."""
     return yaml_loader.dump(job.model_dump(mode="json"))
 
 
@@ -134,8 +136,8 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "orchestrator job"}
 
 
-def apply_override(data: dict[str, Any], places: Places, text: str) -> str | None:
-    """Put an override's value into the data; return the sentence that says why it cannot be."""
+def apply_override(data: dict[str, Any], source_lines: SourceLines, text: str) -> str | None:
+    """Apply an override to the data; return an error message if it cannot be applied."""
     path, equals, value = text.partition("=")
     is_secret = path.strip() == "run" or path.strip().startswith("run.env")
     shown = f"--set {path}=..." if is_secret and equals else f"--set {text[:80]}"
@@ -146,22 +148,22 @@ def apply_override(data: dict[str, Any], places: Places, text: str) -> str | Non
     except yaml.YAMLError as error:
         why = "" if is_secret else f" ({yaml_loader.reason_of(error)})"  # which may quote a part of the value
         return f"{shown}: the value is not valid YAML{why}; quote it"
-    reason = put(data, places, path.strip(), parsed, shown)
+    reason = put(data, source_lines, path.strip(), parsed, shown)
     return f"{shown}: {reason}" if reason else None
 
 
-def put(data: dict[str, Any], places: Places, path: str, value: Any, origin: str) -> str | None:
-    """Set a field of a job that has been read and is not judged yet.
+def put(data: dict[str, Any], source_lines: SourceLines, path: str, value: Any, origin: str) -> str | None:
+    """Set a field of a job that has been read but not validated.
 
     Args:
         data: The job; changed in place.
-        places: Where its fields stand; changed in place.
+        source_lines: The origin of each field; changed in place.
         path: The field's dotted name.
         value: Its value.
         origin: Where the value was written.
 
     Returns:
-        The sentence that says why it cannot be set, or None.
+        An error message if it cannot be set, or None.
     """
     keys = path.split(".")
     if not all(keys) or not path.isprintable() or len(keys) > yaml_loader.DEEPEST:
@@ -184,27 +186,27 @@ def put(data: dict[str, Any], places: Places, path: str, value: Any, origin: str
         elif isinstance(target, dict) and target.get(key) is None:
             target[at] = {}
         target = target[at]
-    yaml_loader.forget(places, tuple(location))
-    places[tuple(location)] = origin
+    yaml_loader.forget(source_lines, tuple(location))
+    source_lines[tuple(location)] = origin
     return None
 
 
 def _key_in(target: Any, key: str) -> str | int | None:
-    """Return the key or index by which a container may be set, None where it may not."""
+    """Return the key or index that can be set in a container, or None."""
     if isinstance(target, list):
         return next((index for index in range(len(target)) if str(index) == key), None)
     return key if isinstance(target, dict) else None
 
 
-def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec | None, _Found, _Found]:
+def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec | None, _Located, _Located]:
     """Validate fields, then the rules between those fields that are valid.
 
     Returns:
-        The job, its problems with those that `check` finds, and what `warn` finds.
+        The job, its problems including those of `check`, and the warnings of `warn`.
     """
-    problems: _Found = []
+    problems: _Located = []
     wrong: set[str] = set()
-    for _ in range(8):  # each round removes what was wrong, so that defaults stand in for it
+    for _ in range(8):  # each round replaces invalid values by defaults
         try:
             job = JobSpec.model_validate_json(json.dumps(data, default=str))
         except ValidationError as error:
@@ -212,22 +214,24 @@ def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec 
         else:
             problems += _of_others(wrong, (*broken_rules(job), *check(job)))
             return None if problems else job, problems, _of_others(wrong, warn(job))
-        places = [tuple(detail["loc"]) for detail in found]
-        for detail, place in zip(found, places, strict=True):
-            consequence = any(place == other[: len(place)] and place != other for other in places)
-            if not consequence and dotted(place) not in wrong:
-                problems.append(([place], sentence_of(detail, JobSpec, "job")))
+        locations = [tuple(detail["loc"]) for detail in found]
+        for detail, location in zip(found, locations, strict=True):
+            is_consequence = any(
+                location == other[: len(location)] and location != other for other in locations
+            )
+            if not is_consequence and dotted(location) not in wrong:
+                problems.append(([location], message_of(detail, JobSpec, "job")))
         data = json.loads(json.dumps(data, default=str))
-        for detail, place in zip(found, places, strict=True):
-            if dotted(place) in wrong:  # the stand-in does not do here, so what it is part of goes
-                place = place[:-1]
-            wrong.add(dotted(place))
-            _repair(data, place, unknown=detail["type"] == "extra_forbidden")
+        for detail, location in zip(found, locations, strict=True):
+            if dotted(location) in wrong:  # the default is invalid here: remove its parent
+                location = location[:-1]
+            wrong.add(dotted(location))
+            _repair(data, location, unknown=detail["type"] == "extra_forbidden")
     return None, problems, []
 
 
-def _of_others(wrong: set[str], found: Iterable[Problem]) -> _Found:
-    """Return by their locations those that are about no field that is wrong and has a stand-in."""
+def _of_others(wrong: set[str], found: Iterable[Problem]) -> _Located:
+    """Drop problems that concern a field whose value was replaced."""
     return [
         ([location_of(field) for field in fields], sentence)
         for fields, sentence in found
@@ -245,7 +249,7 @@ _STAND_INS: Mapping[str, Any] = {
 
 
 def _repair(data: Any, location: Location, unknown: bool) -> None:
-    """Take a wrong value out, or put a stand-in where the field is required."""
+    """Remove an invalid value, or replace it if the field is required."""
     target = data
     for part in location[:-1]:
         try:
@@ -270,13 +274,13 @@ _LIMITS: Mapping[str, str] = {
 }
 
 
-def sentence_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str:
-    """Turn pydantic's finding into value, rule and remedy.
+def message_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str:
+    """Return the message for a pydantic error: value, rule and remedy.
 
     Args:
-        detail: The finding.
+        detail: The error.
         model: The model that was validated.
-        thing: What it describes.
+        thing: What the model describes, such as job.
     """
     location = tuple(detail["loc"])
     field, value, kind = dotted(location), detail.get("input"), detail["type"]
@@ -284,17 +288,17 @@ def sentence_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str
     shown = json.dumps(value, default=str, ensure_ascii=False)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     if location[:2] == ("run", "env") and kind != "string_pattern_mismatch":
-        shown = "(not shown)"  # of a name that breaks its rule, pydantic's input is the name
+        shown = "(not shown)"  # if the name is invalid, the input is the name and not the value
     if kind == "port":
-        return f"{field}={shown} is no port; it must be {detail['msg']}"
+        return f"{field}={shown} is not a port; it must be {detail['msg']}"
     if kind == "dict_type":
         return f"{field}={shown} has the wrong type; write NAME: value, one a line, indented below the key"
     if kind == "missing":
-        return f"{field} is missing and has no default; add it"
+        return f"{field} is required; add it"
     if kind == "extra_forbidden":
         return f"{field} is not a field of a {thing}; {_did_you_mean(location, model)}"
     if kind == "literal_error":
-        return f"{field}={shown} is not one of the values known; use {context['expected']}"
+        return f"{field}={shown} is not a valid value; use {context['expected']}"
     if kind in _LIMITS:
         limit = next(iter(context.values()))
         return f"{field}={shown} is out of range; it must be {_LIMITS[kind]} {limit}"
@@ -305,7 +309,7 @@ def sentence_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str
     if kind == "string_too_short":
         return f"{field} is empty; write a value"
     if kind == "string_pattern_mismatch":
-        return f"{field}={shown} has characters outside the rule; match {context['pattern']}"
+        return f"{field}={shown} has invalid characters; it must match {context['pattern']}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{field}={shown} is not a section; write its fields indented below the key"
     if kind == "tuple_type":
@@ -321,7 +325,7 @@ def sentence_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str
 def _did_you_mean(location: Location, model: type[BaseModel]) -> str:
     name, fields = str(location[-1]), _fields_at(location[:-1], model)
     is_job = model is JobSpec
-    if is_job and (elsewhere := [field for field in _dotted_fields() if field.split(".")[-1] == name]):
+    if is_job and (elsewhere := [field for field in dotted_fields() if field.split(".")[-1] == name]):
         return f"use {' or '.join(elsewhere)}"
     if is_job and (answer := field_names.remedy(name)):
         return answer
@@ -330,7 +334,7 @@ def _did_you_mean(location: Location, model: type[BaseModel]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _dotted_fields() -> tuple[str, ...]:
+def dotted_fields() -> tuple[str, ...]:
     """Return the dotted names of all fields of sections, such as optim.lr."""
     sections = [name for name in JobSpec.model_fields if name != "name"]
     return tuple(f"{section}.{field}" for section in sections for field in _fields_at((section,), JobSpec))

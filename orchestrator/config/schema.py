@@ -75,8 +75,7 @@ class ModelSpec(Section):
     dtype: Dtype = "auto"
     """Dtype of weights and activations; auto is bf16 on CUDA and fp32 on CPU."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
-    """Attention backend; auto is flash on CUDA and sdpa on CPU. Documents of a pack never attend to one
-    another."""
+    """Attention backend; auto is flash on CUDA and sdpa on CPU."""
     gradient_checkpointing: Checkpointing = "full"
     """full (or true) saves each layer's input and recomputes the layer in the backward pass; selective saves
     matmul and attention outputs and recomputes the rest; none (or false) saves all activations."""
@@ -244,7 +243,7 @@ class OptimSpec(Section):
         return max(1, math.ceil(round(self.epochs * packs, 6)))
 
     def steps(self, packs: int) -> int:
-        """Return the number of optimizer steps, given the packs of an epoch; the last may be a partial batch."""
+        """Return the number of optimizer steps, given the packs of an epoch; the last batch may be partial."""
         return math.ceil(self.packs(packs) / self.global_batch_size)
 
 

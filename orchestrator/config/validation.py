@@ -1,4 +1,4 @@
-"""Rules between the fields of a job: which values go together, and what to write instead."""
+"""Validation rules between the fields of a job, each with its remedy."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from orchestrator.config.schema import JobSpec, MethodSpec
 
 Problem = tuple[tuple[str, ...], str]
-"""The dotted fields that a broken rule is about, and the sentence that says so."""
+"""Dotted names of the fields concerned, and the error message."""
 
 
 def broken_rules(job: JobSpec) -> Iterator[Problem]:
-    """Yield every rule between fields that the job breaks.
+    """Yield a problem for every rule between fields that the job breaks.
 
     Args:
-        job: A job whose fields are valid one by one.
+        job: A job whose fields are each valid.
 
     Yields:
-        The fields concerned and one sentence with value, rule and remedy.
+        The fields concerned, and a message with value, rule and remedy.
     """
     yield from _broken_batch_rules(job)
     yield from _broken_sequence_rules(job)
@@ -34,21 +34,21 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _not_in_this_version(job)
 
 
-_TOO_LATE = ("LD_", "PYTHON", "RAY_", "CUDA_VISIBLE_DEVICES")
+_READ_AT_START = ("LD_", "PYTHON", "RAY_", "CUDA_VISIBLE_DEVICES")
 
 
 def _broken_environment_rules(job: JobSpec) -> Iterator[Problem]:
     for name, value in job.run.env.items():
         field = (f"run.env.{name}",)
-        if name.startswith(_TOO_LATE):
+        if name.startswith(_READ_AT_START):
             yield (
                 field,
-                f"run.env.{name} would have no effect: variables are set in processes that Ray has started, "
-                f"and {name} counts before that; export it where Ray is started, on every node, and remove "
-                "it here",
+                f"run.env.{name} would have no effect: {name} is read when a process starts, and run.env "
+                "is set "
+                "after that; export it before `ray start` on every node, and remove it here",
             )
         if value is not None and "\0" in value.get_secret_value():
-            yield field, f"run.env.{name} holds a NUL, which no environment can; remove it from the value"
+            yield field, f"run.env.{name} contains a NUL character; remove it from the value"
 
 
 def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
@@ -61,13 +61,13 @@ def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
             f"parallel.workers={parallel.workers}; use one of {divisors}",
         )
         return
-    at_once = optim.micro_batch_size * job.data_parallel_size
-    if optim.global_batch_size % at_once:
-        nearest = max(1, (optim.global_batch_size + at_once // 2) // at_once) * at_once
+    micro_batches = optim.micro_batch_size * job.data_parallel_size
+    if optim.global_batch_size % micro_batches:
+        nearest = max(1, (optim.global_batch_size + micro_batches // 2) // micro_batches) * micro_batches
         yield (
             ("optim.global_batch_size", "optim.micro_batch_size", "parallel.workers"),
             f"optim.global_batch_size={optim.global_batch_size} is not a multiple of micro_batch_size x "
-            f"data-parallel workers = {optim.micro_batch_size} x {job.data_parallel_size} = {at_once}; "
+            f"data-parallel workers = {optim.micro_batch_size} x {job.data_parallel_size} = {micro_batches}; "
             f"use {nearest}, or change micro_batch_size or workers",
         )
 
@@ -79,7 +79,7 @@ def _broken_sequence_rules(job: JobSpec) -> Iterator[Problem]:
         yield (
             ("data.max_length", "parallel.sequence_parallel_size"),
             f"data.max_length={length} (x micro_batch_size {job.optim.micro_batch_size}) is not a multiple "
-            f"of parallel.sequence_parallel_size={size}, so a row cannot be shared evenly; use max_length: "
+            f"of parallel.sequence_parallel_size={size}; use max_length: "
             f"{max(1, round(length / size)) * size}",
         )
 
@@ -89,7 +89,7 @@ def _broken_worker_rules(job: JobSpec) -> Iterator[Problem]:
     if fewest is not None and fewest > workers:
         yield (
             ("run.min_workers", "parallel.workers"),
-            f"run.min_workers={fewest} is above parallel.workers={workers}; lower it",
+            f"run.min_workers={fewest} exceeds parallel.workers={workers}; lower it",
         )
 
 
@@ -98,35 +98,35 @@ def _broken_memory_rules(job: JobSpec) -> Iterator[Problem]:
     if parallel.offload_param != "none" and parallel.zero_stage != 3:
         yield (
             ("parallel.offload_param", "parallel.zero_stage"),
-            f"parallel.offload_param={parallel.offload_param} needs partitioned parameters, and "
-            f"zero_stage={parallel.zero_stage} does not partition them; use zero_stage: 3 or "
-            "offload_param: none",
+            f"parallel.offload_param={parallel.offload_param} requires zero_stage: 3 (got "
+            f"{parallel.zero_stage}); use zero_stage: 3 or offload_param: none",
         )
     elif parallel.offload_param != "none" and parallel.offload_optimizer == "none":
         yield (
             ("parallel.offload_param", "parallel.offload_optimizer"),
-            f"parallel.offload_param={parallel.offload_param} with offload_optimizer=none would keep the "
-            "larger part on the device; set offload_optimizer: cpu as well",
+            f"parallel.offload_param={parallel.offload_param} requires offload_optimizer, whose states are "
+            "larger; set offload_optimizer: cpu",
         )
     yield from _broken_stage_0_rules(job)
     yield from _broken_nvme_rules(job)
 
 
 def _broken_stage_0_rules(job: JobSpec) -> Iterator[Problem]:
-    """Refuse what DeepSpeed does not do, or not rightly, where it partitions nothing."""
+    """Refuse what DeepSpeed does not support, or computes wrongly, with ZeRO-0."""
     parallel = job.parallel
     if parallel.zero_stage != 0:
         return
     if parallel.offload_optimizer != "none":
         yield (
             ("parallel.offload_optimizer", "parallel.zero_stage"),
-            f"parallel.offload_optimizer={parallel.offload_optimizer} needs a partitioned optimizer "
-            "state, and zero_stage=0 does not partition it; use zero_stage: 1 or offload_optimizer: none",
+            f"parallel.offload_optimizer={parallel.offload_optimizer} requires zero_stage: 1, 2 or 3 (got "
+            "0); "
+            "use zero_stage: 1 or offload_optimizer: none",
         )
     if job.model.dtype == "fp16":
         yield (
             ("model.dtype", "parallel.zero_stage"),
-            "model.dtype=fp16 needs a scaled loss, and DeepSpeed does not scale it with zero_stage=0; use "
+            "model.dtype=fp16 requires loss scaling, which DeepSpeed does not do with zero_stage=0; use "
             "zero_stage: 1, or dtype: bf16",
         )
 
@@ -138,27 +138,28 @@ def _broken_nvme_rules(job: JobSpec) -> Iterator[Problem]:
     if on_disk and parallel.offload_path is None:
         yield (
             ("parallel.offload_path", *fields),
-            f"parallel.{on_disk[0]}=nvme needs a folder on a disk of each node; set parallel.offload_path, "
-            f"or use {on_disk[0]}: cpu",
+            f"parallel.{on_disk[0]}=nvme requires parallel.offload_path, a folder on a disk of every node; "
+            "set "
+            f"it, or use {on_disk[0]}: cpu",
         )
     if not on_disk and parallel.offload_path is not None:
         yield (
             ("parallel.offload_path",),
-            f"parallel.offload_path={parallel.offload_path} has no effect where nothing goes to nvme; set "
-            "offload_optimizer: nvme, or leave it out",
+            f"parallel.offload_path={parallel.offload_path} has no effect without offload to nvme; set "
+            "offload_optimizer: nvme, or remove it",
         )
     if parallel.offload_optimizer == "nvme" and parallel.zero_stage in (1, 2):
         yield (
             ("parallel.offload_optimizer", "parallel.zero_stage"),
-            "parallel.offload_optimizer=nvme is a matter of ZeRO-3, and "
-            f"zero_stage={parallel.zero_stage}; use zero_stage: 3 or offload_optimizer: cpu",
+            f"parallel.offload_optimizer=nvme requires zero_stage: 3 (got {parallel.zero_stage}); use "
+            "zero_stage: 3 or offload_optimizer: cpu",
         )
     if parallel.offload_param == "nvme" and job.method.type == "lora":
-        # See ds_configs/README.md for where DeepSpeed ends.
+        # DeepSpeed 0.19 fails here: see ds_configs/README.md.
         yield (
             ("parallel.offload_param", "method.type"),
-            "parallel.offload_param=nvme cannot be used with method.type=lora, whose adapters DeepSpeed "
-            "loses track of there; use offload_param: cpu, or type: full",
+            "parallel.offload_param=nvme does not support method.type=lora: DeepSpeed fails on the adapters; "
+            "use offload_param: cpu, or type: full",
         )
 
 
@@ -166,25 +167,26 @@ def _broken_device_rules(job: JobSpec) -> Iterator[Problem]:
     if job.model.dtype == "fp16" and job.parallel.device == "cpu":
         yield (
             ("model.dtype", "parallel.device"),
-            "model.dtype=fp16 needs CUDA, and parallel.device=cpu; use dtype: fp32, or dtype: bf16 for a try",
+            "model.dtype=fp16 requires CUDA (got parallel.device=cpu); use dtype: fp32, or bf16 to try it",
         )
 
 
 def _broken_recomputation_rules(job: JobSpec) -> Iterator[Problem]:
-    parallel, kept = job.parallel, job.model.gradient_checkpointing
-    if parallel.offload_activations != "none" and kept != "full":
+    parallel, checkpointing = job.parallel, job.model.gradient_checkpointing
+    if parallel.offload_activations != "none" and checkpointing != "full":
         yield (
             ("parallel.offload_activations", "model.gradient_checkpointing"),
-            f"parallel.offload_activations={parallel.offload_activations} moves the layers' inputs that "
-            f"gradient_checkpointing: full keeps, and gradient_checkpointing={kept} keeps more than "
-            "those; use gradient_checkpointing: full or offload_activations: none",
+            f"parallel.offload_activations={parallel.offload_activations} requires gradient_checkpointing: "
+            "full "
+            f"(got {checkpointing}), since it offloads only layer inputs; use full, or "
+            "offload_activations: none",
         )
-    if job.model.mlp_tile_tokens is not None and kept == "selective":
+    if job.model.mlp_tile_tokens is not None and checkpointing == "selective":
         yield (
             ("model.mlp_tile_tokens", "model.gradient_checkpointing"),
             f"model.mlp_tile_tokens={job.model.mlp_tile_tokens} has no effect with gradient_checkpointing="
-            "selective, which keeps what the MLP's matrix products gave; use gradient_checkpointing: full, "
-            "or leave out mlp_tile_tokens",
+            "selective, which saves the MLP's matmul outputs; use gradient_checkpointing: full, or remove "
+            "mlp_tile_tokens",
         )
 
 
@@ -194,12 +196,12 @@ def _broken_attention_rules(job: JobSpec) -> Iterator[Problem]:
     if job.model.dtype == "fp32":
         yield (
             ("model.attention", "model.dtype"),
-            "model.attention=flash takes bf16 and fp16, and model.dtype=fp32; use attention: auto or sdpa",
+            "model.attention=flash requires bf16 or fp16 (got model.dtype=fp32); use attention: auto or sdpa",
         )
     if job.parallel.device == "cpu":
         yield (
             ("model.attention", "parallel.device"),
-            "model.attention=flash runs only on CUDA and parallel.device=cpu; use attention: auto or sdpa",
+            "model.attention=flash requires CUDA (got parallel.device=cpu); use attention: auto or sdpa",
         )
 
 
@@ -207,8 +209,8 @@ def _broken_packing_rules(job: JobSpec) -> Iterator[Problem]:
     if job.data.cross_document_attention and job.data.packing == "none":
         yield (
             ("data.cross_document_attention", "data.packing"),
-            "data.cross_document_attention=true has no effect with data.packing=none, which puts one "
-            "document into a pack; use packing: concat (as XTuner does) or best_fit",
+            "data.cross_document_attention=true has no effect with data.packing=none, where a pack is one "
+            "document; use packing: concat (as XTuner does) or best_fit",
         )
 
 
@@ -221,19 +223,20 @@ def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:
                 yield (
                     (f"method.{name}",),
                     f"method.{name}={written} has no effect with method.type=full, which trains every "
-                    "parameter; use type: lora, or leave it out",
+                    "parameter; use type: lora, or remove it",
                 )
     if method.quantization == "int8" and job.parallel.zero_stage == 3:
         yield (
             ("method.quantization", "parallel.zero_stage"),
-            "method.quantization=int8 cannot be partitioned by zero_stage=3 (its scales are not part of the "
-            "weights); use quantization: nf4, or zero_stage: 2",
+            "method.quantization=int8 does not support zero_stage=3, because its scales are stored outside "
+            "the weights; use quantization: nf4, or zero_stage: 2",
         )
     if job.model.resize_embeddings and method.type == "lora" and not method.train_embeddings:
         yield (
             ("model.resize_embeddings", "method.train_embeddings"),
-            "model.resize_embeddings=true adds rows that method.type=lora neither trains nor saves; set "
-            "method.train_embeddings: true as well",
+            "model.resize_embeddings=true with method.type=lora requires method.train_embeddings: true, "
+            "which "
+            "trains and saves the new rows",
         )
     if method.target_modules == ():
         yield (
@@ -247,8 +250,8 @@ def _broken_optimizer_rules(job: JobSpec) -> Iterator[Problem]:
     if optim.optimizer != "adamw" and parallel.offload_optimizer != "none":
         yield (
             ("optim.optimizer", "parallel.offload_optimizer"),
-            f"optim.optimizer={optim.optimizer} cannot be offloaded, and parallel.offload_optimizer="
-            f"{parallel.offload_optimizer} is stepped by CPU Adam; use optimizer: adamw, or "
+            f"optim.optimizer={optim.optimizer} does not support parallel.offload_optimizer="
+            f"{parallel.offload_optimizer}, which uses CPU Adam; use optimizer: adamw, or "
             "offload_optimizer: none",
         )
     if optim.optimizer == "muon":
@@ -257,7 +260,7 @@ def _broken_optimizer_rules(job: JobSpec) -> Iterator[Problem]:
         yield (
             ("optim.muon_lr", "optim.optimizer"),
             f"optim.muon_lr={optim.muon_lr:g} has no effect with optim.optimizer={optim.optimizer}; use "
-            "optimizer: muon, or leave it out",
+            "optimizer: muon, or remove it",
         )
 
 
@@ -266,31 +269,35 @@ def _broken_muon_rules(job: JobSpec) -> Iterator[Problem]:
     if optim.muon_lr is None:
         yield (
             ("optim.muon_lr", "optim.optimizer"),
-            "optim.optimizer=muon needs a learning rate of its own, since its steps have a size of one "
-            f"whatever the gradient; write optim.muon_lr: {13 * optim.lr:.2g}, which moves matrices of width "
-            "4096 as far as AdamW would with optim.lr",
+            "optim.optimizer=muon requires optim.muon_lr, because its update does not scale with the "
+            "gradient; "
+            f"set optim.muon_lr: {13 * optim.lr:.2g}, which matches the update size of AdamW with optim.lr "
+            "for "
+            "matrices of width 4096",
         )
     if job.method.type == "lora":
         yield (
             ("optim.optimizer", "method.type"),
-            "optim.optimizer=muon is for whole weight matrices, and method.type=lora trains two narrow "
-            "factors of each; use optimizer: adamw, or type: full",
+            "optim.optimizer=muon does not support method.type=lora: it orthogonalizes whole weight "
+            "matrices, "
+            "not low-rank factors; use optimizer: adamw, or type: full",
         )
 
 
 def _not_in_this_version(job: JobSpec) -> Iterator[Problem]:
-    """Refuse what the file format has room for and this version cannot do."""
-    wanted: list[tuple[str, object, list[object]]] = [
+    """Refuse values of the schema that this version does not implement."""
+    limited: list[tuple[str, object, list[object]]] = [
         ("checkpoint.asynchronous", job.checkpoint.asynchronous, [False]),
         ("run.min_workers", job.run.min_workers, [None, job.parallel.workers]),
     ]
-    for field, value, available in wanted:
+    for field, value, available in limited:
         if value not in available:
-            written, instead = (json.dumps(each).strip('"') for each in (value, available[0]))
+            written, instead = (json.dumps(item).strip('"') for item in (value, available[0]))
             yield (field,), f"{field}={written} is not available in this version; use {instead}"
     if "://" in job.checkpoint.storage:
         yield (
             ("checkpoint.storage",),
-            f"checkpoint.storage={job.checkpoint.storage} is a URI, and this version writes to folders only; "
-            "name a folder that every node mounts",
+            f"checkpoint.storage={job.checkpoint.storage} is a URI, which is not available in this "
+            "version; use a "
+            "folder that every node mounts",
         )

@@ -13,7 +13,7 @@ from yaml.constructor import ConstructorError
 from orchestrator.errors import SpecError
 
 Location = tuple[str | int, ...]
-Places = dict[Location, str]
+SourceLines = dict[Location, str]
 """Where each key and element was written: a line of the file, or an override."""
 
 DEEPEST = 32
@@ -66,7 +66,7 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], Places, list[str]]:
+def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], SourceLines, list[str]]:
     """Read a mapping.
 
     Args:
@@ -80,12 +80,12 @@ def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], Pl
     Raises:
         SpecError: The text is no YAML, or no mapping.
     """
-    places: Places = {}
+    source_lines: SourceLines = {}
     problems: list[str] = []
     try:
         loader, root = _compose(text)
         if root is not None:
-            _walk(root, (), places, problems, origin)
+            _walk(root, (), source_lines, problems, origin)
         data = _construct(loader, root)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -96,7 +96,7 @@ def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], Pl
     if not isinstance(data, dict):
         kind = "empty" if data is None else f"a {type(data).__name__}"
         raise SpecError(f"{origin}: the file is {kind}, and a {thing} is a mapping that starts with `name:`")
-    return data, places, problems
+    return data, source_lines, problems
 
 
 def reason_of(error: yaml.YAMLError) -> str:
@@ -146,30 +146,32 @@ def _construct(loader: _Loader, root: yaml.Node | None) -> Any:
     return None if root is None else _plain(loader.construct_document(root))
 
 
-def _walk(node: yaml.Node, location: Location, places: Places, problems: list[str], origin: str) -> None:
+def _walk(
+    node: yaml.Node, location: Location, source_lines: SourceLines, problems: list[str], origin: str
+) -> None:
     """Note the line of every key and element, and every key that stands twice in its mapping."""
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
-            places[*location, index] = f"{origin}:{child.start_mark.line + 1}"
-            _walk(child, (*location, index), places, problems, origin)
+            source_lines[*location, index] = f"{origin}:{child.start_mark.line + 1}"
+            _walk(child, (*location, index), source_lines, problems, origin)
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, child in node.value:
             name, line = str(key.value), key.start_mark.line + 1
-            place = (*location, name)
+            key = (*location, name)
             if name in first:
-                forget(places, place)
-                twice = f"key {dotted(place)} stands twice (first on line {first[name]}); keep one"
+                forget(source_lines, key)
+                twice = f"duplicate key {dotted(key)} (first defined on line {first[name]}); remove one"
                 problems.append(f"{origin}:{line}: {twice}")
             first.setdefault(name, line)
-            places[place] = f"{origin}:{line}"
-            _walk(child, place, places, problems, origin)
+            source_lines[key] = f"{origin}:{line}"
+            _walk(child, key, source_lines, problems, origin)
 
 
-def forget(places: Places, location: Location) -> None:
-    """Drop a key and all below it: another value has taken its place."""
-    for known in [each for each in places if each[: len(location)] == location]:
-        del places[known]
+def forget(source_lines: SourceLines, location: Location) -> None:
+    """Forget the lines of a key and of all below it, whose value was replaced."""
+    for known in [other for other in source_lines if other[: len(location)] == location]:
+        del source_lines[known]
 
 
 def _plain(value: Any) -> Any:
@@ -186,22 +188,22 @@ def _plain(value: Any) -> Any:
 
 
 def location_of(name: str) -> Location:
-    """Return the place that a dotted name stands for."""
+    """Return the location of a dotted name."""
     return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
 def dotted(location: Iterable[str | int]) -> str:
-    """Return a place as errors name it."""
+    """Return a location as a dotted name."""
     return ".".join(str(part) for part in location) or "the job"
 
 
-def place_of(places: Places, locations: Sequence[Location], origin: str) -> str:
+def line_of(source_lines: SourceLines, locations: Sequence[Location], origin: str) -> str:
     """Return where the first of these that was written stands; what is missing belongs to its section."""
     for location in locations:
-        inside = (place for known, place in places.items() if known[: len(location)] == location)
-        if location and (place := places.get(location) or next(inside, None)):
-            return place
+        inside = (line for known, line in source_lines.items() if known[: len(location)] == location)
+        if location and (line := source_lines.get(location) or next(inside, None)):
+            return line
     location = locations[0]
-    while location and location not in places:
+    while location and location not in source_lines:
         location = location[:-1]
-    return places.get(location, origin)
+    return source_lines.get(location, origin)

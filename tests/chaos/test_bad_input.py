@@ -91,12 +91,12 @@ TEXTS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "not UTF-8": (b"name: \xff\xfe\n", ("UTF-8",)),
     "duplicate key": (
         "name: a\nname: b\nmodel: {path: m}\ndata: {train: [{path: d}]}\n",
-        ("name stands twice", "job.yaml:2"),
+        ("duplicate key name", "job.yaml:2"),
     ),
     "tag that would run code": ("name: !!python/object/apply:os.getcwd []\n", ("not valid YAML",)),
     "nothing that is required": (
         "optim: {lr: 1.0e-5}\n",
-        ("name is missing", "model is missing", "data is missing"),
+        ("name is required", "model is required", "data is required"),
     ),
 }
 

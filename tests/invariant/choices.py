@@ -193,12 +193,12 @@ def cover(choices: Collection[Choice] | None = None, begun: Sequence[Choice] = (
 
 
 def remedies(sentence: str) -> list[tuple[str, Any]]:
-    """Return what a refusal says to write: dotted fields and values, and None for a field to leave out."""
+    """Return what a refusal says to write: dotted fields and values, and None for a field to remove."""
     found = [
         (_dotted(name), yaml_loader.value_of(value))
         for name, value in re.findall(r"\b([a-z]\w*(?:\.[a-z]\w*)?): ([\w.+-]*\w)", sentence)
     ]
-    if "leave it out" in sentence:
+    if "remove it" in sentence:
         found.append((re.match(r"[a-z_.0-9]+", sentence)[0], None))
     return found
 

@@ -120,13 +120,13 @@ BROKEN = {
     ),
     "neither base nor job": ("name: s\n", "sweep.yaml: the sweep has neither base nor job"),
     "base and job": (HEAD + "job: {}\n", "sweep.yaml: the sweep has both base and job"),
-    "unknown layout": (HEAD + "layout: html\n", 'sweep.yaml:3: layout="html" is not one of'),
+    "unknown layout": (HEAD + "layout: html\n", 'sweep.yaml:3: layout="html" is not a valid value'),
     "no values": (HEAD + "matrix: {optim.lr: []}\n", "sweep.yaml:3: matrix.optim.lr has 0 elements"),
     "no list": (
         HEAD + "matrix: {optim.lr: 3}\n",
         "sweep.yaml:3: matrix.optim.lr=3 has the wrong type; it must be a list",
     ),
-    "a key twice": (HEAD + "name: t\n", "sweep.yaml:3: key name stands twice (first on line 1)"),
+    "a key twice": (HEAD + "name: t\n", "sweep.yaml:3: duplicate key name (first defined on line 1)"),
     "no such base": ("name: s\nbase: none.yaml\n", "sweep.yaml:2: job file"),
     "base of a wrong type": ("name: s\nbase: 3\n", "sweep.yaml:2: base=3 has the wrong type"),
     "a field in both": (

@@ -173,5 +173,5 @@ def test_a_sweep_overwrites_no_table_that_none_wrote(tmp_path: Path) -> None:
 
 def test_the_demonstration_takes_a_folder_of_its_own(tmp_path: Path) -> None:
     planted = plant(tmp_path / "demo", tmp_path / "demo-2")
-    assert demo._free(tmp_path) == tmp_path / "demo-3"
+    assert demo._new_folder(tmp_path) == tmp_path / "demo-3"
     assert_unchanged(planted)

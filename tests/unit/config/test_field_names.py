@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.config.field_names import EQUIVALENTS, Equivalent, equivalent
-from orchestrator.config.loader import _dotted_fields, parse
+from orchestrator.config.loader import dotted_fields, parse
 from orchestrator.errors import SpecError
 
 JOB = "name: a\nmodel: {path: m}\ndata: {train: [{path: d}]}\n"
@@ -22,7 +22,7 @@ def test_every_equivalent_is_a_field_or_says_why_there_is_none(name: str) -> Non
     if answer.field is None:
         assert answer.remark
     else:
-        assert answer.field in {*_dotted_fields(), "name"}
+        assert answer.field in {*dotted_fields(), "name"}
 
 
 @pytest.mark.parametrize("name", sorted(EQUIVALENTS))

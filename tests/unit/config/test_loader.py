@@ -133,12 +133,12 @@ parallel:
 """
     problems = problems_of(text)
     for line, start in [
-        (1, 'name="bad name" has characters outside the rule'),
+        (1, 'name="bad name" has invalid characters'),
         (4, "model.dtpye is not a field of a job; did you mean dtype?"),
         (6, "data.train has 0 elements; give at least 1"),
-        (8, "key data.max_length stands twice (first on line 7); keep one"),
+        (8, "duplicate key data.max_length (first defined on line 7); remove one"),
         (10, "optim.lr=-1 is out of range; it must be above 0"),
-        (11, "optim.lr_scheduler=\"cosin\" is not one of the values known; use 'cosine'"),
+        (11, "optim.lr_scheduler=\"cosin\" is not a valid value; use 'cosine'"),
         (12, "optim.global_batch_size=7 is not a multiple of"),
     ]:
         assert any(problem.startswith(f"job.yaml:{line}: {start}") for problem in problems), (
@@ -151,8 +151,8 @@ parallel:
 
 def test_missing_fields_are_named_with_their_section() -> None:
     problems = problems_of("name: a\nmodel:\n  dtype: bf16\n")
-    assert "job.yaml:2: model.path is missing and has no default; add it" in problems
-    assert "job.yaml: data is missing and has no default; add it" in problems
+    assert "job.yaml:2: model.path is required; add it" in problems
+    assert "job.yaml: data is required; add it" in problems
 
 
 def test_a_rule_is_not_reported_for_a_field_that_is_itself_wrong() -> None:
@@ -177,8 +177,8 @@ def test_a_rule_whose_first_field_is_a_default_points_at_the_other() -> None:
 def test_a_duplicate_section_is_one_problem_and_the_last_one_counts() -> None:
     text = "name: a\nmodel:\n  path: m\ndata: {train: [{path: d}]}\nmodel:\n  dtype: bf16\n"
     assert problems_of(text) == (
-        "job.yaml:5: key model stands twice (first on line 2); keep one",
-        "job.yaml:5: model.path is missing and has no default; add it",
+        "job.yaml:5: duplicate key model (first defined on line 2); remove one",
+        "job.yaml:5: model.path is required; add it",
     )
 
 
