@@ -243,7 +243,7 @@ class OptimSpec(Section):
         return max(1, math.ceil(round(self.epochs * packs, 6)))
 
     def steps(self, packs: int) -> int:
-        """Return the number of optimizer steps, given the packs of an epoch; the last batch may be partial."""
+        """Return the number of optimizer steps, given the packs of an epoch; the last may be partial."""
         return math.ceil(self.packs(packs) / self.global_batch_size)
 
 
