@@ -15,7 +15,7 @@ if __name__ == "__main__" or Path(sys.argv[0]).name == "orchestrator":
     shutdown.install()  # before the imports below, which take most of the time of a light command
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -51,7 +51,7 @@ from orchestrator.errors import ClusterError, SpecError, TrainingError
 
 
 class _App(typer.Typer):
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, *arguments: object, **options: object) -> object:
         """Install signal handlers and run the command; tests call commands differently."""
         shutdown.install()
         options.setdefault("prog_name", "orchestrator")  # with `python -m orchestrator` as well

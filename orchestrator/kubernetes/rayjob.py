@@ -18,6 +18,9 @@ RAY_VERSION = "2.60.0"  # must match the images: KubeRay selects its probes by v
 IMAGES = {device: f"orchestrator:{__version__}-{device}" for device in ("cuda", "cpu")}
 """Image names as built in k8s/README.md; they are not in any registry."""
 
+KubeObject = dict[str, Any]
+"""A Kubernetes object or a part of one, as it is written to YAML."""
+
 LONGEST_RAYJOB_NAME = 47
 DRIVER_PORT_NAME = "orch-metrics"
 PART_OF = {"app.kubernetes.io/part-of": "orchestrator"}
@@ -57,7 +60,7 @@ def manifest(job: JobSpec, options: PodOptions, device: Literal["cuda", "cpu"]) 
     return "".join(f"# {line}\n" for line in lines) + "---\n".join(parts)
 
 
-def documents(job: JobSpec, options: PodOptions, sizing: PodSizing) -> tuple[dict[str, Any], dict[str, Any]]:
+def documents(job: JobSpec, options: PodOptions, sizing: PodSizing) -> tuple[KubeObject, KubeObject]:
     """Return the ConfigMap with the job file and the RayJob that runs it.
 
     Args:
@@ -86,7 +89,7 @@ def documents(job: JobSpec, options: PodOptions, sizing: PodSizing) -> tuple[dic
     return config_map, rayjob
 
 
-def rayjob_spec(job: JobSpec, options: PodOptions, sizing: PodSizing, config_map: str) -> dict[str, Any]:
+def rayjob_spec(job: JobSpec, options: PodOptions, sizing: PodSizing, config_map: str) -> KubeObject:
     """Return the `spec` of the RayJob.
 
     Each retry by `backoffLimit` starts a new cluster; the run resumes from its newest checkpoint on the
@@ -141,7 +144,7 @@ def dump(value: object) -> str:
 class _Dumper(yaml.SafeDumper):
     """Writes no aliases, and multi-line strings as block scalars."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         """Repeat shared values instead of using aliases."""
         return True
 
@@ -195,7 +198,7 @@ def _quantity(size_bytes: int) -> str:
     return f"{size_bytes // GIB}Gi"
 
 
-def _resources(cpus: int | str, memory: str, gpus: int = 0) -> dict[str, Any]:
+def _resources(cpus: int | str, memory: str, gpus: int = 0) -> KubeObject:
     """Return equal requests and limits (QoS class Guaranteed), so that the pod is evicted last."""
     amounts = {"cpu": str(cpus), "memory": memory}
     if gpus:
@@ -203,7 +206,7 @@ def _resources(cpus: int | str, memory: str, gpus: int = 0) -> dict[str, Any]:
     return {"requests": amounts, "limits": amounts}
 
 
-def _pod(containers: list[dict[str, Any]], volumes: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+def _pod(containers: list[KubeObject], volumes: list[KubeObject], **fields: object) -> KubeObject:
     """Return a pod that passes the `restricted` Pod Security Standard."""
     return {
         "metadata": {"labels": PART_OF},
@@ -217,7 +220,7 @@ def _pod(containers: list[dict[str, Any]], volumes: list[dict[str, Any]], **more
                 "fsGroupChangePolicy": "OnRootMismatch",
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
-            **more,
+            **fields,
             "containers": containers,
             "volumes": volumes,
         },
@@ -225,13 +228,13 @@ def _pod(containers: list[dict[str, Any]], volumes: list[dict[str, Any]], **more
 
 
 def _container(
-    name: str, image: str, resources: dict[str, Any], mounts: dict[str, str], **more: Any
-) -> dict[str, Any]:
+    name: str, image: str, resources: KubeObject, mounts: dict[str, str], **fields: object
+) -> KubeObject:
     return {
         "name": name,
         "image": image,
         "imagePullPolicy": "IfNotPresent",
-        **more,
+        **fields,
         "env": [
             {"name": "HOME", "value": _HOME},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
@@ -254,7 +257,7 @@ def _container(
 _WRITABLE = {"tmp": "/tmp", "home": _HOME}
 
 
-def _volumes(options: PodOptions, shm_bytes: int) -> list[dict[str, Any]]:
+def _volumes(options: PodOptions, shm_bytes: int) -> list[KubeObject]:
     return [
         # KubeRay's default has no sizing limit, and /dev/shm counts towards the pod's memory.
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _quantity(shm_bytes)}},
@@ -263,13 +266,13 @@ def _volumes(options: PodOptions, shm_bytes: int) -> list[dict[str, Any]]:
     ]
 
 
-def _submitter(image: str) -> dict[str, Any]:
+def _submitter(image: str) -> KubeObject:
     container = _container("ray-job-submitter", image, _resources("500m", "1Gi"), _WRITABLE)
     volumes = [{"name": name, "emptyDir": {}} for name in _WRITABLE]
     return _pod([container], volumes, restartPolicy="Never")
 
 
-def _head(job: JobSpec, options: PodOptions, image: str, config_map: str) -> dict[str, Any]:
+def _head(job: JobSpec, options: PodOptions, image: str, config_map: str) -> KubeObject:
     """Return the head group; it runs the driver and no worker."""
     ports = [{"name": name, "containerPort": port} for name, port in RAY_PORTS.items()]
     if job.metrics.port is not None:
@@ -289,7 +292,7 @@ def _head(job: JobSpec, options: PodOptions, image: str, config_map: str) -> dic
     }
 
 
-def _workers(job: JobSpec, options: PodOptions, sizing: PodSizing, image: str) -> dict[str, Any]:
+def _workers(job: JobSpec, options: PodOptions, sizing: PodSizing, image: str) -> KubeObject:
     """Return the worker group with a fixed number of pods."""
     mounts = {"shm": "/dev/shm", **_WRITABLE, "shared": options.mount}
     volumes = _volumes(options, sizing.shm_bytes)
@@ -301,12 +304,12 @@ def _workers(job: JobSpec, options: PodOptions, sizing: PodSizing, image: str) -
     ports = [{"name": "metrics", "containerPort": RAY_PORTS["metrics"]}]
     container = _container("ray-worker", image, resources, mounts, ports=ports)
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-    more = {"tolerations": tolerations} if sizing.gpus else {}
+    fields = {"tolerations": tolerations} if sizing.gpus else {}
     return {
         "groupName": "workers",
         "replicas": sizing.nodes,
         "minReplicas": sizing.nodes,
         "maxReplicas": sizing.nodes,
         "rayStartParams": {"object-store-memory": str(sizing.object_store_bytes)},
-        "template": _pod([container], volumes, **more),
+        "template": _pod([container], volumes, **fields),
     }

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from prometheus_client import CollectorRegistry, generate_latest
@@ -151,7 +151,7 @@ class Exporter:
             copy.run_counters = dict(now.run_counters)
         return copy.text()
 
-    def begin_attempt(self, attempt: int, ranks: Sequence[RankLabels], info: Mapping[str, Any]) -> None:
+    def begin_attempt(self, attempt: int, ranks: Sequence[RankLabels], info: Mapping[str, object]) -> None:
         """Remove the series of the previous attempt and start a new one.
 
         Counters are exported as 0 before the first step, because Prometheus' `increase` ignores the first

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Protocol
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -17,6 +17,66 @@ _LONGEST_WAIT = 60.0
 _SECONDS_OF_SILENCE = 30.0  # without log output, before the connection is checked
 
 
+class JobStatus(Protocol):
+    """Ray's JobStatus, a string enumeration."""
+
+    def is_terminal(self) -> bool:
+        """Return whether the job has ended."""
+
+
+class JobDetails(Protocol):
+    """The used part of Ray's JobDetails."""
+
+    @property
+    def status(self) -> JobStatus:
+        """Status of the job."""
+
+    @property
+    def driver_exit_code(self) -> int | None:
+        """Exit code of the entrypoint; None if it did not run."""
+
+    @property
+    def message(self) -> str | None:
+        """Reason of the status."""
+
+
+class Response(Protocol):
+    """The used part of an HTTP response of requests."""
+
+    status_code: int
+
+    def json(self) -> object:
+        """Return the parsed body."""
+
+
+class JobClient(Protocol):
+    """The used part of Ray's JobSubmissionClient."""
+
+    def get_job_info(self, job_id: str, /) -> JobDetails:
+        """Return status and exit code of a job."""
+
+    def get_job_logs(self, job_id: str, /) -> str:
+        """Return the log so far."""
+
+    def tail_job_logs(self, job_id: str, /) -> AsyncIterator[str]:
+        """Stream the log from its beginning until the job ends."""
+
+    def stop_job(self, job_id: str, /) -> object:
+        """Request a job to stop."""
+
+    def submit_job(
+        self,
+        *,
+        entrypoint: str,
+        submission_id: str,
+        runtime_env: Mapping[str, object],
+        metadata: Mapping[str, str],
+    ) -> str:
+        """Submit a job and return its submission ID."""
+
+    def _do_request(self, method: str, endpoint: str, *, data: bytes | None = None) -> Response: ...
+
+
 class JobLog:
     """The log of one job; buffers only an incomplete last line.
 
@@ -26,12 +86,12 @@ class JobLog:
         on_line: Called with each line, without its newline.
     """
 
-    def __init__(self, client: Any, submission_id: str, on_line: Callable[[str], None]) -> None:
+    def __init__(self, client: JobClient, submission_id: str, on_line: Callable[[str], None]) -> None:
         self._client, self._submission_id, self._on_line = client, submission_id, on_line
         self._consumed = 0  # characters
         self._partial_line = ""
 
-    def follow(self) -> Any:
+    def follow(self) -> JobDetails:
         """Pass every line to `on_line` until the job ends.
 
         If the stream breaks (proxies close idle streams, and some block streaming entirely), the log is

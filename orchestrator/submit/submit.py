@@ -10,14 +10,13 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from orchestrator import shutdown
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError
 from orchestrator.submit import working_dir
 from orchestrator.submit.dashboard_address import dashboard_address, submission_error
-from orchestrator.submit.job_log import FAILURES, JobLog
+from orchestrator.submit.job_log import FAILURES, JobClient, JobLog
 from orchestrator.submit.remote_planning import require_fit
 from orchestrator.train.environment import SUBMITTED_ENV_KEY
 
@@ -97,13 +96,16 @@ def submit(
     return _follow(client, submission_id, address, print_line) if options.wait else 0
 
 
-def _client(address: str, certificate: Path | None) -> Any:
+def _client(address: str, certificate: Path | None) -> JobClient:
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(address, verify=str(certificate or "") or True)
+    client: JobClient = JobSubmissionClient(address, verify=str(certificate or "") or True)
+    return client
 
 
-def _submit(client: Any, job: JobSpec, options: Submission, folder: str, values: Mapping[str, str]) -> str:
+def _submit(
+    client: JobClient, job: JobSpec, options: Submission, folder: str, values: Mapping[str, str]
+) -> str:
     """Submit a job and return its submission ID."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_stop_seconds(job))}
     if values:
@@ -117,7 +119,7 @@ def _submit(client: Any, job: JobSpec, options: Submission, folder: str, values:
     return submission_id
 
 
-def _hand_over(client: Any, values: Mapping[str, str]) -> str:
+def _hand_over(client: JobClient, values: Mapping[str, str]) -> str:
     """Store environment variables in the memory of the GCS and return their key for `train`.
 
     Uses Ray's API for packages; no node unpacks a package that is not in a runtime environment. `env_vars`
@@ -151,7 +153,7 @@ def _pack_working_dir(job: JobSpec, folder: Path) -> None:
     working_dir.create_working_dir(job, folder, lambda text: None)
 
 
-def _follow(client: Any, submission_id: str, address: str, print_line: Callable[[str], None]) -> int:
+def _follow(client: JobClient, submission_id: str, address: str, print_line: Callable[[str], None]) -> int:
     """Print the log and return the exit code of the run; Ctrl-C asks once whether to stop the job."""
     log, stopped = JobLog(client, submission_id, print_line), False
     while True:
@@ -172,9 +174,10 @@ def _follow(client: Any, submission_id: str, address: str, print_line: Callable[
                 f"the run may still be active: ray job logs --follow --address {address} {submission_id}, or "
                 "submit the same job again to resume it"
             ) from None
-    if details.status == "SUCCEEDED":
+    status: object = details.status  # a str enumeration
+    if status == "SUCCEEDED":
         return 0
-    if details.status == "STOPPED":
+    if status == "STOPPED":
         return _INTERRUPTED if stopped else _TERMINATED
     if not details.driver_exit_code:
         raise ClusterError(
