@@ -1,8 +1,8 @@
-"""Which packs form which step, and the batches that are made of them.
+"""Yield the micro-batches of every optimizer step from packed documents.
 
-Packs of all epochs form one stream. Step s takes `global_batch_size` packs from it, starting at s x
-global_batch_size, so any step is found without reading what comes before, and which packs it holds depends on
-the seed and the global batch only: never on the number of workers.
+The packs of all epochs form one stream. Step s takes `global_batch_size` packs from position s *
+global_batch_size, so any step can be computed without reading the ones before it, and its packs depend on the
+seed and the global batch size only, not on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.data.balance import Geometry, deal, epoch_order, wait_factor
+from orchestrator.data.balance import BatchShape, assign_to_ranks, epoch_order, wait_factor
 from orchestrator.data.corpus import Documents
 from orchestrator.data.packing import Packs
 
 Int64Array = npt.NDArray[np.int64]
-_ORDERS_KEPT = 4  # a step spans two epochs at most, unless an epoch is smaller than a step
-_PADDING_DOCUMENT_TOKENS = 128  # padding is cut into short documents, so that it costs next to no attention
+_ORDERS_KEPT = 4  # a step spans at most two epochs, unless an epoch is smaller than a step
+# Padding is split into documents of this length, so that attention over it costs next to nothing.
+_PADDING_DOCUMENT_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packs of one forward pass, laid end to end in a row of packs x max_length slots, or a part of it.
+    """The packs of one forward pass, concatenated into one row of packs * max_length slots, or a shard of it.
 
-    A part is what one of several workers that share a row holds: T slots side by side, and the labels that
-    belong to them. Documents are always those of the whole row, since attention is over all of it.
+    Under sequence parallelism each rank holds a shard: T consecutive slots and the labels predicted from
+    them. `document_lengths` always describe the whole row, because attention runs over the whole row.
 
     Attributes:
-        input_ids: Token ids, padding included, int64, shape [T].
-        position_ids: Position of each token in its own document, int64, shape [T].
-        document_lengths: Tokens of each document and each piece of padding of the whole row, in order.
-        label_positions: Positions whose output is scored, ascending, int64, shape [trained_tokens].
-        labels: The token that should follow each of them, int64, shape [trained_tokens].
-        tokens: Real tokens, without padding.
-        square_tokens: Sum of squared lengths of the real documents, which attention is paid for; of a part,
-            its share.
-        real_lengths: Tokens of each real document of the whole row, padding left out.
+        input_ids: Token ids including padding, int64, shape [T].
+        position_ids: Position of each token in its document, int64, shape [T].
+        document_lengths: Length of each document and each padding document of the whole row, in order.
+        label_positions: Slots whose output is scored, ascending, int64, shape [trained_tokens].
+        labels: Next token of each of these slots, int64, shape [trained_tokens].
+        tokens: Tokens without padding.
+        square_tokens: Sum of squared lengths of the real documents, for attention FLOPs; a shard has its
+            fraction.
+        real_lengths: Length of each real document of the whole row, without padding documents.
     """
 
     input_ids: Int64Array
@@ -59,31 +60,39 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Order:
-    """How the stream of packs is ordered.
+class SamplerConfig:
+    """Order of the packs in an epoch.
 
     Attributes:
-        seed: Decides the order of every epoch.
-        shuffle: Whether there is any but that of the packs.
-        window_steps: Steps among which packs of like cost come together; 1 leaves that to chance.
-        slot_cost: Cost of one slot of a pack in any unit.
-        square_cost: Cost of one squared token of a document, in the same unit.
-        joined: Whether tokens attend to all earlier ones of their pack, as if it were one document.
+        seed: Seed of the shuffle of every epoch.
+        shuffle: Whether to shuffle; otherwise packs are read in the order of the packed dataset.
+        balance_window_steps: Steps within which packs are sorted by cost; 1 shuffles only.
+        slot_cost: Cost of one slot of a pack, in any unit.
+        squared_length_cost: Cost per squared token of a document (attention), in the same unit.
+        cross_document_attention: Whether tokens attend to all earlier tokens of their pack, as if the pack
+            were one document.
     """
 
     seed: int
     shuffle: bool = True
-    window_steps: int = 1
+    balance_window_steps: int = 1
     slot_cost: float = 1.0
-    square_cost: float = 0.0
-    joined: bool = False
+    squared_length_cost: float = 0.0
+    cross_document_attention: bool = False
 
 
 class PackLoader:
-    """Batches of one data set; holds no position, so every call is a seek."""
+    """Micro-batches of one packed dataset; stateless, so reading any step is a seek."""
 
-    def __init__(self, documents: Documents, packs: Packs, geometry: Geometry, order: Order) -> None:
-        self._documents, self._packs, self._geometry, self._how = documents, packs, geometry, order
+    def __init__(
+        self, documents: Documents, packs: Packs, batch_shape: BatchShape, sampler: SamplerConfig
+    ) -> None:
+        self._documents, self._packs, self._batch_shape, self._sampler = (
+            documents,
+            packs,
+            batch_shape,
+            sampler,
+        )
         self._orders: dict[int, Int64Array] = {}
         self._trained = packs.sums(documents.trained)
 
@@ -91,107 +100,117 @@ class PackLoader:
     def costs(self) -> npt.NDArray[np.float64]:
         """Cost of each pack, shape [packs]."""
         lengths = self._documents.lengths
-        squares = self._packs.sums(lengths) ** 2 if self._how.joined else self._packs.sums(lengths**2)
-        fixed = self._how.slot_cost * self._geometry.max_length
-        return (fixed + self._how.square_cost * squares).astype(np.float64)
+        if self._sampler.cross_document_attention:
+            squares = self._packs.sums(lengths) ** 2
+        else:
+            squares = self._packs.sums(lengths**2)
+        fixed = self._sampler.slot_cost * self._batch_shape.max_length
+        return (fixed + self._sampler.squared_length_cost * squares).astype(np.float64)
 
     def packs(self, epochs: float) -> int:
-        """Return the packs in so many epochs; a part of a pack counts as one."""
+        """Return the number of packs in `epochs`, rounded up."""
         return max(1, math.ceil(round(epochs * len(self._packs), 6)))
 
     def steps(self, epochs: float) -> int:
-        """Return the optimizer steps in so many epochs; the last one may hold fewer packs."""
-        return math.ceil(self.packs(epochs) / self._geometry.global_batch_size)
+        """Return the number of optimizer steps in `epochs`; the last step may be partial."""
+        return math.ceil(self.packs(epochs) / self._batch_shape.global_batch_size)
 
     def epoch(self, step: int, last: int | None = None) -> float:
-        """Return the epochs that lie before a step, as a fraction; at `last` packs in all."""
-        before = step * self._geometry.global_batch_size
+        """Return the epochs completed before a step, as a fraction; `last` is the total number of packs."""
+        before = step * self._batch_shape.global_batch_size
         return (before if last is None else min(before, last)) / len(self._packs)
 
     def pack_numbers(self, step: int, last: int | None = None) -> list[int | None]:
-        """Return the packs of a step; None for a place past the end of the data, at `last` packs in all."""
-        size = self._geometry.global_batch_size
-        places = range(step * size, (step + 1) * size)
-        return [None if last is not None and place >= last else self._pack_at(place) for place in places]
+        """Return the packs of a step, None for positions at or after `last` (the total number of packs)."""
+        size = self._batch_shape.global_batch_size
+        return [
+            None if last is not None and position >= last else self._pack_at(position)
+            for position in range(step * size, (step + 1) * size)
+        ]
 
     def trained_tokens(self, step: int, last: int | None = None) -> int:
-        """Return the trained tokens of a step over all workers, from the plan and without communication."""
+        """Return the trained tokens of a step over all ranks, computed without communication."""
         return int(sum(self._trained[pack] for pack in self.pack_numbers(step, last) if pack is not None))
 
     def micro_batches(
-        self, step: int, rank: int, last: int | None = None, part: int = 0
+        self, step: int, rank: int, last: int | None = None, shard: int = 0
     ) -> Iterator[MicroBatch]:
-        """Yield one worker's micro-batches of a step.
+        """Yield the micro-batches of one rank in a step.
 
         Args:
-            step: Number of the optimizer step, from 0.
+            step: Optimizer step, from 0.
             rank: Data-parallel rank.
-            last: Packs in all; places beyond it are empty.
-            part: Which part of each row the worker holds, where several share it.
+            last: Total number of packs; positions after it are filled with padding.
+            shard: Sequence-parallel rank, which selects the shard of each row.
         """
         numbers = self.pack_numbers(step, last)
         costs = np.array([0.0 if number is None else self.costs[number] for number in numbers])
-        for places in deal(costs[None], self._geometry)[0, rank]:
-            yield self.assemble([numbers[place] for place in places], part)
+        for indices in assign_to_ranks(costs[None], self._batch_shape)[0, rank]:
+            yield self.assemble([numbers[index] for index in indices], shard)
 
-    def assemble(self, numbers: list[int | None], part: int = 0) -> MicroBatch:
-        """Lay packs end to end, each padded to max_length, and return one worker's part of the row.
+    def assemble(self, numbers: list[int | None], shard: int = 0) -> MicroBatch:
+        """Concatenate packs, each padded to max_length, and return one sequence-parallel shard of the row.
 
-        Documents that do not reach into the part are not read; a first token is never a label of what is
-        before.
+        Documents outside the shard are not read. The first token of a document is never a label.
         """
-        capacity, parts = self._geometry.max_length, self._geometry.sequence_parallel_size
+        capacity, shards = self._batch_shape.max_length, self._batch_shape.sequence_parallel_size
+        # All arrays cover the whole row, [packs * max_length]; they are cut to the shard at the end.
         input_ids = np.zeros(capacity * len(numbers), np.int64)
-        share = len(input_ids) // parts
-        mine = slice(part * share, (part + 1) * share)
+        shard_size = len(input_ids) // shards
+        local = slice(shard * shard_size, (shard + 1) * shard_size)
         trained, is_real = np.zeros(len(input_ids), np.bool_), np.zeros(len(input_ids), np.bool_)
         lengths: list[int] = []
         real: list[int] = []
-        for place, number in enumerate(numbers):
-            at, sizes = place * capacity, []
+        for index, number in enumerate(numbers):
+            at, sizes = index * capacity, []
             for member in [] if number is None else self._packs.members(number).tolist():
                 size = int(self._documents.lengths[member])
-                if at < mine.stop and at + size > mine.start:
+                if at < local.stop and at + size > local.start:
                     document = self._documents.document(member)
                     input_ids[at : at + size] = document.tokens
                     trained[at : at + size] = document.trained
-                    trained[at] = False  # the first token has nothing before it to be predicted from
+                    trained[at] = False  # no earlier token of its document predicts it
                 sizes.append(size)
                 at += size
-            sizes = [sum(sizes)] if self._how.joined and sizes else sizes
-            is_real[place * capacity : at] = True
+            sizes = [sum(sizes)] if self._sampler.cross_document_attention and sizes else sizes
+            is_real[index * capacity : at] = True
             real += sizes
-            lengths += sizes + _padding((place + 1) * capacity - at)
+            lengths += sizes + _padding((index + 1) * capacity - at)
         targets = np.flatnonzero(trained)
-        # A label belongs to the slot before it, whose output is to foretell it, and so to whoever holds that.
-        targets = targets[slice(*np.searchsorted(targets - 1, [mine.start, mine.stop]))]
+        # Labels are shifted here: slot i predicts token i + 1. A target belongs to the shard of the slot
+        # before it, so a label at a shard's first slot goes to the previous rank and no exchange is needed.
+        targets = targets[slice(*np.searchsorted(targets - 1, [local.start, local.stop]))]
         return MicroBatch(
-            input_ids=input_ids[mine],
-            position_ids=np.concatenate([np.arange(size) for size in lengths])[mine],
+            input_ids=input_ids[local],
+            position_ids=np.concatenate([np.arange(size) for size in lengths])[local],
             document_lengths=tuple(lengths),
-            label_positions=targets - 1 - mine.start,
+            label_positions=targets - 1 - local.start,
             labels=input_ids[targets],
-            tokens=int(np.count_nonzero(is_real[mine])),
-            square_tokens=sum(size * size for size in real) / parts,
+            tokens=int(np.count_nonzero(is_real[local])),
+            square_tokens=sum(size * size for size in real) / shards,
             real_lengths=tuple(real),
         )
 
     def wait_factors(self) -> tuple[float, float]:
-        """Return how much longer an epoch takes than without waiting: by chance, and as ordered here."""
-        chance = epoch_order(self.costs, self._how.seed, 0, self._geometry.global_batch_size, 1)
-        before = wait_factor(self.costs, chance, self._geometry, dealt=False)
-        return before, wait_factor(self.costs, self._order(0), self._geometry, dealt=True)
+        """Return the wait factor of the first epoch without and with balancing; 1.0 means no rank waits."""
+        shuffled = epoch_order(self.costs, self._sampler.seed, 0, self._batch_shape.global_batch_size, 1)
+        before = wait_factor(self.costs, shuffled, self._batch_shape, balanced=False)
+        return before, wait_factor(self.costs, self._order(0), self._batch_shape, balanced=True)
 
-    def _pack_at(self, place: int) -> int:
-        epoch, index = divmod(place, len(self._packs))
-        return int(self._order(epoch)[index]) if self._how.shuffle else index
+    def _pack_at(self, position: int) -> int:
+        epoch, index = divmod(position, len(self._packs))
+        return int(self._order(epoch)[index]) if self._sampler.shuffle else index
 
     def _order(self, epoch: int) -> Int64Array:
         if epoch not in self._orders:
             if len(self._orders) >= _ORDERS_KEPT:
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = epoch_order(
-                self.costs, self._how.seed, epoch, self._geometry.global_batch_size, self._how.window_steps
+                self.costs,
+                self._sampler.seed,
+                epoch,
+                self._batch_shape.global_batch_size,
+                self._sampler.balance_window_steps,
             )
         return self._orders[epoch]
 

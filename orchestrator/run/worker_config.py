@@ -11,9 +11,9 @@ from orchestrator.arch.flops import forward_flops
 from orchestrator.arch.model_dims import ModelShape
 from orchestrator.config.auto_values import DeviceType, TrainDtype
 from orchestrator.config.schema import JobSpec
-from orchestrator.data.balance import Geometry
+from orchestrator.data.balance import BatchShape
 from orchestrator.data.corpus import Documents
-from orchestrator.data.loader import Order, PackLoader
+from orchestrator.data.loader import PackLoader, SamplerConfig
 from orchestrator.data.packing import Packs
 from orchestrator.model.build import load_config
 from orchestrator.parallel.parallel_dims import Layout
@@ -96,25 +96,25 @@ def cost_of_a_slot(job: JobSpec) -> tuple[float, float]:
 def loader(
     job: JobSpec, documents: Documents, packs: Packs, global_batch_size: int, shuffle: bool
 ) -> PackLoader:
-    """Return the batches of a data set, with so many packs in a step."""
-    geometry = Geometry(
+    """Return the loader of a packed dataset with `global_batch_size` packs in a step."""
+    batch_shape = BatchShape(
         job.data.max_length,
         global_batch_size,
         job.optim.micro_batch_size,
         Layout.of(job).data_parallel_size,
-        waits_each_micro_step=job.parallel.zero_stage >= 2,
+        sync_every_micro_step=job.parallel.zero_stage >= 2,
         sequence_parallel_size=job.parallel.sequence_parallel_size,
     )
-    slot_cost, square_cost = cost_of_a_slot(job)
-    order = Order(
+    slot_cost, squared_length_cost = cost_of_a_slot(job)
+    sampler = SamplerConfig(
         job.run.seed,
         shuffle,
         job.data.balance_window_steps,
         slot_cost,
-        square_cost,
+        squared_length_cost,
         job.data.cross_document_attention,
     )
-    return PackLoader(documents, packs, geometry, order)
+    return PackLoader(documents, packs, batch_shape, sampler)
 
 
 def training_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int, int]:

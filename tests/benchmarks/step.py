@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.data.balance import Geometry
+from orchestrator.data.balance import BatchShape
 from orchestrator.data.corpus import Document, Int64Array
-from orchestrator.data.loader import MicroBatch, Order, PackLoader
+from orchestrator.data.loader import MicroBatch, PackLoader, SamplerConfig
 from orchestrator.data.packing import best_fit
 from orchestrator.model import attention
 from orchestrator.model.loss import Inputs, TiledHead, loss_sum
@@ -102,7 +102,7 @@ def rows_of(vocabulary: int, slots: int) -> list[MicroBatch]:
     """Return some packed rows."""
     documents = Drawn.of(_ROWS * max(1, slots // 100), slots, vocabulary)
     packs = best_fit(documents.lengths, slots, seed=0)
-    loader = PackLoader(documents, packs, Geometry(slots, 1, 1, 1), Order(seed=0))
+    loader = PackLoader(documents, packs, BatchShape(slots, 1, 1, 1), SamplerConfig(seed=0))
     return [loader.assemble([number]) for number in range(min(_ROWS, len(packs)))]
 
 

@@ -17,9 +17,9 @@ from torch import distributed as dist
 from torch.nn import functional
 
 from orchestrator.config.schema import ModelSpec
-from orchestrator.data.balance import Geometry
+from orchestrator.data.balance import BatchShape
 from orchestrator.data.corpus import Document, Int64Array
-from orchestrator.data.loader import MicroBatch, Order, PackLoader
+from orchestrator.data.loader import MicroBatch, PackLoader, SamplerConfig
 from orchestrator.data.packing import Packs
 from orchestrator.model.build import build_model
 from orchestrator.model.loss import Inputs, loss_sum
@@ -51,11 +51,11 @@ class Drawn:
         return Document(tokens, np.arange(length) >= length // 3)
 
 
-def row_of(lengths: list[int], part: int = 0, parts: int = 1) -> MicroBatch:
-    """Return a part of a full row of documents that have these lengths, in this order."""
+def row_of(lengths: list[int], shard: int = 0, shards: int = 1) -> MicroBatch:
+    """Return one sequence-parallel shard of a full row of documents with these lengths."""
     packs = Packs(np.arange(len(lengths)), np.array([0, len(lengths)]))
-    geometry = Geometry(sum(lengths), 1, 1, 1, sequence_parallel_size=parts)
-    return PackLoader(Drawn.of(lengths), packs, geometry, Order(seed=0)).assemble([0], part)
+    batch_shape = BatchShape(sum(lengths), 1, 1, 1, sequence_parallel_size=shards)
+    return PackLoader(Drawn.of(lengths), packs, batch_shape, SamplerConfig(seed=0)).assemble([0], shard)
 
 
 def block_mask(lengths: list[int]) -> torch.Tensor:

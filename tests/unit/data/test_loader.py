@@ -1,7 +1,6 @@
-"""The stream of packs: the same for any number of workers, found by seeking, with labels inside documents.
+"""PackLoader: the same packs for any number of ranks, random access to steps, labels within documents.
 
-Documents encode who they are: token k of document n is 1000 n + k + 1, so that a batch tells where each of
-its tokens comes from.
+Token k of document n is 1000 n + k + 1, so that a test can read the document and position from each token.
 """
 
 from typing import Any
@@ -11,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.balance import Geometry
+from orchestrator.data.balance import BatchShape
 from orchestrator.data.corpus import Document
-from orchestrator.data.loader import MicroBatch, Order, PackLoader
+from orchestrator.data.loader import MicroBatch, PackLoader, SamplerConfig
 from orchestrator.data.packing import Packs, best_fit, one_each
 
 MAX_LENGTH = 300
@@ -27,12 +26,12 @@ def document(number: int, length: int) -> Document:
 
 
 class Listed:
-    """Documents that are held in a list."""
+    """Documents in a list; records which ones are read."""
 
     def __init__(self, documents: list[Document]) -> None:
         self.documents = documents
-        self.lengths = np.array([len(each.tokens) for each in documents], dtype=np.int64)
-        self.trained = np.array([each.trained[1:].sum() for each in documents], dtype=np.int64)
+        self.lengths = np.array([len(document.tokens) for document in documents], dtype=np.int64)
+        self.trained = np.array([document.trained[1:].sum() for document in documents], dtype=np.int64)
         self.read: list[int] = []
 
     def __len__(self) -> int:
@@ -66,23 +65,23 @@ def loader(
     global_batch_size: int = 8,
     seed: int = SEED,
     shuffle: bool = True,
-    waits_each_micro_step: bool = True,
-    **order: Any,
+    sync_every_micro_step: bool = True,
+    **sampler: Any,
 ) -> PackLoader:
-    geometry = Geometry(
-        MAX_LENGTH, global_batch_size, micro_batch_size, data_parallel_size, waits_each_micro_step
+    batch_shape = BatchShape(
+        MAX_LENGTH, global_batch_size, micro_batch_size, data_parallel_size, sync_every_micro_step
     )
-    how = {"window_steps": 4, "slot_cost": 1.0, "square_cost": 0.01, **order}
-    return PackLoader(store, packs, geometry, Order(seed, shuffle, **how))
+    options = {"balance_window_steps": 4, "slot_cost": 1.0, "squared_length_cost": 0.01, **sampler}
+    return PackLoader(store, packs, batch_shape, SamplerConfig(seed, shuffle, **options))
 
 
-def step_batches(which: PackLoader, step: int, ranks: int, last: int | None = None) -> list[MicroBatch]:
-    """Return all micro-batches of a step, rank after rank."""
-    return [batch for rank in range(ranks) for batch in which.micro_batches(step, rank, last)]
+def step_batches(reader: PackLoader, step: int, ranks: int, last: int | None = None) -> list[MicroBatch]:
+    """Return all micro-batches of a step, by rank."""
+    return [batch for rank in range(ranks) for batch in reader.micro_batches(step, rank, last)]
 
 
 def documents_of(batch: MicroBatch) -> list[int]:
-    """Return which documents a batch holds, in order, from the tokens themselves."""
+    """Return the document numbers of a batch in order, read from its tokens."""
     starts = np.concatenate([[0], np.cumsum(batch.document_lengths)[:-1]]).astype(int)
     return [int(batch.input_ids[start]) // 1000 for start in starts if batch.input_ids[start]]
 
@@ -92,13 +91,13 @@ def documents_of(batch: MicroBatch) -> list[int]:
 def test_each_document_is_read_once_in_each_epoch(
     store: Listed, packs: Packs, ranks: int, micro_batch_size: int
 ) -> None:
-    which = loader(store, packs, ranks, micro_batch_size)
+    reader = loader(store, packs, ranks, micro_batch_size)
     for epochs in (1, 2, 3):
         last = epochs * len(packs)
         seen = [
             number
-            for step in range(which.steps(epochs))
-            for batch in step_batches(which, step, ranks, last)
+            for step in range(reader.steps(epochs))
+            for batch in step_batches(reader, step, ranks, last)
             for number in documents_of(batch)
         ]
         assert sorted(seen) == sorted(list(range(len(store))) * epochs)
@@ -118,54 +117,58 @@ def test_the_packs_of_a_step_depend_only_on_seed_and_global_batch(store: Listed,
     ]
 
 
-def test_the_stage_of_zero_decides_places_and_not_packs(store: Listed, packs: Packs) -> None:
-    each, once = (loader(store, packs, 4, 1, waits_each_micro_step=waits) for waits in (True, False))
+def test_zero_stage_changes_the_assignment_but_not_the_packs_of_a_step(store: Listed, packs: Packs) -> None:
+    micro, step_sync = (loader(store, packs, 4, 1, sync_every_micro_step=sync) for sync in (True, False))
     for step in range(10):
-        assert each.pack_numbers(step) == once.pack_numbers(step)
+        assert micro.pack_numbers(step) == step_sync.pack_numbers(step)
 
 
-def test_joined_packs_are_one_document(store: Listed, packs: Packs) -> None:
-    apart, joined = (loader(store, packs, joined=joined).assemble([0, 3]) for joined in (False, True))
-    assert (apart.input_ids == joined.input_ids).all()
-    assert (apart.labels == joined.labels).all()
-    assert (apart.label_positions == joined.label_positions).all()
+def test_cross_document_attention_makes_a_pack_one_document(store: Listed, packs: Packs) -> None:
+    separate, joined = (
+        loader(store, packs, cross_document_attention=across).assemble([0, 3]) for across in (False, True)
+    )
+    assert (separate.input_ids == joined.input_ids).all()
+    assert (separate.labels == joined.labels).all()
+    assert (separate.label_positions == joined.label_positions).all()
     sizes = [int(store.lengths[packs.members(number)].sum()) for number in (0, 3)]
     assert [size for size in joined.document_lengths if size > 128] == [size for size in sizes if size > 128]
     assert joined.square_tokens == sum(size**2 for size in sizes)
     assert joined.position_ids[: sizes[0]].tolist() == list(range(sizes[0]))
-    assert joined.tokens == apart.tokens
+    assert joined.tokens == separate.tokens
 
 
-@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("shards", [2, 3, 4])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_the_parts_of_a_row_are_the_row(store: Listed, packs: Packs, parts: int, micro: int) -> None:
+def test_concatenated_shards_equal_the_row(store: Listed, packs: Packs, shards: int, micro: int) -> None:
     whole = loader(store, packs, micro_batch_size=micro, global_batch_size=2)
-    geometry = Geometry(MAX_LENGTH, 2, micro, 1, sequence_parallel_size=parts)
-    shared = PackLoader(store, packs, geometry, whole._how)
+    batch_shape = BatchShape(MAX_LENGTH, 2, micro, 1, sequence_parallel_size=shards)
+    shared = PackLoader(store, packs, batch_shape, whole._sampler)
     for step in range(6):
-        rows = [list(shared.micro_batches(step, 0, 11, part)) for part in range(parts)]
+        rows = [list(shared.micro_batches(step, 0, 11, shard)) for shard in range(shards)]
         for number, row in enumerate(whole.micro_batches(step, 0, 11)):
             held = [batches[number] for batches in rows]
-            size = len(row.input_ids) // parts
+            size = len(row.input_ids) // shards
             for name in ("input_ids", "position_ids", "labels"):
-                assert np.concatenate([getattr(each, name) for each in held]).tolist() == (
+                assert np.concatenate([getattr(batch, name) for batch in held]).tolist() == (
                     getattr(row, name).tolist()
                 )
-            positions = [each.label_positions + part * size for part, each in enumerate(held)]
+            positions = [batch.label_positions + shard * size for shard, batch in enumerate(held)]
             assert np.concatenate(positions).tolist() == row.label_positions.tolist()
-            assert all(((each.label_positions >= 0) & (each.label_positions < size)).all() for each in held)
-            assert {each.document_lengths for each in held} == {row.document_lengths}
-            assert sum(each.tokens for each in held) == row.tokens
-            assert sum(each.square_tokens for each in held) == pytest.approx(row.square_tokens)
+            assert all(
+                ((batch.label_positions >= 0) & (batch.label_positions < size)).all() for batch in held
+            )
+            assert {batch.document_lengths for batch in held} == {row.document_lengths}
+            assert sum(batch.tokens for batch in held) == row.tokens
+            assert sum(batch.square_tokens for batch in held) == pytest.approx(row.square_tokens)
 
 
-def test_of_a_row_that_is_shared_only_the_documents_of_a_part_are_read(store: Listed, packs: Packs) -> None:
-    geometry = Geometry(MAX_LENGTH, 4, 4, 1, sequence_parallel_size=4)  # a part is a pack
-    shared = PackLoader(store, packs, geometry, Order(SEED))
-    for part in range(4):
+def test_a_shard_reads_only_its_documents(store: Listed, packs: Packs) -> None:
+    batch_shape = BatchShape(MAX_LENGTH, 4, 4, 1, sequence_parallel_size=4)  # each shard is one pack
+    shared = PackLoader(store, packs, batch_shape, SamplerConfig(SEED))
+    for shard in range(4):
         store.read.clear()
-        shared.assemble([0, 1, 2, 3], part)
-        assert sorted(store.read) == sorted(packs.members(part).tolist())
+        shared.assemble([0, 1, 2, 3], shard)
+        assert sorted(store.read) == sorted(packs.members(shard).tolist())
 
 
 @settings(max_examples=60, deadline=None)
@@ -177,7 +180,7 @@ def test_of_a_row_that_is_shared_only_the_documents_of_a_part_are_read(store: Li
     window=st.sampled_from([1, 2, 32]),
     stages=st.tuples(st.booleans(), st.booleans()),
 )
-def test_a_run_that_stops_anywhere_goes_on_with_exactly_the_remaining_packs(
+def test_resuming_with_another_world_size_reads_exactly_the_remaining_packs(
     count: int,
     before: tuple[int, int],
     after: tuple[int, int],
@@ -185,12 +188,12 @@ def test_a_run_that_stops_anywhere_goes_on_with_exactly_the_remaining_packs(
     window: int,
     stages: tuple[bool, bool],
 ) -> None:
-    """Two epochs, stopped after any step and gone on with another number of workers: each document twice."""
+    """Two epochs, stopped at any step and resumed with other ranks, read each document twice."""
     documents = make([MAX_LENGTH - 3 * (number % 50) for number in range(count)])
     packs = one_each(documents.lengths)
     first, second = (
-        loader(documents, packs, *shape, window_steps=window, waits_each_micro_step=waits)
-        for shape, waits in zip((before, after), stages, strict=True)
+        loader(documents, packs, *shape, balance_window_steps=window, sync_every_micro_step=sync)
+        for shape, sync in zip((before, after), stages, strict=True)
     )
     last = first.packs(2.0)
     assert second.packs(2.0) == last
@@ -200,23 +203,23 @@ def test_a_run_that_stops_anywhere_goes_on_with_exactly_the_remaining_packs(
         batches = step_batches(*((first, step, before[0]) if step < stop else (second, step, after[0])), last)
         seen += [number for batch in batches for number in documents_of(batch)]
     assert sorted(seen) == sorted(list(range(count)) * 2)
-    alone = loader(documents, packs, window_steps=window)
+    alone = loader(documents, packs, balance_window_steps=window)
     for step in range(steps):
         assert alone.pack_numbers(step, last) == second.pack_numbers(step, last)
 
 
-def test_epochs_are_whole_permutations_and_differ(store: Listed, packs: Packs) -> None:
-    which = loader(store, packs, global_batch_size=7)  # steps that span the boundary between epochs
+def test_each_epoch_is_a_different_permutation(store: Listed, packs: Packs) -> None:
+    reader = loader(store, packs, global_batch_size=7)  # steps that span the boundary between epochs
     count = len(packs)
-    stream = [pack for step in range(-(-3 * count // 7)) for pack in which.pack_numbers(step)]
+    stream = [pack for step in range(-(-3 * count // 7)) for pack in reader.pack_numbers(step)]
     epochs = [stream[count * n : count * (n + 1)] for n in range(3)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)  # type: ignore[type-var]
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_without_shuffling_packs_keep_their_order(store: Listed, packs: Packs) -> None:
-    which = loader(store, packs, shuffle=False)
-    assert which.pack_numbers(0) + which.pack_numbers(1) == [n % len(packs) for n in range(16)]
+def test_shuffle_false_keeps_the_order_of_packs(store: Listed, packs: Packs) -> None:
+    reader = loader(store, packs, shuffle=False)
+    assert reader.pack_numbers(0) + reader.pack_numbers(1) == [n % len(packs) for n in range(16)]
 
 
 def equal(first: MicroBatch, second: MicroBatch) -> bool:
@@ -226,40 +229,38 @@ def equal(first: MicroBatch, second: MicroBatch) -> bool:
     )
 
 
-def test_seeking_gives_the_batches_that_iterating_gives(store: Listed, packs: Packs) -> None:
+def test_random_access_equals_iteration(store: Listed, packs: Packs) -> None:
     steps = 12
     iterating = loader(store, packs, data_parallel_size=2, micro_batch_size=2)
     in_order = [step_batches(iterating, step, 2) for step in range(steps)]
     for step in (11, 3, 7, 0, 11):
         fresh = loader(store, packs, data_parallel_size=2, micro_batch_size=2)
-        for expected, found in zip(in_order[step], step_batches(fresh, step, 2), strict=True):
-            assert equal(expected, found)
+        for expected, actual in zip(in_order[step], step_batches(fresh, step, 2), strict=True):
+            assert equal(expected, actual)
 
 
-def test_seeking_far_reads_nothing_on_the_way(store: Listed, packs: Packs) -> None:
-    which = loader(store, packs)
+def test_a_distant_step_reads_only_its_own_documents(store: Listed, packs: Packs) -> None:
+    reader = loader(store, packs)
     store.read.clear()
-    batches = step_batches(which, 10**6, 1)
+    batches = step_batches(reader, 10**6, 1)
     assert sorted(store.read) == sorted(number for batch in batches for number in documents_of(batch))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_trained_tokens_of_the_plan_are_the_labels_of_all_ranks(
-    store: Listed, packs: Packs, ranks: int
-) -> None:
-    which = loader(store, packs, ranks, 2)
+def test_trained_tokens_equal_the_labels_of_all_ranks(store: Listed, packs: Packs, ranks: int) -> None:
+    reader = loader(store, packs, ranks, 2)
     last = 2 * len(packs)
     total = 0
-    for step in range(which.steps(2.0)):
-        labels = sum(batch.trained_tokens for batch in step_batches(which, step, ranks, last))
-        assert which.trained_tokens(step, last) == labels
+    for step in range(reader.steps(2.0)):
+        labels = sum(batch.trained_tokens for batch in step_batches(reader, step, ranks, last))
+        assert reader.trained_tokens(step, last) == labels
         total += labels
     assert total == 2 * int(store.trained.sum())
 
 
 @settings(max_examples=40, deadline=None)
 @given(step=st.integers(0, 50), ranks=st.sampled_from([1, 2, 4]), micro=st.sampled_from([1, 2]))
-def test_batches_are_laid_out_document_by_document(
+def test_layout_of_documents_padding_and_labels(
     store: Listed, packs: Packs, step: int, ranks: int, micro: int
 ) -> None:
     for batch in step_batches(loader(store, packs, ranks, micro), step, ranks):
@@ -276,7 +277,7 @@ def test_batches_are_laid_out_document_by_document(
             assert batch.position_ids[at : at + length].tolist() == list(range(length))
             if ids[0]:
                 number = int(ids[0]) // 1000
-                assert length == store.lengths[number]  # whole: neither cut nor joined to another
+                assert length == store.lengths[number]  # neither truncated nor merged
                 assert ids.tolist() == store.document(number).tokens.tolist()
                 labels += ids[store.document(number).trained].tolist()
                 tokens += length
@@ -290,10 +291,10 @@ def test_batches_are_laid_out_document_by_document(
 
 
 def test_a_label_is_the_next_token_of_the_same_document(store: Listed, packs: Packs) -> None:
-    which = loader(store, packs, micro_batch_size=4)
+    reader = loader(store, packs, micro_batch_size=4)
     checked = 0
-    for step in range(which.steps(1.0)):
-        for batch in step_batches(which, step, 1):
+    for step in range(reader.steps(1.0)):
+        for batch in step_batches(reader, step, 1):
             assert (np.diff(batch.label_positions) > 0).all()
             assert (
                 batch.input_ids[batch.label_positions] + 1 == batch.labels
@@ -305,14 +306,14 @@ def test_a_label_is_the_next_token_of_the_same_document(store: Listed, packs: Pa
 
 
 def test_each_pack_of_a_micro_batch_starts_at_a_multiple_of_max_length(store: Listed, packs: Packs) -> None:
-    which = loader(store, packs, micro_batch_size=2)
-    batch = which.assemble([3, 5])
+    reader = loader(store, packs, micro_batch_size=2)
+    batch = reader.assemble([3, 5])
     starts = np.concatenate([[0], np.cumsum(batch.document_lengths)])
     assert MAX_LENGTH in starts
     assert documents_of(batch) == [*packs.members(3).tolist(), *packs.members(5).tolist()]
 
 
-def test_an_empty_place_is_padding_and_trains_nothing(store: Listed, packs: Packs) -> None:
+def test_an_empty_slot_is_padding_without_labels(store: Listed, packs: Packs) -> None:
     batch = loader(store, packs, micro_batch_size=2).assemble([None, None])
     assert not batch.input_ids.any()
     assert batch.document_lengths == (128, 128, 44) * 2
@@ -321,59 +322,59 @@ def test_an_empty_place_is_padding_and_trains_nothing(store: Listed, packs: Pack
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_last_partial_step_has_empty_places_and_every_rank_its_batches(
+def test_every_rank_has_all_micro_batches_in_the_last_partial_step(
     store: Listed, packs: Packs, ranks: int
 ) -> None:
-    which = loader(store, packs, ranks)
+    reader = loader(store, packs, ranks)
     last = 19  # two steps of 8, and 3 packs more
-    assert which.pack_numbers(1, last) == which.pack_numbers(1)
-    assert which.pack_numbers(2, last) == [*which.pack_numbers(2)[:3], *[None] * 5]
+    assert reader.pack_numbers(1, last) == reader.pack_numbers(1)
+    assert reader.pack_numbers(2, last) == [*reader.pack_numbers(2)[:3], *[None] * 5]
     for rank in range(ranks):
-        assert len(list(which.micro_batches(2, rank, last))) == 8 // ranks
-    held = [n for batch in step_batches(which, 2, ranks, last) for n in documents_of(batch)]
-    numbers = [pack for pack in which.pack_numbers(2, last) if pack is not None]
+        assert len(list(reader.micro_batches(2, rank, last))) == 8 // ranks
+    held = [n for batch in step_batches(reader, 2, ranks, last) for n in documents_of(batch)]
+    numbers = [pack for pack in reader.pack_numbers(2, last) if pack is not None]
     assert sorted(held) == sorted(np.concatenate([packs.members(pack) for pack in numbers]).tolist())
-    assert which.trained_tokens(3, last) == 0
+    assert reader.trained_tokens(3, last) == 0
 
 
 def test_steps_and_epochs(store: Listed, packs: Packs) -> None:
-    which = loader(store, packs)
+    reader = loader(store, packs)
     count = len(packs)
-    assert which.steps(1.0) == -(-count // 8)
-    assert which.steps(3.0) == -(-3 * count // 8)
-    assert which.steps(8.0) == count  # exactly, in spite of floating point
-    assert which.steps(1e-9) == 1
-    assert which.packs(0.5) == -(-count // 2)
-    assert which.steps(8 / count) == 1
-    assert which.epoch(0) == 0.0
-    assert which.epoch(count) == pytest.approx(8.0)
-    assert which.epoch(count, last=2 * count) == 2.0
+    assert reader.steps(1.0) == -(-count // 8)
+    assert reader.steps(3.0) == -(-3 * count // 8)
+    assert reader.steps(8.0) == count  # exactly, in spite of floating point
+    assert reader.steps(1e-9) == 1
+    assert reader.packs(0.5) == -(-count // 2)
+    assert reader.steps(8 / count) == 1
+    assert reader.epoch(0) == 0.0
+    assert reader.epoch(count) == pytest.approx(8.0)
+    assert reader.epoch(count, last=2 * count) == 2.0
 
 
-def test_a_first_token_is_never_a_label_whatever_the_mask_says() -> None:
+def test_a_first_token_is_never_a_label_even_if_the_mask_selects_it() -> None:
     marked = Listed(
         [Document(np.arange(5, dtype=np.uint32) + 1000 * n + 1, np.ones(5, np.bool_)) for n in range(3)]
     )
-    which = loader(marked, best_fit(marked.lengths, MAX_LENGTH, 0), global_batch_size=1)
-    (batch,) = which.micro_batches(0, 0)
+    reader = loader(marked, best_fit(marked.lengths, MAX_LENGTH, 0), global_batch_size=1)
+    (batch,) = reader.micro_batches(0, 0)
     assert (batch.input_ids[batch.label_positions] + 1 == batch.labels).all()
-    assert which.trained_tokens(0) == batch.trained_tokens == 3 * 4
+    assert reader.trained_tokens(0) == batch.trained_tokens == 3 * 4
 
 
 def test_packing_none_gives_each_document_its_own_pack(store: Listed) -> None:
-    which = loader(store, one_each(store.lengths))
-    batch = which.assemble([4])
+    reader = loader(store, one_each(store.lengths))
+    batch = reader.assemble([4])
     assert documents_of(batch) == [4]
     assert batch.tokens == store.lengths[4]
 
 
-def test_a_single_pack_repeats_in_every_place() -> None:
+def test_a_single_pack_fills_the_whole_global_batch() -> None:
     small = make([5, 6])
-    which = loader(small, best_fit(small.lengths, MAX_LENGTH, 0), data_parallel_size=2)
-    assert which.pack_numbers(3) == [0] * 8
-    assert which.trained_tokens(3) == 8 * int(small.trained.sum())
+    reader = loader(small, best_fit(small.lengths, MAX_LENGTH, 0), data_parallel_size=2)
+    assert reader.pack_numbers(3) == [0] * 8
+    assert reader.trained_tokens(3) == 8 * int(small.trained.sum())
 
 
 @pytest.mark.parametrize(("micro", "ranks", "expected"), [(1, 1, 8), (2, 1, 4), (2, 4, 1), (1, 8, 1)])
-def test_micro_batches_of_a_worker(micro: int, ranks: int, expected: int) -> None:
-    assert Geometry(MAX_LENGTH, 8, micro, ranks).micro_batches == expected
+def test_gradient_accumulation_steps(micro: int, ranks: int, expected: int) -> None:
+    assert BatchShape(MAX_LENGTH, 8, micro, ranks).gradient_accumulation_steps == expected

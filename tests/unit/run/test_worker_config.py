@@ -47,4 +47,4 @@ def test_workers_wait_in_each_micro_step_where_zero_reduces_gradients_in_each(
     document = material.job(ROOT / "orchestrator" / "builtin" / "tiny-llama", 2, {"zero_stage": stage})
     job = JobSpec.model_validate_json(json.dumps(document))
     loader, _, _ = training_loader(job, *material.planned(job, tmp_path / "documents"))
-    assert loader._geometry.waits_each_micro_step == waits
+    assert loader._batch_shape.sync_every_micro_step == waits
