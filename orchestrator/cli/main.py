@@ -194,9 +194,7 @@ def doctor(
         from orchestrator.train.doctor import diagnose_cluster
 
         with stdout_for_results():
-            cluster_report = diagnose_cluster(
-                address, storage and storage.expanduser().absolute(), write_message
-            )
+            cluster_report = diagnose_cluster(address, storage and storage.expanduser().absolute())
         write_result(json.dumps(cluster_report.as_json()) if as_json else format_report(cluster_report))
         problems = [diag.sentence for diag in cluster_report.diagnostics if diag.level == "problem"]
         if problems:
@@ -346,9 +344,7 @@ def submit(
 
         options = submission.Submission(wait, doctor, force, inherit_env)
         head = submission.Head(address, certificate)
-        raise typer.Exit(
-            submission.submit(with_env_options(spec, env), head, options, (write_result, write_message))
-        )
+        raise typer.Exit(submission.submit(with_env_options(spec, env), head, options, write_result))
 
 
 @app.command(epilog="Example: orchestrator export runs/quickstart --to model --dtype bf16 --shard-size 2GB")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from orchestrator.errors import OrchestratorError, SpecError, TrainingError
 from orchestrator.export.destination import free_target, require_target
 from orchestrator.export.export import MAX_SHARD_BYTES, Dtype, ExportRequest, ExportResult, export
 from orchestrator.run.run_dir import load_base_model_id, load_job
+
+_logger = logging.getLogger(__name__)
 
 _CLEANUP_SECONDS = 10.0
 
@@ -57,7 +60,7 @@ def export_run(
     return export(request, to)
 
 
-def export_finished(run_dir: Path, job: JobSpec, dtype: Dtype, note: Callable[[str], None]) -> ExportResult:
+def export_finished(run_dir: Path, job: JobSpec, dtype: Dtype) -> ExportResult:
     """Export the newest checkpoint of a finished run, as a Ray task.
 
     Writes to STORAGE/NAME/export, or if that contains files that are not part of an export, to the first
@@ -67,14 +70,13 @@ def export_finished(run_dir: Path, job: JobSpec, dtype: Dtype, note: Callable[[s
         run_dir: The run directory.
         job: The job of the run.
         dtype: Dtype of the weights.
-        note: Called with a message if the export is not written to `export`.
 
     Raises:
         TrainingError: The export cannot be written.
     """
     to, problem = free_target(run_dir, job)
     if problem:
-        note(f"exporting to {to}, because {problem}")
+        _logger.info(f"exporting to {to}, because {problem}")
     checkpoint = checkpoint_dir.published(run_dir / "checkpoints")[-1]
     request = ExportRequest(job, run_dir, checkpoint, dtype, _base_model_id(job, run_dir))
     reference = ray.remote(num_cpus=1)(export).remote(request, to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from orchestrator.planner.feasibility import gpu_machines, processor_places, ref
 from orchestrator.planner.formatting import GIB, figures
 from orchestrator.planner.search import asked_of
 
+_logger = logging.getLogger(__name__)
+
 Fetch = Callable[[str], Any]
 """GET request for a path of the dashboard; returns the parsed JSON."""
 _NODES = "/api/v0/nodes?detail=1&limit=10000"
@@ -28,7 +31,7 @@ class PlanningUnavailable(Exception):
     """The job cannot be planned locally; `train` plans it on the cluster."""
 
 
-def require_fit(job: JobSpec, fetch: Fetch, force: bool, note: Callable[[str], None]) -> None:
+def require_fit(job: JobSpec, fetch: Fetch, force: bool) -> None:
     """Predict the memory of a job on a cluster and reject it if it does not fit.
 
     If the model or the cluster is not known well enough, the reason is noted and the job is accepted; `train`
@@ -38,7 +41,6 @@ def require_fit(job: JobSpec, fetch: Fetch, force: bool, note: Callable[[str], N
         job: The job.
         fetch: Sends GET requests to the dashboard.
         force: Accept the job even if it is predicted not to fit.
-        note: Called with the prediction, or with the reason why there is none.
 
     Raises:
         ClusterError: The job does not fit and force is False; suggests changes.
@@ -48,17 +50,17 @@ def require_fit(job: JobSpec, fetch: Fetch, force: bool, note: Callable[[str], N
         machines = cluster_from_dashboard(job, fetch)
         plain = asked_of(job, config, machines)
     except PlanningUnavailable as reason:
-        note(f"not planned locally, train plans it on the cluster: {reason}")
+        _logger.info(f"not planned locally, train plans it on the cluster: {reason}")
         return
     except SpecError as reason:
-        note(f"not planned locally, train plans it on the cluster: {'; '.join(reason.problems)}")
+        _logger.info(f"not planned locally, train plans it on the cluster: {'; '.join(reason.problems)}")
         return
     constants = constants_of(stack_of(plain.prediction.work, machines))
     prediction = asked_of(job, config, machines, constants).prediction
     if prediction.verdict == "does not fit" and not force:
         raise ClusterError(refusal(job, config, machines, prediction, constants))
     forced = ", and forced" if prediction.verdict == "does not fit" else ""
-    note(f"planned{forced} for {machines}: {figures(prediction)}")
+    _logger.info(f"planned{forced} for {machines}: {figures(prediction)}")
 
 
 def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> Machines:

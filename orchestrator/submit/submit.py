@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from orchestrator.submit.dashboard_address import dashboard_address, submission_
 from orchestrator.submit.job_log import FAILURES, JobClient, JobLog
 from orchestrator.submit.remote_planning import require_fit
 from orchestrator.train.environment import SUBMITTED_ENV_KEY
+
+_logger = logging.getLogger(__name__)
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _SECONDS_TO_STOP = 120  # between SIGTERM and SIGKILL of a stopped job; Ray's default is 3
@@ -59,7 +62,7 @@ def submit(
     job: JobSpec,
     head: Head,
     options: Submission,
-    outputs: tuple[Callable[[str], None], Callable[[str], None]],
+    print_line: Callable[[str], None],
 ) -> int:
     """Plan a job for a cluster, submit it and follow its log.
 
@@ -67,7 +70,7 @@ def submit(
         job: The job. Data files with a relative path are uploaded; others must be visible to the nodes.
         head: Dashboard of the cluster.
         options: Options of the submission.
-        outputs: Called with each output line, and with each message before the submission.
+        print_line: Called with each line of output.
 
     Returns:
         Exit code of the run; 0 immediately with wait=False.
@@ -76,17 +79,16 @@ def submit(
         ClusterError: The cluster cannot be reached, denies access, or the job does not fit on it.
         SpecError: A path of the job is neither uploaded nor visible to the cluster.
     """
-    print_line, note = outputs
     address = dashboard_address(head.address)
     values = working_dir.env_to_send(job, options.inherit_env)
     with tempfile.TemporaryDirectory(prefix="orchestrator-submit-") as folder:
-        working_dir.create_working_dir(job, Path(folder), note)
+        working_dir.create_working_dir(job, Path(folder))
         if values:
-            note(f"environment variables sent: {', '.join(sorted(values))}")
+            _logger.info(f"environment variables sent: {', '.join(sorted(values))}")
         try:
             client = _client(address, head.certificate)
             # Through the client, so that its token and certificate are used.
-            require_fit(job, lambda path: client._do_request("GET", path).json(), options.force, note)
+            require_fit(job, lambda path: client._do_request("GET", path).json(), options.force)
             submission_id = _submit(client, job, options, folder, values)
         except FAILURES as error:
             raise submission_error(address, error) from None
@@ -150,7 +152,7 @@ def _stop_seconds(job: JobSpec) -> int:
 
 def _pack_working_dir(job: JobSpec, folder: Path) -> None:
     """Create the working directory without notes."""
-    working_dir.create_working_dir(job, folder, lambda text: None)
+    working_dir.create_working_dir(job, folder)
 
 
 def _follow(client: JobClient, submission_id: str, address: str, print_line: Callable[[str], None]) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -18,24 +19,25 @@ from orchestrator.errors import SpecError
 from orchestrator.package_data import BUNDLED, PACKAGE, RESOURCES, ROOT, resource
 from orchestrator.train import environment
 
+_logger = logging.getLogger(__name__)
+
 JOB = "job.yaml"
 _MOST_DATA_BYTES = 64 * 2**20
 _MIB = 2**20
 _DATASET_METADATA = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
-def create_working_dir(job: JobSpec, folder: Path, note: Callable[[str], None]) -> None:
+def create_working_dir(job: JobSpec, folder: Path) -> None:
     """Write package, job file and data files into a folder; environment variables are sent separately.
 
     Args:
         job: The job; only the names in `run.env` are written.
         folder: An empty folder.
-        note: Called with what is uploaded of data folders, and which paths are assumed to be hub datasets.
 
     Raises:
         SpecError: With every path of the job that is neither uploaded nor visible to the cluster.
     """
-    files, problems = _data_files(job, note)
+    files, problems = _data_files(job)
     problems += [*_collisions(files), *_outside(job)]
     sizes = {file: file.stat().st_size for file in files}
     if sum(sizes.values()) > _MOST_DATA_BYTES:
@@ -73,7 +75,7 @@ def _copy_program(folder: Path) -> None:
             shutil.copy2(source, target)
 
 
-def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], list[str]]:
+def _data_files(job: JobSpec) -> tuple[list[Path], list[str]]:
     """Return the data files to upload without duplicates, and a problem for every source that has none."""
     files: dict[Path, None] = {}
     problems: dict[str, None] = {}
@@ -86,7 +88,7 @@ def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], 
         elif problem := source_problem(source):
             problems[problem] = None
         elif path.exists():
-            files |= dict.fromkeys(_files_of(source, note))
+            files |= dict.fromkeys(_files_of(source))
         elif Path(path.parts[0]).is_dir():
             problems[
                 f"data path {source.path} does not exist, and {path.parts[0]} is a local folder, so it is "
@@ -94,11 +96,11 @@ def _data_files(job: JobSpec, note: Callable[[str], None]) -> tuple[list[Path], 
                 f"{path.parts[0]}"
             ] = None
         else:
-            note(f"data {source.path} does not exist locally and is assumed to be a hub dataset")
+            _logger.info(f"data {source.path} does not exist locally and is assumed to be a hub dataset")
     return list(files), list(problems)
 
 
-def _files_of(source: SourceSpec, note: Callable[[str], None]) -> Iterator[Path]:
+def _files_of(source: SourceSpec) -> Iterator[Path]:
     """Yield the files of a source that a run reads, and the metadata files of a saved dataset."""
     data_files = [Path(file) for _, file in local_files(source, Path(source.path))]
     yield from data_files
@@ -114,7 +116,7 @@ def _files_of(source: SourceSpec, note: Callable[[str], None]) -> Iterator[Path]
     size = sum(file.stat().st_size for file in data_files) / _MIB
     unused = total - len({*data_files, *metadata})
     skipped = f"; {unused} unused file{'s' * (unused != 1)} skipped" if unused > 0 else ""
-    note(
+    _logger.info(
         f"data folder {source.path}: uploading {len(data_files)} file{'s' * (len(data_files) != 1)} "
         f"({size:,.1f} MiB){skipped}"
     )

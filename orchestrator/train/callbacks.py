@@ -1,4 +1,4 @@
-"""What Ray Train's controller tells the recorder: that the workers of an attempt are gone."""
+"""Ray Train callbacks: the controller reports failed attempts to the recorder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from orchestrator.run.recorder_handle import RecorderHandle
 
 
 class AttemptWatch(UserCallback):  # type: ignore[misc]
-    """Has the recorder withdraw an attempt's series as soon as a worker of it has failed.
+    """Ends an attempt in the recorder, and so removes its metrics, as soon as one of its workers fails.
 
-    The workers cannot say so themselves: one that is killed says nothing, and the others are ended with it.
+    The workers cannot report this: a killed worker sends nothing, and Ray Train ends the others with it.
 
     Args:
         recorder: The actor that keeps the run's records.
@@ -22,5 +22,5 @@ class AttemptWatch(UserCallback):  # type: ignore[misc]
         self._recorder = recorder
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Tell the recorder, and wait for nothing: the controller has a group to start again."""
+        """Report the end of the attempt, without waiting for the recorder: a restart must not be delayed."""
         self._recorder.end_attempt.remote()

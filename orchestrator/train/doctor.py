@@ -5,10 +5,11 @@ Runs the checks of `orchestrator.cluster.preflight` in one actor per node.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from orchestrator.cluster.preflight import Diagnostic, NodeInfo
 from orchestrator.cluster.topology import Node
 from orchestrator.errors import ClusterError
 from orchestrator.train import ray_session
+
+_logger = logging.getLogger(__name__)
 
 _ALL_REDUCE_BYTES = 32 * 2**20
 _ALL_REDUCE_REPEATS = 5
@@ -79,20 +82,19 @@ class ClusterReport:
         }
 
 
-def diagnose_cluster(address: str | None, storage: Path | None, note: Callable[[str], None]) -> ClusterReport:
+def diagnose_cluster(address: str | None, storage: Path | None) -> ClusterReport:
     """Run the preflight checks on every live node, and an all-reduce over all GPUs, or all nodes on CPU.
 
     Args:
         address: Address of a Ray cluster; None starts a local Ray and stops it afterwards.
         storage: Folder that every node must be able to read and write; None skips this check.
-        note: Called with progress messages.
 
     Raises:
         ClusterError: The cluster cannot be reached, or a node does not respond.
     """
     with ray_session.connected(address):
         nodes = ray_session.live_nodes()
-        note(f"checking {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
+        _logger.info(f"checking {len(nodes)} node{'s' if len(nodes) > 1 else ''}")
         probes = [_actor(_NodeProbe, node) for node in nodes]
         infos: list[NodeInfo] = _gather(
             nodes,
@@ -105,7 +107,7 @@ def diagnose_cluster(address: str | None, storage: Path | None, note: Callable[[
         diagnostics = preflight.diagnose(infos, expect_gpus)
         for probe in probes:
             ray.kill(probe)
-        note("running an all-reduce over all nodes")
+        _logger.info("running an all-reduce over all nodes")
         all_reduce, problems = _all_reduce(nodes, expect_gpus)
         return ClusterReport(tuple(infos), all_reduce, (*problems, *diagnostics))
 

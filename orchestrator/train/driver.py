@@ -157,7 +157,7 @@ def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
 
     exported = None
     if start.benchmark is None:
-        exported = export_finished(start.run_dir, job, resolved.dtype, _logger.info)
+        exported = export_finished(start.run_dir, job, resolved.dtype)
     start.end_stage("export")
     return _report(resolved, start, data, exported, recorder, forecast)
 

@@ -1,4 +1,4 @@
-"""Stopping a run while its workers train: they save the step that they are at, if time allows."""
+"""Graceful stop of a run: the workers save a checkpoint within the grace period."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from orchestrator.run.recorder import Status
 from orchestrator.run.recorder_handle import RecorderHandle
 
 _POLL_SECONDS = 0.1
-_SECONDS_TO_ANSWER = 5.0
-AGAIN = "run the same command again and it goes on"
+_TIMEOUT_SECONDS = 5.0
+AGAIN = "run the same command again to resume"
 
 
 def stop_run(
@@ -23,30 +23,30 @@ def stop_run(
     workers: threading.Thread,
     checkpoints: Path,
     grace_seconds: float,
-    watch: Callable[[Status], None],
+    on_progress: Callable[[Status], None],
 ) -> shutdown.Stopped:
-    """Have the workers save and end, wait for them while there is time, and return what to raise.
+    """Ask the workers to save and end, wait for the grace period, and return the exception to raise.
 
     Args:
         recorder: The actor that keeps the run's records.
-        workers: The thread that ends when the worker group has ended.
-        checkpoints: Folder of the run's checkpoints.
-        grace_seconds: How long after the signal there is time.
-        watch: Shown the status meanwhile.
+        workers: The thread that runs the worker group.
+        checkpoints: The checkpoints directory of the run.
+        grace_seconds: Grace period, counted from the signal.
+        on_progress: Called with the status while waiting.
     """
     status = Status()
     try:
-        was_running = ray.get(recorder.request_stop.remote(), timeout=_SECONDS_TO_ANSWER)
+        was_running = ray.get(recorder.request_stop.remote(), timeout=_TIMEOUT_SECONDS)
         while True:
-            status = ray.get(recorder.status.remote(), timeout=_SECONDS_TO_ANSWER)
-            watch(status)
+            status = ray.get(recorder.status.remote(), timeout=_TIMEOUT_SECONDS)
+            on_progress(status)
             if not status.is_running or not workers.is_alive() or shutdown.seconds_since() >= grace_seconds:
                 break
             workers.join(_POLL_SECONDS)
         if was_running and status.fatal is None:
-            ray.get(recorder.end_run.remote("stopped"), timeout=_SECONDS_TO_ANSWER)
-    except Exception as error:  # whoever sent the signal may have sent it to Ray's processes as well
-        return shutdown.Stopped(_outcome(status, checkpoints, f"Ray ended first ({type(error).__name__})"))
+            ray.get(recorder.end_run.remote("stopped"), timeout=_TIMEOUT_SECONDS)
+    except Exception as error:  # Ray's processes may have received the signal too
+        return shutdown.Stopped(_outcome(status, checkpoints, f"Ray exited first ({type(error).__name__})"))
     if status.fatal is not None:
         return shutdown.Stopped(_outcome(status, checkpoints, "; ".join(status.fatal.problems)))
     late = f"the workers did not end within run.stop_grace_seconds={grace_seconds:g}"
@@ -56,12 +56,12 @@ def stop_run(
 
 
 def _outcome(status: Status, checkpoints: Path, reason: str) -> str:
-    """Return in a sentence where the run stands.
+    """Return a message with the last step and the last checkpoint.
 
     Args:
-        status: The last that is known of it.
-        checkpoints: Folder of its checkpoints.
-        reason: Why the last step was not saved, if it was not.
+        status: The last known status.
+        checkpoints: The checkpoints directory of the run.
+        reason: Why the last step was not saved; empty if it was.
     """
     saved = checkpoint_dir.published(checkpoints)
     newest = checkpoint_dir.step_of(saved[-1]) if saved else 0

@@ -35,7 +35,7 @@ from orchestrator.run.run_dir import (
 
 _logger = logging.getLogger(__name__)
 _CHECKPOINTS = "checkpoints"
-# Files of a model's folder that decide what tokens and which model come out of it.
+# Files of a model folder that determine the tokens and the model.
 _MODEL_FILES = (
     "config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "*.tiktoken",
@@ -43,13 +43,13 @@ _MODEL_FILES = (
 
 
 def finished_before(job: JobSpec) -> dict[str, Any] | None:
-    """Return the report of a run that is complete, before anything that takes time is loaded.
+    """Return the report of a finished run, without importing any framework.
 
     Args:
         job: The job.
 
     Raises:
-        OrchestratorError: The run's folder is of another job, or an input is missing or has changed.
+        OrchestratorError: The run directory belongs to another job, or an input is missing or has changed.
     """
     run_dir = Path(job.checkpoint.storage).expanduser() / job.name
     if not (run_dir / REPORT).is_file():
@@ -60,17 +60,17 @@ def finished_before(job: JobSpec) -> dict[str, Any] | None:
 
 
 def finished_report(job: JobSpec, run_dir: Path) -> dict[str, Any] | None:
-    """Return the report of a run that is complete, and say that nothing was trained.
+    """Return the report of a finished run, and log that nothing was trained.
 
     Args:
-        job: The job, with absolute paths, found to be that of the run but for its steps.
-        run_dir: The run's folder.
+        job: The job, with absolute paths; it matches the run except for its number of steps.
+        run_dir: The run directory.
 
     Returns:
-        The report; None where there is none, or the job asks for another number of steps than the run's.
+        The report; None if there is none, or if the job sets another number of steps than the run had.
 
     Raises:
-        SpecError: A file that the run was made from has changed, or more steps are done than asked for.
+        SpecError: An input file has changed, or the run has done more steps than the job sets.
     """
     if not (run_dir / ATTEMPTS).is_file() or not (run_dir / JOB).is_file():
         return None
@@ -85,23 +85,23 @@ def finished_report(job: JobSpec, run_dir: Path) -> dict[str, Any] | None:
     changed = _changed_inputs(run_dir, job)
     if changed:
         raise changed_inputs_error(run_dir, changed)
-    _say_finished(run_dir, report)
+    _log_finished(run_dir, report)
     return report
 
 
 def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int) -> dict[str, Any] | None:
-    """Hold a run that is started again to the steps that it has done, and say what becomes of its schedule.
+    """Check the steps of a resumed run, and log how its learning rate schedule changes.
 
     Args:
         job: The job.
-        run_dir: The run's folder.
+        run_dir: The run directory.
         packs: Packs of an epoch.
 
     Returns:
-        The report where the run has all steps that the job asks for; None where there is something to do.
+        The report if the run has done all steps of the job; None if there are steps to train.
 
     Raises:
-        SpecError: The job asks for fewer steps than the run has done.
+        SpecError: The job sets fewer steps than the run has done.
     """
     attempts = read_lines(run_dir / ATTEMPTS)
     if not attempts or not (run_dir / JOB).is_file():
@@ -112,15 +112,15 @@ def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int) -> dict[str, An
     require_no_fewer(job, run_dir, steps, done)
     report = read_object(run_dir / REPORT)
     if report is not None and steps == done:
-        _say_finished(run_dir, report)
+        _log_finished(run_dir, report)
         return report
     if steps != planned:
         _logger.info(schedule_change_message(old, optim, done, planned, steps))
         unread = planned * old.global_batch_size - old.packs(packs) if done == planned else 0
         if unread:
             _logger.info(
-                f"step {planned} ended with the data, {unread} packs short of a batch; the first {unread} "
-                "of the next pass are left out for it"
+                f"step {planned} was a partial batch, {unread} packs short; the first {unread} packs of the "
+                "next epoch are skipped for it"
             )
     if report is not None:
         (run_dir / REPORT).rename(run_dir / f"report.step-{done:08d}.json")
@@ -128,7 +128,7 @@ def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int) -> dict[str, An
 
 
 def require_no_fewer(job: JobSpec, run_dir: Path, steps: int, done: int) -> None:
-    """Refuse a job that ends before the run already is."""
+    """Refuse a job with fewer steps than the run has done."""
     if steps < done:
         field, value = (
             ("max_steps", job.optim.max_steps) if job.optim.max_steps else ("epochs", job.optim.epochs)
@@ -140,7 +140,7 @@ def require_no_fewer(job: JobSpec, run_dir: Path, steps: int, done: int) -> None
 
 
 def steps_done(run_dir: Path) -> int:
-    """Return the last step that a run has written or saved."""
+    """Return the last step in steps.jsonl or in a checkpoint."""
     saved = [
         int(path.parent.name.removeprefix("step-"))
         for path in (run_dir / _CHECKPOINTS).glob("step-*/manifest.json")
@@ -151,7 +151,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def input_files(job: JobSpec) -> dict[str, Any]:
-    """Return size, time of change and hash of each file that a job reads; data on a hub have none."""
+    """Return size, mtime and hash of each input file; None for hub datasets."""
     model = resolve(job.model.path)
     return {
         "data.train": [_described(source) for source in job.data.train],
@@ -161,11 +161,11 @@ def input_files(job: JobSpec) -> dict[str, Any]:
 
 
 def _changed_inputs(run_dir: Path, job: JobSpec) -> list[str]:
-    """Return what is not as it was when the run began, by name."""
+    """Return the names of inputs that have changed since the run started."""
     try:
         files = json.loads((run_dir / DATA).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError):
-        return []  # a run of a version that did not write it
+        return []  # written by an earlier version
     changed = []
     groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
     for field, sources in groups:
@@ -203,13 +203,13 @@ def _is_same(source: SourceSpec, known: Sequence[dict[str, Any]]) -> bool:
 
 
 def _model_files(model: Path) -> dict[str, Any]:
-    """Return a hash of each small file of a model, and of both ends of each large one."""
+    """Return a hash of each small file of a model, and of the first and last bytes of each large one."""
     small = sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern) if path.is_file()})
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small}
     return {**hashes, **weight_files(model)}
 
 
-def _say_finished(run_dir: Path, report: dict[str, Any]) -> None:
+def _log_finished(run_dir: Path, report: dict[str, Any]) -> None:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run_dir / REPORT).stat().st_mtime))
     _logger.info(
         f"run {run_dir} already finished ({when}, {report['steps']} steps), so nothing was trained; this is "

@@ -1,4 +1,4 @@
-"""Whether the model of a job has an embedding for every token of its data."""
+"""Checks that the model has an embedding row for every token of the data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from orchestrator.model.vocabulary import vocabulary_notes, vocabulary_problem
 def require_embedded(
     job: JobSpec, config: PretrainedConfig, sources: Sequence[SourceSpec], stores: Sequence[TokenStore]
 ) -> None:
-    """Refuse token ids that the model has no row for; on CUDA they would end a worker in an assertion.
+    """Refuse token ids beyond the embedding, which on CUDA would fail in a device-side assertion.
 
     Raises:
-        SpecError: The largest of them, its source and the remedy.
+        SpecError: Names the largest token id, its source and the remedy.
     """
     largest: dict[str, int] = {}
     for source, store in zip(sources, stores, strict=True):
@@ -29,5 +29,5 @@ def require_embedded(
 
 
 def notes(job: JobSpec, config: PretrainedConfig) -> Sequence[str]:
-    """Return what a user should know of a vocabulary whose data `require_embedded` let pass."""
+    """Return messages about the sizes of vocabulary and embedding of an accepted job."""
     return vocabulary_notes(job.model, config, stored_config(job.model))

@@ -117,7 +117,7 @@ def test_a_working_dir_is_found_among_foreign_packages(foreign: Path) -> None:
     travelled = foreign.parent / "working_dir"
     travelled.mkdir()
     job = loader.load(JOB, ["checkpoint.storage=/mnt/runs"])
-    working_dir.create_working_dir(job, travelled, lambda _: None)
+    working_dir.create_working_dir(job, travelled)
     found = found_by(None, travelled)
     assert_complete(found, travelled / "orchestrator", travelled / "orchestrator" / "_bundled")
     run_plan("-P", cwd=foreign, python_path=travelled)

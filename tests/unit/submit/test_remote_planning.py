@@ -68,17 +68,18 @@ def test_dead_nodes_are_ignored() -> None:
     assert cluster.device.memory_bytes == 4 * GIB
 
 
-def test_a_job_that_fits_is_noted_and_one_that_does_not_is_rejected_with_suggestions() -> None:
-    notes: list[str] = []
-    require_fit(job(), GPU_NODES, False, notes.append)
-    assert notes[0].startswith("planned for 2x8xA100-80G-SXM: fits: ")
+def test_a_job_that_fits_is_noted_and_one_that_does_not_is_rejected_with_suggestions(
+    logged: list[str],
+) -> None:
+    require_fit(job(), GPU_NODES, False)
+    assert logged[0].startswith("planned for 2x8xA100-80G-SXM: fits: ")
     with pytest.raises(ClusterError) as error:
-        require_fit(job(262_144), GPU_NODES, False, notes.append)
+        require_fit(job(262_144), GPU_NODES, False)
     assert "planned on 2x8xA100-80G-SXM does not fit: " in str(error.value)
     assert "(1) --set " in str(error.value)
-    require_fit(job(262_144), GPU_NODES, True, notes.append)
-    assert notes[1].startswith("planned, and forced for 2x8xA100-80G-SXM: does not fit: ")
-    assert len(notes) == 2
+    require_fit(job(262_144), GPU_NODES, True)
+    assert logged[1].startswith("planned, and forced for 2x8xA100-80G-SXM: does not fit: ")
+    assert len(logged) == 2
 
 
 @pytest.mark.parametrize(
@@ -97,11 +98,10 @@ def test_a_job_that_fits_is_noted_and_one_that_does_not_is_rejected_with_suggest
     ],
 )
 def test_a_job_that_cannot_be_planned_locally_is_planned_on_the_cluster(
-    spec: JobSpec, dashboard: Any, words: str
+    spec: JobSpec, dashboard: Any, words: str, logged: list[str]
 ) -> None:
-    notes: list[str] = []
-    require_fit(spec, dashboard, False, notes.append)
-    (note,) = notes
+    require_fit(spec, dashboard, False)
+    (note,) = logged
     assert note.startswith("not planned locally, train plans it on the cluster: ")
     assert words in note
 
@@ -114,8 +114,7 @@ def test_an_unreachable_dashboard_makes_planning_unavailable() -> None:
         cluster_from_dashboard(job(), silent)
 
 
-def test_cpu_workers_share_the_memory_of_their_node() -> None:
+def test_cpu_workers_share_the_memory_of_their_node(logged: list[str]) -> None:
     small = job(512, "builtin/tiny-llama", workers=4, device="cpu")
-    notes: list[str] = []
-    require_fit(small, CPU_NODES, False, notes.append)
-    assert notes[0].startswith("planned for 2x2xcpu: fits: ")
+    require_fit(small, CPU_NODES, False)
+    assert logged[0].startswith("planned for 2x2xcpu: fits: ")

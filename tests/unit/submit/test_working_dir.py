@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def uploaded(tmp_path: Path, spec: JobSpec) -> tuple[set[str], list[str]]:
     """Return the uploaded files other than this package, and the notes."""
-    notes: list[str] = []
+    messages: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("orchestrator")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     folder = tmp_path / "working_dir"
-    working_dir.create_working_dir(spec, folder, notes.append)
+    working_dir.create_working_dir(spec, folder)
+    logger.removeHandler(handler)
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert {"orchestrator/cli/main.py", "orchestrator/cluster/auth.py"} <= files
     assert {f"orchestrator/_bundled/{name}" for name in BUNDLED_FILES} <= files
     assert "another project" not in (folder / "orchestrator" / "__init__.py").read_text()
     rest = {file for file in files if file.split("/")[0] != "orchestrator"}
-    return rest - {"job.yaml"}, notes
+    return rest - {"job.yaml"}, messages
 
 
 def problems(spec: JobSpec, tmp_path: Path) -> tuple[str, ...]:

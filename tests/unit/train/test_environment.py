@@ -124,7 +124,7 @@ def test_no_error_of_an_override_contains_a_value(override: str) -> None:
 
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "PYTHONPATH", "RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"])
 def test_variables_read_before_python_starts_are_rejected(name: str) -> None:
-    with pytest.raises(SpecError, match="export it where Ray is started"):
+    with pytest.raises(SpecError, match="export it before `ray start` on every node"):
         job(**{name: "value"})
 
 

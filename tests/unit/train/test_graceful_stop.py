@@ -58,7 +58,7 @@ def at(step: int, running: bool = True, **more: Any) -> Status:
     return Status(attempt=1, step=step, steps=9, is_running=running, **more)
 
 
-AGAIN = "run the same command again and it goes on"
+AGAIN = "run the same command again to resume"
 
 
 def test_workers_save_the_step_that_they_are_at(monkeypatch: Any, workers: Any, tmp_path: Path) -> None:

@@ -137,8 +137,7 @@ def test_packs_that_a_cut_short_step_leaves_out_are_counted(tmp_path: Path, logg
     run_dir = finish(tmp_path, make_job(tmp_path), 3)  # 20 packs: 8, 8 and 4
     assert require_steps_to_go(make_job(tmp_path, epochs=2.0), run_dir, packs=20) is None
     assert logged[1] == (
-        "step 3 ended with the data, 4 packs short of a batch; the first 4 of the next pass are left out for "
-        "it"
+        "step 3 was a partial batch, 4 packs short; the first 4 packs of the next epoch are skipped for it"
     )
 
 
