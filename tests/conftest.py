@@ -56,7 +56,7 @@ def start(
     """
 
     def prepare() -> None:
-        load.give_way()
+        os.nice(load.niceness())
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
 

@@ -111,6 +111,7 @@ def cell(
             [task],
             timeout_seconds=900,
             module="tests.benchmarks.memory_cell",
+            forked=False,
         )["cell"]
     except AssertionError as error:
         if any(sign in str(error) for sign in _NO_MEMORY):

@@ -10,15 +10,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tests.invariant.template import Forked, Template
 from tests.support import load
 
+Process = subprocess.Popen[bytes] | Forked
 ROOT = Path(__file__).resolve().parents[2]
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -66,6 +70,7 @@ def run_group(
     tasks: list[dict[str, Any]],
     timeout_seconds: float = 240.0,
     module: str = "tests.invariant.worker",
+    forked: bool = True,
 ) -> dict[str, Outcome]:
     """Run tasks one after another in a group of new processes that talk over gloo.
 
@@ -75,6 +80,7 @@ def run_group(
         tasks: Arguments of the module's functions; `name` is the key of the outcome, `action` the function.
         timeout_seconds: When the group is killed.
         module: What each process runs.
+        forked: From a process that has imported torch and others, which saves seconds; else started afresh.
 
     Returns:
         The outcomes by name.
@@ -86,7 +92,9 @@ def run_group(
     (folder / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
     port = _free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(workers)]
-    processes = [_start(module, folder, rank, workers, port, log) for rank, log in enumerate(logs)]
+    start = _fork if forked else _start
+    environments = [_environment(rank, workers, port) for rank in range(workers)]
+    processes = [start(module, folder, *each) for each in zip(environments, logs, strict=True)]
     try:
         failure = _wait(processes, time.monotonic() + timeout_seconds * load.PATIENCE)
         if failure is not None:
@@ -101,11 +109,9 @@ def run_group(
     return {task["name"]: outcome_of(folder, task["name"], workers) for task in tasks}
 
 
-def _start(
-    module: str, folder: Path, rank: int, workers: int, port: int, log: Path
-) -> subprocess.Popen[bytes]:
+def _environment(rank: int, workers: int, port: int) -> dict[str, str]:
     # The interpreter's folder has ninja, with which DeepSpeed compiles its operators.
-    environment = {
+    return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RANK": str(rank),
@@ -117,15 +123,28 @@ def _start(
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def _start(module: str, folder: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-m", module, str(folder)],
             cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            preexec_fn=load.give_way,
+            preexec_fn=lambda: os.nice(load.niceness()),
         )  # fmt: skip
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> str | None:
+def _fork(module: str, folder: Path, environment: dict[str, str], log: Path) -> Forked:
+    # Two templates, so that neighbouring ranks differ in the seed of their hashes, as on two nodes.
+    return _template(int(environment["RANK"]) % 2).fork(module, str(folder), environment, log)
+
+
+@cache
+def _template(number: int) -> Template:
+    return Template(_environment(number, 1, 0))
+
+
+def _wait(processes: Sequence[Process], deadline: float) -> str | None:
     """Wait until all have ended well, or one has not; the others might wait for that one for ever."""
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
@@ -139,7 +158,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> str | No
     return f"ranks {running} did not end in time"
 
 
-def _let_say_where_they_are(processes: list[subprocess.Popen[bytes]]) -> None:
+def _let_say_where_they_are(processes: Sequence[Process]) -> None:
     for process in processes:
         process.send_signal(signal.SIGABRT)  # faulthandler writes the stack of every thread
     for process in processes:

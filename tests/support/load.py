@@ -37,10 +37,9 @@ def timed(is_timed: bool = True) -> Iterator[None]:
         _is_timed = before
 
 
-def give_way() -> None:
-    """Leave priority to what timed tests have started; called in a new process."""
-    if WORKERS > 1 and not _is_timed:
-        os.nice(_NICENESS)
+def niceness() -> int:
+    """Return how much priority a new process leaves to what timed tests have started."""
+    return _NICENESS if WORKERS > 1 and not _is_timed else 0
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Made]) -> Made:
