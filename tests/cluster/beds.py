@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import load
 from tests.support.testbed import Testbed, unavailable_reason
 
 
@@ -23,4 +24,4 @@ def new_bed(nodes: int, cpus_per_node: int, **env: str) -> Testbed:
     if reason:
         pytest.skip(reason)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return Testbed(nodes, cpus_per_node, env={"PATH": path, "PYTHONPATH": "", **env})
+    return Testbed(nodes, cpus_per_node, env={"PATH": path, "PYTHONPATH": "", **load.RAY, **env})

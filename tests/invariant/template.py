@@ -56,7 +56,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float = 60.0) -> int:
-        """Wait for its end; after so many seconds raise TimeoutExpired."""
+        """Wait for its end; after `timeout` seconds raise TimeoutExpired."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:

@@ -32,30 +32,36 @@ APART = frozenset({"chaos/test_bad_input.py"})
 """Long files whose tests share nothing, and run in any worker."""
 
 LONGEST_FIRST = (
-    "cluster/test_testbed.py",
-    "invariant/test_methods.py",
-    "chaos/test_data_faults.py",
-    "invariant/test_equivalence.py",
     "chaos/test_sigterm.py",
+    "chaos/test_data_faults.py",
+    "chaos/test_planted_files.py",
+    "invariant/test_equivalence.py",
     "chaos/test_kill.py",
     "cluster/test_monitoring.py",
-    "invariant/test_adapters.py",
+    "chaos/test_finished.py",
+    "invariant/test_methods.py",
     "cluster/test_resubmit.py",
     "chaos/test_shared_head.py",
-    "chaos/test_changing_files.py",
-    "invariant/test_checkpoint.py",
-    "cluster/test_doctor.py",
-    "chaos/test_planted_files.py",
-    "cluster/test_two_nodes.py",
-    "invariant/test_architectures.py",
-    "cluster/test_token.py",
-    "chaos/test_finished.py",
+    "cluster/test_testbed.py",
     "bench/test_sweep.py",
+    "invariant/test_adapters.py",
+    "chaos/test_changing_files.py",
+    "cluster/test_newcomer.py",
+    "invariant/test_checkpoint.py",
+    "cluster/test_two_nodes.py",
+    "cluster/test_token.py",
+    "cluster/test_doctor.py",
+    "chaos/test_bad_input.py",
+    "invariant/test_architectures.py",
+    "chaos/test_failing_code.py",
+    "chaos/test_rows_without_answers.py",
+    "chaos/test_bad_models.py",
     "invariant/test_quantized.py",
     "invariant/test_optimizers.py",
     "invariant/test_resized.py",
+    "unit/test_shutdown.py",
 )
-"""Groups in the order in which they begin; those that are not listed follow in the order of collection."""
+"""Files whose tests begin first, in this order; the others follow in the order of collection."""
 
 _TESTS = Path(__file__).resolve().parents[1]
 
@@ -90,13 +96,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(_TESTS)
         if path.parts[0] in END_TO_END or any(mark.name in IMPLY_PROCESS for mark in item.iter_markers()):
             item.add_marker("process")
-    items.sort(key=lambda item: ranks.get(group_of(item.nodeid), len(ranks)))
+    items.sort(key=lambda item: ranks.get(_file(item.nodeid), len(ranks)))
 
 
 def group_of(nodeid: str) -> str:
     """Return the group of a test: its file, unless that shares a worker with others or with none."""
-    name = nodeid.split("::")[0].removeprefix("tests/")
+    name = _file(nodeid)
     return nodeid if name in APART else GROUPS.get(name, name)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.split("::")[0].removeprefix("tests/")
 
 
 @pytest.hookimpl(optionalhook=True)
