@@ -129,7 +129,7 @@ def _reap(children: dict[int, Path]) -> None:
 def main() -> None:
     """Import, then fork as ordered, until the orders end."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
+    os.dup2(2, 1)  # imports print too
     for name in _IMPORTED:
         import_module(name)
     children: dict[int, Path] = {}
