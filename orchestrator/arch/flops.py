@@ -47,18 +47,26 @@ class ForwardFlops:
         return self.mlp_products * self.last_product
 
 
+def square_in_window(length: float, window: int) -> float:
+    """Return how much of the square of a document's length a layer with a sliding window computes.
+
+    Args:
+        length: Tokens of the document, L.
+        window: Tokens that a token attends to, itself included, w; 2 w L - w^2 where the document is longer.
+    """
+    return length * length if length <= window else 2 * window * length - window * window
+
+
 def square_within(lengths: Iterable[int], window: int) -> float:
     """Return the part of the documents' squared lengths that a layer with a sliding window computes."""
-    return float(
-        sum(size * size if size <= window else 2 * window * size - window * window for size in lengths)
-    )
+    return float(sum(square_in_window(length, window) for length in lengths))
 
 
 def forward_flops(
     shape: ModelShape,
-    tokens: int,
+    tokens: float,
     square_tokens: float,
-    scored_tokens: int,
+    scored_tokens: float,
     windowed_square_tokens: float | None = None,
     adapter_parameters: int = 0,
 ) -> ForwardFlops:
@@ -114,6 +122,7 @@ class Recomputation:
         tiled_head: Whether the LM head computes its logits again.
         mlp_tiles: Tiles of a micro-batch that each MLP runs on; 0 where it runs on all at once.
         adapted_last: Whether an adapter stands beside the last product of a layer.
+        whole_layers: Whether to count the last product of a recomputed layer even where torch skips it.
     """
 
     checkpointing: Literal["full", "selective", "none"] = "none"
@@ -121,6 +130,7 @@ class Recomputation:
     tiled_head: bool = False
     mlp_tiles: int = 0
     adapted_last: bool = False
+    whole_layers: bool = False
 
 
 def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen = Frozen()) -> float:
@@ -138,7 +148,8 @@ def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen =
         frozen: Which weights need no gradient.
     """
     done = model_flops(forward, frozen) + (forward.head if again.tiled_head else 0.0)
-    skipped = 0.0 if again.zero_stage == 3 or again.adapted_last else forward.last_product
+    keeps_last = again.zero_stage == 3 or again.adapted_last or again.whole_layers
+    skipped = 0.0 if keeps_last else forward.last_product
     if again.mlp_tiles:
         done += forward.mlp - skipped
         skipped = forward.mlp / again.mlp_tiles

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.cluster.cluster_spec import Machines
@@ -17,9 +17,8 @@ from orchestrator.planner.step_time import (
     NoPeak,
     StepTime,
     TimeConstants,
-    attention_flops,
     dtype_of,
-    linear_flops,
+    micro_batch_model_flops,
     step_time,
     tokens_per_gpu_second,
 )
@@ -111,7 +110,12 @@ class Prediction:
         """TFLOP/s of a GPU by the canon of `orchestrator.arch.flops`: the work asked for."""
         if self.time is None:
             return None
-        return self.work.gradient_accumulation_steps * model_flops(self.work) / self.time.total / 1e12
+        return (
+            self.work.gradient_accumulation_steps
+            * micro_batch_model_flops(self.work)
+            / self.time.total
+            / 1e12
+        )
 
     @property
     def mfu(self) -> float | None:
@@ -223,12 +227,6 @@ def predict(work: Work, machines: Machines, constants: Constants = Constants()) 
         peak_flops=None if processor else machines.device.peak_flops(dtype_of(work)),
         calibrated=constants.calibrated,
     )
-
-
-def model_flops(work: Work) -> float:
-    """Return the FLOPs of a worker's micro-batch that were asked for, with nothing computed twice."""
-    once = replace(work, checkpointing="none", loss_tile_tokens=0)
-    return linear_flops(once) + 3.0 * attention_flops(once)
 
 
 def _offload(job: JobSpec, model: Model, wide: bool, device: Literal["cuda", "cpu"]) -> Offload:

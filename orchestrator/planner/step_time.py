@@ -8,9 +8,18 @@ GPU and add up; where they are short, launching them takes longer. Communication
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from orchestrator.arch.flops import (
+    ForwardFlops,
+    Frozen,
+    Recomputation,
+    forward_flops,
+    hardware_flops,
+    model_flops,
+    square_in_window,
+)
 from orchestrator.cluster.hardware import Device
 from orchestrator.planner.memory import weight_bytes
 from orchestrator.planner.workload import Quantization, Work
@@ -217,28 +226,44 @@ def tokens_per_gpu_second(work: Work, seconds: float) -> float:
     return work.tokens * work.gradient_accumulation_steps / seconds
 
 
-def linear_flops(work: Work) -> float:
-    """Return the FLOPs of a worker's micro-batch in products with weights, with what is recomputed."""
-    found = work.model.parameters
-    layers, head = float(found.layers * found.matrices_per_layer), float(work.model.shape.hidden_size)
-    head *= work.model.shape.vocab_size * work.labelled_share
-    passes = 2.0 if work.method == "lora" else 3.0
-    again = 1.0 if work.checkpointing == "full" else 0.0
-    head_passes = (3.0 if work.trained == found.total or work.train_embeddings else 2.0) + (
-        work.loss_tile_tokens > 0
+def micro_batch_forward_flops(work: Work) -> ForwardFlops:
+    """Return the FLOPs of one forward pass over a worker's micro-batch."""
+    seen = work.seen_tokens  # the micro-batch counts as tokens / seen documents of this length
+    documents = work.tokens / seen
+    return forward_flops(
+        work.model.shape,
+        work.tokens,
+        documents * seen**2,
+        work.tokens * work.labelled_share,
+        documents * square_in_window(seen, work.model.shape.window),
+        work.adapters,
     )
-    adapters = work.adapters * (3.0 + again)
-    return 2.0 * work.tokens * ((passes + again) * layers + head_passes * head + adapters)
+
+
+def linear_flops(work: Work) -> float:
+    """Return the FLOPs of a worker's micro-batch in matmuls with weights, including recomputation.
+
+    A layer is recomputed as a whole here, its last matmul included: `LINEAR_EFFICIENCY` was fitted so.
+    """
+    matmuls = replace(micro_batch_forward_flops(work), attention=0.0)
+    recomputed = Recomputation(work.checkpointing, tiled_head=work.loss_tile_tokens > 0, whole_layers=True)
+    return hardware_flops(matmuls, recomputed, frozen_weights(work))
 
 
 def attention_flops(work: Work) -> float:
     """Return the FLOPs of one causal forward pass of attention over a worker's micro-batch."""
-    shape = work.model.shape
-    seen = work.seen_tokens
-    window = float(shape.window)
-    windowed = 2.0 * window - window**2 / seen if 0 < window < seen else seen
-    squares = (shape.layers - shape.windowed_layers) * seen + shape.windowed_layers * windowed
-    return 2.0 * shape.heads * shape.head_dim * squares * work.tokens
+    return micro_batch_forward_flops(work).attention
+
+
+def micro_batch_model_flops(work: Work) -> float:
+    """Return the model FLOPs of a worker's micro-batch, without recomputation."""
+    return model_flops(micro_batch_forward_flops(work), frozen_weights(work))
+
+
+def frozen_weights(work: Work) -> Frozen:
+    """Return which weights need no gradient."""
+    is_lora = work.method == "lora"
+    return Frozen(layers=is_lora, head=is_lora and not work.train_embeddings)
 
 
 def _attention_seconds(work: Work, rates: _Rates) -> float:

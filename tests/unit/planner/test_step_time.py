@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.arch.flops import Frozen, Recomputation, forward_flops, hardware_flops
+from orchestrator.arch.flops import (
+    Frozen,
+    Recomputation,
+    forward_flops,
+    hardware_flops,
+    model_flops,
+    square_within,
+)
 from orchestrator.arch.registry import require_bundled
 from orchestrator.cluster.hardware import AchievedTflops, Device, device
 from orchestrator.planner.calibration import fit_time, predicted_seconds
@@ -17,6 +24,7 @@ from orchestrator.planner.step_time import (
     TimeConstants,
     attention_flops,
     linear_flops,
+    micro_batch_model_flops,
     micro_steps,
     step_time,
     tokens_per_gpu_second,
@@ -55,6 +63,34 @@ def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any
     canon = hardware_flops(forward, Recomputation(checkpointing, 3), frozen)
     passes = 4 if checkpointing == "full" else 3
     assert linear_flops(work) + passes * attention_flops(work) == pytest.approx(canon, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "qwen2.5-7b", "gemma2-9b"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("document", [512, 6144, 8192])
+def test_planner_and_metrics_count_the_same_model_flops(name: str, method: Any, document: int) -> None:
+    """The metrics sum over documents; the planner knows their mean squared length and the labelled share."""
+    model, tokens, scored = model_of(name), 24576, 6144
+    lengths = [document] * (tokens // document)
+    forward = forward_flops(
+        model.shape,
+        tokens,
+        sum(length**2 for length in lengths),
+        scored,
+        square_within(lengths, model.shape.window),
+    )
+    frozen = Frozen(layers=method == "lora", head=method == "lora")
+    work = Work(
+        model, length_tokens=tokens, method=method, rank=0, labelled_share=scored / tokens,
+        mean_square_tokens=float(document), checkpointing="full",
+    )  # fmt: skip
+    assert micro_batch_model_flops(work) == pytest.approx(model_flops(forward, frozen), rel=1e-12)
+
+
+def test_linear_flops_of_a_recomputed_step_written_out() -> None:
+    """Llama 2 7B: four passes over 32 layers of 202,375,168 weights, and three of the LM head."""
+    weights = 4 * 32 * 202_375_168 + 3 * 4096 * 32000
+    assert linear_flops(FULL) == pytest.approx(2 * 4096 * weights, rel=1e-15)
 
 
 def test_products_take_their_flops_over_a_part_of_what_the_best_one_reaches() -> None:
