@@ -285,7 +285,10 @@ def plan(
             plan_output.as_json(found, remedies) if as_json else plan_output.text(found, remedies, explain)
         )
         if found.best is None:
-            raise ClusterError(f"{spec.name} fits on {found.machines} in none of {found.considered:,} ways")
+            raise ClusterError(
+                f"no configuration of {spec.name} fits on {found.machines} ({found.considered:,} "
+                "considered); change the job as suggested, or use other nodes"
+            )
 
 
 @app.command(epilog="Example: orchestrator bench launch/jobs/published/xtuner-toy.yaml")

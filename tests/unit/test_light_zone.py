@@ -1,4 +1,4 @@
-"""What a laptop runs to validate and plan loads no framework."""
+"""Modules for validation and planning import no framework."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ LIGHT = [
     "orchestrator",
     "orchestrator.errors",
     "orchestrator.shutdown",
-    "orchestrator.train.resume",  # a finished run is to be answered at once
+    "orchestrator.train.resume",  # starting a finished run again must be fast
     "orchestrator.config.schema",
     "orchestrator.config.loader",
     "orchestrator.checks.job",
@@ -72,10 +72,9 @@ def test_a_module_outside_the_zone_would_be_seen(name: str) -> None:
 
 def test_a_job_is_read_and_rendered_without_a_framework() -> None:
     statement = (
-        "from pathlib import Path\n"
-        "from orchestrator.config.loader import dump, json_schema, load\n"
-        "from orchestrator.parallel.deepspeed_config import render\n"
-        "job = load(Path('launch/jobs/quickstart.yaml'))\n"
-        "assert dump(job) and json_schema() and render(job, 'bf16', 'cuda')"
+        "from pathlib import Path\nfrom orchestrator.config.loader import dump, json_schema, load\nfrom "
+        "orchestrator.parallel.deepspeed_config import render\njob = "
+        "load(Path('launch/jobs/quickstart.yaml'))\nassert dump(job) and json_schema() and render(job, "
+        "'bf16', 'cuda')"
     )
     assert loaded_by(statement) == ""

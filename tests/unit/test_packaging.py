@@ -1,7 +1,7 @@
-"""One import package: a checkout, a wheel and a submitted working_dir find themselves among foreign packages.
+"""The package and its data files are found in a checkout, a wheel and a submitted working_dir.
 
-Ray puts the working directory of a job first on `sys.path`, and a project may have folders that are called
-`launch`, `cluster` or `ds_configs`, as top-level folders of this repository are.
+Ray puts the working directory of a job first on `sys.path`, and a project may have packages named `launch`,
+`cluster` or `ds_configs`, like the top-level folders of this repository.
 """
 
 import json
@@ -38,7 +38,7 @@ print(json.dumps({{"package": orchestrator.__file__, "found": found, "policies":
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """Return a working directory with packages of another project, which fail when they are imported."""
+    """Return a project with packages of the same names that fail on import."""
     folder = tmp_path / "project"
     for name in FOREIGN_PACKAGES:
         (folder / name).mkdir(parents=True)
@@ -47,7 +47,7 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def found_by(python_path: Path | None, cwd: Path) -> dict[str, Any]:
-    """Return which package and data files a Python with `cwd` first on its path finds."""
+    """Return the package and data files that Python finds with `cwd` first on its path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if python_path is not None:
         environment["PYTHONPATH"] = str(python_path)
@@ -60,7 +60,7 @@ def found_by(python_path: Path | None, cwd: Path) -> dict[str, Any]:
 
 
 def run_plan(*options: str, cwd: Path, python_path: Path) -> dict[str, Any]:
-    """Return what `orchestrator plan` prints for the quickstart job: it reads policies and the catalogue."""
+    """Return the output of `orchestrator plan` for the quickstart job, which reads policies and catalogue."""
     done = subprocess.run(
         [
             sys.executable,
@@ -92,7 +92,7 @@ def assert_complete(found: dict[str, Any], package: Path, resources: Path) -> No
 
 
 def is_installed_from_here() -> bool:
-    """Return whether the environment has this checkout installed, and not another one."""
+    """Return whether this checkout is installed in the environment."""
     try:
         direct = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except metadata.PackageNotFoundError:
@@ -112,15 +112,15 @@ def test_a_checkout_is_found_among_foreign_packages(foreign: Path) -> None:
 
 
 def test_a_working_dir_is_found_among_foreign_packages(foreign: Path) -> None:
-    (foreign / "orchestrator").mkdir()  # `submit` runs where the project has even a package of this name
+    (foreign / "orchestrator").mkdir()  # `submit` also works in a project with a package of this name
     (foreign / "orchestrator" / "__init__.py").write_text("raise RuntimeError('of another project')\n")
-    travelled = foreign.parent / "working_dir"
-    travelled.mkdir()
+    uploaded = foreign.parent / "working_dir"
+    uploaded.mkdir()
     job = loader.load(JOB, ["checkpoint.storage=/mnt/runs"])
-    working_dir.create_working_dir(job, travelled)
-    found = found_by(None, travelled)
-    assert_complete(found, travelled / "orchestrator", travelled / "orchestrator" / "_bundled")
-    run_plan("-P", cwd=foreign, python_path=travelled)
+    working_dir.create_working_dir(job, uploaded)
+    found = found_by(None, uploaded)
+    assert_complete(found, uploaded / "orchestrator", uploaded / "orchestrator" / "_bundled")
+    run_plan("-P", cwd=foreign, python_path=uploaded)
 
 
 def test_a_wheel_is_found_among_foreign_packages(foreign: Path) -> None:
