@@ -68,6 +68,6 @@ def test_the_commands_of_the_readme_work(checkout: Path) -> None:
         text for line, text in zip(listed, said, strict=True) if line.startswith("orchestrator report")
     ]
     (tgs,) = re.findall(r"(?m)^TGS +([\d.]+) tokens", report)
-    # The last step that was scraped, on two cores that others use as well, beside the mean of the run.
+    # The last scraped step against the mean of the run, on two cores with other load.
     assert min(shown.values()) > 0.2 * float(tgs)
     assert (checkout / "model" / "model.safetensors").exists()
