@@ -1,4 +1,4 @@
-"""report.json: what a run did, from the files that it left."""
+"""report.json: the summary of a run, from the files in its run directory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "peft", "datasets", "n
 
 
 def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any]:
-    """Return what became of the rows, how full the packs are, and how long workers will wait for one another.
+    """Return row and token counts, how full packs are, and the load imbalance between workers.
 
     Args:
         job: The job.
-        corpus: The documents of an epoch.
-        packs: Their packs.
+        corpus: Documents of one epoch.
+        packs: Packs of these documents.
     """
     account = corpus.account
     batches, _, _ = training_loader(job, corpus, packs)
@@ -68,14 +68,14 @@ def report(
 ) -> dict[str, Any]:
     """Return the summary of a finished run.
 
-    Rates over the run are totals over totals, so that a long step weighs as much as it took; medians stand
-    beside them.
+    Rates are totals over totals, so that each step is weighted by its duration; medians over steps are separate
+    fields.
 
     Args:
         job: The job as it ran.
-        folder: The run's folder with steps.jsonl, workers.json and attempts.jsonl.
+        folder: The run directory with steps.jsonl, workers.json and attempts.jsonl.
         packing: As `packing_figures` returns it.
-        seconds: Seconds by part: start, data, training, checkpoints, export.
+        seconds: Wall time of start, data, training, checkpoints and export.
     """
     steps = last_attempt(read_lines(folder / STEPS))
     attempts = read_lines(folder / ATTEMPTS)
@@ -122,7 +122,7 @@ def report(
 
 
 def _totals(steps: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, float]:
-    """Return totals and rates over the whole run; each rate is weighted by the seconds of its step."""
+    """Return totals and rates over the whole run; each rate is weighted by the duration of its step."""
     seconds = sum(row["step_seconds"] for row in steps)
     totals = {
         "step_seconds": seconds,
@@ -137,7 +137,7 @@ def _totals(steps: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, fl
 
 
 def predicted(run_dir: Path) -> dict[str, Any] | None:
-    """Return what was predicted of a run, in the terms of its report; None where nothing was.
+    """Return the prediction of a run in the fields of its report; None if there is none.
 
     Args:
         run_dir: The run's folder.

@@ -64,18 +64,18 @@ class WorkerConfig:
 
     @property
     def layout(self) -> Layout:
-        """Degrees of parallelism."""
+        """Parallel dimensions."""
         return Layout.of(self.job)
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints."""
+        """The checkpoints directory."""
         return self.run_dir / CHECKPOINTS
 
     def worker_environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        """Return what a worker's environment needs before CUDA starts, on top of what it inherits."""
+        """Return the environment variables to add for workers, which the CUDA allocator reads at start."""
         if self.device == "cpu" or _ALLOCATOR in inherited:
-            return {}  # whoever has set the allocator's options knows better
+            return {}  # the user has set allocator options
         return {_ALLOCATOR: f"expandable_segments:{self.job.parallel.expandable_segments}"}
 
 
@@ -118,13 +118,13 @@ def loader(
 
 
 def training_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int, int]:
-    """Return the loader of the training data, the packs of all steps together, and the steps."""
+    """Return the training loader, the number of packs of all steps, and the number of steps."""
     optim = job.optim
     batches = loader(job, documents, packs, optim.global_batch_size, shuffle=True)
     return batches, optim.packs(len(packs)), optim.steps(len(packs))
 
 
 def evaluation_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int]:
-    """Return the loader of the held-out data, one micro-batch a worker and step, and the number of packs."""
+    """Return the evaluation loader, with one micro-batch per worker and step, and the number of packs."""
     at_once = job.optim.micro_batch_size * Layout.of(job).data_parallel_size
     return loader(job, documents, packs, at_once, shuffle=False), len(packs)
