@@ -50,7 +50,7 @@ class Documents(Protocol):
 
 
 @dataclass(frozen=True)
-class Account:
+class TokenCounts:
     """What became of the rows that an epoch reads; counts of rows and of tokens.
 
     Every token is in one of three: tokens_read = tokens_kept + tokens_truncated + tokens_dropped. A row that
@@ -89,9 +89,9 @@ class Account:
     rows_partly_empty: int = 0
     rows_in_files: int = 0
 
-    def __add__(self, other: Account) -> Account:
+    def __add__(self, other: TokenCounts) -> TokenCounts:
         mine, theirs = asdict(self), asdict(other)
-        return Account(**{key: mine[key] + theirs[key] for key in mine})
+        return TokenCounts(**{key: mine[key] + theirs[key] for key in mine})
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Corpus:
         start: Its first token in that row, int64, shape [documents].
         lengths: Its tokens, int64, shape [documents].
         trained: Its trained tokens, int64, shape [documents].
-        accounts: What became of each source's rows.
+        source_counts: What became of each source's rows.
     """
 
     stores: tuple[TokenStore, ...]
@@ -116,15 +116,15 @@ class Corpus:
     start: Int64Array
     lengths: Int64Array
     trained: Int64Array
-    accounts: tuple[Account, ...]
+    source_counts: tuple[TokenCounts, ...]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
-    def account(self) -> Account:
+    def counts(self) -> TokenCounts:
         """What became of all rows."""
-        return sum(self.accounts, Account())
+        return sum(self.source_counts, TokenCounts())
 
     def document(self, number: int) -> Document:
         """Return one document; its tokens are a view of the mapped file."""
@@ -140,22 +140,24 @@ class Corpus:
         goes_on = (np.diff(self.store) == 0) & (np.diff(self.row) == 0) & (np.diff(self.start) > 0)
         reading = np.append(0, np.cumsum(~goes_on))[pieces.document]
         trained = np.zeros(len(row), np.int64)
-        accounts = []
-        for number, account in enumerate(self.accounts):
+        source_counts = []
+        for number, counts in enumerate(self.source_counts):
             mine = store == number
             trained[mine] = self.stores[number].trained(
                 row[mine], start[mine], pieces.length[mine], self.loss_on
             )
             parts = np.bincount(reading[mine], minlength=1)
-            accounts.append(
+            source_counts.append(
                 replace(
-                    account,
+                    counts,
                     documents=int(mine.sum()),
                     trained_tokens=int(trained[mine].sum()),
                     rows_split=int((parts > 1).sum()),
                 )
             )
-        return Corpus(self.stores, self.loss_on, store, row, start, pieces.length, trained, tuple(accounts))
+        return Corpus(
+            self.stores, self.loss_on, store, row, start, pieces.length, trained, tuple(source_counts)
+        )
 
 
 def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int) -> Corpus:
@@ -171,7 +173,7 @@ def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: Dat
         SpecError: A sample is larger than its source, or no document is left.
     """
     parts: list[dict[str, Any]] = []
-    accounts: list[Account] = []
+    source_counts: list[TokenCounts] = []
     problems: list[str] = []
     for number, (store, source) in enumerate(zip(stores, sources, strict=True)):
         if source.sample is not None and source.sample > len(store):
@@ -183,18 +185,18 @@ def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: Dat
             )
             continue
         rows = choose_rows(len(store), source, [seed, number])
-        part, account = _documents(store, rows, data)
+        part, counts = _documents(store, rows, data)
         parts.append({**part, "store": np.full(len(part["row"]), number, np.uint16)})
-        accounts.append(account)
+        source_counts.append(counts)
     if problems:
         raise SpecError(*problems)
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    corpus = Corpus(tuple(stores), data.loss_on, **joined, accounts=tuple(accounts))
+    corpus = Corpus(tuple(stores), data.loss_on, **joined, source_counts=tuple(source_counts))
     if len(corpus) == 0:
-        account = corpus.account
+        counts = corpus.counts
         raise SpecError(
             f"no row of {', '.join(source.path for source in sources)} keeps a token to train on: "
-            f"{account.rows_dropped} of {account.rows} were dropped with max_length={data.max_length}, "
+            f"{counts.rows_dropped} of {counts.rows} were dropped with max_length={data.max_length}, "
             f"truncation={data.truncation} and loss_on={data.loss_on}; raise data.max_length, or change these"
         )
     return corpus
@@ -221,7 +223,7 @@ def choose_rows(count: int, source: SourceSpec, seed: Sequence[int]) -> Int64Arr
     return np.concatenate([*[rows] * int(times), once_more])
 
 
-def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dict[str, Any], Account]:
+def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dict[str, Any], TokenCounts]:
     whole = store.lengths[rows]
     at, start, length = _parts(whole, data)
     trained = store.trained(rows[at], start, length, data.loss_on)
@@ -233,7 +235,7 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
     dropped = np.where(is_kept, dropped_parts if data.truncation == "split" else 0, whole)
     truncated = whole - kept - dropped
     left = {name: store.manifest[name] for name in ("rows_malformed", "rows_empty", "rows_partly_empty")}
-    account = Account(
+    counts = TokenCounts(
         rows_in_files=len(store) + left["rows_malformed"] + left["rows_empty"],
         rows=len(rows),
         documents=len(at),
@@ -247,7 +249,7 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
         **left,
         trained_tokens=int(trained.sum()),
     )
-    return {"row": rows[at], "start": start, "lengths": length, "trained": trained}, account
+    return {"row": rows[at], "start": start, "lengths": length, "trained": trained}, counts
 
 
 def _parts(whole: Int64Array, data: DataSpec) -> tuple[Int64Array, Int64Array, Int64Array]:

@@ -1,12 +1,12 @@
-"""The data plan: documents and packs of an epoch, made once by the driver and mapped by every worker.
+"""Packed datasets: documents and packs of an epoch, written once by the driver and memory-mapped by workers.
 
-A plan is a folder that is named by a hash of all that decides it, so that a run that is started again finds
-the plan that it had, whatever versions of numpy it meets:
+A packed dataset is a folder named by a hash of everything that determines its content, so a resumed run
+reuses it even if numpy would shuffle differently by then:
 
-    documents.npy   store, row, start, length and trained tokens of each document
-    packs.npy       document numbers, pack after pack
-    bounds.npy      where each pack begins in packs.npy
-    plan.json       the stores, what became of every source's rows, checksums of the arrays and of itself
+    documents.npy        store, row, start, length and trained tokens of each document, [documents]
+    packs.npy            document numbers in the order of packs, int64, [documents]
+    bounds.npy           start of each pack in packs.npy, and the end of the last, int64, [packs + 1]
+    packed_dataset.json  token stores, token counts of each source, checksums of the arrays and of this file
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.config.schema import DataSpec, SourceSpec
-from orchestrator.data.corpus import Account, Corpus, build
+from orchestrator.data.corpus import Corpus, TokenCounts, build
 from orchestrator.data.packing import Packs, best_fit, concat, one_each
 from orchestrator.data.token_cache import TokenStore, draft_of, seal, unseal
 from orchestrator.errors import ClusterError
 
-_VERSION = 3
-_MANIFEST = "plan.json"
+_VERSION = 4  # part of the cache key: raise it when the files change, and older packed datasets are ignored
+_MANIFEST = "packed_dataset.json"
 _FIELDS = ("store", "row", "start", "lengths", "trained")
 _TYPES = np.dtype(
     [("store", "<u2"), ("row", "<i8"), ("start", "<i8"), ("lengths", "<i8"), ("trained", "<i8")]
@@ -38,16 +38,16 @@ _TYPES = np.dtype(
 def make(
     stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int
 ) -> tuple[Corpus, Packs]:
-    """Choose, cut and pack the documents of an epoch.
+    """Sample, truncate and pack the documents of an epoch.
 
     Args:
-        stores: The tokens of each source.
-        sources: How often each is read.
-        data: How rows become packs.
-        seed: Decides samples and composition.
+        stores: Token store of each source.
+        sources: Sample size, repeat and weight of each source.
+        data: Packing, max_length and truncation.
+        seed: Seed of sampling and packing.
 
     Raises:
-        SpecError: A sample is larger than its source, or no document is left.
+        SpecError: A sample is larger than its source, or no document remains.
     """
     corpus = build(stores, sources, data, seed)
     if data.packing == "none":
@@ -58,24 +58,24 @@ def make(
     return corpus.cut(pieces), packs
 
 
-def plan_in(
+def get_or_create(
     cache: Path, stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int
 ) -> Path:
-    """Return the folder of a plan, made where it is not in the cache yet."""
+    """Return the folder of a packed dataset in `cache`, creating it if it does not exist."""
     settings = [
         _VERSION,
         [store.folder.name for store in stores],
         [[source.repeat, source.weight, source.sample] for source in sources],
         [data.max_length, data.packing, data.truncation, data.loss_on, seed],
     ]
-    folder = cache / f"plan-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]}"
+    folder = cache / f"packed-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]}"
     if not (folder / _MANIFEST).exists():
         save(folder, *make(stores, sources, data, seed))
     return folder
 
 
 def save(folder: Path, corpus: Corpus, packs: Packs) -> None:
-    """Write a plan whole or not at all; one that another driver wrote first is as good."""
+    """Write a packed dataset atomically; keep an existing one, which has the same content."""
     draft = draft_of(folder)
     try:
         draft.mkdir(parents=True)
@@ -88,7 +88,7 @@ def save(folder: Path, corpus: Corpus, packs: Packs) -> None:
         manifest = {
             "stores": [store.folder.name for store in corpus.stores],
             "loss_on": corpus.loss_on,
-            "accounts": [asdict(account) for account in corpus.accounts],
+            "source_counts": [asdict(counts) for counts in corpus.source_counts],
             "checksums": {name: _checksum(draft, name) for name in arrays},
         }
         (draft / _MANIFEST).write_text(seal(manifest), encoding="utf-8")
@@ -99,38 +99,38 @@ def save(folder: Path, corpus: Corpus, packs: Packs) -> None:
                 raise
     except OSError as error:
         raise ClusterError(
-            f"the data plan cannot be written to {folder.parent} ({error.strerror or error}); free some "
-            "space there, or name another folder (checkpoint.storage), then start again"
+            f"the packed dataset cannot be written to {folder.parent} ({error.strerror or error}); free some "
+            "space there or set checkpoint.storage to another folder, then restart"
         ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[Corpus, Packs]:
-    """Open a plan; its arrays are mapped and not read.
+    """Open a packed dataset and memory-map its arrays.
 
     Raises:
-        ClusterError: The plan or a store is damaged.
+        ClusterError: The packed dataset or a token store is corrupted.
     """
     try:
         manifest = unseal((folder / _MANIFEST).read_text(encoding="utf-8"))
         for name, checksum in manifest["checksums"].items():
             if _checksum(folder, name) != checksum:
-                raise ValueError(f"the checksum of {name}.npy is another")
+                raise ValueError(f"checksum mismatch of {name}.npy")
         documents, order, bounds = (
             np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("documents", "packs", "bounds")
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(
-            f"the data plan {folder} is damaged or not readable ({error}); remove that folder, and it will "
-            "be made again"
+            f"packed dataset {folder} is damaged or not readable ({error}); remove that folder and it will "
+            "be packed again"
         ) from None
     stores = tuple(TokenStore(folder.parent / name) for name in manifest["stores"])
     corpus = Corpus(
         stores,
         manifest["loss_on"],
         **{field: documents[field] for field in _FIELDS},
-        accounts=tuple(Account(**account) for account in manifest["accounts"]),
+        source_counts=tuple(TokenCounts(**counts) for counts in manifest["source_counts"]),
     )
     return corpus, Packs(order, bounds)
 

@@ -44,7 +44,9 @@ from orchestrator.errors import ClusterError, OrchestratorError, SpecError
 Note = Callable[[str], None]
 _VERSION = 5  # of the store; a change makes every cached store unknown
 _SECONDS_BETWEEN_NOTES = 5.0
-_DRAFT = re.compile(r"(plan-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial")  # see draft_of
+_DRAFT = re.compile(
+    r"(packed-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial"
+)  # see draft_of
 _STALE_SECONDS = 24 * 3600.0
 
 

@@ -40,25 +40,25 @@ def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any
         corpus: Documents of one epoch.
         packs: Packs of these documents.
     """
-    account = corpus.account
+    counts = corpus.counts
     batches, _, _ = training_loader(job, corpus, packs)
     by_chance, ordered = batches.wait_factors()
     squares = packs.sums(corpus.lengths**2).astype(float)
     return {
-        **vars(account),
+        **vars(counts),
         "packs": len(packs),
         "max_length": job.data.max_length,
-        "non_padding_fraction": account.tokens_kept / (len(packs) * job.data.max_length),
+        "non_padding_fraction": counts.tokens_kept / (len(packs) * job.data.max_length),
         "lower_bound": lower_bound(corpus.lengths, job.data.max_length),
-        "mean_square_tokens": float(squares.sum() / account.tokens_kept),
-        "labelled_share": account.trained_tokens / (len(packs) * job.data.max_length),
+        "mean_square_tokens": float(squares.sum() / counts.tokens_kept),
+        "labelled_share": counts.trained_tokens / (len(packs) * job.data.max_length),
         "largest_labelled_share": float(packs.sums(corpus.trained).max() / job.data.max_length),
         "attention_cost_cv": float(squares.std() / squares.mean()),
         "wait_factor_by_chance": by_chance,
         "wait_factor": ordered,
         "sources": [
-            {"path": source.path, **vars(part), "share_of_tokens": part.tokens_kept / account.tokens_kept}
-            for source, part in zip(job.data.train, corpus.accounts, strict=True)
+            {"path": source.path, **vars(part), "share_of_tokens": part.tokens_kept / counts.tokens_kept}
+            for source, part in zip(job.data.train, corpus.source_counts, strict=True)
         ],
     }
 

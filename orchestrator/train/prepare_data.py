@@ -73,6 +73,6 @@ def _pack_stores(
     job: JobSpec, sources: Sequence[SourceSpec], cache: Path, stores: Sequence[Path]
 ) -> tuple[Path, dict[str, Any]]:
     opened = [TokenStore(folder) for folder in stores]
-    folder = packed_dataset.plan_in(cache, opened, sources, job.data, job.run.seed)
+    folder = packed_dataset.get_or_create(cache, opened, sources, job.data, job.run.seed)
     is_training = tuple(sources) == job.data.train
     return folder, packing_figures(job, *packed_dataset.load(folder)) if is_training else {}

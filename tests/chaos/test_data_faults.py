@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.chat_template import Encoded
-from orchestrator.data.packed_dataset import load, plan_in
+from orchestrator.data.packed_dataset import get_or_create, load
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.errors import ClusterError
 from tests.benchmarks.tokenise import write_rows
@@ -56,10 +56,10 @@ class Packed:
         return store
 
     @property
-    def plan(self) -> Path:
+    def packed(self) -> Path:
         """Directory of the only packed dataset."""
-        (plan,) = self.cache.glob("plan-*")
-        return plan
+        (packed,) = self.cache.glob("packed-*")
+        return packed
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,9 @@ def _stores(cache: Path) -> list[Path]:
 def _drafts(cache: Path) -> list[str]:
     """Return the entries of a cache that are neither complete token stores nor packed datasets."""
     complete = {
-        path.parent.name for name in ("manifest.json", "plan.json") for path in cache.glob(f"*/{name}")
+        path.parent.name
+        for name in ("manifest.json", "packed_dataset.json")
+        for path in cache.glob(f"*/{name}")
     }
     return [
         path.name
@@ -160,7 +162,7 @@ def test_two_drivers_share_one_cache(undisturbed: Packed, tmp_path: Path) -> Non
         assert finished.code == 0, finished.err
         assert json.loads(finished.out) == undisturbed.figures
     assert sorted(path.name for path in cache.iterdir()) == sorted(
-        [undisturbed.store.name, undisturbed.plan.name]
+        [undisturbed.store.name, undisturbed.packed.name]
     )
     _assert_same_tokens(cache, undisturbed)
 
@@ -194,7 +196,7 @@ def test_a_damaged_shard_is_an_error_until_it_is_removed(undisturbed: Packed, tm
     # Another max_length needs the turns of every row again, which are in the shards only.
     again = ("pack", "job.yaml", "--json", "--set", "data.max_length=256")
     _assert_clear(_run(*again, cwd=tmp_path), str(damaged), "checksum", f"remove the folder {damaged.parent}")
-    assert len(list(cache.glob("plan-*"))) == 1, "no dataset was packed from it"
+    assert len(list(cache.glob("packed-*"))) == 1, "no dataset was packed from it"
 
     shutil.rmtree(damaged.parent)
     done = _run(*again, cwd=tmp_path)
@@ -235,7 +237,7 @@ np.save = save_and_die
 store = Path(sys.argv[1])
 source = SourceSpec(path="rows.jsonl")
 data = DataSpec(train=(source,), max_length=512)
-packed_dataset.plan_in(store.parent, [TokenStore(store)], [source], data, 123)
+packed_dataset.get_or_create(store.parent, [TokenStore(store)], [source], data, 123)
 """
 
 
@@ -245,13 +247,15 @@ def test_a_damaged_dataset_is_an_error_and_a_partial_one_is_removed(
     cache = tmp_path / "runs" / ".cache"
     shutil.copytree(undisturbed.cache, cache)
     _write_job(tmp_path, undisturbed.file, tmp_path / "runs")
-    plan = cache / undisturbed.plan.name
-    _flip_a_byte(plan / "documents.npy")
+    packed = cache / undisturbed.packed.name
+    _flip_a_byte(packed / "documents.npy")
     _assert_clear(
-        _run("pack", "job.yaml", cwd=tmp_path), f"the data plan {plan} is damaged", "remove that folder"
+        _run("pack", "job.yaml", cwd=tmp_path),
+        f"packed dataset {packed} is damaged",
+        "remove that folder",
     )
 
-    shutil.rmtree(plan)
+    shutil.rmtree(packed)
     died = subprocess.run(
         [sys.executable, "-c", _DIE_WHILE_PACKING, str(cache / undisturbed.store.name)],
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
@@ -264,8 +268,8 @@ def test_a_damaged_dataset_is_an_error_and_a_partial_one_is_removed(
     assert json.loads(done.out) == undisturbed.figures
     assert _drafts(cache) == []
     for name in ("documents", "packs", "bounds"):
-        packed, expected = (np.load(folder / f"{name}.npy") for folder in (plan, undisturbed.plan))
-        assert np.array_equal(packed, expected)
+        repacked, expected = (np.load(folder / f"{name}.npy") for folder in (packed, undisturbed.packed))
+        assert np.array_equal(repacked, expected)
 
 
 def test_no_changed_byte_of_a_cache_changes_a_token(tmp_path: Path) -> None:
@@ -281,21 +285,23 @@ def test_no_changed_byte_of_a_cache_changes_a_token(tmp_path: Path) -> None:
         shards.append(write_shard(store, number, rows, [(f"row {number}", "not valid JSON")]))
     write_index(store, shards, {"template": "alpaca", "source": "rows.jsonl"})
     source = SourceSpec(path="rows.jsonl")
-    plan = plan_in(tmp_path, [TokenStore(store)], [source], DataSpec(train=(source,), max_length=16), 1)
+    packed = get_or_create(
+        tmp_path, [TokenStore(store)], [source], DataSpec(train=(source,), max_length=16), 1
+    )
 
     def read() -> tuple[list[tuple[bytes, bytes]], object]:
         opened = TokenStore(store)
-        corpus, packs = load(plan)
+        corpus, packs = load(packed)
         rows = [opened.row(number) for number in range(len(opened))]
         documents = [corpus.document(number) for number in packs.documents.tolist()]
         tokens = [(row.tokens.tobytes(), row.turn.tobytes()) for row in rows]
 
         tokens += [(document.tokens.tobytes(), document.trained.tobytes()) for document in documents]
-        return tokens, (corpus.account, packs.bounds.tolist(), opened.manifest, len(opened.malformed))
+        return tokens, (corpus.counts, packs.bounds.tolist(), opened.manifest, len(opened.malformed))
 
     expected = read()
-    for file in sorted((*store.iterdir(), *plan.iterdir())):
-        remedy = f"remove the folder {store}" if file.parent == store else f"{plan} is damaged"
+    for file in sorted((*store.iterdir(), *packed.iterdir())):
+        remedy = f"remove the folder {store}" if file.parent == store else f"{packed} is damaged"
         content = file.read_bytes()
 
         for offset in range(len(content)):

@@ -120,14 +120,14 @@ def test_the_loss_of_packs_is_that_of_their_documents_alone(home: Path, kind: st
         packed, trained = _packed_loss(model, batches, packs)
         documents = [corpus.document(number) for number in range(len(corpus))]
         alone = sum(_loss_alone(plain, document.tokens, document.trained) for document in documents)
-        assert trained == corpus.account.trained_tokens == sum(int(d.trained.sum()) for d in documents)
+        assert trained == corpus.counts.trained_tokens == sum(int(d.trained.sum()) for d in documents)
         assert packed == pytest.approx(alone, rel=1e-6), packing
         if packing == "none":
             unpacked = packed
         elif packing == "best_fit":
             assert packed == pytest.approx(unpacked, rel=1e-6)
-    account = corpus.account
-    assert account.tokens_truncated or account.tokens_dropped or account.rows_split, "rows are too short"
+    counts = corpus.counts
+    assert counts.tokens_truncated or counts.tokens_dropped or counts.rows_split, "rows are too short"
 
 
 @pytest.mark.parametrize("kind", ["messages", "tokens"])
@@ -137,7 +137,7 @@ def test_what_is_trained_is_what_the_job_says(home: Path, kind: str, loss_on: st
     counts = []
     for packing in ("none", "best_fit"):
         corpus, batches, packs = _planned(home, kind, truncation="left", packing=packing, loss_on=loss_on)
-        counts.append((*_packed_loss(model, batches, packs), corpus.account.trained_tokens))
+        counts.append((*_packed_loss(model, batches, packs), corpus.counts.trained_tokens))
     assert counts[0] == pytest.approx(counts[1], rel=1e-6)
     assert counts[0][1] == counts[0][2]
 
@@ -156,7 +156,7 @@ def test_attention_across_a_whole_pack_is_one_long_document(home: Path) -> None:
             np.concatenate([each.trained for each in members]),
         )
     total, trained = _packed_loss(model, batches, packs)
-    assert trained == corpus.account.trained_tokens
+    assert trained == corpus.counts.trained_tokens
     assert total == pytest.approx(expected, rel=1e-6)
     apart, *_ = _packed_loss(model, _planned(home, "alpaca", packing="concat")[1], packs)
     assert apart != pytest.approx(total, rel=1e-4), "the two kinds of attention differ"

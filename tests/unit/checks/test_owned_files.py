@@ -106,7 +106,7 @@ def test_an_interrupted_replacement_is_finished(tmp_path: Path, new_is_there: bo
 
 
 def test_the_cache_and_the_folder_of_swaps_lose_only_drafts(tmp_path: Path) -> None:
-    ours = [draft_of(tmp_path / f"{'a' * 24}"), draft_of(tmp_path / f"plan-{'b' * 24}")]
+    ours = [draft_of(tmp_path / f"{'a' * 24}"), draft_of(tmp_path / f"packed-{'b' * 24}")]
     mine = [tmp_path / name for name in ("mine.partial", "a.b.c.partial", "a.1.2.partial", "x.swap")]
     planted = plant(*ours, *mine)
     for folder in (*ours, *mine):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded
-from orchestrator.data.corpus import Account, Corpus, build, choose_rows
+from orchestrator.data.corpus import Corpus, TokenCounts, build, choose_rows
 from orchestrator.data.token_cache import LossOn, TokenStore, write_index, write_shard
 from orchestrator.errors import SpecError
 
@@ -161,11 +161,11 @@ def test_documents_and_counts_are_what_they_should_be(
         assert document.tokens.tolist() == list(range(1000 * row + start, 1000 * row + start + length))
         assert document.trained.tolist() == trained
         assert not document.trained[0]
-    for number, (account, each) in enumerate(zip(corpus.accounts, expected, strict=True)):
-        assert account == Account(
-            **each.counts, rows_malformed=number, rows_in_files=len(tables[number]) + number
+    for number, (counts, want) in enumerate(zip(corpus.source_counts, expected, strict=True)):
+        assert counts == TokenCounts(
+            **want.counts, rows_malformed=number, rows_in_files=len(tables[number]) + number
         )
-    total = corpus.account
+    total = corpus.counts
     assert total.tokens_read == total.tokens_kept + total.tokens_truncated + total.tokens_dropped
     assert total.documents == len(corpus)
     assert total.trained_tokens == corpus.trained.sum()
@@ -179,7 +179,7 @@ def test_documents_and_counts_are_what_they_should_be(
 def test_what_fits_is_not_touched(tmp_path: Path, truncation: Truncation, length: int) -> None:
     corpus = corpus_of(tmp_path, [answer(4, length - 4)], truncation=truncation)
     assert spans(corpus) == [(0, 0, length)]
-    assert corpus.account == Account(
+    assert corpus.counts == TokenCounts(
         rows=1,
         documents=1,
         tokens_read=length,
@@ -202,7 +202,7 @@ def test_right_keeps_the_start_and_left_the_end(
     corpus = corpus_of(tmp_path, [answer(context, 20 - context)], truncation=truncation)
     assert corpus.document(0).tokens.tolist() == list(range(first, first + 16))
     assert corpus.document(0).trained.tolist() == trained
-    assert corpus.account == Account(
+    assert corpus.counts == TokenCounts(
         rows=1,
         documents=1,
         tokens_read=20,
@@ -217,7 +217,7 @@ def test_right_keeps_the_start_and_left_the_end(
 def test_drop_leaves_a_long_row_out(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [answer(4, 13), answer(2, 3)], truncation="drop")
     assert spans(corpus) == [(1, 0, 5)]
-    assert corpus.account == Account(
+    assert corpus.counts == TokenCounts(
         rows=2,
         documents=1,
         tokens_read=22,
@@ -234,7 +234,7 @@ def test_split_goes_on_with_a_row_and_leaves_nothing_out(tmp_path: Path) -> None
     assert spans(corpus) == [(0, 0, 16), (0, 16, 16), (0, 32, 8)]
     tokens = np.concatenate([corpus.document(number).tokens for number in range(3)])
     assert tokens.tolist() == list(range(40))
-    assert corpus.account == Account(
+    assert corpus.counts == TokenCounts(
         rows=1,
         documents=3,
         tokens_read=40,
@@ -248,7 +248,7 @@ def test_split_goes_on_with_a_row_and_leaves_nothing_out(tmp_path: Path) -> None
 def test_of_a_split_row_parts_without_an_answer_are_left_out(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [answer(20, 13)], truncation="split")
     assert spans(corpus) == [(0, 16, 16)]  # the last part is one token, which has nothing before it
-    assert corpus.account == Account(
+    assert corpus.counts == TokenCounts(
         rows=1,
         documents=1,
         tokens_read=33,
@@ -264,8 +264,8 @@ def test_a_row_whose_answer_is_cut_away_is_left_out(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, rows, truncation="right")
     assert spans(corpus) == [(1, 0, 16)]
     assert corpus.trained.tolist() == [1]
-    assert corpus.account.rows_dropped == 1
-    assert corpus.account.tokens_dropped == 20
+    assert corpus.counts.rows_dropped == 1
+    assert corpus.counts.tokens_dropped == 20
 
 
 def test_earlier_answers_are_learnt_unless_only_the_last_is(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_a_sample_is_drawn_from_the_rows_that_have_something_to_learn(tmp_path: 
         build([store], [few], data_of(few), 0)
 
 
-def test_sources_are_mixed_and_accounted_for_one_by_one(tmp_path: Path) -> None:
+def test_sources_are_mixed_and_counted_separately(tmp_path: Path) -> None:
     stores = [
         store_of(tmp_path / "a", [answer(2, 3)] * 10, malformed=2),
         store_of(tmp_path / "b", [answer(4, 20), answer(20, 1)]),
@@ -373,12 +373,14 @@ def test_sources_are_mixed_and_accounted_for_one_by_one(tmp_path: Path) -> None:
     sources = [source("a", sample=4), source("b", repeat=3), source("c", weight=0.5)]
     corpus = build(stores, sources, data_of(*sources), seed=5)
     assert corpus.store.tolist() == [0] * 4 + [1] * 3 + [2] * 4
-    assert corpus.accounts == (
-        Account(4, 4, 20, 20, rows_malformed=2, trained_tokens=12, rows_in_files=12),
-        Account(6, 3, 135, 48, 24, 63, rows_truncated=3, rows_dropped=3, trained_tokens=36, rows_in_files=2),
-        Account(4, 4, 8, 8, rows_malformed=1, trained_tokens=4, rows_empty=5, rows_in_files=14),
+    assert corpus.source_counts == (
+        TokenCounts(4, 4, 20, 20, rows_malformed=2, trained_tokens=12, rows_in_files=12),
+        TokenCounts(
+            6, 3, 135, 48, 24, 63, rows_truncated=3, rows_dropped=3, trained_tokens=36, rows_in_files=2
+        ),
+        TokenCounts(4, 4, 8, 8, rows_malformed=1, trained_tokens=4, rows_empty=5, rows_in_files=14),
     )
-    assert corpus.account == Account(14, 11, 163, 76, 24, 63, 3, 3, 0, 3, 52, 5, 0, 28)
+    assert corpus.counts == TokenCounts(14, 11, 163, 76, 24, 63, 3, 3, 0, 3, 52, 5, 0, 28)
     again = build(stores, sources, data_of(*sources), seed=5)
     other = build(stores, sources, data_of(*sources), seed=6)
     assert spans(again) == spans(corpus)
@@ -392,7 +394,7 @@ def test_two_sources_of_the_same_rows_draw_different_samples(tmp_path: Path) -> 
     assert corpus.row[corpus.store == 0].tolist() != corpus.row[corpus.store == 1].tolist()
 
 
-def test_accounts_add_up() -> None:
-    first = Account(*range(1, 15))
-    assert first + first == Account(*range(2, 30, 2))
-    assert first + Account() == first
+def test_token_counts_add_up() -> None:
+    first = TokenCounts(*range(1, 15))
+    assert first + first == TokenCounts(*range(2, 30, 2))
+    assert first + TokenCounts() == first

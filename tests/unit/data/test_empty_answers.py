@@ -165,21 +165,21 @@ def test_rows_with_nothing_to_learn_are_left_out_named_and_counted(
     assert store.partly_empty == [(line(number), "answer 1 of 2 is empty") for number in sorted(partly)]
     assert [place for place, _ in store.malformed] == [line(5)]
     corpus = build([store], [source], data, 0)
-    account = corpus.account
-    assert account.rows_in_files == len(ROWS) == account.rows + account.rows_malformed + account.rows_empty
-    assert (account.rows_malformed, account.rows_empty) == (1, len(empty))
-    assert account.rows_partly_empty == len(partly)
-    assert account.rows_dropped == 0
-    assert account.documents == account.rows == len(ROWS) - 1 - len(empty)
+    counts = corpus.counts
+    assert counts.rows_in_files == len(ROWS) == counts.rows + counts.rows_malformed + counts.rows_empty
+    assert (counts.rows_malformed, counts.rows_empty) == (1, len(empty))
+    assert counts.rows_partly_empty == len(partly)
+    assert counts.rows_dropped == 0
+    assert counts.documents == counts.rows == len(ROWS) - 1 - len(empty)
     assert corpus.trained.min() > 0
 
 
 @pytest.mark.parametrize("store", ["answers"], indirect=True)
 def test_counts_of_rows_in_files_do_not_depend_on_how_often_they_are_read(store: TokenStore) -> None:
     source, data = _data(source={"repeat": 3, "sample": 2})
-    account = build([store], [source], data, 0).account
-    assert account.rows == 6
-    assert (account.rows_in_files, account.rows_malformed, account.rows_empty) == (len(ROWS), 1, len(EMPTY))
+    counts = build([store], [source], data, 0).counts
+    assert counts.rows == 6
+    assert (counts.rows_in_files, counts.rows_malformed, counts.rows_empty) == (len(ROWS), 1, len(EMPTY))
 
 
 @pytest.mark.parametrize("store", ["answers"], indirect=True)

@@ -1,4 +1,4 @@
-"""A plan is made once, found again by all that decides it, and gives back the same documents and packs."""
+"""Packed datasets are reused for equal settings, and load returns the documents and packs that were saved."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.schema import DataSpec, SourceSpec
-from orchestrator.data import packed_dataset as plan_module
+from orchestrator.data import packed_dataset
 from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, Encoded
 from orchestrator.data.corpus import Corpus
-from orchestrator.data.packed_dataset import load, make, plan_in, save
+from orchestrator.data.packed_dataset import get_or_create, load, make, save
 from orchestrator.data.packing import Packs, best_fit
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.errors import ClusterError, SpecError
@@ -27,7 +27,7 @@ SOURCE = SourceSpec(path="a.jsonl")
 
 
 def store_of(folder: Path, lengths: Sequence[int], context: int = 1) -> TokenStore:
-    """Write rows of so many tokens; all tokens of the store are different."""
+    """Write a store with rows of these lengths and distinct token ids."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = np.append(0, np.cumsum(lengths))
     rows = [
@@ -51,14 +51,14 @@ def store(tmp_path: Path) -> TokenStore:
     return store_of(tmp_path / "store", LENGTHS)
 
 
-def assert_same(found: tuple[Corpus, Packs], wanted: tuple[Corpus, Packs]) -> None:
-    (corpus, packs), (other, other_packs) = found, wanted
+def assert_same(actual: tuple[Corpus, Packs], expected: tuple[Corpus, Packs]) -> None:
+    (corpus, packs), (other, other_packs) = actual, expected
     for name in ("store", "row", "start", "lengths", "trained"):
         assert getattr(corpus, name).dtype == getattr(other, name).dtype
         assert getattr(corpus, name).tolist() == getattr(other, name).tolist()
-    assert corpus.accounts == other.accounts
+    assert corpus.source_counts == other.source_counts
     assert corpus.loss_on == other.loss_on
-    assert [each.folder for each in corpus.stores] == [each.folder for each in other.stores]
+    assert [store.folder for store in corpus.stores] == [store.folder for store in other.stores]
     assert packs.documents.tolist() == other_packs.documents.tolist()
     assert packs.bounds.tolist() == other_packs.bounds.tolist()
     for number in range(len(corpus)):
@@ -72,62 +72,62 @@ def assert_same(found: tuple[Corpus, Packs], wanted: tuple[Corpus, Packs]) -> No
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("truncation", ["right", "split"])
-def test_a_plan_comes_back_as_it_was_made(store: TokenStore, packing: str, truncation: str) -> None:
+def test_load_returns_what_was_saved(store: TokenStore, packing: str, truncation: str) -> None:
     data = data_of(packing=packing, truncation=truncation, loss_on="all")
-    folder = plan_in(store.folder.parent, [store], [SOURCE], data, 3)
+    folder = get_or_create(store.folder.parent, [store], [SOURCE], data, 3)
     assert_same(load(folder), make([store], [SOURCE], data, 3))
     corpus, packs = load(folder)
-    assert packs.sums(corpus.lengths).sum() == corpus.account.tokens_kept
+    assert packs.sums(corpus.lengths).sum() == corpus.counts.tokens_kept
     with pytest.raises(ValueError, match="read-only"):
         packs.documents[0] = 1
     with pytest.raises(ValueError, match="read-only"):
         corpus.lengths[0] = 1
 
 
-def test_a_plan_of_several_sources_comes_back(tmp_path: Path) -> None:
+def test_load_with_several_sources(tmp_path: Path) -> None:
     stores = [store_of(tmp_path / "a", LENGTHS), store_of(tmp_path / "b", [30, 4])]
     sources = [SourceSpec(path="a", sample=5), SourceSpec(path="b", repeat=3)]
     data = data_of()
-    folder = plan_in(tmp_path, stores, sources, data, 0)
+    folder = get_or_create(tmp_path, stores, sources, data, 0)
     assert_same(load(folder), make(stores, sources, data, 0))
     corpus, _ = load(folder)
-    assert [account.rows for account in corpus.accounts] == [5, 6]
+    assert [counts.rows for counts in corpus.source_counts] == [5, 6]
 
 
-def test_a_plan_is_made_once(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_packed_dataset_is_reused(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, data = store.folder.parent, data_of()
-    first = plan_in(cache, [store], [SOURCE], data, 3)
+    first = get_or_create(cache, [store], [SOURCE], data, 3)
     written = (first / "documents.npy").stat().st_mtime_ns
 
-    def not_again(*_: Any) -> Any:
-        raise AssertionError("the plan is made again")
+    def fail(*_: Any) -> Any:
+        raise AssertionError("packed again")
 
-    monkeypatch.setattr(plan_module, "make", not_again)
-    assert plan_in(cache, [TokenStore(store.folder)], [SOURCE], data_of(), 3) == first
-    # What the plan does not depend on finds it as well.
+    monkeypatch.setattr(packed_dataset, "make", fail)
+    assert get_or_create(cache, [TokenStore(store.folder)], [SOURCE], data_of(), 3) == first
+    # Settings that do not change the packs reuse it as well.
     elsewhere = SOURCE.model_copy(update={"path": "b.jsonl"})
     other = data_of(balance_window_steps=5, cross_document_attention=True, malformed_rows_allowed=1)
-    assert plan_in(cache, [store], [elsewhere], other, 3) == first
+    assert get_or_create(cache, [store], [elsewhere], other, 3) == first
     assert (first / "documents.npy").stat().st_mtime_ns == written
-    with pytest.raises(AssertionError, match="made again"):
-        plan_in(cache, [store], [SOURCE], data, 4)
+    with pytest.raises(AssertionError, match="packed again"):
+        get_or_create(cache, [store], [SOURCE], data, 4)
 
 
-def test_another_setting_is_another_plan(store: TokenStore) -> None:
+def test_each_relevant_setting_changes_the_folder(store: TokenStore) -> None:
     cache, data = store.folder.parent, data_of()
     same_rows = store_of(cache / "other", LENGTHS)
     folders = [
-        plan_in(cache, [store], [SOURCE], data, 3),
-        plan_in(cache, [store], [SOURCE], data, 4),
-        plan_in(cache, [same_rows], [SOURCE], data, 3),
-        plan_in(cache, [store, same_rows], [SOURCE, SOURCE], data, 3),
-        plan_in(cache, [same_rows, store], [SOURCE, SOURCE], data, 3),
+        get_or_create(cache, [store], [SOURCE], data, 3),
+        get_or_create(cache, [store], [SOURCE], data, 4),
+        get_or_create(cache, [same_rows], [SOURCE], data, 3),
+        get_or_create(cache, [store, same_rows], [SOURCE, SOURCE], data, 3),
+        get_or_create(cache, [same_rows, store], [SOURCE, SOURCE], data, 3),
         *(
-            plan_in(cache, [store], [SourceSpec(path="a.jsonl", **change)], data, 3)
+            get_or_create(cache, [store], [SourceSpec(path="a.jsonl", **change)], data, 3)
             for change in ({"repeat": 2}, {"weight": 0.5}, {"sample": 4})
         ),
         *(
-            plan_in(cache, [store], [SOURCE], data_of(**change), 3)
+            get_or_create(cache, [store], [SOURCE], data_of(**change), 3)
             for change in (
                 {"max_length": 17},
                 {"packing": "none"},
@@ -141,51 +141,51 @@ def test_another_setting_is_another_plan(store: TokenStore) -> None:
     ]
     assert len(set(folders)) == len(folders)
     assert {folder.parent for folder in folders} == {cache}
-    assert all((folder / "plan.json").exists() for folder in folders)
+    assert all((folder / "packed_dataset.json").exists() for folder in folders)
 
 
-def test_a_plan_can_be_moved_with_its_stores(tmp_path: Path) -> None:
+def test_a_packed_dataset_can_be_moved_with_its_stores(tmp_path: Path) -> None:
     store = store_of(tmp_path / "cache" / "store", LENGTHS)
-    folder = plan_in(tmp_path / "cache", [store], [SOURCE], data_of(packing="none"), 3)
+    folder = get_or_create(tmp_path / "cache", [store], [SOURCE], data_of(packing="none"), 3)
     (tmp_path / "cache").rename(tmp_path / "moved")
     corpus, _ = load(tmp_path / "moved" / folder.name)
     assert corpus.stores[0].folder == tmp_path / "moved" / "store"
     assert corpus.document(0).tokens.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_plan_that_another_driver_wrote_first_stays(store: TokenStore) -> None:
+def test_save_keeps_an_existing_packed_dataset(store: TokenStore) -> None:
     made = make([store], [SOURCE], data_of(), 3)
-    folder = store.folder.parent / "plan"
+    folder = store.folder.parent / "packed"
     save(folder, *made)
     corpus, packs = made
     save(folder, replace(corpus, trained=corpus.trained + 1), packs)
     assert_same(load(folder), made)
-    assert sorted(each.name for each in folder.parent.iterdir()) == ["plan", "store"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["packed", "store"]
 
 
-def test_a_plan_that_cannot_be_written_leaves_nothing(store: TokenStore, tmp_path: Path) -> None:
+def test_a_failed_save_leaves_no_files(store: TokenStore, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterError, match=r"cannot be written to .*/file .*; free some space") as problem:
-        plan_in(tmp_path / "file", [store], [SOURCE], data_of(), 3)
+        get_or_create(tmp_path / "file", [store], [SOURCE], data_of(), 3)
     assert "checkpoint.storage" in str(problem.value)
     cache = tmp_path / "cache"
-    folder = plan_in(cache, [store], [SOURCE], data_of(), 3)
-    (folder / "plan.json").unlink()  # a folder in the way that is no plan
+    folder = get_or_create(cache, [store], [SOURCE], data_of(), 3)
+    (folder / "packed_dataset.json").unlink()  # an incomplete folder of the same name
     with pytest.raises(ClusterError, match="cannot be written"):
-        plan_in(cache, [store], [SOURCE], data_of(), 3)
-    assert [each.name for each in cache.iterdir()] == [folder.name]
+        get_or_create(cache, [store], [SOURCE], data_of(), 3)
+    assert [path.name for path in cache.iterdir()] == [folder.name]
 
 
-def test_a_mistake_in_the_job_leaves_nothing(store: TokenStore, tmp_path: Path) -> None:
+def test_an_invalid_job_leaves_no_files(store: TokenStore, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="sample=11 is above its 10 rows"):
-        plan_in(tmp_path / "cache", [store], [SourceSpec(path="a", sample=11)], data_of(), 3)
+        get_or_create(tmp_path / "cache", [store], [SourceSpec(path="a", sample=11)], data_of(), 3)
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("name", ["documents", "packs", "bounds"])
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
-def test_a_damaged_array_is_named(store: TokenStore, name: str, how: str) -> None:
-    folder = plan_in(store.folder.parent, [store], [SOURCE], data_of(), 3)
+def test_a_corrupted_array_is_reported(store: TokenStore, name: str, how: str) -> None:
+    folder = get_or_create(store.folder.parent, [store], [SOURCE], data_of(), 3)
     file = folder / f"{name}.npy"
     data = bytearray(file.read_bytes())
     if how == "missing":
@@ -197,39 +197,39 @@ def test_a_damaged_array_is_named(store: TokenStore, name: str, how: str) -> Non
         file.write_bytes(data)
     with pytest.raises(ClusterError) as problem:
         load(folder)
-    assert f"the data plan {folder} is damaged or not readable" in str(problem.value)
+    assert f"packed dataset {folder} is damaged or not readable" in str(problem.value)
     assert f"{name}.npy" in str(problem.value)
-    assert "remove that folder, and it will be made again" in str(problem.value)
+    assert "remove that folder and it will be packed again" in str(problem.value)
 
 
 @pytest.mark.parametrize("text", ["", '{"stores": [', "{}", "[]", "null", "\udcff"])
-def test_a_damaged_manifest_is_told(store: TokenStore, text: str) -> None:
-    folder = plan_in(store.folder.parent, [store], [SOURCE], data_of(), 3)
-    (folder / "plan.json").write_bytes(text.encode(errors="surrogateescape"))
+def test_a_corrupted_manifest_is_reported(store: TokenStore, text: str) -> None:
+    folder = get_or_create(store.folder.parent, [store], [SOURCE], data_of(), 3)
+    (folder / "packed_dataset.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ClusterError, match="is damaged or not readable"):
         load(folder)
 
 
-def test_a_plan_whose_store_is_gone_says_which(store: TokenStore) -> None:
-    folder = plan_in(store.folder.parent, [store], [SOURCE], data_of(), 3)
+def test_a_missing_store_is_reported(store: TokenStore) -> None:
+    folder = get_or_create(store.folder.parent, [store], [SOURCE], data_of(), 3)
     (store.folder / "manifest.json").unlink()
     with pytest.raises(ClusterError, match=r"store/manifest\.json is damaged or not readable"):
         load(folder)
 
 
-def test_the_manifest_says_what_became_of_the_rows(store: TokenStore) -> None:
-    folder = plan_in(store.folder.parent, [store], [SOURCE], data_of(), 3)
-    manifest = json.loads((folder / "plan.json").read_text())
+def test_the_manifest_has_token_counts(store: TokenStore) -> None:
+    folder = get_or_create(store.folder.parent, [store], [SOURCE], data_of(), 3)
+    manifest = json.loads((folder / "packed_dataset.json").read_text())
     assert manifest["stores"] == ["store"]
-    (account,) = manifest["accounts"]
-    assert account["rows"] == 10
-    assert account["tokens_read"] == sum(LENGTHS)
+    (counts,) = manifest["source_counts"]
+    assert counts["rows"] == 10
+    assert counts["tokens_read"] == sum(LENGTHS)
 
 
 # Packing
 
 
-def test_none_gives_every_document_a_pack_in_order(store: TokenStore) -> None:
+def test_packing_none_keeps_one_document_per_pack_in_order(store: TokenStore) -> None:
     corpus, packs = make([store], [SOURCE], data_of(packing="none"), 3)
     assert packs.documents.tolist() == list(range(10))
     assert packs.bounds.tolist() == list(range(11))
@@ -241,9 +241,9 @@ def test_best_fit_packs_every_document_once_within_max_length(store: TokenStore)
     assert sorted(packs.documents.tolist()) == list(range(10))
     assert packs.sums(corpus.lengths).max() <= 16
     assert len(packs) < 10
-    wanted = best_fit(corpus.lengths, 16, 3)
-    assert packs.documents.tolist() == wanted.documents.tolist()
-    assert packs.bounds.tolist() == wanted.bounds.tolist()
+    expected = best_fit(corpus.lengths, 16, 3)
+    assert packs.documents.tolist() == expected.documents.tolist()
+    assert packs.bounds.tolist() == expected.bounds.tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -253,7 +253,7 @@ def test_best_fit_packs_every_document_once_within_max_length(store: TokenStore)
     st.sampled_from(["right", "split"]),
     st.integers(0, 2**32 - 1),
 )
-def test_concat_has_every_token_once_and_fills_every_pack_but_the_last(
+def test_concat_keeps_every_token_once_and_fills_all_packs_but_the_last(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], limit: int, truncation: str, seed: int
 ) -> None:
     store = store_of(tmp_path_factory.mktemp("concat") / "store", lengths)
@@ -272,24 +272,24 @@ def test_concat_has_every_token_once_and_fills_every_pack_but_the_last(
     assert corpus.lengths.min() > 0
 
     # A document is one run of the stream, whatever cuts go through it.
-    at = {token: place for place, token in enumerate(stream)}
+    at = {token: position for position, token in enumerate(stream)}
     for number in range(len(whole)):
-        places = [at[token] for token in whole.document(number).tokens.tolist()]
-        assert places == list(range(places[0], places[0] + len(places)))
+        positions = [at[token] for token in whole.document(number).tokens.tolist()]
+        assert positions == list(range(positions[0], positions[0] + len(positions)))
 
     for piece, length, trained in zip(pieces, corpus.lengths, corpus.trained, strict=True):
         assert len(piece.tokens) == length
         assert not piece.trained[0]
         assert piece.trained[1:].all()
         assert trained == length - 1
-    account = corpus.account
-    assert account.documents == len(corpus)
-    assert account.tokens_kept == len(kept) == whole.account.tokens_kept
-    assert account.trained_tokens == len(kept) - len(corpus)
-    assert account.rows_split <= account.rows == len(lengths)
+    counts = corpus.counts
+    assert counts.documents == len(corpus)
+    assert counts.tokens_kept == len(kept) == whole.counts.tokens_kept
+    assert counts.trained_tokens == len(kept) - len(corpus)
+    assert counts.rows_split <= counts.rows == len(lengths)
 
 
-def test_concat_learns_answers_only(tmp_path: Path) -> None:
+def test_concat_trains_on_answers_only(tmp_path: Path) -> None:
     store = store_of(tmp_path / "store", [30, 30], context=20)
     corpus, packs = make([store], [SOURCE], data_of(packing="concat", max_length=32), 3)
     assert corpus.lengths.tolist() == [30, 2, 28]
@@ -297,15 +297,15 @@ def test_concat_learns_answers_only(tmp_path: Path) -> None:
     assert corpus.trained.tolist() == [10, 0, 10]
     for number in range(3):
         assert corpus.document(number).trained.sum() == corpus.trained[number]
-    assert corpus.account.rows_split == 1
+    assert corpus.counts.rows_split == 1
 
 
-def test_the_seed_decides_the_order_and_nothing_else(store: TokenStore) -> None:
+def test_the_seed_changes_only_the_order(store: TokenStore) -> None:
     for packing in ("best_fit", "concat"):
         data = data_of(packing=packing)
         first, same, other = (make([store], [SOURCE], data, seed) for seed in (1, 1, 2))
         assert_same(first, same)
-        assert first[0].account.tokens_kept == other[0].account.tokens_kept
+        assert first[0].counts.tokens_kept == other[0].counts.tokens_kept
         orders = [
             [corpus.document(int(number)).tokens[0] for number in packs.documents]
             for corpus, packs in (first, other)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.data.corpus import Account, build
+from orchestrator.data.corpus import TokenCounts, build
 from orchestrator.data.packing import Pieces
 from tests.unit.data.test_corpus import answer, data_of, source, spans, store_of
 
@@ -27,23 +27,23 @@ def test_pieces_of_documents_are_documents(tmp_path: Path) -> None:
         assert document.tokens.tolist() == list(range(1000 * row + start, 1000 * row + start + length))
         assert not document.trained[0]
         assert document.trained.sum() == cut.trained[number]
-    assert cut.accounts == (
-        Account(1, 1, 8, 8, trained_tokens=6, rows_in_files=1),
-        Account(1, 3, 30, 16, 14, rows_truncated=1, rows_split=1, trained_tokens=13, rows_in_files=1),
+    assert cut.source_counts == (
+        TokenCounts(1, 1, 8, 8, trained_tokens=6, rows_in_files=1),
+        TokenCounts(1, 3, 30, 16, 14, rows_truncated=1, rows_split=1, trained_tokens=13, rows_in_files=1),
     )
-    assert corpus.account.documents == 2  # the corpus itself is as it was
+    assert corpus.counts.documents == 2  # the corpus itself is as it was
 
 
 def test_a_row_that_is_split_and_cut_again_counts_as_split_once(tmp_path: Path) -> None:
     rows = [answer(4, 36), answer(2, 6)]
     double = source(repeat=2)
     corpus = build([store_of(tmp_path, rows)], [double], data_of(double, truncation="split"), 0)
-    assert corpus.account.rows_split == 2
+    assert corpus.counts.rows_split == 2
     whole = [(number, 0, int(length)) for number, length in enumerate(corpus.lengths)]
-    assert corpus.cut(pieces(*whole)).account.rows_split == 2
+    assert corpus.cut(pieces(*whole)).counts.rows_split == 2
     halves = [
         (number, at * 4, 4) for number, length in enumerate(corpus.lengths) for at in range(length // 4)
     ]
     cut = corpus.cut(pieces(*halves))
-    assert cut.account.documents == 24
-    assert cut.account.rows_split == cut.account.rows == 4
+    assert cut.counts.documents == 24
+    assert cut.counts.rows_split == cut.counts.rows == 4
