@@ -286,7 +286,7 @@ def plan(
         )
         if found.best is None:
             raise ClusterError(
-                f"no configuration of {spec.name} fits on {found.machines} ({found.considered:,} "
+                f"no configuration of {spec.name} fits on {found.cluster} ({found.considered:,} "
                 "considered); change the job as suggested, or use other nodes"
             )
 

@@ -8,13 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.arch.hf_config import config_of, resized
-from orchestrator.cluster.cluster_spec import Machines, MachinesError
+from orchestrator.cluster.cluster_spec import ClusterSpec, ClusterSpecError
 from orchestrator.cluster.hardware import CatalogueError, UnknownDevice
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.planner.calibration_store import constants_of, stack_of
-from orchestrator.planner.formatting import GIB, changed, figures, remedy_lines, seconds_text, word
-from orchestrator.planner.search import FIELDS, Candidate, Plan, Remedy, asked_of, best_plan, cheapest_changes
+from orchestrator.planner.calibration_store import load_calibration, software_stack_of
+from orchestrator.planner.formatting import (
+    GIB,
+    format_changes,
+    format_prediction,
+    format_seconds,
+    format_suggestions,
+    format_value,
+)
+from orchestrator.planner.search import (
+    FIELDS,
+    Candidate,
+    Plan,
+    Suggestion,
+    predict_job,
+    search,
+    suggest_changes,
+)
 from orchestrator.planner.workload import DataShape
 
 _PARTS = {
@@ -51,45 +66,45 @@ def planned(
     plots: Path | None = None,
     document_tokens: float = 0.0,
     network_gbits: float | None = None,
-) -> tuple[Plan, list[Remedy]]:
+) -> tuple[Plan, list[Suggestion]]:
     """Return the plan of a job, and what would make it fit where it does not as it is written.
 
     Args:
         job: The job.
-        gpus: Machines, as `Machines.parse` takes them.
+        gpus: ClusterSpec, as `ClusterSpec.parse` takes them.
         catalogue: The user's own devices.
         plots: A folder for plots over max_length; None draws none.
         document_tokens: How many tokens a token's document has on average; 0 for whole packs.
         network_gbits: Gbit/s of a node's network; None takes the catalogue's.
 
     Raises:
-        SpecError: The machines, a device or the model are not known.
+        SpecError: The cluster, a device or the model are not known.
     """
     config = resized(config_of(job.model.path), job.model)
     try:
-        machines = Machines.parse(gpus, catalogue)
-    except (MachinesError, UnknownDevice, CatalogueError) as error:
+        cluster = ClusterSpec.parse(gpus, catalogue)
+    except (ClusterSpecError, UnknownDevice, CatalogueError) as error:
         raise SpecError(f"--gpus {gpus}: {error}") from None
     if network_gbits is not None:
-        machines = machines.with_network(network_gbits)
-    stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
-    constants = constants_of(stack)
+        cluster = cluster.with_network(network_gbits)
+    stack = software_stack_of(predict_job(job, config, cluster).prediction.work, cluster)
+    calibration = load_calibration(stack)
     data = DataShape(document_tokens=document_tokens)
-    found = best_plan(job, config, machines, constants, data)
+    found = search(job, config, cluster, calibration, data)
     if plots:
         from orchestrator.cli.plan_plots import draw
 
-        draw(job, config, machines, constants, plots, data)
-    enough = job.parallel.workers <= machines.gpus
+        draw(job, config, cluster, calibration, plots, data)
+    enough = job.parallel.workers <= cluster.gpus
     fits = enough and found.asked.prediction.verdict != "does not fit"
-    return found, [] if fits else cheapest_changes(job, config, machines, constants, data)
+    return found, [] if fits else suggest_changes(job, config, cluster, calibration, data)
 
 
-def as_json(plan: Plan, remedies: Sequence[Remedy]) -> str:
+def as_json(plan: Plan, remedies: Sequence[Suggestion]) -> str:
     """Return a plan as JSON."""
     return json.dumps(
         {
-            "machines": str(plan.machines),
+            "machines": str(plan.cluster),
             "parameters": plan.asked.prediction.work.model.parameters.total,
             "considered": plan.considered,
             "asked": _candidate(plan.asked),
@@ -100,7 +115,7 @@ def as_json(plan: Plan, remedies: Sequence[Remedy]) -> str:
     )
 
 
-def text(plan: Plan, remedies: Sequence[Remedy], explain: bool, rows: int = 8) -> str:
+def text(plan: Plan, remedies: Sequence[Suggestion], explain: bool, rows: int = 8) -> str:
     """Return a plan as a person reads it.
 
     Args:
@@ -109,15 +124,18 @@ def text(plan: Plan, remedies: Sequence[Remedy], explain: bool, rows: int = 8) -
         explain: Whether parts and reasons follow.
         rows: How many ways that lose are listed; all of them where they are explained.
     """
-    lines = [_heading(plan), "", f"as written  {figures(plan.asked.prediction)}"]
+    lines = [_heading(plan), "", f"as written  {format_prediction(plan.asked.prediction)}"]
     if plan.best is None:
-        lines += ["planned     nothing fits", "", *remedy_lines(remedies)]
+        lines += ["planned     nothing fits", "", *format_suggestions(remedies)]
         return "\n".join(lines)
     changes = plan.asked.changes_to(plan.best)
-    lines += [f"planned     {figures(plan.best.prediction)}", f"            {changed(changes)}"]
+    lines += [
+        f"planned     {format_prediction(plan.best.prediction)}",
+        f"            {format_changes(changes)}",
+    ]
     lines += list(_idle(plan))
     if remedies:
-        lines += ["", *remedy_lines(remedies)]
+        lines += ["", *format_suggestions(remedies)]
     listed = plan.others if explain else plan.others[:rows]
     table = [_row(each, plan.best) for each in (plan.best, *listed)]
     lines += ["", *_columns([_TITLES, *table])]
@@ -140,7 +158,7 @@ def _heading(plan: Plan) -> str:
     if work.mean_square_tokens:
         seen = f"documents of {work.mean_square_tokens:,.0f} tokens"
     return (
-        f"{job.model.path} on {plan.machines}: {work.model.parameters.total:,} parameters, "
+        f"{job.model.path} on {plan.cluster}: {work.model.parameters.total:,} parameters, "
         f"{work.trained:,} trained, packs of {work.length_tokens:,} tokens, "
         f"{job.optim.global_batch_size} a step, attention over {seen}"
     )
@@ -149,11 +167,11 @@ def _heading(plan: Plan) -> str:
 def _idle(plan: Plan) -> Iterator[str]:
     workers = plan.best.job.parallel.workers if plan.best else 0
     asked = plan.asked.job.parallel.workers
-    if asked > plan.machines.gpus:
-        yield f"            as written it asks for {asked:,} workers, of {plan.machines.gpus:,} GPUs"
-    if 0 < workers < plan.machines.gpus:
+    if asked > plan.cluster.gpus:
+        yield f"            as written it asks for {asked:,} workers, of {plan.cluster.gpus:,} GPUs"
+    if 0 < workers < plan.cluster.gpus:
         yield (
-            f"            {plan.machines.gpus - workers:,} of {plan.machines.gpus:,} GPUs stay idle: more "
+            f"            {plan.cluster.gpus - workers:,} of {plan.cluster.gpus:,} GPUs stay idle: more "
             f"workers are not faster, or optim.global_batch_size={plan.asked.job.optim.global_batch_size} "
             "cannot be dealt to them"
         )
@@ -179,7 +197,7 @@ def _row(candidate: Candidate, best: Candidate) -> tuple[str, ...]:
         {"full": "inputs", "selective": "products", "none": "all"}[job.model.gradient_checkpointing],
         f"{found.needed_bytes / GIB:.1f}",
         f"{found.host_bytes_per_node / GIB:.0f}",
-        "-" if found.seconds is None else seconds_text(found.seconds),
+        "-" if found.seconds is None else format_seconds(found.seconds),
         "-" if found.tgs is None else f"{found.tgs:,.0f}",
         "taken" if candidate is best else _why_not(candidate, best),
     )
@@ -210,7 +228,7 @@ def _why_not(candidate: Candidate, best: Candidate) -> str:
 
 def _more(candidate: Candidate, best: Candidate) -> str:
     changes = best.changes_to(candidate)
-    return ", ".join(f"{name.rpartition('.')[2]}={word(value)}" for name, value in changes.items())
+    return ", ".join(f"{name.rpartition('.')[2]}={format_value(value)}" for name, value in changes.items())
 
 
 def _explained(best: Candidate) -> Iterator[str]:
@@ -223,7 +241,7 @@ def _explained(best: Candidate) -> Iterator[str]:
     if found.time is not None:
         yield "seconds of a step"
         yield from _parts(found.time.by_part(), 1.0)
-    yield "settings: " + ", ".join(f"{name}={word(best.settings[name])}" for name in FIELDS)
+    yield "settings: " + ", ".join(f"{name}={format_value(best.settings[name])}" for name in FIELDS)
 
 
 def _parts(parts: Mapping[str, float], scale: float) -> Iterator[str]:

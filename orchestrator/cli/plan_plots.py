@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.bench.plots import require_matplotlib
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.planner.estimate import TIME_RANGE, Constants
+from orchestrator.planner.estimate import TIME_RANGE, CalibrationParams
 from orchestrator.planner.formatting import GIB
-from orchestrator.planner.search import Candidate, best_plan
-from orchestrator.planner.workload import UNREAD, DataShape
+from orchestrator.planner.search import Candidate, search
+from orchestrator.planner.workload import UNKNOWN_DATA, DataShape
 
 _SHORTEST = 512
 _CREATOR = "orchestrator plan --plots"
@@ -26,18 +26,18 @@ _PARTS = {
 def draw(
     job: JobSpec,
     config: Mapping[str, Any],
-    machines: Machines,
-    constants: Constants,
+    cluster: ClusterSpec,
+    calibration: CalibrationParams,
     folder: Path,
-    data: DataShape = UNREAD,
+    data: DataShape = UNKNOWN_DATA,
 ) -> list[Path]:
     """Write memory_by_part.svg and tgs_over_length.svg: the best plan at each of some lengths.
 
     Args:
         job: The job; lengths are its own, and others by powers of two.
         config: Its model's config.json.
-        machines: What there is.
-        constants: What is known of the stack.
+        cluster: What there is.
+        calibration: What is known of the stack.
         folder: Where the files go.
         data: What is known of the data.
 
@@ -61,15 +61,15 @@ def draw(
     planned = {}
     for length in lengths:
         other = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
-        best = best_plan(other, config, machines, constants, data).best
+        best = search(other, config, cluster, calibration, data).best
         if best is not None:
             planned[length] = best
-    title = f"{job.model.path} on {machines}, {job.optim.global_batch_size} packs a step"
+    title = f"{job.model.path} on {cluster}, {job.optim.global_batch_size} packs a step"
     for file, paint in zip(files, (_memory, _tgs), strict=True):
         figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        paint(axes, planned, machines)
+        paint(axes, planned, cluster)
         axes.set_xticks(range(len(planned)), [f"{length:,}" for length in planned])
         axes.set_xlabel("max_length" + ("; longer ones do not fit" if len(planned) < len(lengths) else ""))
         figure.suptitle(title, x=0.01, ha="left", fontsize="medium", fontweight="bold")
@@ -113,20 +113,20 @@ def moments(candidate: Candidate) -> dict[str, float]:
     return {name: size / GIB for name, size in parts.items()}
 
 
-def _memory(axes: Any, planned: Mapping[int, Candidate], machines: Machines) -> None:
+def _memory(axes: Any, planned: Mapping[int, Candidate], cluster: ClusterSpec) -> None:
     bottoms = [0.0] * len(planned)
     stacks = [moments(each) for each in planned.values()]
     for name, colour in _PARTS.items():
         sizes = [stack.get(name, 0.0) for stack in stacks]
         axes.bar(range(len(sizes)), sizes, bottom=bottoms, color=colour, label=name, width=0.7)
         bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
-    axes.axhline(machines.device.memory_gib, color="#333333", linestyle="--", linewidth=1)
-    axes.text(-0.4, machines.device.memory_gib, "the device's", va="bottom", fontsize="small")
+    axes.axhline(cluster.device.memory_gib, color="#333333", linestyle="--", linewidth=1)
+    axes.text(-0.4, cluster.device.memory_gib, "the device's", va="bottom", fontsize="small")
     axes.set_ylabel("GiB required on a GPU")
     axes.legend(frameon=False, fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
-def _tgs(axes: Any, planned: Mapping[int, Candidate], machines: Machines) -> None:
+def _tgs(axes: Any, planned: Mapping[int, Candidate], cluster: ClusterSpec) -> None:
     rates = [each.prediction.tgs or 0.0 for each in planned.values()]
     off = TIME_RANGE[any(each.prediction.calibrated for each in planned.values())]
     places = range(len(rates))

@@ -16,12 +16,12 @@ MAX_WORKERS = 65_536
 _FORM = re.compile(r"(?:(?:(?P<nodes>\d{1,18})x)?(?P<each>\d{1,18})x)?(?P<device>[^x\d].*)")
 
 
-class MachinesError(ValueError):
+class ClusterSpecError(ValueError):
     """A text names no machines."""
 
 
 @dataclass(frozen=True)
-class Machines:
+class ClusterSpec:
     """Nodes that are all alike.
 
     Attributes:
@@ -35,7 +35,7 @@ class Machines:
     device: Device
 
     @classmethod
-    def parse(cls, text: str, extra: Path | None = None) -> Machines:
+    def parse(cls, text: str, extra: Path | None = None) -> ClusterSpec:
         """Return the machines that a text names.
 
         Args:
@@ -43,25 +43,25 @@ class Machines:
             extra: A catalogue of the user's own, beside the one that ships.
 
         Raises:
-            MachinesError: The text has another form, or names no device or more than MAX_WORKERS.
+            ClusterSpecError: The text has another form, or names no device or more than MAX_WORKERS.
             UnknownDevice: The device is in no catalogue.
             CatalogueError: A catalogue cannot be read.
         """
         found = _FORM.fullmatch(text.strip())
         if found is None:
-            raise MachinesError(
+            raise ClusterSpecError(
                 f"{text!r} names no machines; write NODESxGPUSxDEVICE, such as 4x8xA100-80G-SXM, or 8xDEVICE "
                 "for one node"
             )
         nodes, each = int(found["nodes"] or 1), int(found["each"] or 1)
         if not 1 <= nodes * each <= MAX_WORKERS:
-            raise MachinesError(
+            raise ClusterSpecError(
                 f"{text!r} names {nodes * each:,} devices; write NODESxGPUSxDEVICE with at least 1 "
                 f"and at most {MAX_WORKERS:,} devices"
             )
         return cls(nodes, each, device(found["device"], extra))
 
-    def with_network(self, gbit_per_second: float) -> Machines:
+    def with_network(self, gbit_per_second: float) -> ClusterSpec:
         """Return the same with another network than the catalogue's.
 
         Args:

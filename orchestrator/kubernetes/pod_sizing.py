@@ -14,9 +14,9 @@ from orchestrator.config.auto_values import resolve_dtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
 from orchestrator.parallel.deepspeed_config import fit_buffers, render
-from orchestrator.planner.estimate import work_of
+from orchestrator.planner.estimate import workload_from_job
 from orchestrator.planner.host_memory import disk_bytes
-from orchestrator.planner.memory import host_memory_of
+from orchestrator.planner.memory import host_memory_of_workload
 from orchestrator.planner.workload import Model
 
 GPUS_PER_NODE = 8
@@ -272,14 +272,14 @@ def _offloaded(job: JobSpec, device: Literal["cuda", "cpu"]) -> tuple[int, int |
     config = local_config(job.model.path)
     config = None if config is None else resized(config, job.model)
     count = None if config is None else parameter_count(config, job.method)
-    model = None if config is None else Model.of(config)
+    model = None if config is None else Model.from_config(config)
     if config is None or count is None or model is None:
         reason = "has no local config.json" if config is None else "has an unknown architecture"
         note = f"offloaded state is NOT included: model.path={job.model.path} {reason}; set --memory-per-node"
         return 0, None, [note]
     ds_config = render(job, resolve_dtype(job.model.dtype, device), device)
     fit_buffers(ds_config, -(-count.largest // parallel.workers))
-    memory = host_memory_of(work_of(job, config, model, parallel.workers, device)).total
+    memory = host_memory_of_workload(workload_from_job(job, config, model, parallel.workers, device)).total
     notes = [
         f"offloaded state is computed from {count.total:,} parameters, {count.trained:,} of them trainable"
     ]

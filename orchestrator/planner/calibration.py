@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from orchestrator.planner.memory import GIB, GpuMemory
-from orchestrator.planner.step_time import MicroSteps, TimeConstants
+from orchestrator.planner.step_time import MicroSteps, TimeParams
 
 Verdict = Literal["fits", "tight", "does not fit"]
 MARGIN = 0.10
@@ -39,7 +39,7 @@ _NOISE = 0.03
 
 
 @dataclass(frozen=True)
-class MemoryConstants:
+class MemoryParams:
     """What a stack's memory differs by.
 
     Attributes:
@@ -75,7 +75,7 @@ class MemoryConstants:
 
 
 @dataclass(frozen=True)
-class Spread:
+class PriorStd:
     """How far constants may lie from where a fit begins.
 
     Attributes:
@@ -89,9 +89,9 @@ class Spread:
 
 def fit_memory(
     rows: Sequence[tuple[GpuMemory, float]],
-    start: MemoryConstants = MemoryConstants(),
-    spread: Spread = Spread(),
-) -> MemoryConstants:
+    start: MemoryParams = MemoryParams(),
+    spread: PriorStd = PriorStd(),
+) -> MemoryParams:
     """Return the constants that fit measured peaks best, relative errors squared.
 
     Args:
@@ -102,7 +102,7 @@ def fit_memory(
     best, best_cost = start, math.inf
     for factor in _FACTORS:
         away = (math.log(factor / start.activation_factor) / spread.log_factor) ** 2
-        plain = MemoryConstants(0.0, factor)
+        plain = MemoryParams(0.0, factor)
         wanted = [(measured - plain.peak(memory), _NOISE * measured) for memory, measured in rows]
         offset = _ridge(wanted, start.offset_bytes, spread.offset_bytes)
         # Libraries hold a few GiB: what a fit asks for beyond says that formulas do not describe these runs.
@@ -111,7 +111,7 @@ def fit_memory(
         cost = away + ((offset - start.offset_bytes) / spread.offset_bytes) ** 2
         cost += sum(_bounded((offset - gap) / noise) for gap, noise in wanted)
         if cost < best_cost:
-            best, best_cost = MemoryConstants(offset, factor), cost
+            best, best_cost = MemoryParams(offset, factor), cost
     return best
 
 
@@ -127,27 +127,27 @@ def predicted_seconds(steps: MicroSteps, spans_nodes: bool) -> Seconds:
     """
     return np.array(
         [
-            [steps.step(_constants(efficiency, factor, spans_nodes)).total for factor in _OVERHEADS]
+            [steps.step(_time_params(efficiency, factor, spans_nodes)).total for factor in _OVERHEADS]
             for efficiency in _EFFICIENCIES
         ]
     )
 
 
-def _constants(
-    efficiency: float, factor: float, spans_nodes: bool, start: TimeConstants = TimeConstants()
-) -> TimeConstants:
+def _time_params(
+    efficiency: float, factor: float, spans_nodes: bool, start: TimeParams = TimeParams()
+) -> TimeParams:
     """Return a stack's constants: its second is that of its network, or of its launches."""
     if spans_nodes:
-        return TimeConstants(efficiency, start.launch_factor, factor)
-    return TimeConstants(efficiency, factor, start.network_factor)
+        return TimeParams(efficiency, start.launch_factor, factor)
+    return TimeParams(efficiency, factor, start.network_factor)
 
 
 def fit_time(
     rows: Sequence[tuple[Seconds, float]],
     spans_nodes: bool,
-    start: TimeConstants = TimeConstants(),
+    start: TimeParams = TimeParams(),
     spread: float = 1.0,
-) -> TimeConstants:
+) -> TimeParams:
     """Return the constants that fit measured seconds of a step best, ratios squared.
 
     Args:
@@ -164,7 +164,7 @@ def fit_time(
         away = np.abs(np.log(seconds / measured)) / _TIME_NOISE
         cost = cost + np.where(away <= 1.5, away**2, 3.0 * away - 2.25)
     row, column = np.unravel_index(int(np.argmin(cost)), cost.shape)
-    return _constants(float(_EFFICIENCIES[row]), float(_OVERHEADS[column]), spans_nodes, start)
+    return _time_params(float(_EFFICIENCIES[row]), float(_OVERHEADS[column]), spans_nodes, start)
 
 
 def _ridge(wanted: Iterable[tuple[float, float]], start: float, spread: float) -> float:
@@ -187,7 +187,7 @@ def verdict(needed_bytes: float, capacity_bytes: float, margin: float = MARGIN) 
     """Return whether a predicted need fits: with a margin, without one, or not.
 
     Args:
-        needed_bytes: From `MemoryConstants.needed`.
+        needed_bytes: From `MemoryParams.needed`.
         capacity_bytes: What a process can have.
         margin: Part of the need that is to be spare.
     """

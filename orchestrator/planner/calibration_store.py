@@ -17,13 +17,13 @@ from pathlib import Path
 from subprocess import SubprocessError
 from typing import Any
 
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.planner.calibration import fit_memory, fit_time, predicted_seconds
-from orchestrator.planner.cpu_benchmark import ProcessorRates
-from orchestrator.planner.estimate import Constants, Prediction
+from orchestrator.planner.cpu_benchmark import CpuRates
+from orchestrator.planner.estimate import CalibrationParams, Prediction
 from orchestrator.planner.memory import GpuMemory
 from orchestrator.planner.step_time import MicroSteps, StepTime
-from orchestrator.planner.workload import Work
+from orchestrator.planner.workload import Workload
 
 PLACE = "ORCHESTRATOR_CALIBRATION"
 _DEFAULT = "~/.cache/orchestrator/calibration.jsonl"
@@ -37,7 +37,7 @@ class Observation:
 
     Attributes:
         run: Which run it is.
-        stack: From `stack_of`.
+        stack: From `software_stack_of`.
         memory: Bytes by part.
         peak_bytes: What a worker held at its peak, without what is offloaded into the same memory.
         steps: Seconds by part; None where they could not be predicted.
@@ -54,11 +54,11 @@ class Observation:
     spans_nodes: bool
 
 
-def stack_of(work: Work, machines: Machines) -> str:
+def software_stack_of(work: Workload, cluster: ClusterSpec) -> str:
     """Return the name of a stack: what two constants for memory and two for time belong to."""
     libraries = ", ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed"))
-    network = " between nodes" if work.world_size > machines.gpus_per_node else ""
-    return f"{machines.device.name}{network}, {work.quantization} {work.method}, {libraries}"
+    network = " between nodes" if work.world_size > cluster.gpus_per_node else ""
+    return f"{cluster.device.name}{network}, {work.quantization} {work.method}, {libraries}"
 
 
 def remember(observation: Observation) -> None:
@@ -80,9 +80,7 @@ def recall(stack: str) -> list[Observation]:
     return list(found.values())[-_KEPT:]
 
 
-def rates_of_processor(
-    workers: int, threads: int, measure: Callable[[int, int], ProcessorRates]
-) -> ProcessorRates | None:
+def cpu_rates(workers: int, threads: int, measure: Callable[[int, int], CpuRates]) -> CpuRates | None:
     """Return how fast this machine's processors are, measured once; None where nothing is kept.
 
     Args:
@@ -96,7 +94,7 @@ def rates_of_processor(
     for entry in _entries():
         try:
             if {name: entry[name] for name in key} == key:
-                return ProcessorRates(**entry["rates"])
+                return CpuRates(**entry["rates"])
         except (KeyError, TypeError):
             continue
     try:
@@ -107,19 +105,19 @@ def rates_of_processor(
     return rates
 
 
-def constants_of(stack: str, without: str | None = None) -> Constants:
+def load_calibration(stack: str, without: str | None = None) -> CalibrationParams:
     """Return what is known of a stack: constants fitted to its runs here, or those of none.
 
     Args:
-        stack: From `stack_of`.
+        stack: From `software_stack_of`.
         without: A run that is left out: one that goes on is not predicted from what it measured itself.
     """
     runs = [each for each in recall(stack) if each.run != without]
     if not runs:
-        return Constants()
+        return CalibrationParams()
     timed = [(each.steps, each.seconds) for each in runs if each.steps and each.seconds]
     spans = any(each.spans_nodes for each in runs)
-    return Constants(
+    return CalibrationParams(
         memory=fit_memory([(each.memory, each.peak_bytes) for each in runs]),
         time=fit_time([(predicted_seconds(steps, spans), seconds) for steps, seconds in timed], spans),
         calibrated=True,
@@ -143,7 +141,7 @@ def observed(
         run=run,
         stack=stack,
         memory=plain.memory,
-        peak_bytes=on_device - plain.beside_bytes + plain.unseen_bytes,
+        peak_bytes=on_device - plain.offloaded_bytes + plain.unallocated_bytes,
         steps=steps,
         seconds=measured["medians"]["step_seconds"] if steps else None,
         spans_nodes=plain.work.world_size > plain.work.gpus_per_node,

@@ -25,7 +25,7 @@ _COPIED = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class ProcessorRates:
+class CpuRates:
     """What one of several processes has of this machine's processors.
 
     Attributes:
@@ -37,7 +37,7 @@ class ProcessorRates:
     bytes: float
 
 
-def measure(workers: int, threads: int = 1) -> ProcessorRates:
+def measure(workers: int, threads: int = 1) -> CpuRates:
     """Return the rates of one of several processes, in a second or so.
 
     Args:
@@ -51,10 +51,10 @@ def measure(workers: int, threads: int = 1) -> ProcessorRates:
     ]
     said = [json.loads(process.communicate(timeout=60)[0]) for process in running]
     flops, moved = (float(np.mean([each[name] for each in said])) for name in ("flops", "bytes"))
-    return ProcessorRates(flops, moved)
+    return CpuRates(flops, moved)
 
 
-def processor(memory_gib: float, rates: ProcessorRates | None = None) -> Device:
+def cpu_device(memory_gib: float, rates: CpuRates | None = None) -> Device:
     """Return this machine's processors as one worker sees them.
 
     Args:

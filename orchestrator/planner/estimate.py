@@ -1,4 +1,4 @@
-"""What a job needs and takes on given machines, with how far that may be off."""
+"""What a job needs and takes on a given cluster, with how far that may be off."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config.auto_values import resolve_dtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.parallel.deepspeed_config import fit_buffers, render
-from orchestrator.planner.calibration import MARGIN, MemoryConstants, Verdict, verdict
+from orchestrator.planner.calibration import MARGIN, MemoryParams, Verdict, verdict
 from orchestrator.planner.host_memory import HostMemory, Offload
-from orchestrator.planner.memory import GIB, GpuMemory, gpu_memory, host_memory_of
+from orchestrator.planner.memory import GIB, GpuMemory, gpu_memory, host_memory_of_workload
 from orchestrator.planner.step_time import (
-    NoPeak,
+    MissingDeviceRates,
     StepTime,
-    TimeConstants,
+    TimeParams,
     dtype_of,
     micro_batch_model_flops,
     step_time,
     tokens_per_gpu_second,
 )
-from orchestrator.planner.workload import Model, Work
+from orchestrator.planner.workload import Model, Workload
 
 MEMORY_RANGE = {True: 0.10, False: 0.25}
 """Share of the predicted peak by which nine in ten published rows may be off, calibrated and not; rounded up
@@ -39,7 +39,7 @@ _OPTIMIZER_BYTES = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
 
 
 @dataclass(frozen=True)
-class Constants:
+class CalibrationParams:
     """What is known of this stack, beside formulas.
 
     Attributes:
@@ -48,8 +48,8 @@ class Constants:
         calibrated: Whether they were fitted to steps that it made.
     """
 
-    memory: MemoryConstants = field(default_factory=MemoryConstants)
-    time: TimeConstants = field(default_factory=TimeConstants)
+    memory: MemoryParams = field(default_factory=MemoryParams)
+    time: TimeParams = field(default_factory=TimeParams)
     calibrated: bool = False
 
 
@@ -63,8 +63,8 @@ class Prediction:
         peak_bytes: What a GPU's allocator holds at the peak.
         needed_bytes: What has to fit.
         capacity_bytes: What a GPU has.
-        beside_bytes: Of the peak, what is offloaded, where host and device have one memory.
-        unseen_bytes: Of the peak, what torch's allocator does not see: CUDA's own.
+        offloaded_bytes: Of the peak, what is offloaded, where host and device have one memory.
+        unallocated_bytes: Of the peak, what torch's allocator does not see: CUDA's own.
         host: Bytes of a worker in its node's memory.
         host_bytes_per_node: Of all workers of a node.
         host_capacity_bytes: What a node has; None where that is not known.
@@ -74,13 +74,13 @@ class Prediction:
         calibrated: Whether constants of this stack were used.
     """
 
-    work: Work
+    work: Workload
     memory: GpuMemory
     peak_bytes: float
     needed_bytes: float
     capacity_bytes: float
-    beside_bytes: float
-    unseen_bytes: float
+    offloaded_bytes: float
+    unallocated_bytes: float
     host: HostMemory
     host_bytes_per_node: float
     host_capacity_bytes: float | None
@@ -132,7 +132,7 @@ class Prediction:
                 round(self.peak_bytes * (1 - off)),
                 round(self.peak_bytes * (1 + off)),
             ],
-            "memory_reserved_peak_bytes": round(self.peak_bytes - self.unseen_bytes),
+            "memory_reserved_peak_bytes": round(self.peak_bytes - self.unallocated_bytes),
             "memory_needed_bytes": round(self.needed_bytes),
             "memory_capacity_bytes": round(self.capacity_bytes),
             "memory_bytes_by_part": {name: round(size) for name, size in self.memory.by_part().items()},
@@ -148,9 +148,9 @@ class Prediction:
         }
 
 
-def work_of(
+def workload_from_job(
     job: JobSpec, config: Mapping[str, Any], model: Model, gpus_per_node: int, device: Literal["cuda", "cpu"]
-) -> Work:
+) -> Workload:
     """Return what a job does, as sizes.
 
     Attention is counted over whole packs where documents see each other, and where documents are not known.
@@ -165,7 +165,7 @@ def work_of(
     parallel, optim, spec = job.parallel, job.optim, job.model
     wide = resolve_dtype(spec.dtype, device) == "fp32"
     size = 4 if wide else 2
-    return Work(
+    return Workload(
         model=model,
         length_tokens=job.data.max_length,
         micro_batch_size=optim.micro_batch_size,
@@ -178,7 +178,7 @@ def work_of(
         targets=job.method.target_modules,
         train_embeddings=job.method.train_embeddings,
         quantization=_quantization(job, config),
-        casts_frozen=False,
+        casts_frozen_to_fp32=False,
         element_bytes=size,
         adapter_bytes=size,
         optimizer_bytes=_OPTIMIZER_BYTES.get(optim.optimizer, 8.0),
@@ -191,41 +191,43 @@ def work_of(
     )
 
 
-def predict(work: Work, machines: Machines, constants: Constants = Constants()) -> Prediction:
+def predict(
+    work: Workload, cluster: ClusterSpec, calibration: CalibrationParams = CalibrationParams()
+) -> Prediction:
     """Return what work needs and takes.
 
     Args:
         work: What is done.
-        machines: On what.
-        constants: What is known of the stack.
+        cluster: On what.
+        calibration: What is known of the stack.
     """
-    processor = machines.device.is_cpu
-    host, beside = host_memory_of(work), 0.0
+    processor = cluster.device.is_cpu
+    host, beside = host_memory_of_workload(work), 0.0
     if processor:  # a process, and both in one memory
         memory = gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0)
         beside = float(host.held)
     else:
         memory = gpu_memory(work)
     try:
-        time = step_time(work, machines.device, constants.time)
-    except NoPeak:
+        time = step_time(work, cluster.device, calibration.time)
+    except MissingDeviceRates:
         time = None
-    if processor and not constants.calibrated:
+    if processor and not calibration.calibrated:
         time = None  # the general constants are those of GPUs
     return Prediction(
         work=work,
         memory=memory,
-        peak_bytes=constants.memory.peak(memory) + beside,
-        needed_bytes=constants.memory.needed(memory) + beside,
-        capacity_bytes=machines.device.memory_bytes,
-        beside_bytes=beside,
-        unseen_bytes=0.0 if processor else memory.context,
+        peak_bytes=calibration.memory.peak(memory) + beside,
+        needed_bytes=calibration.memory.needed(memory) + beside,
+        capacity_bytes=cluster.device.memory_bytes,
+        offloaded_bytes=beside,
+        unallocated_bytes=0.0 if processor else memory.context,
         host=host,
-        host_bytes_per_node=host.total * min(work.world_size, machines.gpus_per_node),
-        host_capacity_bytes=None if processor else machines.host_bytes_per_node,
+        host_bytes_per_node=host.total * min(work.world_size, cluster.gpus_per_node),
+        host_capacity_bytes=None if processor else cluster.host_bytes_per_node,
         time=time,
-        peak_flops=None if processor else machines.device.peak_flops(dtype_of(work)),
-        calibrated=constants.calibrated,
+        peak_flops=None if processor else cluster.device.peak_flops(dtype_of(work)),
+        calibrated=calibration.calibrated,
     )
 
 
@@ -236,7 +238,7 @@ def _offload(job: JobSpec, model: Model, wide: bool, device: Literal["cuda", "cp
         return Offload(parallel.offload_optimizer, parallel.offload_param)
     ds_config = render(job, "fp32" if wide else "bf16", device)
     fit_buffers(ds_config, -(-model.parameters.largest // parallel.workers))
-    return Offload.of(ds_config)
+    return Offload.from_ds_config(ds_config)
 
 
 def _quantization(

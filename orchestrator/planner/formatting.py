@@ -1,56 +1,61 @@
-"""Plans in words, for people and for errors."""
+"""Formats predictions, changes and suggestions for people and for error messages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from orchestrator.planner.estimate import MEMORY_RANGE, TIME_RANGE, Prediction
-from orchestrator.planner.search import Remedy
+from orchestrator.planner.search import Suggestion
 
 GIB = 2**30
 
 
-def figures(prediction: Prediction) -> str:
-    """Return what a job needs and takes, with ranges."""
-    off, slow = MEMORY_RANGE[prediction.calibrated], TIME_RANGE[prediction.calibrated]
-    capacity = prediction.capacity_bytes / GIB
-    said = f"{prediction.verdict}: {prediction.peak_bytes / GIB:.1f} GiB ± {off:.0%} of {capacity:.1f}"
+def format_prediction(prediction: Prediction) -> str:
+    """Return verdict, memory, step time and throughput on one line, each with its error range."""
+    memory_range = MEMORY_RANGE[prediction.calibrated]
+    capacity_gib = prediction.capacity_bytes / GIB
+    text = f"{prediction.verdict}: {prediction.peak_bytes / GIB:.1f} GiB ± {memory_range:.0%}"
+    text += f" of {capacity_gib:.1f}"
     if prediction.host_bytes_per_node > GIB:
-        host = prediction.host_capacity_bytes
-        said += f", host {prediction.host_bytes_per_node / GIB:.0f} GiB a node"
-        said += f" of {host / GIB:.0f}" if host else ""
+        host_bytes = prediction.host_capacity_bytes
+        text += f", host {prediction.host_bytes_per_node / GIB:.0f} GiB per node"
+        text += f" of {host_bytes / GIB:.0f}" if host_bytes else ""
     if prediction.time is None:
-        return said  # the catalogue has no peak of this device
-    said += f"; {seconds_text(prediction.time.total)} s a step ± {slow:.0%}, TGS {prediction.tgs:,.0f}"
+        return text  # the catalogue has no peak FLOP/s for this device
+    time_range = TIME_RANGE[prediction.calibrated]
+    text += f"; {format_seconds(prediction.time.total)} s per step ± {time_range:.0%}"
+    text += f", TGS {prediction.tgs:,.0f}"
     tflops = prediction.tflops or 0.0
-    said += f", {tflops:.0f} TFLOP/s" if tflops >= 10 else f", {tflops:.2g} TFLOP/s"
-    return said + (f", MFU {prediction.mfu:.0%}" if prediction.mfu is not None else "")
+    text += f", {tflops:.0f} TFLOP/s" if tflops >= 10 else f", {tflops:.2g} TFLOP/s"
+    return text + (f", MFU {prediction.mfu:.0%}" if prediction.mfu is not None else "")
 
 
-def changed(changes: Mapping[str, Any]) -> str:
-    """Return changes of a job as options of the command line."""
+def format_changes(changes: Mapping[str, object]) -> str:
+    """Return changes to a job as command line options."""
     if not changes:
         return "as written"
     return " ".join(
-        f"--set {name}={word(value)}" if "." in name else f"{name} {value}" for name, value in changes.items()
+        f"--set {name}={format_value(value)}" if "." in name else f"{name} {value}"
+        for name, value in changes.items()
     )
 
 
-def word(value: Any) -> str:
-    """Return a value as a job file writes it."""
+def format_value(value: object) -> str:
+    """Return a value in YAML notation."""
     return "null" if value is None else str(value)
 
 
-def seconds_text(seconds: float) -> str:
-    """Return seconds with three figures, or whole."""
+def format_seconds(seconds: float) -> str:
+    """Return seconds with three significant digits, or as an integer from 100 on."""
     return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
-def remedy_lines(remedies: Sequence[Remedy]) -> list[str]:
-    """Return what would make a job fit, a line each."""
-    if not remedies:
-        return ["nothing that could be tried makes it fit"]
-    return ["it would fit with:"] + [
-        f"  {changed(each.changes)}: {figures(each.candidate.prediction)}" for each in remedies
+def format_suggestions(suggestions: Sequence[Suggestion]) -> list[str]:
+    """Return the changes that would make a job fit, one per line."""
+    if not suggestions:
+        return ["No configuration that was tried fits."]
+    lines = [
+        f"  {format_changes(suggestion.changes)}: {format_prediction(suggestion.candidate.prediction)}"
+        for suggestion in suggestions
     ]
+    return ["It would fit with:", *lines]

@@ -41,7 +41,7 @@ class Offload:
     parameters_in_memory: int = 0
 
     @classmethod
-    def of(cls, ds_config: Mapping[str, Any]) -> Offload:
+    def from_ds_config(cls, ds_config: Mapping[str, Any]) -> Offload:
         """Return what a configuration as of `orchestrator.parallel.deepspeed_config.render` offloads."""
         zero = ds_config["zero_optimization"]
         optimizer, parameters = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
@@ -55,7 +55,7 @@ class Offload:
         )
 
 
-NOTHING = Offload()
+NO_OFFLOAD = Offload()
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def host_memory(ds_config: Mapping[str, Any], count: ParameterCount, workers: in
         workers: Workers among whom the state is partitioned.
     """
     stage = ds_config["zero_optimization"]["stage"]
-    return offloaded(Offload.of(ds_config), stage, _weight_bytes(ds_config), count, workers)
+    return offloaded(Offload.from_ds_config(ds_config), stage, _weight_bytes(ds_config), count, workers)
 
 
 def offloaded(
@@ -127,7 +127,7 @@ def disk_bytes(ds_config: Mapping[str, Any], count: ParameterCount, workers: int
         count: Parameters of the model, with its adapters.
         workers: Workers among whom the state is partitioned.
     """
-    offload, found = Offload.of(ds_config), 0
+    offload, found = Offload.from_ds_config(ds_config), 0
     if offload.optimizer == "nvme":
         found += STATE_BYTES * -(-count.trained // workers)
     if offload.parameters == "nvme":

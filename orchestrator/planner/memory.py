@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 from orchestrator.arch.parameters import ParameterCount
 from orchestrator.planner.host_memory import HostMemory, offloaded
-from orchestrator.planner.workload import Quantization, Work
+from orchestrator.planner.workload import Quantization, Workload
 
 GIB = 2**30
 CONTEXT_BYTES = 0.6 * GIB
@@ -121,7 +121,7 @@ class GpuMemory:
 
 
 def gpu_memory(
-    work: Work, context_bytes: float = CONTEXT_BYTES, collectives_bytes: float = COLLECTIVES_BYTES
+    work: Workload, context_bytes: float = CONTEXT_BYTES, collectives_bytes: float = COLLECTIVES_BYTES
 ) -> GpuMemory:
     """Return what a worker needs on its GPU.
 
@@ -146,12 +146,12 @@ def gpu_memory(
         step=step,
         quantization=0.0 if work.quantization == "none" else 2.0 * work.element_bytes * _largest_linear(work),
         context=context_bytes + (collectives_bytes if many and context_bytes else 0.0),
-        fragmentation=FRAGMENTATION * work.varying**2 * moment,
+        fragmentation=FRAGMENTATION * work.length_variation**2 * moment,
         retained=RETAINED * min(step, moment) + _reserved_gradients(work),
     )
 
 
-def host_memory_of(work: Work) -> HostMemory:
+def host_memory_of_workload(work: Workload) -> HostMemory:
     """Return what a worker needs in its node's memory for what is offloaded.
 
     Args:
@@ -164,7 +164,7 @@ def host_memory_of(work: Work) -> HostMemory:
     return replace(states, activations=round(_inputs(work))) if work.offload_activations else states
 
 
-def weight_bytes(work: Work) -> float:
+def weight_bytes(work: Workload) -> float:
     """Return the bytes of all weights that stay on the GPU, adapters among them."""
     found, size = work.model.parameters, float(work.element_bytes)
     linears = float(found.layers * found.matrices_per_layer)
@@ -174,14 +174,14 @@ def weight_bytes(work: Work) -> float:
     else:
         bitsandbytes = work.quantization in ("nf4", "int8")
         base = BITS[work.quantization] / 8 * linears
-        base += (4.0 if bitsandbytes and work.casts_frozen else size) * rest
+        base += (4.0 if bitsandbytes and work.casts_frozen_to_fp32 else size) * rest
     beside = work.adapter_bytes * work.adapters + size * work.copies
     if work.zero_stage < 3:
         return base + beside
     return 0.0 if work.offload_param else (base + beside) / work.world_size
 
 
-def gradient_bytes(work: Work) -> float:
+def gradient_bytes(work: Workload) -> float:
     """Return the bytes of gradients that stay on the GPU between micro-batches."""
     if work.offload_optimizer and work.zero_stage >= 2:
         return 0.0
@@ -189,7 +189,7 @@ def gradient_bytes(work: Work) -> float:
     return float(size) / (work.world_size if work.zero_stage >= 2 else 1)
 
 
-def optimizer_bytes(work: Work) -> float:
+def optimizer_bytes(work: Workload) -> float:
     """Return the bytes of the optimizer's state over all workers, wherever it is."""
     wide = work.adapters if work.adapter_bytes == 4 else 0
     narrow = work.trained - wide
@@ -202,7 +202,7 @@ def optimizer_bytes(work: Work) -> float:
     return (moments + copies) * narrow + (work.optimizer_bytes + partition) * wide
 
 
-def kept_bytes(work: Work) -> float:
+def kept_bytes(work: Workload) -> float:
     """Return the bytes that the forward pass keeps on the GPU for the backward pass."""
     layers = work.model.shape.layers
     if work.checkpointing == "full":
@@ -214,13 +214,13 @@ def kept_bytes(work: Work) -> float:
     return layers * (_layer(work, saves_all=False) + scores)
 
 
-def layer_bytes(work: Work) -> float:
+def layer_bytes(work: Workload) -> float:
     """Return the bytes of one layer's own activations in its backward pass; gradients take their places."""
     scores = 0.0 if work.flash else SCORE_BYTES * _scores(work)
     return _layer(work, saves_all=True) + scores
 
 
-def loss_bytes(work: Work) -> float:
+def loss_bytes(work: Workload) -> float:
     """Return the bytes of logits and loss: all at once, or one tile of them and its gradient."""
     scored = work.tokens * work.largest_labelled_share
     tokens = min(scored, work.loss_tile_tokens) if work.loss_tile_tokens else scored
@@ -232,17 +232,17 @@ def loss_bytes(work: Work) -> float:
     return work.logit_bytes * work.element_bytes / 2 * work.model.shape.vocab_size * tokens + tiled
 
 
-def _inputs(work: Work) -> float:
+def _inputs(work: Workload) -> float:
     shape = work.model.shape
     return float(work.element_bytes * shape.hidden_size * shape.layers * work.tokens)
 
 
-def _scores(work: Work) -> float:
+def _scores(work: Workload) -> float:
     """Return the scores of a layer: each token of a worker's share against the whole row, in every head."""
     return float(work.tokens) * work.model.shape.heads * work.length_tokens
 
 
-def _layer(work: Work, saves_all: bool) -> float:
+def _layer(work: Workload, saves_all: bool) -> float:
     """Return the bytes of a layer's activations, without scores.
 
     A token has (18 h + 4 q + 8 kv + 8 i + 4 a) bytes in 16 bits: two norms with their fp32 copies, inputs and
@@ -269,7 +269,7 @@ _SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj", "w2", "w3"})
 """Products whose input another one saves too."""
 
 
-def _products(work: Work) -> float:
+def _products(work: Workload) -> float:
     """Return the bytes of what a layer's products and its attention gave."""
     outputs = sum(each.outputs for each in work.model.parameters.linears)
     shape = work.model.shape
@@ -278,7 +278,7 @@ def _products(work: Work) -> float:
     )
 
 
-def _window(work: Work) -> float:
+def _window(work: Workload) -> float:
     """Return the bytes of weights that ZeRO-3 has gathered, and prefetches."""
     if work.zero_stage < 3:
         return 0.0
@@ -289,13 +289,13 @@ def _window(work: Work) -> float:
     )
 
 
-def _buffers(work: Work) -> float:
+def _buffers(work: Workload) -> float:
     if work.zero_stage == 0:  # PyTorch's DistributedDataParallel copies gradients into buckets
         return gradient_bytes(work) if work.world_size > 1 else 0.0
     return 2.0 * work.element_bytes * min(REDUCE_BUCKET, work.trained)
 
 
-def _step(work: Work) -> float:
+def _step(work: Workload) -> float:
     """Return the bytes that the step takes: fp32 gradients, or the update of an AdamW without fp32 copies."""
     if work.offload_optimizer:
         return 0.0
@@ -305,7 +305,7 @@ def _step(work: Work) -> float:
     return 8.0 * min(share, SUB_GROUP) if work.zero_stage == 3 else 4.0 * share
 
 
-def _reserved_gradients(work: Work) -> float:
+def _reserved_gradients(work: Workload) -> float:
     """Return what ZeRO-3 is seen to hold for gradients beside their 16 bits.
 
     DeepSpeed's own estimator counts 18 bytes a parameter, with gradients in fp32. Its code keeps 16; the
@@ -316,5 +316,5 @@ def _reserved_gradients(work: Work) -> float:
     return 2.0 * (work.trained - work.adapters) / work.world_size
 
 
-def _largest_linear(work: Work) -> float:
+def _largest_linear(work: Workload) -> float:
     return float(max(each.inputs * each.outputs for each in work.model.parameters.linears))

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
 from orchestrator.parallel.parallel_dims import sequence_parallel_degrees
-from orchestrator.planner.estimate import Constants, Prediction, predict, work_of
-from orchestrator.planner.workload import UNREAD, DataShape, Model
+from orchestrator.planner.estimate import CalibrationParams, Prediction, predict, workload_from_job
+from orchestrator.planner.workload import UNKNOWN_DATA, DataShape, Model
 
 TIE = 0.03
 """Predictions that are this close are not told apart: the plan that asks for less is preferred."""
@@ -78,7 +78,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Remedy:
+class Suggestion:
     """Changes that make a job fit.
 
     Attributes:
@@ -95,63 +95,63 @@ class Plan:
     """What the search found.
 
     Attributes:
-        machines: What was planned for.
+        cluster: What was planned for.
         asked: The job as it is written, on as many workers as it says.
         best: The candidate to take; None where nothing fits.
         others: The best candidate of every other way to place states and share sequences, fitting ones first.
         considered: How many candidates were predicted.
     """
 
-    machines: Machines
+    cluster: ClusterSpec
     asked: Candidate
     best: Candidate | None
     others: tuple[Candidate, ...]
     considered: int
 
 
-def asked_of(
+def predict_job(
     job: JobSpec,
     config: Mapping[str, Any],
-    machines: Machines,
-    constants: Constants = Constants(),
-    data: DataShape = UNREAD,
+    cluster: ClusterSpec,
+    calibration: CalibrationParams = CalibrationParams(),
+    data: DataShape = UNKNOWN_DATA,
 ) -> Candidate:
     """Return the prediction of a job as it is written.
 
     Args:
         job: The job.
         config: Its model's config.json.
-        machines: What it runs on.
-        constants: What is known of the stack.
+        cluster: What it runs on.
+        calibration: What is known of the stack.
         data: What is known of the data.
 
     Raises:
         SpecError: The model is of a family whose sizes are not known.
     """
-    return _Search(job, config, machines, constants, data).candidate(job)
+    return _Search(job, config, cluster, calibration, data).candidate(job)
 
 
-def best_plan(
+def search(
     job: JobSpec,
     config: Mapping[str, Any],
-    machines: Machines,
-    constants: Constants = Constants(),
-    data: DataShape = UNREAD,
+    cluster: ClusterSpec,
+    calibration: CalibrationParams = CalibrationParams(),
+    data: DataShape = UNKNOWN_DATA,
 ) -> Plan:
-    """Return the fastest way to train a job on machines, and the ways that lose.
+    """Return the fastest way to train a job on a cluster, and the ways that lose.
 
     Args:
         job: The job.
         config: Its model's config.json.
-        machines: What there is.
-        constants: What is known of the stack.
+        cluster: What there is.
+        calibration: What is known of the stack.
         data: What is known of the data.
 
     Raises:
         SpecError: The model is of a family whose sizes are not known.
     """
-    search = _Search(job, config, machines, constants, data)
-    found = list(search.candidates())
+    space = _Search(job, config, cluster, calibration, data)
+    found = list(space.candidates())
     fitting = [each for each in found if each.prediction.verdict == "fits"]
     # What has no margin is better than nothing.
     usable = fitting or [each for each in found if each.prediction.verdict == "tight"]
@@ -162,17 +162,17 @@ def best_plan(
     best_way = _way(best.job) if best else None
     others = [_best_of(group) for way, group in ways.items() if way != best_way]
     others.sort(key=lambda each: (_order(each), each.seconds_per_pack, each.prediction.needed_bytes))
-    return Plan(machines, search.candidate(job), best, tuple(others), len(found))
+    return Plan(cluster, space.candidate(job), best, tuple(others), len(found))
 
 
-def cheapest_changes(
+def suggest_changes(
     job: JobSpec,
     config: Mapping[str, Any],
-    machines: Machines,
-    constants: Constants,
-    data: DataShape = UNREAD,
+    cluster: ClusterSpec,
+    calibration: CalibrationParams,
+    data: DataShape = UNKNOWN_DATA,
     count: int = 3,
-) -> list[Remedy]:
+) -> list[Suggestion]:
     """Return what would make a job fit, least changes first, and of equally many the fastest.
 
     Where spreading it otherwise does not give as many ways, more nodes, shorter packs and adapters follow.
@@ -180,45 +180,49 @@ def cheapest_changes(
     Args:
         job: The job.
         config: Its model's config.json.
-        machines: What it was to run on.
-        constants: What is known of the stack.
+        cluster: What it was to run on.
+        calibration: What is known of the stack.
         data: What is known of the data.
         count: How many.
     """
-    search = _Search(job, config, machines, constants, data)
-    asked = search.candidate(job)
-    fitting = [each for each in search.candidates() if each.prediction.verdict != "does not fit"]
+    space = _Search(job, config, cluster, calibration, data)
+    asked = space.candidate(job)
+    fitting = [each for each in space.candidates() if each.prediction.verdict != "does not fit"]
     changed = [(asked.changes_to(each), each) for each in fitting]
     changed.sort(
         key=lambda pair: (len(pair[0]), pair[1].prediction.verdict != "fits", pair[1].seconds_per_pack)
     )
-    found: list[Remedy] = []
+    found: list[Suggestion] = []
     for changes, each in changed:
         if not any(set(earlier.changes) <= set(changes) for earlier in found):
-            found.append(Remedy(changes, each))
-    found += [] if len(found) >= count else _other_remedies(job, config, machines, constants, data)
+            found.append(Suggestion(changes, each))
+    found += [] if len(found) >= count else _suggest_other_jobs(job, config, cluster, calibration, data)
     return found[:count]
 
 
-def _other_remedies(
-    job: JobSpec, config: Mapping[str, Any], machines: Machines, constants: Constants, data: DataShape
-) -> Iterator[Remedy]:
-    """Yield what asks for other machines, or changes what is learnt."""
+def _suggest_other_jobs(
+    job: JobSpec,
+    config: Mapping[str, Any],
+    cluster: ClusterSpec,
+    calibration: CalibrationParams,
+    data: DataShape,
+) -> Iterator[Suggestion]:
+    """Yield what asks for another cluster, or changes what is learnt."""
     for factor in (2, 4, 8, 16, 32, 64):
-        larger = replace(machines, nodes=machines.nodes * factor)
-        best = best_plan(job, config, larger, constants, data).best
-        if best and best.job.parallel.workers > machines.gpus:
-            asked = _Search(job, config, machines, constants, data).candidate(job)
-            yield Remedy({"--gpus": str(larger), **asked.changes_to(best)}, best)
+        larger = replace(cluster, nodes=cluster.nodes * factor)
+        best = search(job, config, larger, calibration, data).best
+        if best and best.job.parallel.workers > cluster.gpus:
+            asked = _Search(job, config, cluster, calibration, data).candidate(job)
+            yield Suggestion({"--gpus": str(larger), **asked.changes_to(best)}, best)
             break
-    if job.parallel.workers > machines.gpus:
+    if job.parallel.workers > cluster.gpus:
         return  # whatever is learnt
     length = job.data.max_length // 2
     while length >= 512:
         shorter = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
-        found = _Search(shorter, config, machines, constants, data).candidate(shorter)
+        found = _Search(shorter, config, cluster, calibration, data).candidate(shorter)
         if found.prediction.verdict == "fits":
-            yield Remedy({"data.max_length": length}, found)
+            yield Suggestion({"data.max_length": length}, found)
             break
         length //= 2
     for kind, bits in (("lora", "none"), ("lora", "nf4")):
@@ -228,10 +232,10 @@ def _other_remedies(
             True for _ in broken_rules(adapted)
         ):
             continue
-        found = _Search(adapted, config, machines, constants, data).candidate(adapted)
+        found = _Search(adapted, config, cluster, calibration, data).candidate(adapted)
         if found.prediction.verdict == "fits":
             changes = {"method.type": kind} | ({} if bits == "none" else {"method.quantization": bits})
-            yield Remedy(changes, found)
+            yield Suggestion(changes, found)
 
 
 def preferred(candidates: Iterable[Candidate]) -> Candidate | None:
@@ -258,26 +262,26 @@ class _Search:
         self,
         job: JobSpec,
         config: Mapping[str, Any],
-        machines: Machines,
-        constants: Constants,
+        cluster: ClusterSpec,
+        calibration: CalibrationParams,
         data: DataShape,
     ) -> None:
-        model = Model.of(config)
+        model = Model.from_config(config)
         if model is None:
             raise SpecError(
                 f"model.path={job.model.path} is of the family {config.get('model_type')!r}, whose sizes are "
                 "not known here, so it cannot be planned; train it with --force, which plans nothing"
             )
         self._job, self._config, self._model = job, config, model
-        self._machines, self._constants, self._data = machines, constants, data
-        self._device: Any = "cpu" if machines.device.is_cpu else "cuda"
+        self._cluster, self._calibration, self._data = cluster, calibration, data
+        self._device: Any = "cpu" if cluster.device.is_cpu else "cuda"
 
     def candidate(self, job: JobSpec) -> Candidate:
         """Return a job with its prediction."""
-        per_node = min(self._machines.gpus_per_node, job.parallel.workers)
-        work = work_of(job, self._config, self._model, per_node, self._device)
+        per_node = min(self._cluster.gpus_per_node, job.parallel.workers)
+        work = workload_from_job(job, self._config, self._model, per_node, self._device)
         work = work.over(self._data, job.data.cross_document_attention)
-        return Candidate(job, predict(work, self._machines, self._constants))
+        return Candidate(job, predict(work, self._cluster, self._calibration))
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield what the rules allow, but for what needs more than something that does not fit already."""
@@ -292,7 +296,7 @@ class _Search:
         """Yield numbers of workers, and of those that share a row, that can be dealt a step's packs."""
         shape, packs = self._model.shape, self._job.optim.global_batch_size
         degrees = sequence_parallel_degrees(shape.heads, shape.kv_heads)
-        for workers, size in product(_worlds(self._machines), degrees):
+        for workers, size in product(_worlds(self._cluster), degrees):
             if workers % size == 0 and packs % (workers // size) == 0:
                 yield workers, size
 
@@ -340,9 +344,9 @@ def _with(
     )
 
 
-def _worlds(machines: Machines) -> list[int]:
+def _worlds(cluster: ClusterSpec) -> list[int]:
     """Return numbers of workers: all, whole nodes that divide them or are powers of two, and parts of one."""
-    nodes, each = machines.nodes, machines.gpus_per_node
+    nodes, each = cluster.nodes, cluster.gpus_per_node
     whole = {n for n in range(1, nodes + 1) if nodes % n == 0 or n & (n - 1) == 0}
     parts = {n for n in range(1, each + 1) if each % n == 0}
     return sorted({n * each for n in whole} | parts, reverse=True)

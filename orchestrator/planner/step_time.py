@@ -22,7 +22,7 @@ from orchestrator.arch.flops import (
 )
 from orchestrator.cluster.hardware import Device
 from orchestrator.planner.memory import weight_bytes
-from orchestrator.planner.workload import Quantization, Work
+from orchestrator.planner.workload import Quantization, Workload
 
 MATMUL_SHARE = 0.859
 """Of the dense peak, that the best product reaches on a device of which nobody measured it: the A100's."""
@@ -81,7 +81,7 @@ STEP_BYTES = 32.0
 
 
 @dataclass(frozen=True)
-class TimeConstants:
+class TimeParams:
     """What a stack's time differs by.
 
     Attributes:
@@ -152,11 +152,11 @@ class MicroSteps:
     count: int
     parts: StepTime
 
-    def step(self, constants: TimeConstants = TimeConstants()) -> StepTime:
+    def step(self, params: TimeParams = TimeParams()) -> StepTime:
         """Return the seconds of a step of a stack with these constants."""
-        parts, steps, work = self.parts, float(self.count), self.count / constants.efficiency
-        kernels = (parts.linear + parts.attention + parts.elementwise) / constants.efficiency
-        launches = parts.launch * constants.launch_factor
+        parts, steps, work = self.parts, float(self.count), self.count / params.efficiency
+        kernels = (parts.linear + parts.attention + parts.elementwise) / params.efficiency
+        launches = parts.launch * params.launch_factor
         # The larger of the two, but near their crossing neither hides the other entirely.
         waiting = (kernels**4 + launches**4) ** 0.25 - kernels
         return StepTime(
@@ -167,18 +167,18 @@ class MicroSteps:
             launch=waiting * steps,
             zero=max(EXPOSED * parts.zero, parts.zero - kernels) * steps,
             ulysses=parts.ulysses * steps,
-            network=parts.network * steps * constants.network_factor,
+            network=parts.network * steps * params.network_factor,
             fetch=max(0.0, parts.fetch - kernels) * steps,
-            offload=parts.offload / constants.efficiency,
-            optimizer=parts.optimizer / constants.efficiency,
+            offload=parts.offload / params.efficiency,
+            optimizer=parts.optimizer / params.efficiency,
         )
 
 
-class NoPeak(ValueError):
+class MissingDeviceRates(ValueError):
     """The catalogue has no peak or bandwidth for a device and number format."""
 
 
-def micro_steps(work: Work, device: Device) -> MicroSteps:
+def micro_steps(work: Workload, device: Device) -> MicroSteps:
     """Return the seconds of a step's parts.
 
     Args:
@@ -186,7 +186,7 @@ def micro_steps(work: Work, device: Device) -> MicroSteps:
         device: Of the catalogue.
 
     Raises:
-        NoPeak: The catalogue lacks what the prediction needs.
+        MissingDeviceRates: The catalogue lacks what the prediction needs.
     """
     rates = _rates(work, device)
     zero, ulysses, network = _traffic(work, device)
@@ -207,28 +207,28 @@ def micro_steps(work: Work, device: Device) -> MicroSteps:
     return MicroSteps(work.gradient_accumulation_steps, parts)
 
 
-def step_time(work: Work, device: Device, constants: TimeConstants = TimeConstants()) -> StepTime:
+def step_time(work: Workload, device: Device, params: TimeParams = TimeParams()) -> StepTime:
     """Return the seconds of an optimizer step by part.
 
     Args:
         work: What is trained and how.
         device: Of the catalogue.
-        constants: Of the software stack.
+        params: Of the software stack.
 
     Raises:
-        NoPeak: The catalogue lacks what the prediction needs.
+        MissingDeviceRates: The catalogue lacks what the prediction needs.
     """
-    return micro_steps(work, device).step(constants)
+    return micro_steps(work, device).step(params)
 
 
-def tokens_per_gpu_second(work: Work, seconds: float) -> float:
+def tokens_per_gpu_second(work: Workload, seconds: float) -> float:
     """Return TGS: a GPU's tokens of a step over its seconds; with shared sequences each has its share."""
     return work.tokens * work.gradient_accumulation_steps / seconds
 
 
-def micro_batch_forward_flops(work: Work) -> ForwardFlops:
+def micro_batch_forward_flops(work: Workload) -> ForwardFlops:
     """Return the FLOPs of one forward pass over a worker's micro-batch."""
-    seen = work.seen_tokens  # the micro-batch counts as tokens / seen documents of this length
+    seen = work.attended_tokens  # the micro-batch counts as tokens / seen documents of this length
     documents = work.tokens / seen
     return forward_flops(
         work.model.shape,
@@ -240,7 +240,7 @@ def micro_batch_forward_flops(work: Work) -> ForwardFlops:
     )
 
 
-def linear_flops(work: Work) -> float:
+def linear_flops(work: Workload) -> float:
     """Return the FLOPs of a worker's micro-batch in matmuls with weights, including recomputation.
 
     A layer is recomputed as a whole here, its last matmul included: `LINEAR_EFFICIENCY` was fitted so.
@@ -250,23 +250,23 @@ def linear_flops(work: Work) -> float:
     return hardware_flops(matmuls, recomputed, frozen_weights(work))
 
 
-def attention_flops(work: Work) -> float:
+def attention_flops(work: Workload) -> float:
     """Return the FLOPs of one causal forward pass of attention over a worker's micro-batch."""
     return micro_batch_forward_flops(work).attention
 
 
-def micro_batch_model_flops(work: Work) -> float:
+def micro_batch_model_flops(work: Workload) -> float:
     """Return the model FLOPs of a worker's micro-batch, without recomputation."""
     return model_flops(micro_batch_forward_flops(work), frozen_weights(work))
 
 
-def frozen_weights(work: Work) -> Frozen:
+def frozen_weights(work: Workload) -> Frozen:
     """Return which weights need no gradient."""
     is_lora = work.method == "lora"
     return Frozen(layers=is_lora, head=is_lora and not work.train_embeddings)
 
 
-def _attention_seconds(work: Work, rates: _Rates) -> float:
+def _attention_seconds(work: Workload, rates: _Rates) -> float:
     forward, again = attention_flops(work), 1.0 if work.checkpointing == "full" else 0.0
     if work.flash:
         return (1.0 + again + FLASH_PASSES) * forward / rates.attention
@@ -275,7 +275,7 @@ def _attention_seconds(work: Work, rates: _Rates) -> float:
     return traffic + (3.0 + again) * 2.0 * forward / rates.products  # the whole square
 
 
-def _elementwise_bytes(work: Work) -> float:
+def _elementwise_bytes(work: Workload) -> float:
     shape = work.model.shape
     inner = (8 if shape.mlp_matrices == 3 else 4) * shape.intermediate_size
     width = (
@@ -291,13 +291,13 @@ def _elementwise_bytes(work: Work) -> float:
     return work.tokens * (layers + loss)
 
 
-def _dequantized_bytes(work: Work) -> float:
+def _dequantized_bytes(work: Workload) -> float:
     found = work.model.parameters
     passes = 3.0 if work.checkpointing == "full" else 2.0
     return passes * WEIGHT_TRAFFIC[work.quantization] * found.layers * found.matrices_per_layer
 
 
-def _launch_seconds(work: Work) -> float:
+def _launch_seconds(work: Workload) -> float:
     passes = 3.0 if work.checkpointing == "none" else 4.0
     seconds = LAUNCH_SECONDS + ADAPTER_LAUNCH_SECONDS * len(work.adapted)
     if work.zero_stage == 3:
@@ -306,7 +306,7 @@ def _launch_seconds(work: Work) -> float:
     return seconds * passes * work.model.shape.layers
 
 
-def _traffic(work: Work, device: Device) -> tuple[float, float, float]:
+def _traffic(work: Workload, device: Device) -> tuple[float, float, float]:
     """Return seconds of ZeRO and Ulysses inside nodes and of both between nodes, for a micro-batch."""
     world, nodes = work.world_size, max(1, work.world_size // work.gpus_per_node)
     if world == 1:
@@ -322,7 +322,7 @@ def _traffic(work: Work, device: Device) -> tuple[float, float, float]:
     return (0.0 if nodes > 1 else zero), (exchanged - away) / inside, network
 
 
-def _zero_bytes(work: Work) -> float:
+def _zero_bytes(work: Workload) -> float:
     """Return what a worker sends and receives in a micro-batch for states that are partitioned."""
     if work.zero_stage == 3:
         # Gathered forward and backward, where a recomputed layer is gathered once; gradients are reduced.
@@ -331,7 +331,7 @@ def _zero_bytes(work: Work) -> float:
     return once if work.zero_stage == 2 else once / work.gradient_accumulation_steps
 
 
-def _base_bytes(work: Work) -> float:
+def _base_bytes(work: Workload) -> float:
     """Return the bytes of all weights: what ZeRO-3 gathers in a pass."""
     return (
         weight_bytes(work) * work.world_size
@@ -340,7 +340,7 @@ def _base_bytes(work: Work) -> float:
     )
 
 
-def _ulysses_bytes(work: Work) -> float:
+def _ulysses_bytes(work: Workload) -> float:
     """Return what a worker exchanges in a micro-batch: queries, keys, values and outputs, three times."""
     if work.sequence_parallel_size == 1:
         return 0.0
@@ -350,14 +350,14 @@ def _ulysses_bytes(work: Work) -> float:
     return passes * shape.layers * width * work.element_bytes * work.tokens
 
 
-def _fetch_seconds(work: Work, device: Device) -> float:
+def _fetch_seconds(work: Workload, device: Device) -> float:
     """Return the seconds of a micro-batch's copies of offloaded parameters: forward, recomputed, backward."""
     if not work.offload_param:
         return 0.0
     return 3.0 * work.element_bytes * work.model.parameters.total / work.world_size / _host_link(device)
 
 
-def _offload_seconds(work: Work, device: Device) -> float:
+def _offload_seconds(work: Workload, device: Device) -> float:
     """Return a step's seconds of CPU Adam and of copies that nothing hides."""
     found = 0.0
     if work.offload_optimizer:
@@ -373,11 +373,13 @@ def _offload_seconds(work: Work, device: Device) -> float:
 def _host_link(device: Device) -> float:
     """Return bytes a second between GPU and host."""
     if not device.host_link_gb_per_second:
-        raise NoPeak(f"device {device.name} has no host_link_gb_per_second in the catalogue; add it")
+        raise MissingDeviceRates(
+            f"device {device.name} has no host_link_gb_per_second in the catalogue; add it"
+        )
     return HOST_LINK_EFFICIENCY * device.host_link_gb_per_second / 2 * 1e9
 
 
-def dtype_of(work: Work) -> Literal["fp32", "bf16"]:
+def dtype_of(work: Workload) -> Literal["fp32", "bf16"]:
     """Return the number format whose peak bounds the work."""
     return "fp32" if work.element_bytes == 4 else "bf16"
 
@@ -391,13 +393,13 @@ class _Rates:
     bandwidth: float
 
 
-def _rates(work: Work, device: Device) -> _Rates:
+def _rates(work: Workload, device: Device) -> _Rates:
     dtype = dtype_of(work)
     peak, bandwidth = device.peak_flops(dtype), device.memory_bandwidth_gb_per_second
     if peak is None or bandwidth is None:
-        raise NoPeak(
-            f"device {device.name} has no {dtype} peak or no memory bandwidth in the catalogue, so its speed "
-            "cannot be predicted; add them in a file for --catalogue"
+        raise MissingDeviceRates(
+            f"The catalogue has no {dtype} peak or no memory bandwidth for device {device.name}, so its "
+            "speed cannot be predicted; add them with --catalogue."
         )
     matmul = device.achieved_fraction("matmul") or MATMUL_SHARE
     flash = device.achieved_fraction("flash_attention") or FLASH_SHARE
@@ -410,5 +412,7 @@ def _links(device: Device) -> tuple[float, float]:
     inside = one_way * (NVLINK_EFFICIENCY if device.interconnect == "nvlink" else PCIE_EFFICIENCY)
     between = NETWORK_EFFICIENCY * (device.network_gb_per_second or 0.0) * 1e9
     if not inside or not between:
-        raise NoPeak(f"device {device.name} has no interconnect or network in the catalogue; add them")
+        raise MissingDeviceRates(
+            f"device {device.name} has no interconnect or network in the catalogue; add them"
+        )
     return inside, between

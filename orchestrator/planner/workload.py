@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from orchestrator.arch.model_dims import ModelShape
 from orchestrator.arch.parameters import Linear, Parameters, chosen_linears, parameters
-from orchestrator.planner.host_memory import NOTHING, Offload
+from orchestrator.planner.host_memory import NO_OFFLOAD, Offload
 
 Quantization = Literal["none", "nf4", "int8", "gptq-int4", "gptq-int8"]
 
@@ -26,7 +26,7 @@ class Model:
     parameters: Parameters
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Model | None:
+    def from_config(cls, config: Mapping[str, Any]) -> Model | None:
         """Return the sizes that a config.json describes; None for a family that is not known."""
         shape, counted = ModelShape.from_config(config), parameters(config)
         return None if shape is None or counted is None else cls(shape, counted)
@@ -47,11 +47,11 @@ class DataShape:
     largest_labelled_share: float = 1.0
 
 
-UNREAD = DataShape()
+UNKNOWN_DATA = DataShape()
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """One way to train a model.
 
     Attributes:
@@ -67,8 +67,8 @@ class Work:
         targets: What they stand beside, as in a job file.
         train_embeddings: Whether adapters come with copies of embedding and head that are trained.
         quantization: Bits of frozen weights.
-        casts_frozen: Whether frozen weights that are not quantised are kept in fp32, as peft prepares models
-            for bitsandbytes.
+        casts_frozen_to_fp32: Whether frozen weights that are not quantized are kept in fp32, as
+            `peft.prepare_model_for_kbit_training` does for bitsandbytes.
         element_bytes: Of a weight and an activation: 2, or 4 for fp32.
         master_weights: Whether the optimizer keeps fp32 copies of 16-bit weights.
         adapter_bytes: Of a weight of an adapter.
@@ -81,7 +81,7 @@ class Work:
         loss_tile_tokens: Tokens scored at a time; 0 for all.
         mlp_tile_tokens: Tokens of a tile of the MLP; 0 for all.
         logit_bytes: Bytes of all that the loss holds for each logit.
-        varying: Share of micro-batches that are shorter than the longest: 0 for packs of one length.
+        length_variation: Share of micro-batches that are shorter than the longest: 0 for packs of one length.
         mean_square_tokens: Tokens that attention counts as seen by a row's tokens, on average: the documents'
             squared lengths over the tokens; 0 for attention over the whole row.
         labelled_share: Share of tokens that the LM head scores.
@@ -100,25 +100,25 @@ class Work:
     targets: str | tuple[str, ...] = "all-linear"
     train_embeddings: bool = False
     quantization: Quantization = "none"
-    casts_frozen: bool = True
+    casts_frozen_to_fp32: bool = True
     element_bytes: int = 2
     master_weights: bool = True
     adapter_bytes: int = 4
     optimizer_bytes: float = 8.0
     zero_stage: int = 0
-    offload: Offload = NOTHING
+    offload: Offload = NO_OFFLOAD
     offload_activations: bool = False
     checkpointing: Literal["full", "selective", "none"] = "full"
     flash: bool = True
     loss_tile_tokens: int = 0
     mlp_tile_tokens: int = 0
     logit_bytes: float = 14.0
-    varying: float = 0.0
+    length_variation: float = 0.0
     mean_square_tokens: float = 0.0
     labelled_share: float = 1.0
     largest_labelled_share: float = 1.0
 
-    def over(self, data: DataShape, whole_packs: bool) -> Work:
+    def over(self, data: DataShape, whole_packs: bool) -> Workload:
         """Return the same over data of which something is known.
 
         Args:
@@ -174,6 +174,6 @@ class Work:
         return self.model.parameters.total if self.method == "full" else self.adapters + self.copies
 
     @property
-    def seen_tokens(self) -> float:
+    def attended_tokens(self) -> float:
         """Squared lengths over tokens: how many tokens attention is counted for at each."""
         return self.mean_square_tokens or float(self.length_tokens)

@@ -8,16 +8,16 @@ from typing import Any
 
 from orchestrator.arch.hf_config import config_of, resized
 from orchestrator.cluster import hardware
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.cluster.topology import Node, from_state_api
 from orchestrator.config.auto_values import resolve_device
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
-from orchestrator.planner.calibration_store import constants_of, stack_of
-from orchestrator.planner.cpu_benchmark import processor
-from orchestrator.planner.feasibility import gpu_machines, processor_places, refusal
-from orchestrator.planner.formatting import GIB, figures
-from orchestrator.planner.search import asked_of
+from orchestrator.planner.calibration_store import load_calibration, software_stack_of
+from orchestrator.planner.cpu_benchmark import cpu_device
+from orchestrator.planner.feasibility import cpu_worker_slots, gpu_cluster, refusal
+from orchestrator.planner.formatting import GIB, format_prediction
+from orchestrator.planner.search import predict_job
 
 _logger = logging.getLogger(__name__)
 
@@ -47,23 +47,23 @@ def require_fit(job: JobSpec, fetch: Fetch, force: bool) -> None:
     """
     try:
         config = resized(config_of(job.model.path), job.model)
-        machines = cluster_from_dashboard(job, fetch)
-        plain = asked_of(job, config, machines)
+        cluster = cluster_from_dashboard(job, fetch)
+        plain = predict_job(job, config, cluster)
     except PlanningUnavailable as reason:
         _logger.info(f"not planned locally, train plans it on the cluster: {reason}")
         return
     except SpecError as reason:
         _logger.info(f"not planned locally, train plans it on the cluster: {'; '.join(reason.problems)}")
         return
-    constants = constants_of(stack_of(plain.prediction.work, machines))
-    prediction = asked_of(job, config, machines, constants).prediction
+    calibration = load_calibration(software_stack_of(plain.prediction.work, cluster))
+    prediction = predict_job(job, config, cluster, calibration).prediction
     if prediction.verdict == "does not fit" and not force:
-        raise ClusterError(refusal(job, config, machines, prediction, constants))
+        raise ClusterError(refusal(job, config, cluster, prediction, calibration))
     forced = ", and forced" if prediction.verdict == "does not fit" else ""
-    _logger.info(f"planned{forced} for {machines}: {figures(prediction)}")
+    _logger.info(f"planned{forced} for {cluster}: {format_prediction(prediction)}")
 
 
-def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> Machines:
+def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> ClusterSpec:
     """Return the nodes and devices of a cluster that a job would use.
 
     Args:
@@ -79,7 +79,7 @@ def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> Machines:
         raise PlanningUnavailable(f"the dashboard does not list its nodes ({error!r})") from None
     gpus = any(node.gpus for node in nodes)
     if resolve_device(job.parallel.device, gpus) == "cuda":
-        cluster = gpu_machines(job, nodes, _gpu(fetch))
+        cluster = gpu_cluster(job, nodes, _gpu(fetch))
     else:
         cluster = _cpu_nodes(job, nodes)
     if cluster is None:
@@ -87,13 +87,13 @@ def cluster_from_dashboard(job: JobSpec, fetch: Fetch) -> Machines:
     return cluster
 
 
-def _cpu_nodes(job: JobSpec, nodes: Sequence[Node]) -> Machines | None:
-    slots = processor_places(job, nodes)
+def _cpu_nodes(job: JobSpec, nodes: Sequence[Node]) -> ClusterSpec | None:
+    slots = cpu_worker_slots(job, nodes)
     if slots is None:
         return None
     workers_per_node, memory_bytes = slots
     nodes_used = -(-job.parallel.workers // workers_per_node)
-    return Machines(nodes_used, workers_per_node, processor(memory_bytes / GIB))
+    return ClusterSpec(nodes_used, workers_per_node, cpu_device(memory_bytes / GIB))
 
 
 def _gpu(fetch: Fetch) -> hardware.Device:

@@ -12,25 +12,25 @@ import ray
 
 from orchestrator.atomic_files import read_lines, write_json
 from orchestrator.cluster import hardware
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.cluster.hardware import Device
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError
 from orchestrator.model.build import load_config
 from orchestrator.planner.calibration_store import (
-    constants_of,
+    cpu_rates,
+    load_calibration,
     observed,
-    rates_of_processor,
     remember,
-    stack_of,
+    software_stack_of,
 )
-from orchestrator.planner.cpu_benchmark import measure, processor
-from orchestrator.planner.estimate import TIME_RANGE, Constants, Prediction
-from orchestrator.planner.feasibility import gpu_machines, processor_places, refusal
-from orchestrator.planner.formatting import figures
-from orchestrator.planner.search import asked_of
-from orchestrator.planner.step_time import NoPeak, micro_steps
-from orchestrator.planner.workload import UNREAD, DataShape, Model
+from orchestrator.planner.cpu_benchmark import cpu_device, measure
+from orchestrator.planner.estimate import TIME_RANGE, CalibrationParams, Prediction
+from orchestrator.planner.feasibility import cpu_worker_slots, gpu_cluster, refusal
+from orchestrator.planner.formatting import format_prediction
+from orchestrator.planner.search import predict_job
+from orchestrator.planner.step_time import MissingDeviceRates, micro_steps
+from orchestrator.planner.workload import UNKNOWN_DATA, DataShape, Model
 from orchestrator.run.recorder import STEPS, Status
 from orchestrator.run.report import PLAN, predicted
 from orchestrator.train import ray_session
@@ -43,36 +43,36 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Admission:
     """What is predicted of a job on this cluster.
 
     Attributes:
         job: The job.
         config: Its model's config.json.
-        machines: The nodes it is spread over.
+        cluster: The nodes it is spread over.
         stack: What its constants belong to.
         data: What is known of the data.
     """
 
     job: JobSpec
     config: Mapping[str, Any]
-    machines: Machines
+    cluster: ClusterSpec
     stack: str
-    data: DataShape = UNREAD
+    data: DataShape = UNKNOWN_DATA
 
-    def prediction(self, constants: Constants) -> Prediction:
+    def prediction(self, calibration: CalibrationParams) -> Prediction:
         """Return the prediction by constants of a stack."""
-        return asked_of(self.job, self.config, self.machines, constants, self.data).prediction
+        return predict_job(self.job, self.config, self.cluster, calibration, self.data).prediction
 
     def keep(self, run_dir: Path) -> Prediction:
         """Write plan.json into the run's folder, and return what it says."""
-        found = self.prediction(constants_of(self.stack, str(run_dir)))
-        settings = asked_of(self.job, self.config, self.machines).settings
-        kept = {"machines": str(self.machines), "stack": self.stack, "settings": settings, **found.as_json()}
+        found = self.prediction(load_calibration(self.stack, str(run_dir)))
+        settings = predict_job(self.job, self.config, self.cluster).settings
+        kept = {"machines": str(self.cluster), "stack": self.stack, "settings": settings, **found.as_json()}
         write_json(run_dir / PLAN, kept)
         return found
 
-    def with_data(self, run_dir: Path, packing: Mapping[str, Any]) -> Forecast:
+    def with_data(self, run_dir: Path, packing: Mapping[str, Any]) -> Admission:
         """Return the same for data that have been read and packed, and keep what is predicted for them.
 
         Args:
@@ -95,15 +95,15 @@ class Forecast:
             run_dir: The run's folder; what is measured later replaces what it measured before.
             measured: Its report, or as much of one as its first steps give.
         """
-        plain = self.prediction(Constants())
+        plain = self.prediction(CalibrationParams())
         try:
-            steps = micro_steps(plain.work, self.machines.device)
-        except NoPeak:
+            steps = micro_steps(plain.work, self.cluster.device)
+        except MissingDeviceRates:
             steps = None
         remember(observed(str(run_dir), self.stack, plain, steps, measured))
 
 
-class FirstSteps:
+class FirstStepsCheck:
     """Holds a prediction against a run's first steps as soon as they are made, and calibrates by them.
 
     A run that takes days so helps the plans of all that is started beside it, and one that is slower than it
@@ -115,7 +115,7 @@ class FirstSteps:
         note: Told what was measured.
     """
 
-    def __init__(self, forecast: Forecast, run_dir: Path, note: Callable[[str], None]) -> None:
+    def __init__(self, forecast: Admission, run_dir: Path, note: Callable[[str], None]) -> None:
         self._forecast, self._run_dir, self._note = forecast, run_dir, note
         self._done = False
 
@@ -160,7 +160,7 @@ def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Ma
 
 def require_fit(
     job: JobSpec, device: Literal["cuda", "cpu"], run_dir: Path, force: bool, note: Callable[[str], None]
-) -> Forecast | None:
+) -> Admission | None:
     """Predict what a job needs and takes, keep that as plan.json, and refuse what cannot fit.
 
     Args:
@@ -177,34 +177,34 @@ def require_fit(
         ClusterError: It does not fit, and is not forced; the changes that would help most are named.
     """
     config = load_config(job.model).get_text_config().to_dict()
-    if Model.of(config) is None:
+    if Model.from_config(config) is None:
         note(f"not planned: the sizes of the family {config.get('model_type')!r} are not known")
         return None
-    machines = _machines(job, device)
-    if machines is None:
+    cluster = _machines(job, device)
+    if cluster is None:
         note("not planned: the nodes do not say how much memory they offer")
         return None
-    stack = stack_of(asked_of(job, config, machines).prediction.work, machines)
-    forecast = Forecast(job, config, machines, stack)
+    stack = software_stack_of(predict_job(job, config, cluster).prediction.work, cluster)
+    forecast = Admission(job, config, cluster, stack)
     found = forecast.keep(run_dir)
-    said = figures(found)
+    said = format_prediction(found)
     if found.verdict != "does not fit" or force:
         note(f"planned{', and forced' if found.verdict == 'does not fit' else ''}: {said}")
         return forecast
-    raise ClusterError(refusal(job, config, machines, found, constants_of(stack, str(run_dir))))
+    raise ClusterError(refusal(job, config, cluster, found, load_calibration(stack, str(run_dir))))
 
 
-def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> Machines | None:
+def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> ClusterSpec | None:
     """Return the nodes that the job is spread over, all like the one that offers least; None if none says."""
     nodes, workers = ray_session.live_nodes(), job.parallel.workers
     if device == "cuda":
-        return gpu_machines(job, nodes, _gpu())
-    places = processor_places(job, nodes)
+        return gpu_cluster(job, nodes, _gpu())
+    places = cpu_worker_slots(job, nodes)
     if places is None:
         return None
     each, memory = places
-    rates = rates_of_processor(each, job.parallel.cpus_per_worker, measure)
-    return Machines(-(-workers // each), each, processor(memory / _GIB, rates))
+    rates = cpu_rates(each, job.parallel.cpus_per_worker, measure)
+    return ClusterSpec(-(-workers // each), each, cpu_device(memory / _GIB, rates))
 
 
 def _gpu() -> Device:

@@ -151,7 +151,7 @@ def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
     start.end_stage("data")
 
     recorder = _open_records(resolved, start)
-    watches = [admission.FirstSteps(forecast, start.run_dir, _logger.info)] if forecast else []
+    watches = [admission.FirstStepsCheck(forecast, start.run_dir, _logger.info)] if forecast else []
     fit(_worker_config(resolved, data, start), recorder, [start.on_progress, *watches])
     start.end_stage("training")
 
@@ -162,7 +162,7 @@ def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
     return _report(resolved, start, data, exported, recorder, forecast)
 
 
-def _admit(resolved: ResolvedJob, start: _Start) -> admission.Forecast | None:
+def _admit(resolved: ResolvedJob, start: _Start) -> admission.Admission | None:
     """Say what the job will run with, wait for free resources, and refuse a job that cannot fit.
 
     Raises:
@@ -243,7 +243,7 @@ def _report(
     data: PreparedData,
     exported: ExportResult | None,
     recorder: RecorderHandle,
-    forecast: admission.Forecast | None,
+    forecast: admission.Admission | None,
 ) -> dict[str, Any]:
     """Write report.json, keep what was measured for later plans, and close the records."""
     start.seconds["checkpoints"] = get_result(recorder.checkpoint_seconds.remote())

@@ -23,7 +23,7 @@ from orchestrator.run.run_log import LOGS
 from orchestrator.run.worker_config import WorkerConfig
 from orchestrator.train.graceful_stop import stop_run
 from orchestrator.train.ray_session import get_result
-from orchestrator.train.suggestions import node_memory_remedies
+from orchestrator.train.suggestions import node_memory_suggestions
 
 OnProgress = Callable[[Status], None]
 _POLL_SECONDS = 0.5
@@ -87,7 +87,7 @@ def fit(config: WorkerConfig, recorder: RecorderHandle, on_progress: Sequence[On
         raise stop_run(recorder, thread, config.checkpoints, grace, show)
     if "error" in outcome:
         reported = get_result(recorder.failures.remote())
-        suggestions = node_memory_remedies(config.job, config.device)
+        suggestions = node_memory_suggestions(config.job, config.device)
         raise worker_group_error(
             outcome["error"], reported, run.max_failures, config.run_dir / LOGS, suggestions
         )

@@ -26,7 +26,7 @@ from orchestrator.run.failures import Failure
 from orchestrator.run.recorder import WorkerInfo
 from orchestrator.run.recorder_handle import RecorderHandle
 from orchestrator.run.worker_config import WorkerConfig
-from orchestrator.train.suggestions import memory_remedies
+from orchestrator.train.suggestions import memory_suggestions
 
 if TYPE_CHECKING:
     from orchestrator.train.loop import StepReport
@@ -58,7 +58,7 @@ def reported_failures(
         if isinstance(error, RuntimeError | MemoryError | OSError) and is_out_of_memory(error):
             fatal = MemoryExhaustedError(
                 f"rank {dist.get_rank()} ran out of memory ({(str(error) or 'none left').splitlines()[0]}); "
-                f"{memory_remedies(config.job, config.device)}"
+                f"{memory_suggestions(config.job, config.device)}"
             )
             ray.get(recorder.report_fatal.remote(fatal, reporter.attempt))
             raise fatal from error

@@ -10,7 +10,7 @@ from orchestrator.config.schema import JobSpec
 _MOST_NAMED = 4
 
 
-def memory_remedies(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
+def memory_suggestions(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
     """Return changes that lower the memory of a worker, those that cost least speed first.
 
     Args:
@@ -24,7 +24,7 @@ def memory_remedies(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
     return _either([*changes, "lower data.max_length"])
 
 
-def node_memory_remedies(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
+def node_memory_suggestions(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
     """Return changes that help when the host memory of a node ran out.
 
     Args:
@@ -39,7 +39,7 @@ def node_memory_remedies(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
         if getattr(parallel, name) == "cpu"
     ]
     if device == "cpu":
-        return f"{', '.join(changes)}, {memory_remedies(job, device)}"
+        return f"{', '.join(changes)}, {memory_suggestions(job, device)}"
     return _either([*changes, *([f"set {' and '.join(offloaded)}"] if offloaded else [])])
 
 

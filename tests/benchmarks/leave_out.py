@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 from orchestrator.cluster.hardware import Device, device
 from orchestrator.planner.calibration import (
-    MemoryConstants,
+    MemoryParams,
+    PriorStd,
     Seconds,
-    Spread,
     fit_memory,
     fit_time,
     predicted_seconds,
 )
 from orchestrator.planner.memory import GIB, GpuMemory, gpu_memory
-from orchestrator.planner.step_time import MicroSteps, TimeConstants, micro_steps
-from orchestrator.planner.workload import Work
-from tests.benchmarks.measurements import Measurement, context_bytes, timed_work_of, work_of
+from orchestrator.planner.step_time import MicroSteps, TimeParams, micro_steps
+from orchestrator.planner.workload import Workload
+from tests.benchmarks.measurements import Measurement, context_bytes, timed_workload_of_row, workload_of_row
 
 Same = Callable[["Case", "Case"], bool]
-_WITHIN_A_PAGE = Spread(offset_bytes=3 * GIB, log_factor=0.06)
+_WITHIN_A_PAGE = PriorStd(offset_bytes=3 * GIB, log_factor=0.06)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Case:
     """
 
     row: Measurement
-    work: Work
+    work: Workload
     device: Device
     memory: GpuMemory
     steps: MicroSteps
@@ -64,8 +64,8 @@ def case_of(row: Measurement, spans_nodes: bool) -> Case:
     Raises:
         ValueError: Its model, GPU or settings are not known.
     """
-    work, gpu = work_of(row), device(row.text("gpu") or "")
-    timed, tokens = timed_work_of(row)
+    work, gpu = workload_of_row(row), device(row.text("gpu") or "")
+    timed, tokens = timed_workload_of_row(row)
     steps = micro_steps(timed, gpu)
     return Case(
         row=row,
@@ -91,7 +91,7 @@ def alike(field: str) -> Same:
     )
 
 
-def memory_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> MemoryConstants:
+def memory_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> MemoryParams:
     """Return the constants of a case's stack, from the cases that are not left out."""
     rows = [each for each in cases if each.row.memory_gib and not same(case, each)]
     page = fit_memory([_measured(each) for each in rows if _related(each, case)])
@@ -99,7 +99,7 @@ def memory_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> 
     return fit_memory(own, page, _WITHIN_A_PAGE)
 
 
-def time_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> TimeConstants:
+def time_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> TimeParams:
     """Return the constants of a case's stack, from the cases that are not left out."""
     rows = [
         each

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from orchestrator.arch.registry import require_bundled
 from orchestrator.planner.host_memory import Offload
 from orchestrator.planner.memory import CONTEXT_BYTES
-from orchestrator.planner.workload import Model, Work
+from orchestrator.planner.workload import Model, Workload
 
 _UNKNOWN = ("", "unknown")
 _QUANTIZATIONS = {"none": "none", "bnb-nf4": "nf4", "bnb-int8": "int8", "nf4": "nf4", "int8": "int8",
@@ -165,7 +165,7 @@ def read(path: Path) -> list[Measurement]:
         return [Measurement(row) for row in csv.DictReader(lines)]
 
 
-def work_of(row: Measurement) -> Work:
+def workload_of_row(row: Measurement) -> Workload:
     """Return what a row trained, with what is assumed where it does not say.
 
     Raises:
@@ -173,7 +173,7 @@ def work_of(row: Measurement) -> Work:
     """
     stack = STACKS.get(row.source, Stack(targets="all-linear"))
     config = _config(row)
-    model = Model.of(config)
+    model = Model.from_config(config)
     if model is None:
         raise UnusableRow(f"the layers of model {row.text('model')!r} are not known")
     quantization = _QUANTIZATIONS.get(row.text("quantization") or "none")
@@ -185,7 +185,7 @@ def work_of(row: Measurement) -> Work:
     full = row.text("method") == "full"
     stage = row.whole("zero_stage", stack.full_stage if full else 0)
     rows = row.whole("micro_batch_size", 1)  # padded to the longest of them
-    work = Work(
+    work = Workload(
         model=model,
         length_tokens=length,
         micro_batch_size=rows,
@@ -207,7 +207,7 @@ def work_of(row: Measurement) -> Work:
         ),
         checkpointing=_CHECKPOINTING.get(row.text("gradient_checkpointing") or "", "full"),
         flash=row.text("flash_attention") == "yes",
-        varying=varying(stack.mean_tokens, length) ** rows,
+        length_variation=length_variation(stack.mean_tokens, length) ** rows,
     )
     dtype = (stack.quantized_dtype if quantization != "none" else None) or row.text("dtype")
     # DeepSpeed's fp16 engine has no autocast: logits, a shifted copy, log-softmax and gradient in 2 bytes, of
@@ -218,16 +218,16 @@ def work_of(row: Measurement) -> Work:
     return replace(work, logit_bytes=16.0) if quantization in ("nf4", "int8") else work
 
 
-def timed_work_of(row: Measurement) -> tuple[Work, float]:
+def timed_workload_of_row(row: Measurement) -> tuple[Workload, float]:
     """Return what a row computed on, and the tokens of a worker's micro-batch that its TGS counts.
 
     Rows of a batch are padded to the longest of them. Of b rows below a limit, the longest is taken to be as
     near to it as a b-th of what the mean lies below.
 
     Raises:
-        UnusableRow: As for `work_of`.
+        UnusableRow: As for `workload_of_row`.
     """
-    work, mean = work_of(row), STACKS.get(row.source, Stack()).cut_tokens
+    work, mean = workload_of_row(row), STACKS.get(row.source, Stack()).cut_tokens
     if mean is None or mean >= work.length_tokens:
         return work, float(work.tokens)
     longest = work.length_tokens - (work.length_tokens - mean) / work.micro_batch_size
@@ -239,7 +239,7 @@ def context_bytes(row: Measurement) -> float:
     return CONTEXT_BYTES if STACKS.get(row.source, Stack()).has_context else 0.0
 
 
-def varying(mean_tokens: float | None, limit: int) -> float:
+def length_variation(mean_tokens: float | None, limit: int) -> float:
     """Return the share of rows shorter than a limit, if lengths are log-normal and spread by a half.
 
     Args:

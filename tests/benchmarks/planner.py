@@ -41,15 +41,15 @@ from typing import Any
 import numpy as np
 
 from orchestrator.arch.flops import flops_per_token_xtuner, forward_flops, model_flops
-from orchestrator.planner.calibration import MemoryConstants, verdict
+from orchestrator.planner.calibration import MemoryParams, verdict
 from orchestrator.planner.memory import GIB
-from orchestrator.planner.step_time import TimeConstants
+from orchestrator.planner.step_time import TimeParams
 from tests.benchmarks.environment import say
 from tests.benchmarks.leave_out import Case, Same, alike, case_of, itself, memory_constants, time_constants
 from tests.benchmarks.measurements import Measurement, read
 
 WORST = 12
-Predictor = Callable[[Case], tuple[MemoryConstants, TimeConstants]]
+Predictor = Callable[[Case], tuple[MemoryParams, TimeParams]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Prediction:
         return None if not measured else self.tgs / measured - 1.0
 
 
-def predict(case: Case, memory: MemoryConstants, time: TimeConstants) -> Prediction:
+def predict(case: Case, memory: MemoryParams, time: TimeParams) -> Prediction:
     """Return a row's prediction by constants of its stack."""
     return Prediction(
         case=case,
@@ -103,9 +103,9 @@ def cases_of(rows: Sequence[Measurement]) -> tuple[list[Case], list[dict[str, st
     return found, unusable
 
 
-def uncalibrated(_case: Case) -> tuple[MemoryConstants, TimeConstants]:
+def uncalibrated(_case: Case) -> tuple[MemoryParams, TimeParams]:
     """Return the constants of no stack."""
-    return MemoryConstants(), TimeConstants()
+    return MemoryParams(), TimeParams()
 
 
 def calibrated(cases: Sequence[Case], same: Same = itself) -> Predictor:

@@ -22,10 +22,10 @@ from statistics import median
 from typing import Any
 
 from orchestrator.arch.hf_config import config_of
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config import loader
 from orchestrator.planner.calibration_store import PLACE
-from orchestrator.planner.search import best_plan
+from orchestrator.planner.search import search
 from tests.benchmarks.environment import describe, say
 
 SEARCH_LIMIT_SECONDS = 1.0
@@ -49,16 +49,16 @@ def searches() -> list[dict[str, Any]]:
     """Return the seconds of a search for each job and cluster, and how many plans it predicted."""
     rows = []
     for name, text in CASES:
-        job, machines = loader.load(JOBS / f"{name}.yaml"), Machines.parse(text)
+        job, cluster = loader.load(JOBS / f"{name}.yaml"), ClusterSpec.parse(text)
         many = job.model_copy(update={"optim": job.optim.model_copy(update={"global_batch_size": PACKS})})
         config = config_of(job.model.path)
-        plan = best_plan(many, config, machines)
-        seconds = _median_seconds(partial(best_plan, many, config, machines))
+        plan = search(many, config, cluster)
+        seconds = _median_seconds(partial(search, many, config, cluster))
         rows.append(
             {
                 "job": name,
                 "machines": text,
-                "gpus": machines.gpus,
+                "gpus": cluster.gpus,
                 "plans": plan.considered,
                 "seconds": seconds,
                 "of_limit": seconds / SEARCH_LIMIT_SECONDS,

@@ -24,10 +24,10 @@ from orchestrator.bench.runner import run_cells
 from orchestrator.bench.sweep import load
 from orchestrator.cluster.hardware import Device
 from orchestrator.config import loader
-from orchestrator.planner.calibration import MemoryConstants, fit_memory, fit_time, predicted_seconds
+from orchestrator.planner.calibration import MemoryParams, fit_memory, fit_time, predicted_seconds
 from orchestrator.planner.cpu_benchmark import measure, processor
-from orchestrator.planner.estimate import PROCESS_BYTES, work_of
-from orchestrator.planner.memory import GpuMemory, gpu_memory, host_memory_of
+from orchestrator.planner.estimate import PROCESS_BYTES, workload_of_row
+from orchestrator.planner.memory import GpuMemory, gpu_memory, host_memory_of_workload
 from orchestrator.planner.step_time import MicroSteps, micro_steps
 from orchestrator.planner.workload import Model
 from tests.benchmarks.environment import describe, say
@@ -61,13 +61,13 @@ def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping
     """Return a cell with its parts."""
     job = loader.parse(job_text)
     config = config_of(job.model.path)
-    model = Model.of(config)
+    model = Model.from_config(config)
     assert model is not None
-    work = work_of(job, config, model, job.parallel.workers, "cpu")
+    work = workload_of_row(job, config, model, job.parallel.workers, "cpu")
     return Cell(
         name=", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in fields.items()),
         memory=gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0),
-        beside=host_memory_of(work).held,
+        beside=host_memory_of_workload(work).held,
         steps=micro_steps(work, devices[job.parallel.workers]),
         peak_bytes=row.peaks["memory_peak_bytes"],
         seconds=median(row.samples["step_seconds"]),
@@ -86,7 +86,7 @@ def compare(cells: list[Cell]) -> dict[str, Any]:
     rows = []
     for cell in cells:
         size, seconds = predicted(cell, [each for each in cells if each is not cell])
-        plain = MemoryConstants().peak(cell.memory) + cell.beside
+        plain = MemoryParams().peak(cell.memory) + cell.beside
         rows.append(
             {
                 "cell": cell.name,

@@ -263,7 +263,7 @@ def test_a_job_that_does_not_fit_is_refused_before_data_is_read(
 ) -> None:
     _write(tmp_path, job_text(tmp_path / "runs", data__max_length=4_194_304))
     done = watched("train", "job.yaml")
-    _assert_clear(done, 3, "does not fit: ", "it would with (1) --set ", "data.max_length=", "--force")
+    _assert_clear(done, 3, "does not fit: ", "it would fit with (1) --set ", "data.max_length=", "--force")
     run = tmp_path / "runs" / "run"
     assert json.loads((run / "plan.json").read_text())["verdict"] == "does not fit"
     assert not (run / "data.json").exists()

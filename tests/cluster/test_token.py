@@ -60,5 +60,5 @@ def test_a_job_that_does_not_fit_is_rejected_before_anything_is_uploaded(
     done = orchestrator("submit", "job.yaml", "--address", bed.dashboard_url, cwd=tmp_path, **TOKEN)
     assert done.code == 3
     assert "on 1x2xcpu does not fit: " in done.err
-    assert "it would with (1) --set " in done.err
+    assert "it would fit with (1) --set " in done.err
     assert "submitted" not in done.out

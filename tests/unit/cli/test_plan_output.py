@@ -100,7 +100,7 @@ def test_where_nothing_fits_it_says_what_would_and_ends_with_3() -> None:
     code, out, err = plan(LONG, "--gpus", "2xA100-80G-SXM")
     assert code == 3
     assert "planned     nothing fits" in out
-    assert "it would fit with:" in out
+    assert "It would fit with:" in out
     assert "--gpus " in out
     assert "cluster error: no configuration of xtuner-llama2-70b-1m fits on 1x2xA100-80G-SXM (" in err
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from orchestrator.planner.memory import kept_bytes, layer_bytes
-from orchestrator.planner.workload import Model, Work
+from orchestrator.planner.workload import Model, Workload
 
 TOKENS = 128
 SIZES = {
@@ -16,7 +16,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def kept_by_autograd(family: str, attention: str, frozen: bool, **changes: Any) -> tuple[float, Work]:
+def kept_by_autograd(family: str, attention: str, frozen: bool, **changes: Any) -> tuple[float, Workload]:
     """Return the bytes that one layer's forward pass keeps, and the work that stands for it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,10 +41,10 @@ def kept_by_autograd(family: str, attention: str, frozen: bool, **changes: Any) 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(hidden, attention_mask=mask, position_embeddings=angles, position_ids=places)
     others = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *angles)}
-    shape = Model.of({**config.to_dict(), "model_type": family})
+    shape = Model.from_config({**config.to_dict(), "model_type": family})
     assert shape is not None
     method = {"method": "lora", "targets": ()} if frozen else {}
-    work = Work(shape, TOKENS, checkpointing="none", flash=attention != "eager", **method)  # type: ignore[arg-type]
+    work = Workload(shape, TOKENS, checkpointing="none", flash=attention != "eager", **method)  # type: ignore[arg-type]
     return float(sum(size for place, size in found.items() if place not in others)), work
 
 

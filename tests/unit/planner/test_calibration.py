@@ -6,32 +6,32 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.arch.registry import require_bundled
-from orchestrator.planner.calibration import MemoryConstants, fit_memory, verdict
+from orchestrator.planner.calibration import MemoryParams, fit_memory, verdict
 from orchestrator.planner.memory import GIB, GpuMemory, gpu_memory
-from orchestrator.planner.workload import Model, Work
+from orchestrator.planner.workload import Model, Workload
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def rows_of() -> list[GpuMemory]:
-    model = Model.of(require_bundled("qwen-7b"))
+    model = Model.from_config(require_bundled("qwen-7b"))
     assert model is not None
-    lora = Work(model, length_tokens=256, method="lora")
+    lora = Workload(model, length_tokens=256, method="lora")
     return [gpu_memory(replace(lora, length_tokens=length)) for length in LENGTHS]
 
 
 def test_nothing_measured_leaves_predictions_as_they_are() -> None:
     none = fit_memory([])
-    assert none == MemoryConstants()
+    assert none == MemoryParams()
     for memory in rows_of():
         assert none.peak(memory) == pytest.approx(memory.peak)
         assert none.required(memory) == pytest.approx(memory.required)
 
 
 @pytest.mark.parametrize(
-    "planted", [MemoryConstants(2 * GIB, 1.0), MemoryConstants(0.0, 1.1), MemoryConstants(-GIB, 0.9)]
+    "planted", [MemoryParams(2 * GIB, 1.0), MemoryParams(0.0, 1.1), MemoryParams(-GIB, 0.9)]
 )
-def test_planted_constants_are_found(planted: MemoryConstants) -> None:
+def test_planted_constants_are_found(planted: MemoryParams) -> None:
     found = fit_memory([(memory, planted.peak(memory)) for memory in rows_of()])
     assert found.activation_factor == pytest.approx(planted.activation_factor, rel=0.03)
     assert found.offset_bytes == pytest.approx(planted.offset_bytes, abs=0.3 * GIB)

@@ -10,24 +10,24 @@ from subprocess import TimeoutExpired
 import pytest
 
 from orchestrator.arch.registry import require_bundled
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config import loader
 from orchestrator.planner.calibration_store import (
     Observation,
-    constants_of,
+    cpu_rates,
+    load_calibration,
     observed,
-    rates_of_processor,
     recall,
     remember,
-    stack_of,
+    software_stack_of,
 )
-from orchestrator.planner.cpu_benchmark import ProcessorRates
-from orchestrator.planner.estimate import Constants, Prediction, predict
+from orchestrator.planner.cpu_benchmark import CpuRates
+from orchestrator.planner.estimate import CalibrationParams, Prediction, predict
 from orchestrator.planner.memory import GIB
-from orchestrator.planner.search import asked_of
+from orchestrator.planner.search import predict_job
 from orchestrator.planner.step_time import micro_steps
 
-NODE = Machines.parse("8xA100-80G-SXM")
+NODE = ClusterSpec.parse("8xA100-80G-SXM")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "folder" / "calibration.jsonl"
 
 
-def prediction(length: int = 4096, constants: Constants = Constants()) -> Prediction:
+def prediction(length: int = 4096, calibration: CalibrationParams = CalibrationParams()) -> Prediction:
     job = loader.parse(
         json.dumps(
             {
@@ -47,18 +47,18 @@ def prediction(length: int = 4096, constants: Constants = Constants()) -> Predic
             }
         )
     )
-    return asked_of(job, require_bundled("llama2-7b"), NODE, constants).prediction
+    return predict_job(job, require_bundled("llama2-7b"), NODE, calibration).prediction
 
 
 def run(length: int, heavier_bytes: float = 0.0, slower: float = 1.0, name: str = "") -> Observation:
     plain = prediction(length)
     assert plain.time is not None
     report = {
-        "memory_reserved_peak_bytes": plain.peak_bytes - plain.unseen_bytes + heavier_bytes,
+        "memory_reserved_peak_bytes": plain.peak_bytes - plain.unallocated_bytes + heavier_bytes,
         "medians": {"step_seconds": plain.time.total * slower},
     }
     steps = micro_steps(plain.work, NODE.device)
-    return observed(name or f"run-{length}", stack_of(plain.work, NODE), plain, steps, report)
+    return observed(name or f"run-{length}", software_stack_of(plain.work, NODE), plain, steps, report)
 
 
 def test_what_is_kept_is_read_again() -> None:
@@ -79,40 +79,42 @@ def test_what_a_run_measures_later_replaces_its_first_steps() -> None:
 def test_a_run_is_not_predicted_from_itself() -> None:
     mine, other = run(2048, slower=3.0), run(4096, slower=1.4)
     remember(mine)
-    assert constants_of(mine.stack, mine.run) == Constants()
+    assert load_calibration(mine.stack, mine.run) == CalibrationParams()
     remember(other)
-    assert constants_of(mine.stack, mine.run).time.efficiency > constants_of(mine.stack).time.efficiency
+    assert (
+        load_calibration(mine.stack, mine.run).time.efficiency > load_calibration(mine.stack).time.efficiency
+    )
 
 
 def test_a_machine_that_cannot_be_measured_has_no_rates(place: Path) -> None:
-    def measure(workers: int, threads: int) -> ProcessorRates:
+    def measure(workers: int, threads: int) -> CpuRates:
         raise TimeoutExpired("probe", 60)
 
-    assert rates_of_processor(1, 1, measure) is None
+    assert cpu_rates(1, 1, measure) is None
     assert not place.exists()
 
 
 def test_processors_are_measured_once_for_each_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
 
-    def measure(workers: int, threads: int) -> ProcessorRates:
+    def measure(workers: int, threads: int) -> CpuRates:
         asked.append((workers, threads))
-        return ProcessorRates(1e10 / workers, 1e9)
+        return CpuRates(1e10 / workers, 1e9)
 
-    found = [rates_of_processor(workers, 1, measure) for workers in (1, 2, 1, 2)]
+    found = [cpu_rates(workers, 1, measure) for workers in (1, 2, 1, 2)]
     assert asked == [(1, 1), (2, 1)]
-    assert found[2:] == [ProcessorRates(1e10, 1e9), ProcessorRates(5e9, 1e9)]
+    assert found[2:] == [CpuRates(1e10, 1e9), CpuRates(5e9, 1e9)]
     assert recall(run(2048).stack) == []
     monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", "")
-    assert rates_of_processor(1, 1, measure) is None
+    assert cpu_rates(1, 1, measure) is None
 
 
 def test_runs_make_the_next_prediction_of_their_stack_better() -> None:
     stack = run(2048).stack
-    assert constants_of(stack) == Constants()
+    assert load_calibration(stack) == CalibrationParams()
     for length in (1024, 2048, 4096):
         remember(run(length, heavier_bytes=4 * GIB, slower=1.4))
-    found = constants_of(stack)
+    found = load_calibration(stack)
     assert found.calibrated
     plain, better = prediction(8192), prediction(8192, found)
     assert plain.time is not None
@@ -125,11 +127,11 @@ def test_runs_make_the_next_prediction_of_their_stack_better() -> None:
 def test_a_stack_is_told_by_device_network_method_and_libraries() -> None:
     work = prediction().work
     names = {
-        stack_of(work, NODE),
-        stack_of(work, Machines.parse("8xL40S-48G")),
-        stack_of(replace(work, world_size=16), NODE),
-        stack_of(replace(work, method="lora"), NODE),
-        stack_of(replace(work, method="lora", quantization="nf4"), NODE),
+        software_stack_of(work, NODE),
+        software_stack_of(work, ClusterSpec.parse("8xL40S-48G")),
+        software_stack_of(replace(work, world_size=16), NODE),
+        software_stack_of(replace(work, method="lora"), NODE),
+        software_stack_of(replace(work, method="lora", quantization="nf4"), NODE),
     }
     assert len(names) == 5
     assert all("torch 2." in name and "deepspeed 0." in name for name in names)

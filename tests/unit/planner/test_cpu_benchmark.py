@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.planner.cpu_benchmark import measure, processor
+from orchestrator.planner.cpu_benchmark import cpu_device, measure
 
 
 @pytest.mark.process
 def test_processors_become_a_device_with_all_that_a_prediction_needs() -> None:
     rates = measure(1)
-    found = processor(4.0, rates)
+    found = cpu_device(4.0, rates)
     assert found.is_cpu
     assert found.memory_bytes == 4 * 2**30
     assert found.peak_flops("fp32") == rates.flops > 1e8
@@ -19,6 +19,6 @@ def test_processors_become_a_device_with_all_that_a_prediction_needs() -> None:
 
 
 def test_without_rates_only_its_memory_is_known() -> None:
-    found = processor(4.0)
+    found = cpu_device(4.0)
     assert found.memory_bytes == 4 * 2**30
     assert found.peak_flops("fp32") is None

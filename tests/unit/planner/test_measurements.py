@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planner.calibration import MemoryConstants
+from orchestrator.planner.calibration import MemoryParams
 from orchestrator.planner.memory import GIB
-from orchestrator.planner.step_time import TimeConstants
+from orchestrator.planner.step_time import TimeParams
 from tests.benchmarks.leave_out import alike, case_of, itself
-from tests.benchmarks.measurements import Measurement, UnusableRow, read, timed_work_of, varying, work_of
+from tests.benchmarks.measurements import (
+    Measurement,
+    UnusableRow,
+    length_variation,
+    read,
+    timed_workload_of_row,
+    workload_of_row,
+)
 from tests.benchmarks.planner import calibrated, cases_of, compare, figures, predict
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +34,7 @@ ROW = {
     "memory_unit_in_source": "GB", "out_of_memory": "no", "seconds_per_iteration": "", "seconds_total": "",
     "tgs": "", "tflops_as_printed": "",
 }  # fmt: skip
-SPECIAL = (MemoryConstants(1.5 * GIB, 1.1), TimeConstants(0.9, 1.2))
+SPECIAL = (MemoryParams(1.5 * GIB, 1.1), TimeParams(0.9, 1.2))
 
 
 def row(**changes: Any) -> Measurement:
@@ -65,10 +72,10 @@ def test_what_is_empty_or_unknown_is_nothing() -> None:
 
 
 def test_a_row_becomes_work() -> None:
-    work = work_of(row(num_nodes=2, gpus_per_node=2, zero_stage=2, quantization="gptq-int4"))
+    work = workload_of_row(row(num_nodes=2, gpus_per_node=2, zero_stage=2, quantization="gptq-int4"))
     assert (work.world_size, work.zero_stage, work.quantization) == (4, 2, "gptq-int4")
     assert {each.name for each in work.adapted} == {"c_attn", "c_proj", "w1", "w2"}
-    full = work_of(row(method="full", offload="optimizer+param", flash_attention="no"))
+    full = workload_of_row(row(method="full", offload="optimizer+param", flash_attention="no"))
     assert full.method == "full"
     assert full.offload_optimizer
     assert full.offload_param
@@ -78,11 +85,11 @@ def test_a_row_becomes_work() -> None:
 
 def test_a_pages_software_says_what_its_rows_do_not() -> None:
     stated = {"max_length": 4096, "lora_targets": "framework default (...)"}
-    assert work_of(row(**stated)).varying == 0
-    swift = work_of(row(**stated, source="ms-swift-benchmark"))
-    assert 0 < swift.varying < 1
+    assert workload_of_row(row(**stated)).length_variation == 0
+    swift = workload_of_row(row(**stated, source="ms-swift-benchmark"))
+    assert 0 < swift.length_variation < 1
     assert {each.name for each in swift.adapted} == {"c_attn"}
-    half = work_of(row(source="qwen-finetune", zero_stage=2, quantization="gptq-int4"))
+    half = workload_of_row(row(source="qwen-finetune", zero_stage=2, quantization="gptq-int4"))
     assert half.logit_bytes == 7
 
 
@@ -111,7 +118,7 @@ def test_a_row_that_cannot_be_predicted_is_reported_and_not_a_traceback(
 def test_constants_of_a_stack_are_learned_from_its_other_rows() -> None:
     cases, _ = cases_of(ROWS)
     learned = figures([predict(case, *calibrated(cases)(case)) for case in cases])
-    plain = figures([predict(case, MemoryConstants(), TimeConstants()) for case in cases])
+    plain = figures([predict(case, MemoryParams(), TimeParams()) for case in cases])
     assert learned["memory_median_error"] < 0.01 < plain["memory_median_error"]
     assert learned["tgs_median_error"] < 0.02 < plain["tgs_median_error"]
 
@@ -132,25 +139,25 @@ def test_out_of_memory_is_said_of_what_does_not_fit() -> None:
     fits = row(id="small", max_length=512, out_of_memory="yes")
     ran = row(id="ran", max_length=65536)
     cases, _ = cases_of([large, fits, ran])
-    found = figures([predict(case, MemoryConstants(), TimeConstants()) for case in cases])
+    found = figures([predict(case, MemoryParams(), TimeParams()) for case in cases])
     assert (found["oom_rows"], found["oom_missed"], found["fits_refused"]) == (2, 1, 1)
 
 
 def test_rows_of_a_batch_are_padded_to_the_longest() -> None:
     page = {"source": "llm-action-throughput", "max_length": 1024, "lora_targets": "unknown"}
-    one, tokens = timed_work_of(row(**page, micro_batch_size=1))
+    one, tokens = timed_workload_of_row(row(**page, micro_batch_size=1))
     assert (one.length_tokens, tokens) == (725, 725)
-    eight, tokens = timed_work_of(row(**page, micro_batch_size=8))
+    eight, tokens = timed_workload_of_row(row(**page, micro_batch_size=8))
     assert tokens == 8 * 725
     assert one.length_tokens < eight.length_tokens < 1024
 
 
 def test_more_rows_are_shorter_than_a_higher_limit() -> None:
-    shares = [varying(3200.0, limit) for limit in (512, 1024, 2048, 4096, 8192)]
+    shares = [length_variation(3200.0, limit) for limit in (512, 1024, 2048, 4096, 8192)]
     assert shares == sorted(shares)
     assert shares[0] < 0.01
     assert shares[-1] > 0.95
-    assert varying(None, 512) == 0
+    assert length_variation(None, 512) == 0
 
 
 @pytest.mark.process

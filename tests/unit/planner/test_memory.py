@@ -9,31 +9,31 @@ from orchestrator.arch.parameters import ParameterCount
 from orchestrator.arch.registry import require_bundled
 from orchestrator.config.loader import parse
 from orchestrator.parallel.deepspeed_config import fit_buffers, render
-from orchestrator.planner.estimate import work_of
+from orchestrator.planner.estimate import workload_from_job
 from orchestrator.planner.host_memory import host_memory
 from orchestrator.planner.memory import (
     GIB,
     GpuMemory,
     gpu_memory,
-    host_memory_of,
+    host_memory_of_workload,
     kept_bytes,
     loss_bytes,
     weight_bytes,
 )
-from orchestrator.planner.workload import DataShape, Model, Work
+from orchestrator.planner.workload import DataShape, Model, Workload
 
 P = 6_738_415_616
 EMBEDDING = 32_000 * 4096
 
 
 def model_of(name: str) -> Model:
-    found = Model.of(require_bundled(name))
+    found = Model.from_config(require_bundled(name))
     assert found is not None
     return found
 
 
 LLAMA = model_of("llama2-7b")
-FULL = Work(LLAMA, length_tokens=2048)
+FULL = Workload(LLAMA, length_tokens=2048)
 
 
 def gpu(**changes: Any) -> GpuMemory:
@@ -91,10 +91,10 @@ def test_a_plan_counts_the_host_memory_that_workers_reserve(
         f"parallel: {{workers: 8, zero_stage: {stage}, offload_optimizer: {optimizer}, "
         f"offload_param: {param}, offload_path: {'/disk' if 'nvme' in (optimizer, param) else 'null'}}}\n"
     )
-    work = work_of(job, require_bundled("llama2-7b"), LLAMA, 8, "cuda")
+    work = workload_from_job(job, require_bundled("llama2-7b"), LLAMA, 8, "cuda")
     ds_config = render(job, dtype, "cuda")
     fit_buffers(ds_config, EMBEDDING // 8)
-    assert host_memory_of(work) == host_memory(ds_config, ParameterCount(P, P, EMBEDDING), 8)
+    assert host_memory_of_workload(work) == host_memory(ds_config, ParameterCount(P, P, EMBEDDING), 8)
     moved = gpu_memory(work)
     assert moved.optimizer == moved.gradients == moved.step == 0
     assert (moved.weights == 0) == (param != "none")
@@ -118,12 +118,12 @@ def test_logits_are_those_of_the_pack_that_has_most_labels() -> None:
     tiled = replace(FULL, loss_tile_tokens=512).over(few, False)
     hidden = 2 * 2 * 4096 * 2048
     assert loss_bytes(tiled) == whole / 4 + hidden
-    assert FULL.over(few, whole_packs=True).seen_tokens == 2048
+    assert FULL.over(few, whole_packs=True).attended_tokens == 2048
 
 
 def test_offloaded_activations_are_on_the_host() -> None:
     moved = replace(FULL, offload_activations=True)
-    assert host_memory_of(moved).activations == kept_bytes(FULL)
+    assert host_memory_of_workload(moved).activations == kept_bytes(FULL)
     assert kept_bytes(moved) == kept_bytes(FULL) * 2 / 32
 
 
@@ -181,7 +181,7 @@ def test_the_peak_is_the_largest_of_three_moments() -> None:
 
 
 def test_lengths_that_vary_waste_activations() -> None:
-    even, varied = gpu(length_tokens=65536), gpu(length_tokens=65536, varying=1.0)
+    even, varied = gpu(length_tokens=65536), gpu(length_tokens=65536, length_variation=1.0)
     assert varied.required == even.required
     assert varied.peak - even.peak == pytest.approx(0.75 * (even.activations + max(even.logits, even.layer)))
 

@@ -9,13 +9,13 @@ import pytest
 
 from orchestrator.arch.hf_config import config_of
 from orchestrator.arch.registry import require_bundled
-from orchestrator.cluster.cluster_spec import Machines
+from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
-from orchestrator.planner.estimate import Constants
-from orchestrator.planner.search import FIELDS, TIE, asked_of, best_plan, cheapest_changes
+from orchestrator.planner.estimate import CalibrationParams
+from orchestrator.planner.search import FIELDS, TIE, predict_job, search, suggest_changes
 
 
 def job(model: str = "llama2-7b", length: int = 4096, packs: int = 64, **parallel: Any) -> JobSpec:
@@ -36,12 +36,12 @@ def job(model: str = "llama2-7b", length: int = 4096, packs: int = 64, **paralle
     )
 
 
-NODE = Machines.parse("8xA100-80G-SXM")
-EIGHT = Machines.parse("8x8xA100-80G-SXM")
+NODE = ClusterSpec.parse("8xA100-80G-SXM")
+EIGHT = ClusterSpec.parse("8x8xA100-80G-SXM")
 
 
 @pytest.mark.parametrize(
-    ("model", "length", "packs", "machines"),
+    ("model", "length", "packs", "cluster"),
     [
         ("llama2-7b", 4096, 64, "8xA100-80G-SXM"),
         ("llama2-7b", 4096, 64, "8xRTX4090-24G"),
@@ -50,10 +50,10 @@ EIGHT = Machines.parse("8x8xA100-80G-SXM")
     ],
 )
 def test_what_is_proposed_is_valid_fits_and_is_not_beaten(
-    model: str, length: int, packs: int, machines: str
+    model: str, length: int, packs: int, cluster: str
 ) -> None:
-    asked, there = job(model, length, packs), Machines.parse(machines)
-    found = best_plan(asked, require_bundled(model), there)
+    asked, there = job(model, length, packs), ClusterSpec.parse(cluster)
+    found = search(asked, require_bundled(model), there)
     assert found.best is not None
     assert found.best.prediction.verdict == "fits"
     assert found.best.job.parallel.workers <= there.gpus
@@ -69,15 +69,15 @@ def test_what_is_proposed_is_valid_fits_and_is_not_beaten(
 
 def test_settings_that_are_taken_give_the_same_prediction_again() -> None:
     config, asked = require_bundled("llama2-7b"), job()
-    best = best_plan(asked, config, NODE).best
+    best = search(asked, config, NODE).best
     assert best is not None
-    again = asked_of(best.job, config, NODE)
+    again = predict_job(best.job, config, NODE)
     assert again.prediction == best.prediction
     assert set(best.settings) == set(FIELDS)
 
 
 def test_ways_that_lose_are_told_in_order() -> None:
-    found = best_plan(job("llama2-13b"), require_bundled("llama2-13b"), NODE)
+    found = search(job("llama2-13b"), require_bundled("llama2-13b"), NODE)
     order = [("fits", "tight", "does not fit").index(each.prediction.verdict) for each in found.others]
     assert order == sorted(order)
     assert {0, 2} <= set(order)
@@ -90,8 +90,8 @@ def test_ways_that_lose_are_told_in_order() -> None:
 
 
 def test_where_nothing_fits_there_is_no_plan() -> None:
-    found = best_plan(
-        job("llama2-70b", 65_536, 8), require_bundled("llama2-70b"), Machines.parse("RTX3090-24G")
+    found = search(
+        job("llama2-70b", 65_536, 8), require_bundled("llama2-70b"), ClusterSpec.parse("RTX3090-24G")
     )
     assert found.best is None
     assert {each.prediction.verdict for each in found.others} == {"does not fit"}
@@ -102,9 +102,9 @@ def test_the_cheapest_changes_fit_and_are_few() -> None:
         job("llama2-70b", 1_048_576, 64, workers=64, sequence_parallel_size=8),
         require_bundled("llama2-70b"),
     )
-    before = asked_of(asked, config, EIGHT)
+    before = predict_job(asked, config, EIGHT)
     assert before.prediction.verdict == "does not fit"
-    found = cheapest_changes(asked, config, EIGHT, Constants())
+    found = suggest_changes(asked, config, EIGHT, CalibrationParams())
     assert len(found) == 3
     for each in found:
         assert each.candidate.prediction.verdict != "does not fit"
@@ -118,16 +118,16 @@ def test_the_cheapest_changes_fit_and_are_few() -> None:
 
 def test_what_cannot_be_spread_is_shortened_or_given_more_machines() -> None:
     asked = job("llama2-70b", 65_536, 8, workers=1)
-    found = cheapest_changes(
-        asked, require_bundled("llama2-70b"), Machines.parse("A100-80G-SXM"), Constants()
+    found = suggest_changes(
+        asked, require_bundled("llama2-70b"), ClusterSpec.parse("A100-80G-SXM"), CalibrationParams()
     )
     assert found
     assert all({"--gpus", "data.max_length", "method.type"} & set(each.changes) for each in found)
 
 
 def test_a_search_for_ten_thousand_gpus_is_no_larger_than_it_has_to_be() -> None:
-    found = best_plan(
-        job("llama2-7b", 32_768, 4096), require_bundled("llama2-7b"), Machines.parse("1250x8xH100-80G-SXM")
+    found = search(
+        job("llama2-7b", 32_768, 4096), require_bundled("llama2-7b"), ClusterSpec.parse("1250x8xH100-80G-SXM")
     )
     assert found.best is not None
     assert found.best.job.parallel.workers > 1000
@@ -136,7 +136,7 @@ def test_a_search_for_ten_thousand_gpus_is_no_larger_than_it_has_to_be() -> None
 
 def test_a_family_that_is_not_known_is_refused() -> None:
     with pytest.raises(SpecError, match=r"model\.path=x .*'mamba'.*--force"):
-        best_plan(job("x"), {"model_type": "mamba"}, NODE)
+        search(job("x"), {"model_type": "mamba"}, NODE)
 
 
 def test_a_model_that_is_nowhere_is_an_error_that_lists_the_bundled_ones() -> None:

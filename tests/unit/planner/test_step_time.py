@@ -19,9 +19,9 @@ from orchestrator.planner.calibration import fit_time, predicted_seconds
 from orchestrator.planner.host_memory import Offload
 from orchestrator.planner.step_time import (
     LINEAR_EFFICIENCY,
-    NoPeak,
+    MissingDeviceRates,
     StepTime,
-    TimeConstants,
+    TimeParams,
     attention_flops,
     linear_flops,
     micro_batch_model_flops,
@@ -29,19 +29,19 @@ from orchestrator.planner.step_time import (
     step_time,
     tokens_per_gpu_second,
 )
-from orchestrator.planner.workload import Model, Work
+from orchestrator.planner.workload import Model, Workload
 
 A100 = device("A100-80G-SXM")
 
 
 def model_of(name: str) -> Model:
-    found = Model.of(require_bundled(name))
+    found = Model.from_config(require_bundled(name))
     assert found is not None
     return found
 
 
 LLAMA = model_of("llama2-7b")
-FULL = Work(LLAMA, length_tokens=4096, world_size=8, zero_stage=3)
+FULL = Workload(LLAMA, length_tokens=4096, world_size=8, zero_stage=3)
 
 
 def seconds(gpu: Device = A100, **changes: Any) -> StepTime:
@@ -54,7 +54,7 @@ def seconds(gpu: Device = A100, **changes: Any) -> StepTime:
 @pytest.mark.parametrize("labelled", [1024, 256])
 def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any, labelled: int) -> None:
     model = model_of(name)
-    work = Work(
+    work = Workload(
         model, length_tokens=1024, method=method, checkpointing=checkpointing, rank=8, zero_stage=3,
         labelled_share=labelled / 1024,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_planner_and_metrics_count_the_same_model_flops(name: str, method: Any, 
         square_within(lengths, model.shape.window),
     )
     frozen = Frozen(layers=method == "lora", head=method == "lora")
-    work = Work(
+    work = Workload(
         model, length_tokens=tokens, method=method, rank=0, labelled_share=scored / tokens,
         mean_square_tokens=float(document), checkpointing="full",
     )  # fmt: skip
@@ -173,12 +173,12 @@ def test_tgs_is_a_gpus_own_tokens() -> None:
 
 
 def test_a_device_without_a_peak_is_named() -> None:
-    with pytest.raises(NoPeak, match=r"device cpu has no bf16 peak.*--catalogue"):
+    with pytest.raises(MissingDeviceRates, match=r"no bf16 peak .* for device cpu.*--catalogue"):
         step_time(FULL, device("cpu"))
 
 
-@pytest.mark.parametrize("planted", [TimeConstants(0.8), TimeConstants(1.1, 2.0), TimeConstants(0.9, 0.7)])
-def test_planted_constants_are_found(planted: TimeConstants) -> None:
+@pytest.mark.parametrize("planted", [TimeParams(0.8), TimeParams(1.1, 2.0), TimeParams(0.9, 0.7)])
+def test_planted_constants_are_found(planted: TimeParams) -> None:
     steps = [micro_steps(replace(FULL, length_tokens=2**power), A100) for power in range(6, 15)]
     rows = [(predicted_seconds(each, False), each.step(planted).total) for each in steps]
     found = fit_time(rows, False)
@@ -188,7 +188,7 @@ def test_planted_constants_are_found(planted: TimeConstants) -> None:
 
 
 def test_the_network_is_found_where_workers_span_nodes() -> None:
-    planted = TimeConstants(0.9, 1.0, 8.0)
+    planted = TimeParams(0.9, 1.0, 8.0)
     lengths = [2**power for power in range(10, 17)]
     steps = [micro_steps(replace(FULL, length_tokens=size, world_size=32), A100) for size in lengths]
     found = fit_time([(predicted_seconds(each, True), each.step(planted).total) for each in steps], True)

@@ -13,8 +13,8 @@ from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError
 from orchestrator.planner.calibration_store import recall
-from orchestrator.planner.cpu_benchmark import ProcessorRates
-from orchestrator.planner.estimate import Constants
+from orchestrator.planner.cpu_benchmark import CpuRates
+from orchestrator.planner.estimate import CalibrationParams
 from orchestrator.planner.search import FIELDS
 from orchestrator.run.recorder import Status
 from orchestrator.run.report import predicted
@@ -132,7 +132,7 @@ def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
     planned = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     assert planned is not None
     notes: list[str] = []
-    watch = admission.FirstSteps(planned, tmp_path, notes.append)
+    watch = admission.FirstStepsCheck(planned, tmp_path, notes.append)
     made(tmp_path, 1, 11, 50.0)
     watch(Status(attempt=1, start=10, step=11))
     # A worker was killed: the attempt that follows is measured from where it begins.
@@ -157,7 +157,7 @@ def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
 def test_a_processor_has_a_predicted_time_once_its_steps_were_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "measure", lambda workers, threads: ProcessorRates(5e10, 8e9))
+    monkeypatch.setattr(admission, "measure", lambda workers, threads: CpuRates(5e10, 8e9))
     first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     assert first is not None
     before = predicted(tmp_path)
@@ -183,10 +183,10 @@ def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
     first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
     assert first is not None
     packing = {"mean_square_tokens": 150.0, "labelled_share": 0.4, "largest_labelled_share": 0.8}
-    whole = first.prediction(Constants())
-    known = first.with_data(tmp_path, packing).prediction(Constants())
-    assert (whole.work.seen_tokens, whole.work.labelled_share) == (512, 1.0)
-    assert (known.work.seen_tokens, known.work.labelled_share) == (150, 0.4)
+    whole = first.prediction(CalibrationParams())
+    known = first.with_data(tmp_path, packing).prediction(CalibrationParams())
+    assert (whole.work.attended_tokens, whole.work.labelled_share) == (512, 1.0)
+    assert (known.work.attended_tokens, known.work.labelled_share) == (150, 0.4)
     assert known.memory.logits == pytest.approx(0.8 * whole.memory.logits)
     kept = json.loads((tmp_path / "plan.json").read_text())
     assert kept["memory_bytes_by_part"]["logits"] == round(known.memory.logits)
