@@ -68,8 +68,8 @@ def report(
 ) -> dict[str, Any]:
     """Return the summary of a finished run.
 
-    Rates are totals over totals, so that each step is weighted by its duration; medians over steps are separate
-    fields.
+    Rates are totals over totals, so that each step is weighted by its duration; medians over steps are
+    separate fields.
 
     Args:
         job: The job as it ran.
