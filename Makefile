@@ -28,7 +28,8 @@ demo: setup  ## train, scrape, export and reload the embedded default
 	$(BIN)/python -m orchestrator.cli.demo
 
 test: setup  ## run all tests, some minutes; what each tier proves is in tests/README.md
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --timeout 1800
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --timeout 1800 -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-fast: setup  ## run the tests that start no process, before every commit
 	$(BIN)/python -m pytest --numprocesses $(CORES) -m "not process"

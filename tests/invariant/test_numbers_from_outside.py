@@ -11,6 +11,7 @@ from tests.conftest import Observed, step_rows
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.alone
 def test_tgs_of_the_report_agrees_with_tokens_over_wall_time(undisturbed_run: Observed) -> None:
     report = undisturbed_run.report
     first_seen: dict[int, float] = {}
