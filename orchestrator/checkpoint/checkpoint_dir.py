@@ -60,6 +60,7 @@ def published(directory: Path) -> list[Path]:
     Args:
         directory: The checkpoints directory of the run; it may not exist.
     """
+    # The manifest is written last and renamed with its directory, so whatever has one is complete.
     manifests = directory.glob("step-*/" + MANIFEST) if directory.is_dir() else []
     return sorted((path.parent for path in manifests if _PUBLISHED.fullmatch(path.parent.name)), key=step_of)
 
@@ -76,6 +77,7 @@ def clean(directory: Path, keep: int) -> None:
         directory: The checkpoints directory of the run.
         keep: Number of checkpoints to keep.
     """
+    # Only names of our own pattern: a user may have a directory *.partial as well.
     for draft in directory.glob("*.partial"):
         if _DRAFT.fullmatch(draft.name):
             shutil.rmtree(draft, ignore_errors=True)
@@ -132,6 +134,7 @@ def resolve_replaced(replaced: Path, final: Path) -> None:
         replaced.rename(final)
         return
     names = _own_files(replaced)
+    # Files of the user in the old checkpoint move to the new one.
     move_others(replaced, names, final)
     remove_own(replaced, names)
 
@@ -175,6 +178,7 @@ def file_problems(checkpoint: Path, files: Mapping[str, FileEntry]) -> list[str]
 def _file_problem(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
     path = checkpoint / SHARDS / name
     try:
+        # Size and hash: a truncated file and a flipped bit are both found before DeepSpeed reads it.
         actual = file_entry(path)
     except OSError as error:
         return f"{path}, a file of the checkpoint, cannot be read ({error.strerror}); {remedy(checkpoint)}"

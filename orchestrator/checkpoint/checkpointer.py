@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import distributed as dist
 
@@ -60,16 +60,21 @@ def save(
         TrainingError: The checkpoint cannot be written; published checkpoints are unchanged.
         Exception: What `authorize_publish` raised, on rank 0; RuntimeError on the other ranks.
     """
+    # Zero-padded, so that names sort by step; the draft is on the same file system, so rename is atomic.
     final = directory / f"step-{step:08d}"
     draft = directory / f"{final.name}.attempt-{attempt}.partial"
     is_rank_zero = dist.get_rank() == 0
+    # A step that may fail on one rank ends with a collective: all ranks learn of an error and raise it.
     raise_on_all_ranks = partial(_raise_on_all_ranks, draft=draft, step=step)
     raise_on_all_ranks(_error_of(lambda: _create(draft)) if is_rank_zero else None)
     raise_on_all_ranks(_write_shards(engine, draft, step))
     entries: dict[str, FileEntry] = {}
     raise_on_all_ranks(_error_of(lambda: entries.update(_hash_own_share(draft / SHARDS))))
+    # Hashing reads every file again, so it is split over the ranks.
     files = {name: entry for part in _gather(entries) for name, entry in part.items()}
     _require_shared_storage(engine, draft / SHARDS, files, step)
+
+    # As late as possible, so that a newer attempt can hardly begin between this and the rename.
     _authorize_on_rank_zero(authorize_publish, draft)
     manifest: Manifest = {"step": step, **_layout(engine), "files": files}
     raise_on_all_ranks(_error_of(lambda: _publish(draft, final, manifest)) if is_rank_zero else None)
@@ -114,7 +119,7 @@ class _DeferringWriter:
         self._writer = writer
         self.error: str | None = None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._writer, name)
 
     def attempt(self, action: Callable[[], object]) -> None:
@@ -128,7 +133,7 @@ class _DeferringWriter:
         if self.error is not None:
             Path(path).unlink(missing_ok=True)
 
-    def load(self, path: str, map_location: object = None) -> Any:
+    def load(self, path: str, map_location: object = None) -> object:
         """Return the content of a file."""
         return self._writer.load(path, map_location)
 
@@ -141,6 +146,7 @@ def _write_shards(engine: TrainEngine, draft: Path, step: int) -> str | None:
     gloo aborts on such a mismatch. So errors are recorded until all ranks have left it.
     """
     writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
+    # zero_to_fp32.py is copied outside of the checkpoint engine, so it is wrapped separately.
     deferring = _DeferringWriter(writer)
     engine.checkpoint_engine = deferring
     engine._copy_recovery_script = lambda path: deferring.attempt(lambda: copy_script(path))
@@ -151,7 +157,7 @@ def _write_shards(engine: TrainEngine, draft: Path, step: int) -> str | None:
                 str(draft),
                 tag=SHARDS,
                 client_state={"step": step, FP32_NAMES: _fp32_names(engine)},
-                save_latest=False,
+                save_latest=False,  # manifests name the complete checkpoints; `latest` is not atomic
                 exclude_frozen_parameters=True,
             )
     finally:
@@ -234,7 +240,7 @@ def _raise_on_all_ranks(error: str | None, draft: Path, step: int) -> None:
 
 def _gather(value: _T) -> list[_T]:
     """Return the values of all ranks, by rank."""
-    values: list[Any] = [None] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

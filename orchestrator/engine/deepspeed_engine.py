@@ -20,6 +20,7 @@ from orchestrator.engine.muon import clip_before_update
 from orchestrator.engine.optimizers import build_optimizer
 from orchestrator.engine.train_engine import TrainEngine, ZeroOptimizer
 from orchestrator.model.activation_memory import tiled
+from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def join_process_group(collective_timeout_seconds: int) -> None:
     deepspeed.init_distributed(timeout=timedelta(seconds=collective_timeout_seconds), verbose=False)
 
 
-def start_engine(model: PreTrainedModel, ds_config: dict[str, Any]) -> TrainEngine:
+def start_engine(model: PreTrainedModel, ds_config: DeepSpeedConfig) -> TrainEngine:
     """Return DeepSpeed's engine around a model.
 
     Args:

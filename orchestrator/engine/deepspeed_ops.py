@@ -11,11 +11,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from orchestrator.errors import ClusterError
+from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
 
 _PYTORCH_LOCK = "lock"  # name of PyTorch's lock file, in the build directory of an operator
 
@@ -96,7 +96,7 @@ def load_op(builder: OpBuilder) -> None:
         builder.load(verbose=False)
 
 
-def load_ops(ds_config: Mapping[str, Any]) -> None:
+def load_ops(ds_config: DeepSpeedConfig) -> None:
     """Load the operators that a DeepSpeed configuration needs.
 
     Args:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -102,15 +102,17 @@ class _Zero12Gradients:
         self._optimizer = optimizer
         self._cut_and_update = optimizer.get_flat_partition
         # By group: whole gradients, and the arguments of the deferred call.
-        self._deferred: dict[int, tuple[list[Tensor], tuple[Any, ...], dict[str, Any]]] = {}
+        self._deferred: dict[int, tuple[list[Tensor], tuple[object, ...], dict[str, object]]] = {}
 
-    def get_flat_partition(self, tensors: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
+    def get_flat_partition(
+        self, tensors: list[Tensor], *args: object, param_group_idx: int, **kwargs: object
+    ) -> list[Tensor]:
         """Replace DeepSpeed's method: cut the partition, but in Muon's groups defer the update.
 
         Returns:
             Flat views of the whole gradients, so that scaling those scales these.
         """
-        group = kwargs["param_group_idx"]
+        group, kwargs = param_group_idx, {**kwargs, "param_group_idx": param_group_idx}
         if not tensors or not self._optimizer._is_muon_group(tensors):
             return self._cut_and_update(tensors, *args, **kwargs)
         whole = self._optimizer.all_grad_tensors[group]

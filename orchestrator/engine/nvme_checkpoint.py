@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from orchestrator.engine.train_engine import CheckpointIO, TrainEngine, ZeroOptimizer
 from orchestrator.errors import TrainingError
 
-_Moments = dict[str, Any]
+_Moments = dict[str, object]
 
 
 class _OffloadedTensor(Protocol):
@@ -134,6 +134,7 @@ def restore_to_nvme(engine: TrainEngine) -> Iterator[None]:
     optimizer = cast(_Zero3Optimizer, engine.optimizer)
     reader = engine.checkpoint_engine
     engine.checkpoint_engine = _MappingReader(reader)
+    # An instance attribute hides the method of the class until it is deleted.
     optimizer._rigid_load_state_dict = lambda state, load_optimizer_states=True: _restore(optimizer, state)
     try:
         with without_swap_folder(engine):
@@ -149,16 +150,17 @@ class _MappingReader:
     def __init__(self, reader: CheckpointIO) -> None:
         self._reader = reader
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._reader, name)
 
     def save(self, state_dict: Mapping[str, object], path: str) -> object:
         """Write one file."""
         return self._reader.save(state_dict, path)
 
-    def load(self, path: str, map_location: Any = None) -> Any:
+    def load(self, path: str, map_location: Any = None) -> object:
         """Return the content of a file."""
         if path.endswith("optim_states.pt"):
+            # As large as the offloaded state, so reading it could exceed host memory.
             return torch.load(path, map_location=map_location, mmap=True, weights_only=False)
         return self._reader.load(path, map_location=map_location)
 
@@ -186,9 +188,11 @@ def _restore(optimizer: _Zero3Optimizer, state: Mapping[str, Any]) -> None:
             f"{optimizer.fp16_partitioned_groups_flat_numel}; resume with the offload_optimizer, "
             "offload_param and method that wrote it"
         )
+    # From here as upstream, up to the loop: scalars, then Adam's hyperparameters and step counts.
     optimizer.loss_scaler = state["loss_scaler"]
     optimizer.dynamic_loss_scale = state["dynamic_loss_scale"]
     optimizer.overflow = state["overflow"]
+    # Adam's param_groups are empty between steps; load_state_dict needs the partitions in them.
     optimizer._set_fp32_optimizer_param_groups()
     optimizer.optimizer.load_state_dict(state["optimizer_state_dict"])
     optimizer._clear_fp32_optimizer_param_groups()
@@ -201,7 +205,7 @@ def _restore(optimizer: _Zero3Optimizer, state: Mapping[str, Any]) -> None:
         if is_on_nvme:
             # Allocates buffers for the fp32 partition alone, as no file of moments is known any more.
             optimizer.optimizer_swapper.swap_in_optimizer_state(partition)
-        partition.data.copy_(saved.data)
+        partition.data.copy_(saved.data)  # both 1-D, of the sub-group's size on this rank
         if moments:
             optimizer.optimizer.state[partition] = moments if is_on_nvme else _copied(moments)
         # Copies the fp32 partition into the low-precision parameters, which may be on NVMe as well.
@@ -212,4 +216,4 @@ def _restore(optimizer: _Zero3Optimizer, state: Mapping[str, Any]) -> None:
 
 def _copied(moments: _Moments) -> _Moments:
     """Return moments in memory: the loaded ones are mapped from a checkpoint that may be removed later."""
-    return {name: value.clone() if torch.is_tensor(value) else value for name, value in moments.items()}
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in moments.items()}

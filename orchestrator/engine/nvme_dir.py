@@ -8,16 +8,16 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import distributed as dist
 
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError
+from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
 
 _SWAP_DIR = re.compile(r".+\.rank-\d+\.[0-9a-f]{8}\.swap")
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
@@ -36,7 +36,7 @@ class _Disk:
 
 
 @contextmanager
-def open_nvme_dir(job: JobSpec, ds_config: Mapping[str, Any], needed_bytes: int) -> Iterator[dict[str, Any]]:
+def open_nvme_dir(job: JobSpec, ds_config: DeepSpeedConfig, needed_bytes: int) -> Iterator[DeepSpeedConfig]:
     """Create a directory of this worker for NVMe offload, and remove it afterwards.
 
     Also removes directories of killed workers: a worker holds a lock on its directory while it lives, so an
@@ -67,7 +67,7 @@ def open_nvme_dir(job: JobSpec, ds_config: Mapping[str, Any], needed_bytes: int)
         except OSError as error:
             reason = f"cannot be used ({error.strerror}); name a directory that every worker can write"
             disk = _Disk(disk.node, problem=_message(parallel.offload_path, disk.node, reason))
-        disks: list[Any] = [None] * dist.get_world_size()
+        disks = [disk] * dist.get_world_size()
         dist.all_gather_object(disks, disk)
         if problems := _problems(disks, str(parallel.offload_path), needed_bytes):
             raise ClusterError(*problems)

@@ -6,15 +6,14 @@ the number of workers, within quantization error. On CPU nothing is paged: the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from orchestrator.checks.packages import bitsandbytes_problem
 from orchestrator.errors import SpecError
-from orchestrator.parallel.deepspeed_config import BITSANDBYTES
+from orchestrator.parallel.deepspeed_config import BITSANDBYTES, DeepSpeedConfig
 
 
 def require_bitsandbytes(optimizer: str) -> None:
@@ -29,8 +28,8 @@ def require_bitsandbytes(optimizer: str) -> None:
 
 
 def build_optimizer(
-    ds_config: Mapping[str, Any], trainable: Sequence[nn.Parameter]
-) -> tuple[torch.optim.Optimizer | None, dict[str, Any]]:
+    ds_config: DeepSpeedConfig, trainable: Sequence[nn.Parameter]
+) -> tuple[torch.optim.Optimizer | None, DeepSpeedConfig]:
     """Build the optimizer if DeepSpeed cannot build it from its configuration.
 
     Args:

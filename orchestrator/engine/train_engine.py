@@ -18,7 +18,7 @@ class CheckpointIO(Protocol):
     def save(self, state_dict: Mapping[str, object], path: str) -> object:
         """Write one file."""
 
-    def load(self, path: str, map_location: object = None) -> Any:
+    def load(self, path: str, map_location: object = None) -> object:
         """Return the content of a file."""
 
 

@@ -119,7 +119,7 @@ def copy_files(base: Path, directory: Path, only_tokenizer: bool = False) -> Non
         shutil.copyfile(base / name, directory / name)
 
 
-def card_metadata(base: Path) -> dict[str, Any]:
+def card_metadata(base: Path) -> dict[str, object]:
     """Return the front matter of the base model's card; empty if there is none, or it is invalid."""
     import yaml
 

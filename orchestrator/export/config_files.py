@@ -8,7 +8,6 @@ a configuration of 4 as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PER_LAYER_ROPE_MODELS = ("gemma3_text", "gemma3")  # apply rope_scaling to layers of full attention only
@@ -17,8 +16,8 @@ _TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # from 5'
 
 
 def model_config(
-    base: Mapping[str, Any], dtype: str, architecture: str | None, trained: Mapping[str, Any]
-) -> dict[str, Any]:
+    base: Mapping[str, object], dtype: str, architecture: str | None, trained: Mapping[str, object]
+) -> dict[str, object]:
     """Return an export's config.json.
 
     Args:
@@ -35,7 +34,7 @@ def model_config(
     return config | _changed_settings(base, trained)
 
 
-def _changed_settings(base: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+def _changed_settings(base: Mapping[str, object], trained: Mapping[str, object]) -> dict[str, object]:
     """Return the settings that training changed, such as the vocab_size of a resized embedding."""
     return {
         name: trained[name]
@@ -44,7 +43,7 @@ def _changed_settings(base: Mapping[str, Any], trained: Mapping[str, Any]) -> di
     }
 
 
-def _transformers_4_rope(base: Mapping[str, Any]) -> dict[str, Any]:
+def _transformers_4_rope(base: Mapping[str, object]) -> dict[str, object]:
     """Translate `rope_parameters` of transformers 5 to the settings of transformers 4.
 
     Args:
@@ -76,7 +75,7 @@ def _transformers_4_rope(base: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def tokenizer_config(base: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_config(base: Mapping[str, object]) -> dict[str, object]:
     """Return an export's tokenizer_config.json.
 
     Args:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from itertools import count
 from pathlib import Path
-from typing import Any
 
+from orchestrator.checkpoint.checkpoint_dir import FileEntry
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
@@ -166,7 +166,7 @@ def _is_unchanged(path: Path, entry: object) -> bool:
         return False
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> FileEntry:
     """Return the size of a file and a hash of its content; of a large file a hash of its two ends."""
     size = path.stat().st_size
     digest = hashlib.sha256()
@@ -194,7 +194,7 @@ class Draft:
     directory: Path
     scratch: Path
 
-    def publish(self, properties: Mapping[str, object]) -> dict[str, dict[str, Any]]:
+    def publish(self, properties: Mapping[str, object]) -> dict[str, FileEntry]:
         """Write the marker, set file permissions by the umask, and rename the draft to its target.
 
         Args:

@@ -48,7 +48,7 @@ class ModelCardData:
     step: int
     dtype: str
     parameters: int
-    base_card: Mapping[str, Any]
+    base_card: Mapping[str, object]
     steps: Rows = ()
     evaluations: Rows = ()
 
@@ -89,7 +89,7 @@ def model_card(data: ModelCardData) -> str:
     return "\n".join(sections)
 
 
-def _front_matter(data: ModelCardData) -> dict[str, Any]:
+def _front_matter(data: ModelCardData) -> dict[str, object]:
     base = hub_name(data.job.model.path)
     licence = {name: data.base_card[name] for name in _LICENCE if isinstance(data.base_card.get(name), str)}
     base_model: dict[str, str] = {}
@@ -150,7 +150,7 @@ def _sources(sources: Sequence[SourceSpec]) -> str:
     return "\n".join(lines)
 
 
-def _settings(job: JobSpec) -> dict[str, Any]:
+def _settings(job: JobSpec) -> dict[str, object]:
     """Return the settings that determine the result; not those of hardware, storage and environment."""
     document = job.model_dump(mode="json")
     method, data = dict(document["method"]), dict(document["data"])

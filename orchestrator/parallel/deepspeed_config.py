@@ -64,6 +64,10 @@ def policy_name(parallel: ParallelSpec) -> str:
     )
 
 
+DeepSpeedConfig = dict[str, Any]
+"""A DeepSpeed configuration: the JSON object that `deepspeed.initialize` takes."""
+
+
 def load_policy(name: str) -> dict[str, Any]:
     """Return a policy of ds_configs as it is written, with its "auto" values."""
     text = resource(f"ds_configs/{name}.json").read_text(encoding="utf-8")
