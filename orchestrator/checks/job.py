@@ -1,4 +1,4 @@
-"""Everything that can be found wrong with a job here, before anything is started or made."""
+"""All checks of a job against the files and packages of this machine, before anything is started."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import Problem
 
 
-def none(_: JobSpec) -> Iterator[Problem]:
-    """Look at nothing beyond the job's fields: it is to run elsewhere."""
+def no_file_checks(_: JobSpec) -> Iterator[Problem]:
+    """Yield nothing: the check for a job that runs on another machine."""
     yield from ()
 
 
 def all_problems(job: JobSpec) -> Iterator[Problem]:
-    """Yield what stands in the way of training a job on this machine: inputs, an earlier run, folders."""
+    """Yield all problems with inputs, packages, the run directory and folders on this machine."""
     yield from _file_problems(job)
     yield from folder_problems(job)
 
 
-def refusals(job: JobSpec, workers_here: bool = True) -> Iterator[Problem]:
-    """Yield what makes a job's own file wrong, and with it what is wrong with the machine.
+def spec_problems(job: JobSpec, workers_here: bool = True) -> Iterator[Problem]:
+    """Yield problems of the job file, and if there are any, also those of unwritable folders.
 
-    A folder that cannot be written alone is no fault of the file: whoever makes it says so (exit code 3).
+    An unwritable folder alone is not an error of the job file (exit code 2): creating the run directory
+    reports it as a ClusterError (exit code 3).
 
     Args:
         job: The job.
         workers_here: Whether workers run on this machine.
     """
-    wrong = list(_file_problems(job))
-    if wrong:
-        yield from wrong
+    problems = list(_file_problems(job))
+    if problems:
+        yield from problems
         yield from folder_problems(job, workers_here)
 
 

@@ -1,4 +1,4 @@
-"""What a model's config.json alone says against a job, where the model lies on this machine."""
+"""Checks of a job against the config.json of a local model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.parallel.parallel_dims import sequence_parallel_problem
 
 
 def text_config(path: str) -> Mapping[str, Any]:
-    """Return the configuration of a local model's language part; empty where there is none to read.
+    """Return the text configuration of a local model; empty if there is no readable config.json.
 
     Args:
         path: `model.path` of a job.
@@ -22,18 +22,18 @@ def text_config(path: str) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def whole(config: Mapping[str, Any], name: str) -> int | None:
-    """Return a field that is a whole number above 0, or None."""
+def positive_int(config: Mapping[str, Any], name: str) -> int | None:
+    """Return a field of a configuration; None unless it is an integer above 0."""
     value = config.get(name)
     return value if type(value) is int and value > 0 else None
 
 
 def model_problems(job: JobSpec) -> Iterator[Problem]:
-    """Yield what keeps a job's workers from sharing the sequences of its model."""
+    """Yield a problem if the attention heads of the model do not divide by sequence_parallel_size."""
     size, config = job.parallel.sequence_parallel_size, text_config(job.model.path)
-    heads = whole(config, "num_attention_heads")
+    heads = positive_int(config, "num_attention_heads")
     if size == 1 or heads is None:
         return
-    problem = sequence_parallel_problem(size, heads, whole(config, "num_key_value_heads") or heads)
+    problem = sequence_parallel_problem(size, heads, positive_int(config, "num_key_value_heads") or heads)
     if problem:
         yield ("parallel.sequence_parallel_size",), problem

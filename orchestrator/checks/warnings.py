@@ -1,7 +1,6 @@
-"""Values that are allowed and out of all custom: a slip more often than a wish, so each gives a warning.
+"""Warnings about unusual values of a job, which are valid but most likely mistakes.
 
-The limits are meant to be far outside what anybody publishes, so that a warning is almost never wrong; what
-they are taken from stands beside each.
+Each limit is far outside of published settings, so that false warnings are rare; comments give the sources.
 """
 
 from __future__ import annotations
@@ -13,38 +12,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.checks.inputs import is_hub_name
-from orchestrator.checks.models import text_config, whole
+from orchestrator.checks.models import positive_int, text_config
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import Problem
 from orchestrator.data.sources import looks_like_hub_name
 
-# Whole pretrained models are fine-tuned with 1e-6 to 1e-4 (Llama 2 and Alpaca: 2e-5) and trained from
-# scratch with up to 1e-3 (Pythia's small ones; GPT-3 6e-5 to 6e-4), LoRA with up to 5e-4 (arXiv 2106.09685).
+# Published learning rates: 1e-6 to 1e-4 for full fine-tuning (Llama 2 and Alpaca: 2e-5), up to 1e-3 from
+# scratch (small Pythia models; GPT-3 6e-5 to 6e-4), up to 5e-4 for LoRA (arXiv 2106.09685).
 # Each limit is at least ten times the largest of these.
 _HIGHEST_LR = {"pretrained": 1e-3, "random": 1e-2, "lora": 1e-2}
 _LOWEST_LR = 1e-8
-_HIGHEST_MUON_LR = 0.5  # 0.02 is customary, in units of a step's singular values
+_HIGHEST_MUON_LR = 0.5  # usual: 0.02, in units of the update's singular values
 _LONGEST_WARMUP = 0.5
-_MOST_EPOCHS = 50  # 1 to 5 are customary, 15 in LIMA (arXiv 2305.11206)
-_HIGHEST_WEIGHT_DECAY = 1.0  # 0 to 0.1 are customary
-_HIGHEST_CLIP_NORM = 1000.0
-_HIGHEST_DROPOUT = 0.5  # 0 to 0.1 are customary
+_MOST_EPOCHS = 50  # usual: 1 to 5; LIMA: 15 (arXiv 2305.11206)
+_HIGHEST_WEIGHT_DECAY = 1.0  # usual: 0 to 0.1
+_HIGHEST_GRAD_NORM = 1000.0
+_HIGHEST_DROPOUT = 0.5  # usual: 0 to 0.1
 _LARGEST_RANK = 1024
-_SCALES = (0.01, 64.0)  # alpha / rank; 0.25 (QLoRA, arXiv 2305.14314) to 2 are customary
-_SHORTEST_PACK = 64  # Alpaca's prompt alone takes some 50 tokens
-_LARGEST_BATCH_TOKENS = 64 * 2**20  # Llama 3 405B was pretrained with 16 Mi tokens a step
+_LORA_SCALES = (0.01, 64.0)  # alpha / rank; usual: 0.25 (QLoRA, arXiv 2305.14314) to 2
+_SHORTEST_PACK = 64  # the Alpaca prompt alone has about 50 tokens
+_LARGEST_BATCH_TOKENS = 64 * 2**20  # Llama 3 405B was pretrained with 16 Mi tokens per step
 _LONG_RUN_STEPS = 1000
 
 
-def unusual(job: JobSpec) -> Iterator[Problem]:
-    """Yield the values of a job that are allowed and out of all custom.
+def job_warnings(job: JobSpec) -> Iterator[Problem]:
+    """Yield a warning for each unusual value of a job.
 
     Args:
         job: A valid job.
 
     Yields:
-        The fields concerned, and one sentence with value, custom and remedy.
+        The fields, and a message with the value, usual values and the remedy.
     """
     yield from _learning_rates(job)
     yield from _optimization(job)
@@ -55,40 +54,43 @@ def unusual(job: JobSpec) -> Iterator[Problem]:
     yield from _paths(job)
 
 
-def unusual_here(job: JobSpec) -> Iterator[Problem]:
-    """Yield what `unusual` does, and what a run says itself once it has read the model's configuration."""
-    yield from unusual(job)
-    limit = whole(text_config(job.model.path), "max_position_embeddings")
+def local_warnings(job: JobSpec) -> Iterator[Problem]:
+    """Yield `job_warnings`, and warnings about the local model and environment, which `train` logs itself."""
+    yield from job_warnings(job)
+    limit = positive_int(text_config(job.model.path), "max_position_embeddings")
     if limit and job.data.max_length > limit:
         yield (
             ("data.max_length", "model.path"),
             f"data.max_length={job.data.max_length} is above max_position_embeddings={limit} of the model, "
-            "which may not have seen such distances",
+            "which may not be trained for longer sequences",
         )
     for name in (name for name, value in job.run.env.items() if value is None and name not in os.environ):
         yield (
             (f"run.env.{name}",),
-            f"run.env.{name} is null, which takes the value from where the command runs, and it is not "
-            "set here; export it before, or it is refused",
+            f"run.env.{name} is null, which takes the value from the environment of the command, and "
+            f"{name} is not set here; export it before training, which fails otherwise",
         )
 
 
 def _learning_rates(job: JobSpec) -> Iterator[Problem]:
     optim = job.optim
     kind = "lora" if job.method.type == "lora" else job.model.weights
-    what = {"lora": "LoRA", "pretrained": "pretrained weights", "random": "random weights"}[kind]
+    label = {"lora": "LoRA", "pretrained": "pretrained weights", "random": "random weights"}[kind]
     if optim.lr > _HIGHEST_LR[kind]:
         yield (
             ("optim.lr",),
-            f"optim.lr={optim.lr:g} is far above what is customary for {what} (below {_HIGHEST_LR[kind]:g}), "
-            "and the loss will most likely diverge; check the exponent",
+            f"optim.lr={optim.lr:g} is far above usual values for {label} (below {_HIGHEST_LR[kind]:g}), and "
+            "the loss will most likely diverge; check the exponent",
         )
     elif optim.lr < _LOWEST_LR:
-        yield ("optim.lr",), f"optim.lr={optim.lr:g} is so small that nothing is learnt; check the exponent"
+        yield (
+            ("optim.lr",),
+            f"optim.lr={optim.lr:g} is too small to change the weights noticeably; check the exponent",
+        )
     if optim.muon_lr is not None and optim.muon_lr > _HIGHEST_MUON_LR:
         yield (
             ("optim.muon_lr",),
-            f"optim.muon_lr={optim.muon_lr:g} is far above what is customary (0.02); check the exponent",
+            f"optim.muon_lr={optim.muon_lr:g} is far above the usual value of 0.02; check the exponent",
         )
 
 
@@ -97,21 +99,21 @@ def _optimization(job: JobSpec) -> Iterator[Problem]:
     if optim.warmup_ratio > _LONGEST_WARMUP:
         yield (
             ("optim.warmup_ratio",),
-            f"optim.warmup_ratio={optim.warmup_ratio:g} keeps the learning rate below optim.lr for that "
-            "share of all steps; 0.03 is customary, and it is no number of steps",
+            f"optim.warmup_ratio={optim.warmup_ratio:g} is a fraction of all steps, not a number of steps; "
+            "the usual value is 0.03",
         )
     if optim.max_steps is None and optim.epochs > _MOST_EPOCHS:
         yield (
             ("optim.epochs",),
-            f"optim.epochs={optim.epochs:g} reads all data that often, until they are known by heart; 1 to 5 "
-            "are customary",
+            f"optim.epochs={optim.epochs:g} most likely overfits; usual values are 1 to 5",
         )
     if optim.weight_decay >= _HIGHEST_WEIGHT_DECAY:
         yield (
             ("optim.weight_decay",),
-            f"optim.weight_decay={optim.weight_decay:g} is decoupled, and 0 to 0.1 are customary; lower it",
+            f"optim.weight_decay={optim.weight_decay:g} is decoupled from the gradient; usual values are 0 "
+            "to 0.1",
         )
-    if optim.max_grad_norm > _HIGHEST_CLIP_NORM:
+    if optim.max_grad_norm > _HIGHEST_GRAD_NORM:
         yield (
             ("optim.max_grad_norm",),
             f"optim.max_grad_norm={optim.max_grad_norm:g} never clips; the usual value is 1, and 0 "
@@ -121,8 +123,8 @@ def _optimization(job: JobSpec) -> Iterator[Problem]:
     if first >= math.sqrt(second) and first > 0.0:  # the bound of Adam's convergence, arXiv 2208.09632
         yield (
             ("optim.betas",),
-            f"optim.betas=[{first:g}, {second:g}] lets the first moment outlive the second, and Adam can "
-            "diverge where the first is not below the root of the second; use [0.9, 0.999] or [0.9, 0.95]",
+            f"optim.betas=[{first:g}, {second:g}]: Adam can diverge unless beta1 < sqrt(beta2); use "
+            "[0.9, 0.999] or [0.9, 0.95]",
         )
 
 
@@ -130,26 +132,26 @@ def _adapters(job: JobSpec) -> Iterator[Problem]:
     method = job.method
     if method.type != "lora":
         return
-    width = whole(text_config(job.model.path), "hidden_size")
+    width = positive_int(text_config(job.model.path), "hidden_size")
     if method.rank > (width or _LARGEST_RANK):
-        than = f"the model's width of {width}" if width else "the widths at which adapters save memory"
+        limit = f"the model's hidden_size of {width}" if width else f"{_LARGEST_RANK}"
         yield (
             ("method.rank",),
-            f"method.rank={method.rank} is above {than}, so adapters are larger than what they adapt; lower "
-            "it, or use method.type: full",
+            f"method.rank={method.rank} is above {limit}, so adapters save no memory; lower it, or use "
+            "method.type: full",
         )
     scale = method.alpha / (math.sqrt(method.rank) if method.use_rslora else method.rank)
-    if not _SCALES[0] <= scale <= _SCALES[1]:
+    if not _LORA_SCALES[0] <= scale <= _LORA_SCALES[1]:
         yield (
             ("method.alpha", "method.rank"),
-            f"method.alpha={method.alpha:g} with method.rank={method.rank} multiplies adapters by {scale:g}; "
-            "0.25 to 2 are customary, as with an alpha of twice the rank",
+            f"method.alpha={method.alpha:g} with method.rank={method.rank} scales adapters by {scale:g}; "
+            "usual values are 0.25 to 2, for example alpha: 2 x rank",
         )
     if method.dropout > _HIGHEST_DROPOUT:
         yield (
             ("method.dropout",),
-            f"method.dropout={method.dropout:g} drops more than half of what adapters see; 0 to 0.1 are "
-            "customary",
+            f"method.dropout={method.dropout:g} drops more than half of the adapter inputs; usual values are "
+            "0 to 0.1",
         )
 
 
@@ -158,14 +160,14 @@ def _lengths(job: JobSpec) -> Iterator[Problem]:
     if length < _SHORTEST_PACK:
         yield (
             ("data.max_length",),
-            f"data.max_length={length} is in tokens, and few prompts with their answers are as short; most "
-            "rows will be cut or dropped",
+            f"data.max_length={length} tokens is shorter than most prompts with their answers, so most rows "
+            "are truncated or dropped",
         )
     if length * batch > _LARGEST_BATCH_TOKENS:
         yield (
             ("optim.global_batch_size", "data.max_length"),
-            f"optim.global_batch_size={batch} packs of {length} tokens are {length * batch:,} tokens in one "
-            f"step, more than the largest models are pretrained with; it counts packs, not tokens",
+            f"optim.global_batch_size={batch} packs of {length} tokens are {length * batch:,} tokens per "
+            "step, more than any published pretraining run uses; it counts packs, not tokens",
         )
 
 
@@ -176,13 +178,13 @@ def _saving(job: JobSpec) -> Iterator[Problem]:
     if every is None and steps >= _LONG_RUN_STEPS:
         yield (
             ("checkpoint.every_steps", "optim.max_steps"),
-            f"checkpoint.every_steps=null saves only at the end of {steps} steps, so a failure loses all of "
-            f"them; set it, for example to {steps // 10}",
+            f"checkpoint.every_steps=null saves only after all {steps} steps, so a failure loses the whole "
+            f"run; set it, for example to {steps // 10}",
         )
     if every is not None and every > steps:
         yield (
             ("checkpoint.every_steps", "optim.max_steps"),
-            f"checkpoint.every_steps={every} is above optim.max_steps={steps}, so only the end is saved",
+            f"checkpoint.every_steps={every} is above optim.max_steps={steps}, so it saves only the end",
         )
 
 
@@ -193,49 +195,51 @@ def _evaluation(job: JobSpec) -> Iterator[Problem]:
     if steps is not None and every is not None and every > steps:
         yield (
             ("eval.every_steps", "optim.max_steps"),
-            f"eval.every_steps={every} is above optim.max_steps={steps}, so only the end is evaluated",
+            f"eval.every_steps={every} is above optim.max_steps={steps}, so it evaluates only the end",
         )
-    for number, held_out in enumerate(job.eval.data):
-        same = next((source for source in job.data.train if _reads(source, held_out)), None)
-        if same is not None:
+    for number, evaluation in enumerate(job.eval.data):
+        training = next((source for source in job.data.train if _overlaps(source, evaluation)), None)
+        if training is not None:
             yield (
                 (f"eval.data.{number}.path", f"eval.data.{number}"),
-                f"eval.data {held_out.path} is also trained on (data.train {same.path}), so its loss says "
-                "nothing of other data; hold some rows out in a file of their own",
+                f"eval.data {evaluation.path} is also trained on (data.train {training.path}), so its loss "
+                "does not measure generalization; put some rows into a separate file",
             )
 
 
-def _reads(training: SourceSpec, held_out: SourceSpec) -> bool:
-    """Tell whether training reads the rows that are held out: the same file or data set, or its folder."""
+def _overlaps(training: SourceSpec, evaluation: SourceSpec) -> bool:
+    """Return whether training reads rows of an evaluation source: the same file or dataset, or its folder."""
     if (training.split, training.subset, training.revision) != (
-        held_out.split, held_out.subset, held_out.revision,
+        evaluation.split, evaluation.subset, evaluation.revision,
     ):  # fmt: skip
         return False
-    here, there = resolve(training.path), resolve(held_out.path)
-    if not (here.exists() and there.exists()):
-        return training.path == held_out.path
-    real, other = Path(os.path.realpath(here)), Path(os.path.realpath(there))
-    return other.is_relative_to(real) or (other.is_dir() and real.is_relative_to(other))
+    train_path, eval_path = resolve(training.path), resolve(evaluation.path)
+    if not (train_path.exists() and eval_path.exists()):
+        return training.path == evaluation.path
+    real_train, real_eval = Path(os.path.realpath(train_path)), Path(os.path.realpath(eval_path))
+    return real_eval.is_relative_to(real_train) or (
+        real_eval.is_dir() and real_train.is_relative_to(real_eval)
+    )
 
 
 def _paths(job: JobSpec) -> Iterator[Problem]:
-    """Warn of names of the hub that are more likely a path with a slip in it."""
-    named = [
+    """Yield a warning for each hub name that is more likely a mistyped local path."""
+    candidates = [
         ("model.path", job.model.path, is_hub_name(job.model.path) and not resolve(job.model.path).exists())
     ]
     groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
     for field, sources in groups:
-        named += [
+        candidates += [
             (f"{field}.{number}.path", source.path, looks_like_hub_name(source.path))
             for number, source in enumerate(sources)
         ]
-    for field, path, on_the_hub in named:
-        if on_the_hub and (near := _near(path)):
-            yield (field,), f"{field}={path} is taken for a name on the hub; {near}"
+    for field, path, is_from_hub in candidates:
+        if is_from_hub and (suggestion := _local_suggestion(path)):
+            yield (field,), f"{field}={path} is read as a hub name; {suggestion}"
 
 
-def _near(path: str) -> str | None:
-    """Return what lies here under a name like that of the hub, or None."""
+def _local_suggestion(path: str) -> str | None:
+    """Return a suggestion if a local file or folder has a similar name; None otherwise."""
     first, _, rest = path.partition("/")
     folder = Path(first) if rest else Path()
     if rest and not folder.is_dir():
@@ -246,5 +250,5 @@ def _near(path: str) -> str | None:
         return None
     close = difflib.get_close_matches(rest or first, names, n=1, cutoff=0.75)
     if close:
-        return f"did you mean {folder / close[0]}, which is here?"
-    return f"the folder {first} is here and has no {rest}; check the path" if rest else None
+        return f"did you mean the local path {folder / close[0]}?"
+    return f"the local folder {first} has no {rest}; check the path" if rest else None

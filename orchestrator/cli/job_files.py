@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.checks.job import all_problems, none, refusals
-from orchestrator.checks.warnings import unusual, unusual_here
+from orchestrator.checks.job import all_problems, no_file_checks, spec_problems
+from orchestrator.checks.warnings import job_warnings, local_warnings
 from orchestrator.cli.output import write_message
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
@@ -28,7 +28,7 @@ def check_job_files(
     for path in jobs:
         try:
             _, file_problems, file_warnings = loader.examine(
-                path, overrides, all_problems if files else none, unusual_here
+                path, overrides, all_problems if files else no_file_checks, local_warnings
             )
         except SpecError as error:
             problems += error.problems
@@ -51,7 +51,7 @@ def load_for_train(job: Path, overrides: Sequence[str], workers_here: bool) -> J
         SpecError: With every problem of the file and of the paths it uses.
     """
     spec, warnings = loader.load_with_warnings(
-        job, overrides, lambda spec: refusals(spec, workers_here), unusual
+        job, overrides, lambda spec: spec_problems(spec, workers_here), job_warnings
     )
     print_warnings(warnings)
     return spec
@@ -63,6 +63,6 @@ def load_for_submit(job: Path, overrides: Sequence[str]) -> JobSpec:
     Raises:
         SpecError: With every problem of the file.
     """
-    spec, warnings = loader.load_with_warnings(job, overrides, none, unusual)
+    spec, warnings = loader.load_with_warnings(job, overrides, no_file_checks, job_warnings)
     print_warnings(warnings)
     return spec

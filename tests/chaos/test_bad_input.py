@@ -339,7 +339,7 @@ def test_damaged_checkpoint_and_another_job(
     _write(tmp_path, yaml.safe_dump(job))
 
     other = orchestrator("train", "job.yaml", "--set", "optim.lr=5e-4", cwd=tmp_path)
-    _assert_clear(other, 2, "holds a run of another job", "optim.lr=0.0005", "another name")
+    _assert_clear(other, 2, "contains a run of another job", "optim.lr=0.0005", "another name")
 
     shard = next((storage / "run" / "checkpoints").glob("step-*/shards/*optim_states.pt"))
     content = bytearray(shard.read_bytes())

@@ -15,10 +15,10 @@ from orchestrator.checks.folders import (
     JOB,
     folder_problems,
     run_problems,
-    unwritable,
+    unwritable_reason,
     with_absolute_paths,
 )
-from orchestrator.checks.job import all_problems, refusals
+from orchestrator.checks.job import all_problems, spec_problems
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.run import recorder
@@ -41,7 +41,7 @@ def everything(folder: Path) -> list[str]:
 
 def test_a_folder_that_can_be_made_is_not_made(tmp_path: Path) -> None:
     changed = tmp_path.stat().st_mtime_ns
-    assert unwritable(tmp_path / "a" / "b") is None
+    assert unwritable_reason(tmp_path / "a" / "b") is None
     assert list(all_problems(job(tmp_path / "a" / "runs"))) == []
     assert everything(tmp_path) == []
     assert tmp_path.stat().st_mtime_ns == changed
@@ -50,13 +50,13 @@ def test_a_folder_that_can_be_made_is_not_made(tmp_path: Path) -> None:
 def test_what_stands_in_the_way_of_a_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    assert unwritable(tmp_path / "file" / "a" / "b") == f"{tmp_path / 'file'} is a file"
-    assert unwritable(tmp_path / "file") == f"{tmp_path / 'file'} is a file"
-    assert unwritable(tmp_path / "link" / "a") == f"{tmp_path / 'link'} is a link to nothing"
-    assert "too long" in str(unwritable(tmp_path / ("a" * 300)))
-    assert "takes no files" in str(unwritable(Path("/proc/a/b")))
+    assert unwritable_reason(tmp_path / "file" / "a" / "b") == f"{tmp_path / 'file'} is a file"
+    assert unwritable_reason(tmp_path / "file") == f"{tmp_path / 'file'} is a file"
+    assert unwritable_reason(tmp_path / "link" / "a") == f"{tmp_path / 'link'} is a broken symbolic link"
+    assert "too long" in str(unwritable_reason(tmp_path / ("a" * 300)))
+    assert "cannot store files" in str(unwritable_reason(Path("/proc/a/b")))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert unwritable(tmp_path / "a") == f"no permission to write {tmp_path}"
+    assert unwritable_reason(tmp_path / "a") == f"no permission to write {tmp_path}"
 
 
 def test_a_read_only_file_system_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_a_read_only_file_system_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         f_flag = os.ST_RDONLY
 
     monkeypatch.setattr(os, "statvfs", lambda path: ReadOnly)
-    assert unwritable(tmp_path / "a") == f"{tmp_path} is on a read-only file system"
+    assert unwritable_reason(tmp_path / "a") == f"{tmp_path} is on a read-only file system"
 
 
 def test_storage_and_the_disk_of_offloading_are_looked_at(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_storage_and_the_disk_of_offloading_are_looked_at(tmp_path: Path) -> Non
     assert elsewhere == ["checkpoint.storage"]
     sentences = [sentence for _, sentence in folder_problems(wanted)]
     assert all("cannot be written" in sentence and "is a file" in sentence for sentence in sentences)
-    assert list(refusals(wanted)) == []  # the machine's fault alone: exit code 3, and not the file's
-    assert len(list(refusals(job(tmp_path / "file", data={"train": [{"path": "absent.json"}]})))) == 2
+    assert list(spec_problems(wanted)) == []  # the machine's fault alone: exit code 3, and not the file's
+    assert len(list(spec_problems(job(tmp_path / "file", data={"train": [{"path": "absent.json"}]})))) == 2
 
 
 def record(run_dir: Path, old: JobSpec, attempts: bool = True) -> None:
@@ -95,7 +95,7 @@ def test_a_run_of_another_job_is_found(tmp_path: Path) -> None:
     assert list(run_problems(job(tmp_path, metrics={"port": None}))) == []  # no number depends on it
     ((fields, sentence),) = run_problems(job(tmp_path, optim={"lr": 1e-4}))
     assert fields == ("name", "optim.lr")
-    assert "holds a run of another job: optim.lr=0.0001 (the run has 2e-05)" in sentence
+    assert "contains a run of another job: optim.lr=0.0001 (the run has 2e-05)" in sentence
     assert [field for field, _ in all_problems(job(tmp_path, optim={"lr": 1e-4}))] == [fields]
 
 
@@ -106,14 +106,14 @@ def test_a_run_that_never_began_or_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "run" / JOB).write_text("name: [")
     ((fields, sentence),) = run_problems(job(tmp_path))
     assert fields == ("name",)
-    assert "holds a run whose job.yaml cannot be used: job.yaml:1: not valid YAML" in sentence
+    assert "contains a run with an invalid job.yaml: job.yaml:1: not valid YAML" in sentence
 
 
 def test_a_kernel_that_says_nothing_of_mounts_refuses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "_MOUNTS", tmp_path / "none")
-    assert unwritable(tmp_path / "a") is None
+    assert unwritable_reason(tmp_path / "a") is None
 
 
 def test_a_disk_for_offloading_that_is_memory_is_found(
@@ -123,7 +123,7 @@ def test_a_disk_for_offloading_that_is_memory_is_found(
     monkeypatch.setattr(folders, "_file_system_of", lambda place: "tmpfs")
     ((fields, sentence),) = folder_problems(job(tmp_path, parallel=offloaded))
     assert fields == ("parallel.offload_path",)
-    assert "lies on tmpfs, which is memory and no disk" in sentence
+    assert "is on tmpfs, which is in memory" in sentence
 
 
 def test_a_file_of_the_users_in_the_runs_folder_is_not_overwritten(tmp_path: Path) -> None:
@@ -132,6 +132,6 @@ def test_a_file_of_the_users_in_the_runs_folder_is_not_overwritten(tmp_path: Pat
     (run_dir / "report.json").write_text('{"mine": true}')
     ((fields, sentence),) = run_problems(job(tmp_path))
     assert fields == ("name",)
-    assert f"{run_dir} holds a report.json that no run wrote" in sentence
+    assert f"{run_dir} contains a report.json that no run wrote" in sentence
     (run_dir / "report.json").rename(run_dir / "notes.json")
     assert list(run_problems(job(tmp_path))) == []

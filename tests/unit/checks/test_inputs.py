@@ -132,7 +132,7 @@ def _sharded(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "config.json that is not valid JSON"),
         (_without("tokenizer*"), "model.path=model has no tokenizer"),
         (_without("model.safetensors"), "model.path=model has no weights (model.safetensors, pytorch_model."),
-        (_sharded, "lacks 1 of the 2 files of weights that model.safetensors.index.json lists (model-2.safe"),
+        (_sharded, "lacks 1 of the 2 weight files in model.safetensors.index.json (model-2.safe"),
         (shutil.rmtree, None),  # a hub name, as far as anybody can tell
     ],
 )
@@ -170,18 +170,18 @@ def test_a_run_that_goes_on_from_a_checkpoint_needs_no_weights_of_its_model(here
 def test_a_model_that_is_not_here_can_be_on_the_hub_if_its_name_can(path: str, there: bool) -> None:
     sentences = found(job({"path": path}))
     assert (sentences == []) is there
-    assert there or f"model.path={path} is not there" in sentences[0]
+    assert there or f"model.path={path} does not exist" in sentences[0]
 
 
 def test_an_adapter_needs_its_two_files(here: Path) -> None:
     wanted = job().model_copy(
         update={"method": job().method.model_copy(update={"type": "lora", "adapter": "adapter"})}
     )
-    assert "method.adapter=adapter is not there" in found(wanted)[0]
+    assert "method.adapter=adapter is not an existing folder" in found(wanted)[0]
     (here / "adapter").mkdir()
     (here / "adapter" / "adapter_config.json").write_text("{}")
     (sentence,) = found(wanted)
-    assert sentence.startswith("method.adapter=adapter has no adapter_model.safetensors; name the folder of")
+    assert sentence.startswith("method.adapter=adapter has no adapter_model.safetensors; use the folder of")
     (here / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     assert found(wanted) == []
 
@@ -240,5 +240,5 @@ def test_heads_that_cannot_be_shared_and_packages_that_are_not_installed(
         ("metrics.trackers",),
     }
     assert "sequence_parallel_size=3" in problems["parallel.sequence_parallel_size",]
-    assert "needs bitsandbytes, which is not installed" in problems["optim.optimizer",]
+    assert "requires bitsandbytes, which is not installed" in problems["optim.optimizer",]
     assert "wandb is not installed" in problems["metrics.trackers",]

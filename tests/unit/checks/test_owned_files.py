@@ -134,7 +134,7 @@ def job(storage: Path) -> JobSpec:
 def test_a_run_overwrites_no_file_that_none_wrote(name: str, tmp_path: Path) -> None:
     run_dir = open_run(job(tmp_path))
     (run_dir / name).write_text("# my own\n" + loader.dump(job(tmp_path)))
-    with pytest.raises(SpecError, match=f"holds a {name} that no run wrote"):
+    with pytest.raises(SpecError, match=f"contains a {name} that no run wrote"):
         open_run(job(tmp_path))
     assert (run_dir / name).read_text().startswith("# my own\n")
 

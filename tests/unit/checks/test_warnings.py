@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.bench import sweep
-from orchestrator.checks.warnings import unusual, unusual_here
+from orchestrator.checks.warnings import job_warnings, local_warnings
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from tests.conftest import ROOT
@@ -26,17 +26,17 @@ def warned(**sections: Any) -> list[str]:
         "data": {"train": [{"path": "builtin/alpaca_sample"}]},
         **sections,
     }
-    return [fields[0] for fields, _ in unusual(JobSpec.model_validate_json(json.dumps(values)))]
+    return [fields[0] for fields, _ in job_warnings(JobSpec.model_validate_json(json.dumps(values)))]
 
 
 @pytest.mark.parametrize("file", [*JOBS.glob("*.yaml"), *JOBS.glob("published/xtuner/*.yaml")], ids=str)
 def test_jobs_that_ship_give_no_warning(file: Path) -> None:
-    assert list(unusual(loader.load(file))) == []
+    assert list(job_warnings(loader.load(file))) == []
 
 
 @pytest.mark.parametrize("file", JOBS.glob("published/*.yaml"), ids=str)
 def test_sweeps_that_ship_give_no_warning(file: Path) -> None:
-    assert [problem for cell in sweep.load(file).cells for problem in unusual(cell.job)] == []
+    assert [problem for cell in sweep.load(file).cells for problem in job_warnings(cell.job)] == []
 
 
 LORA = {"type": "lora"}
@@ -134,16 +134,16 @@ def test_a_name_of_the_hub_that_looks_like_a_path_with_a_slip(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "llama-7b").mkdir(parents=True)
     for path, near in (
-        ("models/llama-7", "did you mean models/llama-7b, which is here?"),
-        ("models/qwen", "the folder models is here and has no qwen"),
-        ("modles", "did you mean models, which is here?"),
+        ("models/llama-7", "did you mean the local path models/llama-7b?"),
+        ("models/qwen", "the local folder models has no qwen"),
+        ("modles", "did you mean the local path models?"),
         ("meta-llama/Llama-2-7b-hf", None),
         ("gpt2", None),
     ):
         job = JobSpec.model_validate_json(
             json.dumps({"name": "j", "model": {"path": path}, "data": {"train": [{"path": "s3://b/d"}]}})
         )
-        sentences = [sentence for fields, sentence in unusual(job) if fields == ("model.path",)]
+        sentences = [sentence for fields, sentence in job_warnings(job) if fields == ("model.path",)]
         assert len(sentences) == (near is not None)
         assert (near or "") in "".join(sentences)
     assert warned(data={"train": [{"path": "models/rows"}]}) == ["data.train.0.path"]
@@ -161,8 +161,8 @@ def test_documents_longer_than_the_model_knows_are_warned_of_before_a_run(tmp_pa
             values = {"train": [{"path": "builtin/alpaca_sample"}], "max_length": max_length}
             model = {"path": str(tmp_path), "weights": "random"}
             job = JobSpec.model_validate_json(json.dumps({"name": "j", "model": model, "data": values}))
-            assert list(unusual(job)) == []
-            found = [sentence for _, sentence in unusual_here(job)]
+            assert list(job_warnings(job)) == []
+            found = [sentence for _, sentence in local_warnings(job)]
             assert len(found) == (limit is not None and max_length > limit)
             assert all(f"is above max_position_embeddings={limit}" in sentence for sentence in found)
 
@@ -179,7 +179,7 @@ def test_variables_that_are_taken_from_here_and_not_set_are_warned_of(
         "run": {"env": {"IS_SET": None, "IS_NOT_SET": None, "WRITTEN": "value"}},
     }
     job = JobSpec.model_validate_json(json.dumps(values))
-    assert list(unusual(job)) == []
-    ((fields, sentence),) = unusual_here(job)
+    assert list(job_warnings(job)) == []
+    ((fields, sentence),) = local_warnings(job)
     assert fields == ("run.env.IS_NOT_SET",)
     assert "export it before" in sentence

@@ -100,7 +100,7 @@ def test_validate_and_train_report_the_same_errors_and_create_no_files(tmp_path:
     trained = orchestrator("train", "job.yaml", cwd=tmp_path)
     assert (checked.code, trained.code) == (2, 2)
     assert checked.err == trained.err
-    assert "job.yaml:3: model.path=./modle is not there" in checked.err
+    assert "job.yaml:3: model.path=./modle does not exist" in checked.err
     assert "job.yaml:5: data file nope.json is not there" in checked.err
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
 

@@ -97,7 +97,7 @@ def test_other_files_are_another_job(change: Any, named: str, tmp_path: Path, lo
 
 def test_other_hyperparameters_are_another_job(tmp_path: Path, logged: list[str]) -> None:
     finish(tmp_path, make_job(tmp_path, max_steps=3), 3)
-    with pytest.raises(SpecError, match=r"holds a run of another job: optim\.lr=0\.1 \(the run has 0\.001\)"):
+    with pytest.raises(SpecError, match=r"a run of another job: optim\.lr=0\.1 \(the run has 0\.001\)"):
         finished_before(make_job(tmp_path, max_steps=3, lr=0.1))
 
 
