@@ -20,6 +20,7 @@ from typing import Any, Literal
 from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens
 
 Format = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
+RowFormat = Format | Literal["auto"]
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -41,12 +42,12 @@ class Malformed(ValueError):
     """A row is none; the message says why and what to do."""
 
 
-def parse(value: Any, wanted: Format | Literal["auto"]) -> Row:
+def parse(value: object, row_format: RowFormat) -> Row:
     """Return the row that a value from a file holds.
 
     Args:
         value: JSON text that is yet to be parsed, or a parsed value.
-        wanted: The format, or auto to tell it from the row's fields.
+        row_format: The format, or auto to detect it from the row's fields.
 
     Raises:
         Malformed: The row is none, with the reason and the remedy.
@@ -60,7 +61,7 @@ def parse(value: Any, wanted: Format | Literal["auto"]) -> Row:
             raise Malformed(f"not valid JSON ({error}); write one JSON object a line") from None
     if not isinstance(value, dict):
         raise Malformed(f"a {type(value).__name__} where an object with fields belongs")
-    return _READERS[detect(value) if wanted == "auto" else wanted](value)
+    return _READERS[detect(value) if row_format == "auto" else row_format](value)
 
 
 def detect(value: Mapping[str, Any]) -> Format:

@@ -52,8 +52,8 @@ class Block:
     numbers: tuple[int, ...]
     values: tuple[Any, ...]
 
-    def place(self, index: int) -> str:
-        """Return where a row of this block stands."""
+    def source_line(self, index: int) -> str:
+        """Return the file and line (or row number) of a row, for messages."""
         return f"data file {self.file}, {self.unit} {self.numbers[index]}"
 
 

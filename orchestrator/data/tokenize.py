@@ -1,6 +1,6 @@
-"""Tokenising data sets as Ray tasks on CPUs, into stores that are shared by runs.
+"""Tokenize datasets in Ray tasks on CPUs, into token stores that runs share.
 
-This happens before any worker is started, so no device waits for it and no collective can time out on it.
+This runs before any training worker starts, so no GPU is idle meanwhile and no collective can time out.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,7 +27,7 @@ from orchestrator.config.paths import resolve
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import Template, choose, encode
 from orchestrator.data.encoder import Encoder
-from orchestrator.data.formats import Malformed, parse
+from orchestrator.data.formats import Malformed, RowFormat, parse
 from orchestrator.data.readers import Block, DataFile, changed, locate
 from orchestrator.data.rows import Learnt, Row, empty_answers, learnt_of, nothing_to_learn
 from orchestrator.data.skipped_rows import empty_rows, left_out, require_rows, too_many
@@ -41,26 +42,29 @@ from orchestrator.data.token_cache import (
 )
 from orchestrator.errors import ClusterError, OrchestratorError, SpecError
 
-Note = Callable[[str], None]
-_VERSION = 5  # of the store; a change makes every cached store unknown
-_SECONDS_BETWEEN_NOTES = 5.0
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_logger = logging.getLogger(__name__)
+_VERSION = 5  # part of the cache key: raise it when the files change, and older stores are ignored
+_SECONDS_BETWEEN_LOGS = 5.0
 _DRAFT = re.compile(
     r"(packed-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial"
 )  # see draft_of
 _STALE_SECONDS = 24 * 3600.0
 
 
-def load_tokenizer(model: ModelSpec) -> Any:
+def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerFast:
     """Return the model's tokenizer.
 
     Raises:
-        SpecError: The path has none, or none that is fast.
+        SpecError: The path has no tokenizer, or only a slow one.
     """
     return _load_tokenizer(str(resolve(model.path)), model.path, model.trust_remote_code)
 
 
 @lru_cache(maxsize=2)
-def _load_tokenizer(path: str, name: str, trust_remote_code: bool) -> Any:
+def _load_tokenizer(path: str, name: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
@@ -68,39 +72,34 @@ def _load_tokenizer(path: str, name: str, trust_remote_code: bool) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecError(
-            f"model.path={name} has no tokenizer that can be loaded ({reason}); name a folder or "
-            "hub model with tokenizer files"
+            f"model.path={name}: cannot load a tokenizer ({reason}); set it to a folder or hub model with "
+            "tokenizer files"
         ) from None
     if not tokenizer.is_fast:
         raise SpecError(
-            f"model.path={name} has only a tokenizer written in Python, which knows no positions; convert it "
-            "to a fast one (tokenizer.json)"
+            f"model.path={name} has only a slow (Python) tokenizer, which has no character offsets; convert "
+            "it to a fast tokenizer (tokenizer.json)"
         )
     return tokenizer
 
 
 def tokenize_sources(
-    model: ModelSpec,
-    data: DataSpec,
-    sources: Sequence[SourceSpec],
-    cache: Path,
-    note: Note = lambda _: None,
+    model: ModelSpec, data: DataSpec, sources: Sequence[SourceSpec], cache: Path
 ) -> list[TokenStore]:
-    """Tokenise data sets, or open the stores that earlier runs left for the same input.
+    """Tokenize datasets, or open the stores of earlier runs with the same input; log skipped rows.
 
     Args:
-        model: Gives the tokenizer.
-        data: Gives the template, what is learnt, and how many malformed rows all sources together may have.
-        sources: The data sets, in order.
-        cache: Folder on storage that every node sees; stores lie in it by key.
-        note: Told how far it is, and which rows are left out.
+        model: Model whose tokenizer is used.
+        data: Template, loss_on, empty_answers, and the malformed rows allowed over all sources.
+        sources: The datasets, in order.
+        cache: Folder on shared storage; each store is a subfolder named by its cache key.
 
     Returns:
         One store for each source.
 
     Raises:
-        SpecError: Unreadable data, more malformed rows than allowed, each named by file and place, or a
-            source without a row that has anything to learn.
+        SpecError: Unreadable data, more malformed rows than allowed (listed by file and line), or a source
+            without a row to train on.
         ClusterError: The cache cannot be written.
     """
     tokenizer = load_tokenizer(model)
@@ -114,11 +113,11 @@ def tokenize_sources(
         prints = [file.fingerprint() for file in files]
         folder = cache / _key(source, prints, tokenizer, template, learnt)
         if not (folder / MANIFEST).exists():
-            room = data.malformed_rows_allowed - len(problems)
+            remaining = data.malformed_rows_allowed - len(problems)
             try:
-                _tokenize(model, template, learnt, source, files, prints, folder, room, note)
+                _tokenize(model, template, learnt, source, files, prints, folder, remaining)
             except _TooManyMalformedError as error:
-                problems += error.found
+                problems += error.rows
                 continue
         store = TokenStore(folder)
         problems += store.malformed + (empty_rows(store) if data.empty_answers == "error" else [])
@@ -126,17 +125,17 @@ def tokenize_sources(
     if len(problems) > data.malformed_rows_allowed:
         raise too_many(problems, data.malformed_rows_allowed)
     require_rows(sources, stores)
-    for sentence in left_out(sources, stores):
-        note(sentence)
+    for line in left_out(sources, stores):
+        _logger.info("%s", line)
     return stores
 
 
 class _TooManyMalformedError(Exception):
-    """A source has more malformed rows than may be; carries what was found."""
+    """A source has more malformed rows than allowed."""
 
-    def __init__(self, found: list[tuple[str, str]]) -> None:
-        super().__init__(f"{len(found)} malformed rows")
-        self.found = found
+    def __init__(self, rows: list[Left]) -> None:
+        super().__init__(f"{len(rows)} malformed rows")
+        self.rows = rows
 
 
 def _tokenize(
@@ -148,16 +147,15 @@ def _tokenize(
     prints: Sequence[str],
     folder: Path,
     malformed_allowed: int,
-    note: Note,
 ) -> None:
-    """Write the store of one source and put it in its place."""
+    """Write the store of one source to a draft folder and rename it to `folder`."""
     draft = draft_of(folder)
     with _cache_errors(folder.parent):
         draft.mkdir(parents=True)
     try:
         stamps = [file.stamp() for file in files]
         shards: list[Shard] = []
-        progress = _Progress(source.path, note)
+        progress = _Progress(source.path)
         malformed = 0
         for shard in _write_shards(model, template, learnt, source, files, draft):
             shards.append(shard)
@@ -177,25 +175,26 @@ def _tokenize(
 
 
 class _Progress:
-    """Says how many rows were tokenised, and how fast."""
+    """Logs the number of tokenized rows and their rate."""
 
-    def __init__(self, name: str, note: Note) -> None:
-        self._name, self._note = name, note
-        self._started = self._told = time.monotonic()
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = self._logged = time.monotonic()
         self._rows = 0
 
     def add(self, rows: int) -> None:
         self._rows += rows
-        if time.monotonic() - self._told >= _SECONDS_BETWEEN_NOTES:
-            self._told = time.monotonic()
-            self._tell("tokenising")
+        if time.monotonic() - self._logged >= _SECONDS_BETWEEN_LOGS:
+            self._logged = time.monotonic()
+            self._log("tokenizing")
 
     def end(self) -> None:
-        self._tell("tokenised")
+        self._log("tokenized")
 
-    def _tell(self, verb: str) -> None:
+    def _log(self, verb: str) -> None:
         seconds = max(1e-6, time.monotonic() - self._started)
-        self._note(f"{verb} {self._name}: {self._rows:,} rows, {self._rows / seconds:,.0f} rows/s")
+        rate = f"{self._rows / seconds:,.0f} rows/s"
+        _logger.info("%s %s: %s rows, %s", verb, self._name, f"{self._rows:,}", rate)
 
 
 def _write_shards(
@@ -206,22 +205,22 @@ def _write_shards(
     files: Sequence[DataFile],
     folder: Path,
 ) -> Iterator[Shard]:
-    """Yield the shards of a source in order; no more blocks are under way than the cluster has use for."""
-    # Files are read where the driver looked for them; the rows travel to whichever node tokenises them.
+    """Yield the shards of a source in order; at most two blocks per CPU of the cluster are in flight."""
+    # Files are read on the driver's node, where they were located; any node may tokenize the rows.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     tokenizer = [ray.put(None if model.trust_remote_code else load_tokenizer(model))]
     options = {"scheduling_strategy": here, "_generator_backpressure_num_objects": at_once}
     blocks = _read_blocks.options(num_returns="streaming", **options).remote(list(files))
-    under_way: list[Any] = []
-    with _ours():
+    in_flight: list[ray.ObjectRef[Shard]] = []
+    with _unwrap_task_errors():
         for number, block in enumerate(blocks):
-            under_way.append(
+            in_flight.append(
                 _write_block.remote(model, tokenizer, template, learnt, source.format, block, folder, number)
             )
-            if len(under_way) >= at_once:
-                yield ray.get(under_way.pop(0))
-        for task in under_way:
+            if len(in_flight) >= at_once:
+                yield ray.get(in_flight.pop(0))
+        for task in in_flight:
             yield ray.get(task)
 
 
@@ -237,14 +236,14 @@ def _write_block(
     tokenizer: list[Any],
     template: Template,
     learnt: Learnt,
-    wanted: Any,
+    row_format: RowFormat,
     block: Block,
     folder: Path,
     number: int,
 ) -> Shard:
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # a task has one core; the others have tasks of their own
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one core per task: Ray runs a task on every core
     loaded = _held(tokenizer[0]) or load_tokenizer(model)
-    rows, malformed, empty = _rows(block, wanted, learnt)
+    rows, malformed, empty = _rows(block, row_format, learnt)
     partly_empty: dict[int, str] = {}
     encoded = []
     results = encode(list(rows.values()), loaded, template, _encoder(loaded), learnt != "answers")
@@ -252,27 +251,29 @@ def _write_block(
         if isinstance(result, Malformed):
             malformed[at] = str(result)
         elif len(result.tokens) < 2 or not (learnt == "all" or result.turn[1:].any()):
-            empty[at] = "none of its tokens is to be learnt"
+            empty[at] = "no trained tokens"
         else:
             encoded.append(result)
             if learnt == "answers" and (lack := empty_answers(row)):
                 partly_empty[at] = lack
     rejected = [
-        [(block.place(at), reason) for at, reason in sorted(found.items())]
-        for found in (malformed, empty, partly_empty)
+        [(block.source_line(at), reason) for at, reason in sorted(reasons.items())]
+        for reasons in (malformed, empty, partly_empty)
     ]
     with _cache_errors(folder.parent):
         return write_shard(folder, number, encoded, *rejected)
 
 
-def _rows(block: Block, wanted: Any, learnt: Learnt) -> tuple[dict[int, Row], dict[int, str], dict[int, str]]:
-    """Return by their place in a block the rows with something to learn, and why the others have none."""
+def _rows(
+    block: Block, row_format: RowFormat, learnt: Learnt
+) -> tuple[dict[int, Row], dict[int, str], dict[int, str]]:
+    """Return the rows to train on and the reasons of malformed and of empty rows, by index in the block."""
     rows: dict[int, Row] = {}
     malformed: dict[int, str] = {}
     empty: dict[int, str] = {}
     for at, value in enumerate(block.values):
         try:
-            row = parse(value, wanted)
+            row = parse(value, row_format)
         except Malformed as problem:
             malformed[at] = str(problem)
             continue
@@ -285,18 +286,18 @@ def _rows(block: Block, wanted: Any, learnt: Learnt) -> tuple[dict[int, Row], di
 
 @lru_cache(maxsize=1)
 def _held(reference: Any) -> Any:
-    """Return the driver's tokenizer, fetched once a process: loading one takes seconds and PyTorch."""
+    """Return the driver's tokenizer, fetched once per process because loading one takes seconds."""
     return ray.get(reference)
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer: Any) -> Encoder:
+def _encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     return Encoder(tokenizer)
 
 
 @contextmanager
-def _ours() -> Iterator[None]:
-    """Raise what is ours as itself, not wrapped by Ray."""
+def _unwrap_task_errors() -> Iterator[None]:
+    """Raise an OrchestratorError of a task itself instead of Ray's RayTaskError."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:
@@ -307,20 +308,22 @@ def _ours() -> Iterator[None]:
 
 @contextmanager
 def _cache_errors(cache: Path) -> Iterator[None]:
-    """Say which folder could not be written, and why."""
+    """Turn an OSError into a ClusterError with the folder, the reason and the remedy."""
     try:
         yield
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space there, or name another" if is_full else "make it writable on every node"
+        remedy = (
+            "free some space there or set another folder" if is_full else "make it writable on every node"
+        )
         raise ClusterError(
-            f"tokenised data cannot be written to {cache} ({error.strerror or error}); {remedy} "
-            "(checkpoint.storage), then start again"
+            f"tokenized data cannot be written to {cache} ({error.strerror or error}); {remedy} "
+            "(checkpoint.storage), then restart"
         ) from None
 
 
 def _publish(draft: Path, folder: Path) -> None:
-    """Rename the draft to its place; a store that another run published first is as good."""
+    """Rename the draft to its final name; keep an existing store, which has the same content."""
     try:
         draft.rename(folder)
     except OSError:
@@ -329,27 +332,31 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 def _sweep(cache: Path) -> None:
-    """Remove the drafts of processes that are dead: of this machine, or untouched for a day."""
+    """Remove drafts whose process on this machine has exited, and drafts not modified for a day."""
     for draft in cache.glob("*.partial"):
         match = _DRAFT.fullmatch(draft.name)
-        if match is None:  # not ours
+        if match is None:  # not a draft of this program
             continue
         try:
             here, pid = match["host"] == socket.gethostname(), match["pid"]
             dead = here and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists()
             if dead or time.time() - draft.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(draft, ignore_errors=True)
-        except OSError:  # it went away meanwhile
+        except OSError:  # removed meanwhile by another process
             continue
 
 
 def _key(
-    source: SourceSpec, prints: Sequence[str], tokenizer: Any, template: Template, learnt: Learnt
+    source: SourceSpec,
+    prints: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    learnt: Learnt,
 ) -> str:
-    """Return the name of the store: a hash of all that decides its content."""
+    """Return the cache key: a hash of everything that determines the content of the store."""
     digest = hashlib.sha256()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for setting in ("truncation", "padding"):  # set by whoever used the tokenizer last, and off here
+    for setting in ("truncation", "padding"):  # state of the last call, switched off for encoding
         backend.pop(setting, None)
     settings = [_VERSION, template, learnt, source.format, list(prints), backend]
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)]

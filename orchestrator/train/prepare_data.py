@@ -60,7 +60,7 @@ def _pack(
     job: JobSpec, model_config: PretrainedConfig, sources: Sequence[SourceSpec]
 ) -> tuple[Path, dict[str, Any]]:
     cache = Path(job.checkpoint.storage) / run_dir.CACHE
-    stores = tokenize_sources(job.model, job.data, sources, cache, _logger.info)
+    stores = tokenize_sources(job.model, job.data, sources, cache)
     vocabulary.require_embedded(job, model_config, sources, stores)
     packed: tuple[Path, dict[str, Any]] = get_result(
         _pack_stores.remote(job, sources, cache, [store.folder for store in stores])

@@ -40,13 +40,13 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
 
 def ours(path: Path, cache: Path) -> dict[str, Any]:
     """Tokenise with Ray tasks on all cores of a local Ray."""
-    from orchestrator.config.schema import ModelSpec, SourceSpec
+    from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
     from orchestrator.data.tokenize import tokenize_sources
 
     started = time.perf_counter()
-    (store,) = tokenize_sources(
-        ModelSpec(path="builtin/tiny-llama"), "chat", [SourceSpec(path=str(path))], cache
-    )
+    source = SourceSpec(path=str(path))
+    data = DataSpec(train=(source,), chat_template="chat")
+    (store,) = tokenize_sources(ModelSpec(path="builtin/tiny-llama"), data, [source], cache)
     seconds = time.perf_counter() - started
     return {
         "rows_per_second": len(store) / seconds,

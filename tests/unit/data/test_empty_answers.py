@@ -183,12 +183,12 @@ def test_counts_of_rows_in_files_do_not_depend_on_how_often_they_are_read(store:
 
 
 @pytest.mark.parametrize("store", ["answers"], indirect=True)
-def test_what_is_left_out_is_said_with_the_first_places(store: TokenStore) -> None:
-    said = left_out([_data()[0]], [store])
-    assert said[0] == "1 of 12 rows of rows.jsonl are malformed and left out"
-    assert said[2] == "8 of 12 rows of rows.jsonl have nothing to learn and are left out"
-    assert said[3] == f"  {line(2)}: field output is empty"
-    assert said[-2:] == [
+def test_skipped_rows_are_listed_with_their_first_source_lines(store: TokenStore) -> None:
+    lines = left_out([_data()[0]], [store])
+    assert lines[0] == "1 of 12 rows of rows.jsonl are malformed and left out"
+    assert lines[2] == "8 of 12 rows of rows.jsonl have nothing to learn and are left out"
+    assert lines[3] == f"  {line(2)}: field output is empty"
+    assert lines[-2:] == [
         "1 of 12 rows of rows.jsonl have an empty answer, of which nothing is learnt",
         f"  {line(8)}: answer 1 of 2 is empty",
     ]
@@ -213,12 +213,12 @@ def test_only_what_is_learnt_decides_the_store() -> None:
         assert learnt_of(_data(**settings)[1]) == mode
 
 
-# Whole data sets
+# Whole datasets
 
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenise in this process what Ray's tasks would."""
+    """Run the tokenization tasks in this process."""
 
     def write_shards(model: Any, template: Any, learnt: Any, source: Any, files: Any, folder: Path) -> Any:
         blocks = (block for file in files for block in file.blocks())
@@ -231,12 +231,18 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "_write_shards", write_shards)
 
 
-def _tokenized(file: Path, **settings: Any) -> tuple[TokenStore, list[str]]:
-    said: list[str] = []
+def _tokenized(file: Path, **settings: Any) -> TokenStore:
     source = SourceSpec(path=str(file))
     data = DataSpec(train=(source,), **settings)
-    (store,) = tokenize.tokenize_sources(MODEL, data, [source], file.parent / "cache", said.append)
-    return store, [sentence for sentence in said if "tokenised" not in sentence]
+    (store,) = tokenize.tokenize_sources(MODEL, data, [source], file.parent / "cache")
+    return store
+
+
+def _skipped(logged: list[str]) -> list[str]:
+    """Return the logged messages about skipped rows, and remove all messages."""
+    lines = [line for line in logged if "tokenized" not in line]
+    logged.clear()
+    return lines
 
 
 @pytest.fixture
@@ -246,13 +252,14 @@ def rows(tmp_path: Path, without_ray: None) -> Path:
     return file
 
 
-def test_a_store_that_is_opened_again_names_what_it_left_out(rows: Path) -> None:
-    store, said = _tokenized(rows)
-    assert "8 of 11 rows of" in said[0]
-    assert f"data file {rows}, line 2: field output is empty" in said[1]
-    again, repeated = _tokenized(rows, loss_on="last_turn")
-    assert (again.folder, repeated) == (store.folder, said)
-    ends, _ = _tokenized(rows, empty_answers="learn_end")
+def test_skipped_rows_are_logged_again_for_a_cached_store(rows: Path, logged: list[str]) -> None:
+    store = _tokenized(rows)
+    lines = _skipped(logged)
+    assert "8 of 11 rows of" in lines[0]
+    assert f"data file {rows}, line 2: field output is empty" in lines[1]
+    again = _tokenized(rows, loss_on="last_turn")
+    assert (again.folder, _skipped(logged)) == (store.folder, lines)
+    ends = _tokenized(rows, empty_answers="learn_end")
     assert (len(store), len(ends)) == (3, 7)
     assert ends.folder != store.folder
 
@@ -268,15 +275,16 @@ def test_empty_answers_are_refused_as_malformed_rows_are_where_the_job_says_so(r
             "data.empty_answers: skip"
         )
         assert "line 7: answer 1 of 2 is empty; fill or remove" in sentences[-1]
-    store, _ = _tokenized(rows, empty_answers="error", malformed_rows_allowed=9)
+    store = _tokenized(rows, empty_answers="error", malformed_rows_allowed=9)
     assert len(store) == 3
     with pytest.raises(SpecError):
         _tokenized(rows, empty_answers="error", malformed_rows_allowed=8)
 
 
-def test_a_file_of_empty_answers_alone_is_refused(rows: Path) -> None:
+def test_a_file_of_empty_answers_alone_is_refused(rows: Path, logged: list[str]) -> None:
     rows.write_text('{"instruction": "a", "output": ""}\n' * 3)
     with pytest.raises(SpecError, match=r"has no row to train on: 3 have nothing to learn and 0 are malf"):
         _tokenized(rows)
-    store, said = _tokenized(rows, loss_on="all")
-    assert (len(store), said) == (3, [])
+    logged.clear()
+    store = _tokenized(rows, loss_on="all")
+    assert (len(store), _skipped(logged)) == (3, [])

@@ -115,7 +115,7 @@ def test_every_kind_of_file_is_read_back(
     numbers = [number for block in file.blocks() for number in block.numbers]
     assert numbers == [1, 2, 3, 4, 5]
     unit = "line" if write in (write_lines, write_gzipped_lines, write_zstandard) else "row"
-    assert next(file.blocks()).place(0) == f"data file {path}, {unit} 1"
+    assert next(file.blocks()).source_line(0) == f"data file {path}, {unit} 1"
 
 
 def test_a_relative_path_and_one_from_home_are_followed(
@@ -141,7 +141,7 @@ def test_builtin_data_is_found_with_and_without_its_ending() -> None:
     assert source_problem(source("builtin/alpaca_sample")) is None
     assert "is not there" in problem_of("builtin/none")
     (file,) = locate(source("builtin/alpaca_sample"))
-    assert next(file.blocks()).place(1) == "data file builtin/alpaca_sample, line 2"
+    assert next(file.blocks()).source_line(1) == "data file builtin/alpaca_sample, line 2"
 
 
 @pytest.mark.parametrize("file_uri", [False, True])
@@ -265,10 +265,10 @@ def test_blocks_are_bounded_in_rows_and_their_numbers_go_on(tmp_path: Path) -> N
         assert max(len(block.values) for block in blocks) <= 4096
         assert [value for block in blocks for value in block.values] == rows
         assert [number for block in blocks for number in block.numbers] == list(range(1, 10_001))
-        assert blocks[-1].place(len(blocks[-1].values) - 1) == f"data file {path}, row 10000"
+        assert blocks[-1].source_line(len(blocks[-1].values) - 1) == f"data file {path}, row 10000"
     blocks = blocks_of(locate(source(lines)))
     assert [len(block.values) for block in blocks] == [4096, 4096, 1808]
-    assert blocks[1].place(0) == f"data file {lines}, line 4099"
+    assert blocks[1].source_line(0) == f"data file {lines}, line 4099"
     assert json.loads(blocks[1].values[0]) == rows[4096]
 
 
