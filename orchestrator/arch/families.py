@@ -1,7 +1,7 @@
-"""Families of decoders: which matrices, biases and norms a layer holds, and how config.json says so.
+"""Model families: the projections, biases and norms of a decoder layer, and the config.json keys for them.
 
-Each entry was read from the family's model code: in transformers 5.23, or for `qwen`, `baichuan`, `chatglm`,
-`internlm` and `internlm2`, which are not part of it, in the modelling file beside the published weights.
+Each entry follows the family's modeling code in transformers 5.23, or, for `qwen`, `baichuan`, `chatglm`,
+`internlm` and `internlm2`, the modeling file published with the weights.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Flag = bool | str | tuple[str, bool]
-"""Whether something is there: always or never, or where a key of config.json is true, with its default."""
+"""Present or absent (bool), or set by a key of config.json, optionally with its default."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the layers of one `model_type` are made of.
+    """Projections, biases and norms of the layers of one `model_type`.
 
     Attributes:
-        queries: Names of the matrices of queries, keys and values; one name where they are one matrix.
-        out: Name of the matrix that ends attention.
-        enter: Names of the matrices into the MLP; one name where they are one matrix.
-        leave: Name of the matrix out of the MLP.
-        gated: Whether two matrices of the MLP's width enter it, one a gate.
-        qkv_bias: Biases of queries, keys and values.
-        out_bias: Bias of the matrix that ends attention.
+        qkv: Module names of the query, key and value projections; one name if they are fused.
+        attention_out: Module name of the attention output projection.
+        mlp_in: Module names of the MLP's input projections; one name if gate and up are fused.
+        mlp_out: Module name of the MLP's output projection.
+        gated: Whether the MLP is gated (SwiGLU and similar), with two input projections.
+        qkv_bias: Biases of the query, key and value projections.
+        out_bias: Bias of the attention output projection.
         mlp_bias: Biases of the MLP.
         head_bias: Bias of the LM head.
-        norms: Norms of a layer as wide as the residual stream.
-        norm_vectors: Vectors of a norm: weight, weight and bias, or none.
-        qk_norm: Norms of queries and keys: `head` one each, as wide as a head; `width` one for every head.
-        qk_norm_flag: Whether they are there.
+        norms: Norms per layer over the hidden size.
+        norm_vectors: Parameter vectors per norm: 1 weight, 2 weight and bias, 0 none.
+        qk_norm: Norms of queries and keys: `head` of size head_dim, `width` over all heads.
+        qk_norm_flag: Whether the model has them.
         embedding_norm: Whether a norm follows the embedding.
-        tied: Whether LM head and embedding are one weight where config.json does not say.
-        windowed: `all` where `sliding_window` holds in every layer, `some` where layers are told apart.
-        window_pattern: Every so many-th layer sees all, where layers are not told apart; 0 where none does.
+        tied: Default of `tie_word_embeddings`.
+        sliding_window: `all` if `sliding_window` applies to every layer, `some` if `layer_types` decides.
+        sliding_window_pattern: Without `layer_types`, every n-th layer attends fully; 0 for no such pattern.
     """
 
-    queries: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    out: str = "o_proj"
-    enter: tuple[str, ...] = ("gate_proj", "up_proj")
-    leave: str = "down_proj"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    attention_out: str = "o_proj"
+    mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_out: str = "down_proj"
     gated: bool = True
     qkv_bias: Flag = False
     out_bias: Flag = False
@@ -53,34 +53,34 @@ class Family:
     qk_norm_flag: Flag = True
     embedding_norm: bool = False
     tied: bool = False
-    windowed: Literal["all", "some"] = "some"
-    window_pattern: int = 0
+    sliding_window: Literal["all", "some"] = "some"
+    sliding_window_pattern: int = 0
 
 
 _FUSED: dict[str, Any] = {
-    "queries": ("query_key_value",),
-    "out": "dense",
-    "enter": ("dense_h_to_4h",),
-    "leave": "dense_4h_to_h",
+    "qkv": ("query_key_value",),
+    "attention_out": "dense",
+    "mlp_in": ("dense_h_to_4h",),
+    "mlp_out": "dense_4h_to_h",
 }
 _BIASED: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm_vectors": 2}
 _ASKED: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 _ATTENTION: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
-_PLAIN: dict[str, Any] = {"enter": ("up_proj",), "gated": False}
+_PLAIN: dict[str, Any] = {"mlp_in": ("up_proj",), "gated": False}
 
 FAMILIES: Mapping[str, Family] = {
     "arcee": Family(**_PLAIN, **_ASKED),
-    "baichuan": Family(queries=("W_pack",)),
+    "baichuan": Family(qkv=("W_pack",)),
     "bloom": Family(**_FUSED, **_BIASED, gated=False, embedding_norm=True, tied=True),
     "chatglm": Family(
         **_FUSED, qkv_bias="add_qkv_bias", out_bias="add_bias_linear", mlp_bias="add_bias_linear"
     ),
     "cohere": Family(**_ATTENTION, norms=1, qk_norm="width", qk_norm_flag="use_qk_norm", tied=True),
     "gemma": Family(**_ATTENTION, tied=True),
-    "gemma2": Family(**_ATTENTION, norms=4, tied=True, window_pattern=2),
-    "gemma3_text": Family(**_ATTENTION, norms=4, qk_norm="head", tied=True, window_pattern=6),
-    "glm": Family(enter=("gate_up_proj",), qkv_bias=("attention_bias", True)),
-    "glm4": Family(enter=("gate_up_proj",), qkv_bias=("attention_bias", True), norms=4),
+    "gemma2": Family(**_ATTENTION, norms=4, tied=True, sliding_window_pattern=2),
+    "gemma3_text": Family(**_ATTENTION, norms=4, qk_norm="head", tied=True, sliding_window_pattern=6),
+    "glm": Family(mlp_in=("gate_up_proj",), qkv_bias=("attention_bias", True)),
+    "glm4": Family(mlp_in=("gate_up_proj",), qkv_bias=("attention_bias", True), norms=4),
     "gpt_neox": Family(
         **_FUSED,
         gated=False,
@@ -92,17 +92,21 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(**_ASKED),
     "internlm": Family(qkv_bias=("bias", True), out_bias=("bias", True)),
     "internlm2": Family(
-        queries=("wqkv",), out="wo", enter=("w1", "w3"), leave="w2", qkv_bias="bias", out_bias="bias"
+        qkv=("wqkv",), attention_out="wo", mlp_in=("w1", "w3"), mlp_out="w2", qkv_bias="bias", out_bias="bias"
     ),
     "llama": Family(**_ASKED),
-    "mistral": Family(windowed="all"),
+    "mistral": Family(sliding_window="all"),
     "nemotron": Family(**_PLAIN, **_ASKED, norm_vectors=2),
     "olmo": Family(**_ATTENTION, norm_vectors=0),
     "olmo2": Family(**_ATTENTION, qk_norm="width"),
-    "phi": Family(out="dense", enter=("fc1",), leave="fc2", gated=False, **_BIASED, head_bias=True, norms=1,
-        qk_norm="head", qk_norm_flag="qk_layernorm"),
-    "phi3": Family(queries=("qkv_proj",), enter=("gate_up_proj",), windowed="all"),
-    "qwen": Family(queries=("c_attn",), out="c_proj", enter=("w1", "w2"), leave="c_proj", qkv_bias=True),
+    "phi": Family(
+        attention_out="dense", mlp_in=("fc1",), mlp_out="fc2", gated=False, **_BIASED, head_bias=True,
+        norms=1, qk_norm="head", qk_norm_flag="qk_layernorm",
+    ),
+    "phi3": Family(qkv=("qkv_proj",), mlp_in=("gate_up_proj",), sliding_window="all"),
+    "qwen": Family(
+        qkv=("c_attn",), attention_out="c_proj", mlp_in=("w1", "w2"), mlp_out="c_proj", qkv_bias=True
+    ),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(**_ATTENTION, qk_norm="head"),
     "seed_oss": Family(
@@ -111,47 +115,37 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": Family(**_ASKED, tied=True),
     "stablelm": Family(qkv_bias="use_qkv_bias", norm_vectors=2, qk_norm="width", qk_norm_flag="qk_layernorm"),
     "starcoder2": Family(
-        enter=("c_fc",),
-        leave="c_proj",
+        mlp_in=("c_fc",),
+        mlp_out="c_proj",
         gated=False,
         qkv_bias=("use_bias", True),
         out_bias=("use_bias", True),
         mlp_bias=("use_bias", True),
         norm_vectors=2,
         tied=True,
-        windowed="all",
+        sliding_window="all",
     ),
 }  # fmt: skip
 
 
 def is_set(flag: Flag, config: Mapping[str, Any]) -> bool:
-    """Return whether a flag holds for a configuration."""
+    """Return the value of a flag for a configuration."""
     if isinstance(flag, bool):
         return flag
     key, default = (flag, False) if isinstance(flag, str) else flag
-    found = config.get(key)
-    return default if found is None else bool(found)
+    value = config.get(key)
+    return default if value is None else bool(value)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Return whether a model of a known family has one weight for LM head and embedding."""
-    found = config.get("tie_word_embeddings")
-    return FAMILIES[str(config["model_type"])].tied if found is None else bool(found)
+    """Return whether LM head and embedding share a weight; the family must be known."""
+    value = config.get("tie_word_embeddings")
+    return FAMILIES[str(config["model_type"])].tied if value is None else bool(value)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What config.json calls by several names.
-
-    Attributes:
-        hidden_size: Width of the residual stream.
-        layers: Decoder layers.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Width of a head.
-        intermediate_size: Width of the MLP.
-        vocab_size: Rows of the embedding.
-    """
+    """Sizes of a decoder, normalized from the key names of each family's config.json."""
 
     hidden_size: int
     layers: int
@@ -163,10 +157,10 @@ class Sizes:
 
 
 def sizes(config: Mapping[str, Any]) -> Sizes:
-    """Return the sizes that a configuration of a known family states under its own names.
+    """Return the sizes from the config.json of a known family.
 
     Raises:
-        KeyError: One of them is not stated; carries its name.
+        KeyError: A required key is missing; carries its name.
     """
     family = config["model_type"]
     hidden, heads = (
@@ -182,7 +176,7 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
     if family == "bloom":
         layers = config.get("num_hidden_layers") or config["n_layer"]
         return Sizes(hidden, layers, heads, heads, hidden // heads, 4 * hidden, config["vocab_size"])
-    # Qwen's first generation states both halves of what enters its MLP.
+    # intermediate_size of the first Qwen counts the gate and up projections together.
     inner = config["intermediate_size"] // (2 if family == "qwen" else 1)
     grouped = family != "gpt_neox" and config.get("num_key_value_heads")
     wide = family not in ("gpt_neox", "stablelm") and config.get("head_dim")

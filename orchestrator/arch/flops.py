@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class ForwardFlops:
         linear: Products with the layers' weights.
         attention: Scores and values.
         head: The LM head.
-        last_product: The part of `linear` that ends each layer, the MLP's way back to the hidden size.
+        last_matmul: The part of `linear` that ends each layer, the MLP's way back to the hidden size.
         adapters: Products with the matrices of LoRA.
-        mlp_products: Products of an MLP, each as large as the last.
+        mlp_matmuls: Products of an MLP, each as large as the last.
     """
 
     linear: float
     attention: float
     head: float
-    last_product: float = 0.0
+    last_matmul: float = 0.0
     adapters: float = 0.0
-    mlp_products: int = 3
+    mlp_matmuls: int = 3
 
     @property
     def total(self) -> float:
@@ -44,7 +44,7 @@ class ForwardFlops:
     @property
     def mlp(self) -> float:
         """The part of `linear` in the MLPs, whose matrices are of one size."""
-        return self.mlp_products * self.last_product
+        return self.mlp_matmuls * self.last_matmul
 
 
 def square_in_window(length: float, window: int) -> float:
@@ -57,18 +57,18 @@ def square_in_window(length: float, window: int) -> float:
     return length * length if length <= window else 2 * window * length - window * window
 
 
-def square_within(lengths: Iterable[int], window: int) -> float:
+def squares_in_window(lengths: Iterable[int], window: int) -> float:
     """Return the part of the documents' squared lengths that a layer with a sliding window computes."""
     return float(sum(square_in_window(length, window) for length in lengths))
 
 
 def forward_flops(
-    shape: ModelShape,
+    shape: ModelDims,
     tokens: float,
     square_tokens: float,
     scored_tokens: float,
-    windowed_square_tokens: float | None = None,
-    adapter_parameters: int = 0,
+    window_square_tokens: float | None = None,
+    num_adapter_params: int = 0,
 ) -> ForwardFlops:
     """Return the FLOPs of one forward pass.
 
@@ -77,24 +77,25 @@ def forward_flops(
         tokens: Real tokens, T.
         square_tokens: Sum of squared document lengths.
         scored_tokens: Positions at which the LM head is computed.
-        windowed_square_tokens: The part of them that layers with a window compute, from `square_within`; None
-            means all, as where no document is longer than the window.
-        adapter_parameters: Weights of all matrices of LoRA in the layers.
+        window_square_tokens: The same sum for sliding-window layers, from `squares_in_window`; None if no
+            document is longer than the window.
+        num_adapter_params: Weights of all matrices of LoRA in the layers.
     """
-    windowed = square_tokens if windowed_square_tokens is None else windowed_square_tokens
-    seen = (shape.layers - shape.windowed_layers) * square_tokens + shape.windowed_layers * windowed
+    windowed = square_tokens if window_square_tokens is None else window_square_tokens
+    full_layers = shape.layers - shape.sliding_window_layers
+    seen = full_layers * square_tokens + shape.sliding_window_layers * windowed
     return ForwardFlops(
         linear=2.0 * shape.layers * shape.linear_parameters_per_layer * tokens,
         attention=2.0 * shape.heads * shape.head_dim * seen,
         head=2.0 * shape.hidden_size * shape.vocab_size * scored_tokens,
-        last_product=2.0 * shape.layers * shape.hidden_size * shape.intermediate_size * tokens,
-        adapters=2.0 * adapter_parameters * tokens,
-        mlp_products=shape.mlp_matrices,
+        last_matmul=2.0 * shape.layers * shape.hidden_size * shape.intermediate_size * tokens,
+        adapters=2.0 * num_adapter_params * tokens,
+        mlp_matmuls=shape.mlp_matrices,
     )
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenWeights:
     """Which weights need no gradient.
 
     Attributes:
@@ -106,7 +107,7 @@ class Frozen:
     head: bool = False
 
 
-def model_flops(forward: ForwardFlops, frozen: Frozen = Frozen()) -> float:
+def model_flops(forward: ForwardFlops, frozen: FrozenWeights = FrozenWeights()) -> float:
     """Return the FLOPs of a training step that the model asks for: `tflops_model` counts these."""
     spared = (forward.linear if frozen.layers else 0.0) + (forward.head if frozen.head else 0.0)
     return 3.0 * forward.total - spared
@@ -121,7 +122,7 @@ class Recomputation:
         zero_stage: Stage of ZeRO, or 0 without DeepSpeed.
         tiled_head: Whether the LM head computes its logits again.
         mlp_tiles: Tiles of a micro-batch that each MLP runs on; 0 where it runs on all at once.
-        adapted_last: Whether an adapter stands beside the last product of a layer.
+        adapts_last_matmul: Whether an adapter stands beside the last product of a layer.
         whole_layers: Whether to count the last product of a recomputed layer even where torch skips it.
     """
 
@@ -129,11 +130,13 @@ class Recomputation:
     zero_stage: int = 0
     tiled_head: bool = False
     mlp_tiles: int = 0
-    adapted_last: bool = False
+    adapts_last_matmul: bool = False
     whole_layers: bool = False
 
 
-def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen = Frozen()) -> float:
+def hardware_flops(
+    forward: ForwardFlops, again: Recomputation, frozen: FrozenWeights = FrozenWeights()
+) -> float:
     """Return the FLOPs that are done, with those that are done again.
 
     Torch stops recomputing as soon as it has all that a gradient needs: before the last product of a layer,
@@ -148,8 +151,8 @@ def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen =
         frozen: Which weights need no gradient.
     """
     done = model_flops(forward, frozen) + (forward.head if again.tiled_head else 0.0)
-    keeps_last = again.zero_stage == 3 or again.adapted_last or again.whole_layers
-    skipped = 0.0 if keeps_last else forward.last_product
+    keeps_last = again.zero_stage == 3 or again.adapts_last_matmul or again.whole_layers
+    skipped = 0.0 if keeps_last else forward.last_matmul
     if again.mlp_tiles:
         done += forward.mlp - skipped
         skipped = forward.mlp / again.mlp_tiles
@@ -159,7 +162,7 @@ def hardware_flops(forward: ForwardFlops, again: Recomputation, frozen: Frozen =
 
 
 def flops_per_token_xtuner(
-    shape: ModelShape,
+    shape: ModelDims,
     sequence_tokens: int,
     causal: bool = True,
     checkpointing: bool = True,

@@ -32,7 +32,7 @@ def local_config(path: str) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def config_of(path: str) -> Mapping[str, Any]:
+def load_config_json(path: str) -> Mapping[str, Any]:
     """Return a model's config.json.
 
     Args:

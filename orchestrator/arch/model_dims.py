@@ -10,7 +10,7 @@ from orchestrator.arch.families import FAMILIES, Family, sizes
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelDims:
     """Sizes of a decoder.
 
     Attributes:
@@ -21,7 +21,7 @@ class ModelShape:
         head_dim: Width of a head, d.
         intermediate_size: Width of the MLP, i.
         vocab_size: Rows of the embedding and of the LM head, V.
-        windowed_layers: Layers whose tokens see `window` tokens only.
+        sliding_window_layers: Layers whose tokens see `window` tokens only.
         window: Tokens that a token of such a layer sees, itself included; 0 where there is none.
         mlp_matrices: Matrices of an MLP: three where it is gated (SwiGLU and its like), else two.
     """
@@ -33,12 +33,12 @@ class ModelShape:
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    windowed_layers: int = 0
+    sliding_window_layers: int = 0
     window: int = 0
     mlp_matrices: int = 3
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelShape | None:
+    def from_config(cls, config: Mapping[str, Any]) -> ModelDims | None:
         """Return the shape that a Hugging Face config.json describes; None for a family that is not known."""
         family = FAMILIES.get(str(config.get("model_type")))
         if family is None:
@@ -53,7 +53,7 @@ class ModelShape:
             intermediate_size=found.intermediate_size,
             vocab_size=found.vocab_size,
             mlp_matrices=3 if family.gated else 2,
-            **_windows(config, family, found.layers),
+            **_sliding_window_fields(config, family, found.layers),
         )
 
     @property
@@ -63,16 +63,16 @@ class ModelShape:
         return attention + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
 
-def _windows(config: Mapping[str, Any], family: Family, layers: int) -> dict[str, int]:
+def _sliding_window_fields(config: Mapping[str, Any], family: Family, layers: int) -> dict[str, int]:
     """Return how many layers have a sliding window, and its size, in the form of the fields."""
     window, types = config.get("sliding_window"), config.get("layer_types")
     if not window:
         return {}
-    pattern = config.get("sliding_window_pattern") or family.window_pattern
-    if family.windowed == "all":
+    pattern = config.get("sliding_window_pattern") or family.sliding_window_pattern
+    if family.sliding_window == "all":
         count = layers
     elif types:
         count = list(types).count("sliding_attention")
     else:
         count = layers - layers // pattern if pattern else 0
-    return {"windowed_layers": count, "window": window} if count else {}
+    return {"sliding_window_layers": count, "window": window} if count else {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.arch.families import FAMILIES, Family, is_set, is_tied
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.config.schema import MethodSpec
 
 
@@ -59,7 +59,7 @@ class Parameters:
         norms_per_layer: Parameters of a layer's norms.
         embedding: Those of the embedding.
         head: Those of the LM head; 0 where it is the embedding.
-        ends: Those of the norms before the first and after the last layer.
+        final_norms: Those of the norms before the first and after the last layer.
         head_bias: Bias of the LM head.
     """
 
@@ -68,7 +68,7 @@ class Parameters:
     norms_per_layer: int
     embedding: int
     head: int
-    ends: int
+    final_norms: int
     head_bias: int = 0
 
     @property
@@ -89,23 +89,23 @@ class Parameters:
     @property
     def total(self) -> int:
         """All of the model."""
-        return self.layers * self.per_layer + self.embedding + self.head + self.ends + self.head_bias
+        return self.layers * self.per_layer + self.embedding + self.head + self.final_norms + self.head_bias
 
     @property
     def largest(self) -> int:
         """Those of the largest weight."""
         return max(self.embedding, *(each.inputs * each.outputs for each in self.linears))
 
-    def adapters(self, rank: int, targets: Iterable[Linear], with_lengths: bool = False) -> int:
+    def adapters(self, rank: int, targets: Iterable[Linear], use_dora: bool = False) -> int:
         """Return the parameters of LoRA's matrices beside some linears, in all layers.
 
         Args:
             rank: Width of the two matrices.
             targets: The linears.
-            with_lengths: Whether each output has a length that is learned (DoRA).
+            use_dora: Whether each output has a length that is learned (DoRA).
         """
         return self.layers * sum(
-            rank * (each.inputs + each.outputs) + (each.outputs if with_lengths else 0) for each in targets
+            rank * (each.inputs + each.outputs) + (each.outputs if use_dora else 0) for each in targets
         )
 
 
@@ -115,7 +115,7 @@ def parameters(config: Mapping[str, Any]) -> Parameters | None:
     Args:
         config: Its config.json.
     """
-    shape = ModelShape.from_config(config)
+    shape = ModelDims.from_config(config)
     if shape is None:
         return None
     family = FAMILIES[str(config["model_type"])]
@@ -129,7 +129,7 @@ def parameters(config: Mapping[str, Any]) -> Parameters | None:
         norms_per_layer=norms * norm + _qk_norms(shape, family, config),
         embedding=embedding,
         head=0 if is_tied(config) else embedding,
-        ends=norm * (2 if family.embedding_norm else 1),
+        final_norms=norm * (2 if family.embedding_norm else 1),
         head_bias=shape.vocab_size if is_set(family.head_bias, config) else 0,
     )
 
@@ -149,13 +149,13 @@ def parameter_count(config: Mapping[str, Any], method: MethodSpec) -> ParameterC
         return None
     if method.type == "full":
         return ParameterCount(found.total, found.total, found.largest)
-    chosen = chosen_linears(found.linears, method.target_modules)
+    chosen = target_linears(found.linears, method.target_modules)
     added = found.adapters(method.rank, chosen, method.use_dora)
     copies = found.embedding + found.head + found.head_bias if method.train_embeddings else 0
     return ParameterCount(found.total + added + copies, added + copies, found.largest)
 
 
-def chosen_linears(linears: tuple[Linear, ...], targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
+def target_linears(linears: tuple[Linear, ...], targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
     """Return the linears that adapters stand beside.
 
     Args:
@@ -173,24 +173,24 @@ def chosen_linears(linears: tuple[Linear, ...], targets: str | tuple[str, ...]) 
     return tuple(each for each in linears if each.name in wanted)
 
 
-def _linears(shape: ModelShape, family: Family, config: Mapping[str, Any]) -> tuple[Linear, ...]:
+def _linears(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> tuple[Linear, ...]:
     h, i = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    widths = (queries, keys, keys) if len(family.queries) == 3 else (queries + 2 * keys,)
+    widths = (queries, keys, keys) if len(family.qkv) == 3 else (queries + 2 * keys,)
     qkv_bias, mlp_bias = is_set(family.qkv_bias, config), is_set(family.mlp_bias, config)
-    inner = (2 if family.gated else 1) * i // len(family.enter)
+    inner = (2 if family.gated else 1) * i // len(family.mlp_in)
     return (
         *(
             Linear(name, h, width, "attention", qkv_bias)
-            for name, width in zip(family.queries, widths, strict=True)
+            for name, width in zip(family.qkv, widths, strict=True)
         ),
-        Linear(family.out, queries, h, "attention", is_set(family.out_bias, config)),
-        *(Linear(name, h, inner, "mlp", mlp_bias) for name in family.enter),
-        Linear(family.leave, i, h, "mlp", mlp_bias),
+        Linear(family.attention_out, queries, h, "attention", is_set(family.out_bias, config)),
+        *(Linear(name, h, inner, "mlp", mlp_bias) for name in family.mlp_in),
+        Linear(family.mlp_out, i, h, "mlp", mlp_bias),
     )
 
 
-def _qk_norms(shape: ModelShape, family: Family, config: Mapping[str, Any]) -> int:
+def _qk_norms(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> int:
     if family.qk_norm == "none" or not is_set(family.qk_norm_flag, config):
         return 0
     if family.qk_norm == "head":

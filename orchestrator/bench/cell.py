@@ -72,10 +72,10 @@ def _end_with_the_sweep() -> None:
 
 
 def _shape(job: JobSpec) -> dict[str, int] | None:
-    from orchestrator.arch.model_dims import ModelShape
+    from orchestrator.arch.model_dims import ModelDims
     from orchestrator.model.build import load_config
 
-    shape = ModelShape.from_config(load_config(job.model).get_text_config().to_dict())
+    shape = ModelDims.from_config(load_config(job.model).get_text_config().to_dict())
     return asdict(shape) if shape else None
 
 

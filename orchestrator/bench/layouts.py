@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.arch.flops import flops_per_token_xtuner
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.bench.results import Row
 from orchestrator.bench.table import Column, Table, Value, spread_of
 
@@ -98,7 +98,7 @@ def tflops_xtuner(row: Row) -> float | None:
     if tgs is None or shape is None or not row.setting("data.cross_document_attention"):
         return None
     work = flops_per_token_xtuner(
-        ModelShape(**shape),
+        ModelDims(**shape),
         row.setting("data.max_length"),
         checkpointing=row.setting("model.gradient_checkpointing") == "full",
     )

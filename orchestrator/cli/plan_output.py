@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.arch.hf_config import config_of, resized
+from orchestrator.arch.hf_config import load_config_json, resized
 from orchestrator.cluster.cluster_spec import ClusterSpec, ClusterSpecError
 from orchestrator.cluster.hardware import CatalogueError, UnknownDevice
 from orchestrator.config.schema import JobSpec
@@ -80,7 +80,7 @@ def planned(
     Raises:
         SpecError: The cluster, a device or the model are not known.
     """
-    config = resized(config_of(job.model.path), job.model)
+    config = resized(load_config_json(job.model.path), job.model)
     try:
         cluster = ClusterSpec.parse(gpus, catalogue)
     except (ClusterSpecError, UnknownDevice, CatalogueError) as error:

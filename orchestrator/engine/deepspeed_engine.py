@@ -19,7 +19,7 @@ from orchestrator.engine.deepspeed_ops import (
 from orchestrator.engine.muon import clip_before_update
 from orchestrator.engine.optimizers import build_optimizer
 from orchestrator.engine.train_engine import TrainEngine, ZeroOptimizer
-from orchestrator.model.activation_memory import tiled
+from orchestrator.model.activation_memory import tiled_mlps
 from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def start_engine(model: PreTrainedModel, ds_config: DeepSpeedConfig) -> TrainEng
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import set_z3_leaf_module
 
-    for mlp in tiled(model):
+    for mlp in tiled_mlps(model):
         # A leaf module is gathered as a whole: ZeRO-3 then gathers its weights once instead of once a tile.
         set_z3_leaf_module(mlp, True)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,7 +107,7 @@ def backward(engine: TrainEngine, loss: Tensor, gradient_divisor: float) -> None
     Args:
         engine: The engine.
         loss: This rank's share of the loss; the shares of all ranks and micro-batches sum to the mean.
-        gradient_divisor: What DeepSpeed divides summed gradients by (`Layout.gradient_divisor`).
+        gradient_divisor: What DeepSpeed divides summed gradients by (`ParallelDims.gradient_divisor`).
     """
     engine.backward(loss * gradient_divisor, scale_wrt_gas=False)
 

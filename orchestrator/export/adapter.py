@@ -17,7 +17,7 @@ from orchestrator.export.base_files import write_json
 from orchestrator.export.weight_files import LazyTensor
 from orchestrator.model import base_model_id
 from orchestrator.model.adapters import WEIGHTS
-from orchestrator.model.build import base_model, skeleton
+from orchestrator.model.build import base_model, build_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def write_adapter(
     """
     from peft import get_peft_model_state_dict
 
-    model = skeleton(job)
+    model = build_on_meta(job)
     state = {name: weight.contiguous() for name, weight in weights.items()}
     adapter_state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     # clone: tied matrices are one tensor under two names, which safetensors refuses.
@@ -56,7 +56,7 @@ def write_adapter(
     config.base_model_name_or_path = str(resolve(job.model.path)) if is_builtin else job.model.path
     config.inference_mode = True
     config.save_pretrained(directory)
-    write_json(directory / base_model_id.BASE, identity)
+    write_json(directory / base_model_id.BASE_MODEL_FILE, identity)
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -73,7 +73,7 @@ def merged_model(job: JobSpec, adapter: Path, dtype: torch.dtype) -> PreTrainedM
     """
     from peft import PeftModel
 
-    expected = json.loads((adapter / base_model_id.BASE).read_text(encoding="utf-8"))
+    expected = json.loads((adapter / base_model_id.BASE_MODEL_FILE).read_text(encoding="utf-8"))
     actual = base_model_id.identity(job)
     if expected != actual:
         names = expected.keys() | actual.keys()

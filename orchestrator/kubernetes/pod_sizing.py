@@ -13,7 +13,7 @@ from orchestrator.arch.parameters import parameter_count
 from orchestrator.config.auto_values import resolve_dtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
-from orchestrator.parallel.deepspeed_config import fit_buffers, render
+from orchestrator.parallel.deepspeed_config import render, size_nvme_buffers
 from orchestrator.planner.estimate import workload_from_job
 from orchestrator.planner.host_memory import disk_bytes
 from orchestrator.planner.memory import host_memory_of_workload
@@ -278,7 +278,7 @@ def _offloaded(job: JobSpec, device: Literal["cuda", "cpu"]) -> tuple[int, int |
         note = f"offloaded state is NOT included: model.path={job.model.path} {reason}; set --memory-per-node"
         return 0, None, [note]
     ds_config = render(job, resolve_dtype(job.model.dtype, device), device)
-    fit_buffers(ds_config, -(-count.largest // parallel.workers))
+    size_nvme_buffers(ds_config, -(-count.largest // parallel.workers))
     memory = host_memory_of_workload(workload_from_job(job, config, model, parallel.workers, device)).total
     notes = [
         f"offloaded state is computed from {count.total:,} parameters, {count.trained:,} of them trainable"

@@ -118,6 +118,6 @@ def tile_mlps(model: nn.Module, tile_tokens: int) -> None:
         mlp.forward = TiledMLP(mlp.forward, tile_tokens)
 
 
-def tiled(model: nn.Module) -> list[nn.Module]:
+def tiled_mlps(model: nn.Module) -> list[nn.Module]:
     """Return the MLPs that run by tiles; their weights must be at hand as long as one of them runs."""
     return [module for module in model.modules() if isinstance(module.__dict__.get("forward"), TiledMLP)]

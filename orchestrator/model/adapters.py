@@ -14,8 +14,8 @@ from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec, MethodSpec
 from orchestrator.errors import SpecError
 from orchestrator.model import base_model_id
-from orchestrator.model.quantization import is_of_few_bits, let_dora_read
-from orchestrator.model.weights import Difference, UnreadableError, shapes_in
+from orchestrator.model.quantization import is_quantized, patch_dora
+from orchestrator.model.weights import UnreadableError, WeightsMismatch, shapes_in
 
 WEIGHTS = "adapter_model.safetensors"
 _SAME = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
@@ -65,7 +65,7 @@ def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)  # beside weights of few bits peft makes them fp32
     if method.use_dora:
-        let_dora_read(adapted)
+        patch_dora(adapted)
     return adapted
 
 
@@ -100,14 +100,14 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
     if differing:
         return f"{where} has {'; '.join(differing)}; write the adapter's in this job"
     kept = get_peft_model_state_dict(model, save_embedding_layers=False)
-    other = Difference.between(stored, {name: weight.shape for name, weight in kept.items()})
-    if other != Difference():
+    other = WeightsMismatch.between(stored, {name: weight.shape for name, weight in kept.items()})
+    if other != WeightsMismatch():
         return (
             f"{where} does not match method.target_modules and method.train_embeddings: it "
-            f"{other.in_words('the adapter of this job')}; write the adapter's targets in this job, or name "
+            f"{other.explain('the adapter of this job')}; write the adapter's targets in this job, or name "
             "the model that it was trained beside"
         )
-    known = folder / base_model_id.BASE
+    known = folder / base_model_id.BASE_MODEL_FILE
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != base_model_id.identity(job):
         return (
             f"{where} was trained beside another model than model.path={job.model.path}; name that one, or "
@@ -138,7 +138,7 @@ def load_adapter(model: Any, folder: Path) -> None:
                 parameter.copy_(stored[name])
 
 
-def adapter_parameters(model: nn.Module) -> int:
+def num_adapter_params(model: nn.Module) -> int:
     """Return the number of weights in LoRA's matrices, also of those that ZeRO-3 has partitioned away."""
     return sum(
         int(getattr(parameter, "ds_numel", parameter.numel()))
@@ -147,7 +147,7 @@ def adapter_parameters(model: nn.Module) -> int:
     )
 
 
-def adapts_last_product(model: nn.Module) -> bool:
+def adapts_last_matmul(model: nn.Module) -> bool:
     """Tell whether adapters stand beside the product that ends each layer, the MLP's way back."""
     return any(".down_proj.lora_A." in name for name, _ in model.named_parameters())
 
@@ -160,8 +160,8 @@ def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
     """
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if method.target_modules == "all-linear":
-        few_bits = [name for name, module in linear.items() if is_of_few_bits(module)]
-        return few_bits or "all-linear"  # peft takes only PyTorch's for linear
+        quantized = [name for name, module in linear.items() if is_quantized(module)]
+        return quantized or "all-linear"  # peft takes only PyTorch's for linear
     if method.target_modules == "attention":
         # By their full names: some models call a layer of their MLP as one of their attention.
         found = [
@@ -194,7 +194,7 @@ def _names(linear: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_of_few_bits(module)
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_quantized(module)
 
 
 def _embeddings(model: Any) -> list[str]:

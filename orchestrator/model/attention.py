@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import SpecError
-from orchestrator.model.sdpa import Scoring, attend
+from orchestrator.model.sdpa import AttentionOptions, attend
 from orchestrator.parallel.ulysses import SequenceGroup
 
 IMPLEMENTATION = "documents"
-Kernel = Literal["flash", "sdpa"]
+AttnBackend = Literal["flash", "sdpa"]
 _NOT_COMPUTED = {
     "s_aux": "attention sinks",
     "position_bias": "a bias by position",
@@ -35,7 +35,7 @@ _NOT_COMPUTED = {
 
 
 @dataclass(frozen=True)
-class Group:
+class LengthGroup:
     """Documents that share one dense call: `count` of them, each padded to `length` tokens."""
 
     count: int
@@ -43,46 +43,46 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Documents:
+class VarlenMetadata:
     """Where the documents of a row of T tokens lie.
 
     Attributes:
-        kernel: How attention is computed.
-        bounds: Start of each document and the end of the last, int32, shape [documents + 1] (flash).
-        longest: Tokens of the longest document.
+        attn_backend: How attention is computed.
+        cu_seqlens: Start of each document and the end of the last, int32, shape [documents + 1] (flash).
+        max_seqlen: Tokens of the longest document.
         groups: Documents batched by like length (sdpa).
         gather: Row positions in the order of the groups, padding included, int64 (sdpa).
         scatter: For each of the T positions its place in `gather`, int64, shape [T] (sdpa).
         sequence: The workers that share the row; None where this one holds it alone.
     """
 
-    kernel: Kernel
-    bounds: Tensor
-    longest: int
-    groups: tuple[Group, ...]
+    attn_backend: AttnBackend
+    cu_seqlens: Tensor
+    max_seqlen: int
+    groups: tuple[LengthGroup, ...]
     gather: Tensor
     scatter: Tensor
     sequence: SequenceGroup | None = None
 
     @classmethod
-    def of(
+    def from_lengths(
         cls,
         lengths: Sequence[int],
-        kernel: Kernel,
+        attn_backend: AttnBackend,
         device: torch.device,
         sequence: SequenceGroup | None = None,
-    ) -> Documents:
+    ) -> VarlenMetadata:
         """Prepare a row whose documents have these lengths, in order; they sum to the slots of the row."""
         sizes = torch.tensor(lengths, dtype=torch.int64)
-        bounds = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-        torch.cumsum(sizes, 0, out=bounds[1:])
-        groups: tuple[Group, ...] = ()
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+        torch.cumsum(sizes, 0, out=cu_seqlens[1:])
+        groups: tuple[LengthGroup, ...] = ()
         gather = scatter = torch.zeros(0, dtype=torch.int64)
-        if kernel == "sdpa":
-            groups, gather, scatter = _group(sizes, bounds)
+        if attn_backend == "sdpa":
+            groups, gather, scatter = _group(sizes, cu_seqlens)
         return cls(
-            kernel,
-            bounds.to(device, torch.int32),
+            attn_backend,
+            cu_seqlens.to(device, torch.int32),
             max(lengths),
             groups,
             gather.to(device),
@@ -91,35 +91,35 @@ class Documents:
         )
 
 
-def _group(sizes: Tensor, bounds: Tensor) -> tuple[tuple[Group, ...], Tensor, Tensor]:
+def _group(sizes: Tensor, cu_seqlens: Tensor) -> tuple[tuple[LengthGroup, ...], Tensor, Tensor]:
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, size in enumerate(sizes.tolist()):
-        by_length[_rounded(size)].append(number)
+        by_length[_round_up(size)].append(number)
     groups, pieces = [], []
-    scatter = torch.empty(int(bounds[-1]), dtype=torch.int64)
+    scatter = torch.empty(int(cu_seqlens[-1]), dtype=torch.int64)
     at = 0
     for length, members in sorted(by_length.items()):
         chosen = torch.tensor(members)
         places = torch.arange(length)
         # Padding repeats the document's last position; what is computed there is never read.
-        inside = torch.minimum(places, sizes[chosen, None] - 1) + bounds[chosen, None]
+        inside = torch.minimum(places, sizes[chosen, None] - 1) + cu_seqlens[chosen, None]
         real = places < sizes[chosen, None]
         where = at + torch.arange(inside.numel()).view_as(inside)
         scatter[inside[real]] = where[real]
-        groups.append(Group(len(members), length))
+        groups.append(LengthGroup(len(members), length))
         pieces.append(inside.flatten())
         at += inside.numel()
     return tuple(groups), torch.cat(pieces), scatter
 
 
-def _rounded(length: int) -> int:
+def _round_up(length: int) -> int:
     """Round a length up by at most an eighth, so that fewer, larger calls remain."""
     grain = max(8, 1 << max(0, length.bit_length() - 4))
     return -(-length // grain) * grain
 
 
 @dataclass(frozen=True)
-class Mask:
+class CausalMask:
     """Stands where transformers would build a mask of T x T, and says what that mask would let through.
 
     Attributes:
@@ -141,10 +141,10 @@ def document_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Mask | None,
+    attention_mask: Tensor | CausalMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    documents: Documents | None = None,
+    documents: VarlenMetadata | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each document, in the form in which transformers calls an attention function.
@@ -167,16 +167,16 @@ def document_attention(
         ValueError: The architecture does not hand boundaries down, or wants a variant that is not supported.
     """
     name = type(module).__name__
-    is_masked = attention_mask is not None and not isinstance(attention_mask, Mask)
+    is_masked = attention_mask is not None and not isinstance(attention_mask, CausalMask)
     if documents is None or is_masked or query.shape[0] != 1:
         raise ValueError(
             f"{name} does not hand document boundaries down to its attention, so packed documents would see "
             "each other; this architecture is not supported"
         )
-    _refuse_variants(module, documents.longest, kwargs)
-    window = _window(name, attention_mask, kwargs.get("sliding_window"), documents.longest)
-    scoring = Scoring(scaling, dropout, window, kwargs.get("softcap"))
-    compute = _flash if documents.kernel == "flash" else _dense
+    _refuse_variants(module, documents.max_seqlen, kwargs)
+    window = _window(name, attention_mask, kwargs.get("sliding_window"), documents.max_seqlen)
+    scoring = AttentionOptions(scaling, dropout, window, kwargs.get("softcap"))
+    compute = _flash if documents.attn_backend == "flash" else _sdpa
     sequence = documents.sequence
     if sequence is None:
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
@@ -185,14 +185,14 @@ def document_attention(
     return sequence.to_sequence(compute(q, k, v, documents, scoring)).unsqueeze(0), None
 
 
-def _refuse_variants(module: nn.Module, longest: int, options: Mapping[str, Any]) -> None:
+def _refuse_variants(module: nn.Module, max_seqlen: int, options: Mapping[str, Any]) -> None:
     """Refuse what is neither computed here nor without effect on documents of this length."""
     name = type(module).__name__
     chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)  # Llama 4
-    if chunk is not None and chunk < longest:
+    if chunk is not None and chunk < max_seqlen:
         raise ValueError(
-            f"{name} has a chunk of {chunk} tokens, and a document has {longest}; use data.max_length of at "
-            f"most {chunk}"
+            f"{name} attends in chunks of {chunk} tokens, but a document has {max_seqlen}; set "
+            f"data.max_length to at most {chunk}"
         )
     if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
         raise ValueError(f"{name} is not causal: its tokens see what follows them, which cannot be trained")
@@ -201,16 +201,16 @@ def _refuse_variants(module: nn.Module, longest: int, options: Mapping[str, Any]
         raise ValueError(f"{name} passes {asked[0]} ({_NOT_COMPUTED[asked[0]]}), which is not computed here")
 
 
-def _window(name: str, mask: Tensor | Mask | None, passed: int | None, longest: int) -> int | None:
+def _window(name: str, mask: Tensor | CausalMask | None, passed: int | None, max_seqlen: int) -> int | None:
     """Return the window of a layer, if it is shorter than a document.
 
     Some layers are told their window; with others only the mask knows it. Where both speak they must agree.
     """
 
     def effective(window: int | None) -> int | None:
-        return window if window and window < longest else None
+        return window if window and window < max_seqlen else None
 
-    if not isinstance(mask, Mask):
+    if not isinstance(mask, CausalMask):
         return effective(passed)
     window = effective(mask.window)
     if passed is not None and effective(passed) != window:
@@ -221,7 +221,7 @@ def _window(name: str, mask: Tensor | Mask | None, passed: int | None, longest: 
     return window
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scoring) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scoring: AttentionOptions) -> Tensor:
     # One split, whose backward pass is one concatenation: that of a slice would fill a whole row each time.
     sizes = [group.count * group.length for group in documents.groups]
     pieces = zip(
@@ -237,15 +237,15 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scori
     return torch.cat(outputs).index_select(0, documents.scatter)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scoring) -> Tensor:
-    bounds, longest = documents.bounds, documents.longest
+def _flash(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scoring: AttentionOptions) -> Tensor:
+    cu_seqlens, max_seqlen = documents.cu_seqlens, documents.max_seqlen
     # Flash counts the tokens before the one that looks, we and transformers that one as well.
     window = (-1 if scoring.window is None else scoring.window - 1, 0)
     if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
 
         attended: Tensor = flash_attn_varlen_func(
-            q, k, v, bounds, bounds, longest, longest, dropout_p=scoring.dropout,
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=scoring.dropout,
             softmax_scale=scoring.scaling, causal=True, window_size=window, softcap=scoring.softcap or 0.0,
         )  # fmt: skip
         return attended
@@ -254,12 +254,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scoring: Scori
     for what, value in (("dropout", scoring.dropout), ("softcap", scoring.softcap)):
         if value:
             raise ValueError(
-                f"attention {what} {value} needs the package flash-attn on this kernel; install the extra "
+                f"attention {what} {value} requires the package flash-attn; install the extra "
                 "`cuda`, or use model.attention: sdpa, which is slower"
             )
     grouped = q.shape[1] != k.shape[1]
     result = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest,
+        q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         scale=scoring.scaling, window_size=window, enable_gqa=grouped,
     )  # fmt: skip
     return result if isinstance(result, Tensor) else result[0]
@@ -269,10 +269,10 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def kernel_for(
+def select_attn_backend(
     wanted: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype, config: Any = None
-) -> Kernel:
-    """Return the kernel that is used: flash takes bf16 and fp16 on CUDA devices of capability 8.0 and up.
+) -> AttnBackend:
+    """Return the attention backend: flash for bf16 and fp16 on CUDA devices of capability 8.0 or higher.
 
     Args:
         wanted: What the job says.
@@ -304,7 +304,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Mask:
+def _mask(*args: Any, **kwargs: Any) -> CausalMask:
     """Say which mask of T x T transformers would build here.
 
     Raises:
@@ -315,4 +315,4 @@ def _mask(*args: Any, **kwargs: Any) -> Mask:
     if "allow_is_bidirectional_skip" in kwargs or kwargs.get("use_vmap"):
         name = type(kwargs.get("config")).__name__
         raise ValueError(f"the attention mask of {name} is not plainly causal; it is not supported")
-    return Mask(kwargs.get("local_size"))
+    return CausalMask(kwargs.get("local_size"))

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec
 
-BASE = "base.json"  # where a run and an adapter keep it
+BASE_MODEL_FILE = "base.json"  # where a run and an adapter keep it
 _HEAD_BYTES = 2**20  # names, shapes and places of a safetensors file's tensors stand at its start
 _NOT_WEIGHTS = frozenset({"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"})
 

@@ -16,27 +16,27 @@ from orchestrator.model import attention
 from orchestrator.model.activation_memory import checkpoint_layers, tile_mlps
 from orchestrator.model.adapters import adapt, adapter_problem, load_adapter
 from orchestrator.model.compatibility import (
+    config_unsupported_reason,
     length_problem,
-    obstacle_in_config,
-    obstacle_in_model,
-    obstacle_to_muon,
+    model_unsupported_reason,
+    muon_unsupported_reason,
     position_problem,
 )
 from orchestrator.model.loss import TiledHead
 from orchestrator.model.quantization import (
-    dequantized,
-    keep_weights_in_place,
-    kind_of,
+    dequantize,
+    disable_cpu_repacking,
     quantization_config,
+    quantization_method,
     quantization_problem,
     stored_quantization,
 )
-from orchestrator.model.vocabulary import grown, resize, resize_problem
+from orchestrator.model.vocabulary import resize, resize_problem, with_tokenizer_rows
 from orchestrator.model.weights import (
     ADAPTER_CONFIG,
-    Difference,
-    difference_problem,
-    on_every_rank,
+    WeightsMismatch,
+    first_problem_of_ranks,
+    mismatch_problem,
     weight_files,
     weights_problem,
     without_empty_biases,
@@ -57,7 +57,7 @@ def load_config(model: ModelSpec) -> Any:
     Raises:
         SpecError: The path is no model that transformers can read, or the tokenizer cannot be read.
     """
-    return grown(stored_config(model), model)
+    return with_tokenizer_rows(stored_config(model), model)
 
 
 def stored_config(model: ModelSpec) -> Any:
@@ -106,7 +106,7 @@ def require_supported(
     """
     model = job.model
     config = config or load_config(model)
-    problem = obstacle_in_config(config) or length_problem(config, job.data.max_length)
+    problem = config_unsupported_reason(config) or length_problem(config, job.data.max_length)
     if problem := problem or quantization_problem(config, job):
         raise _refusal(model, problem)
     try:
@@ -115,10 +115,10 @@ def require_supported(
         return None  # code of its own that needs real memory; the workers will tell
     except Exception as error:  # whatever a configuration that does not fit its model leads to
         raise _refusal(model, _not_built(error)) from None
-    problem = obstacle_in_model(built) or position_problem(built, job.data.max_length)
+    problem = model_unsupported_reason(built) or position_problem(built, job.data.max_length)
     if problem := problem or resize_problem(built, model):
         raise _refusal(model, problem)
-    if job.optim.optimizer == "muon" and (problem := obstacle_to_muon(built)):
+    if job.optim.optimizer == "muon" and (problem := muon_unsupported_reason(built)):
         raise _refusal(model, problem)
     if reads_weights or job.method.type == "lora":
         _require_weights(model, built, download=False)
@@ -138,7 +138,7 @@ def require_supported(
     )
 
 
-def skeleton(job: JobSpec) -> Any:
+def build_on_meta(job: JobSpec) -> Any:
     """Return a job's model with its adapters, but without memory for any weight."""
     with torch.device("meta"):
         bare = _without_memory(job.model, load_config(job.model))
@@ -155,13 +155,13 @@ def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
     """
     config = load_config(job.model)
     _require_readable(job.model, config)
-    few_bits = _few_bits(job, config, dtype)
-    if few_bits is None:
+    quantization = _loading_quantization(job, config, dtype)
+    if quantization is None:
         built = _built(job.model, config, dtype, job.run.seed, partitioned=False)
     else:
-        drawn = _drawn(job.model, config, dtype, job.run.seed)
-        built = _built_of_few_bits(job.model, config, dtype, few_bits, drawn)
-    return dequantized(built) if getattr(built, "is_quantized", False) else built
+        random_source = _random_source(job.model, config, dtype, job.run.seed)
+        built = _built_quantized(job.model, config, dtype, quantization, random_source)
+    return dequantize(built) if getattr(built, "is_quantized", False) else built
 
 
 def _without_memory(model: ModelSpec, config: Any) -> Any:
@@ -183,7 +183,7 @@ def _built(
 
 
 def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -> Any:
-    """Return the model with the weights in its files, and grown to the configuration's tokens.
+    """Return the model with the weights in its files, and with_tokenizer_rows to the configuration's tokens.
 
     Raises:
         SpecError: Weights are missing, are left over, or have another shape.
@@ -196,10 +196,10 @@ def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -
         ignore_mismatched_sizes=True,  # told of below, with all that else is wrong
         **options,
     )
-    difference = Difference.of(info)
-    if kind_of(stored) == "gptq":
-        difference = without_empty_biases(difference, weight_files(model, stored, download=True) or ())
-    if problem := on_every_rank(difference_problem(difference, type(built).__name__, stored)):
+    mismatch = WeightsMismatch.of(info)
+    if quantization_method(stored) == "gptq":
+        mismatch = without_empty_biases(mismatch, weight_files(model, stored, download=True) or ())
+    if problem := first_problem_of_ranks(mismatch_problem(mismatch, type(built).__name__, stored)):
         raise _refusal(model, problem)
     if model.resize_embeddings:
         resize(built, config.get_text_config().vocab_size)
@@ -234,33 +234,39 @@ def _require_weights(model: ModelSpec, bare: Any, download: bool) -> None:
     """
     if model.weights == "random":
         return
-    if problem := on_every_rank(weights_problem(model, bare, stored_config(model), download)):
+    if problem := first_problem_of_ranks(weights_problem(model, bare, stored_config(model), download)):
         raise _refusal(model, problem)
 
 
-def _few_bits(job: JobSpec, config: Any, dtype: torch.dtype) -> Any:
+def _loading_quantization(job: JobSpec, config: Any, dtype: torch.dtype) -> Any:
     """Return how transformers is to load weights in few bits; None where they are whole."""
-    return stored_quantization(config) if kind_of(config) else quantization_config(job.method, dtype)
+    return (
+        stored_quantization(config) if quantization_method(config) else quantization_config(job.method, dtype)
+    )
 
 
-def _drawn(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int) -> Any:
+def _random_source(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int) -> Any:
     """Return the random model whose weights are to be quantised; None where they are read."""
     if model.weights == "pretrained":
         return None
     return _random(config, _options(model, dtype), seed, partitioned=False)
 
 
-def _built_of_few_bits(model: ModelSpec, config: Any, dtype: torch.dtype, few_bits: Any, drawn: Any) -> Any:
+def _built_quantized(
+    model: ModelSpec, config: Any, dtype: torch.dtype, quantization: Any, random_source: Any
+) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options = {**_options(model, dtype), "quantization_config": few_bits}
-    if drawn is None:
+    options = {**_options(model, dtype), "quantization_config": quantization}
+    if random_source is None:
         built = _read(AutoModelForCausalLM, model, config, options)
     else:
         del options["trust_remote_code"]  # the class is known
-        built = type(drawn).from_pretrained(None, config=config, state_dict=drawn.state_dict(), **options)
-    if kind_of(config) is None:
-        keep_weights_in_place(built)
+        built = type(random_source).from_pretrained(
+            None, config=config, state_dict=random_source.state_dict(), **options
+        )
+    if quantization_method(config) is None:
+        disable_cpu_repacking(built)
     return built
 
 
@@ -306,30 +312,30 @@ def build_model(
 
     model, seed, adapted = job.model, job.run.seed, job.method.type == "lora"
     config = load_config(model)
-    if obstacle := obstacle_in_config(config) or quantization_problem(config, job):
+    if obstacle := config_unsupported_reason(config) or quantization_problem(config, job):
         raise _refusal(model, obstacle)
     reads = load_weights or adapted
     if reads:
         _require_readable(model, config)
-    few_bits = _few_bits(job, config, dtype)
-    drawn = None if few_bits is None else _drawn(model, config, dtype, seed)
+    quantization = _loading_quantization(job, config, dtype)
+    random_source = None if quantization is None else _random_source(model, config, dtype, seed)
     # transformers and peft read this through a weak reference, only while the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     try:
-        if few_bits is None:
+        if quantization is None:
             built = _built(model, config, dtype, seed, partitioned is not None, reads)
         else:
-            built = _built_of_few_bits(model, config, dtype, few_bits, drawn)
+            built = _built_quantized(model, config, dtype, quantization, random_source)
     except _CANNOT_BUILD as error:
         raise _refusal(model, _not_built(error)) from None
-    if obstacle := obstacle_in_model(built):
+    if obstacle := model_unsupported_reason(built):
         raise _refusal(model, obstacle)
     _save_memory(built, model, job.parallel.offload_activations == "cpu")
     if adapted:
         built = adapt(built, job.method, dtype, seed)
         if job.method.adapter and load_weights:
             load_adapter(built, resolve(job.method.adapter))
-    del partitioned, drawn
+    del partitioned, random_source
     built.train()
     return built  # type: ignore[no-any-return]
 

@@ -21,7 +21,7 @@ _ANOTHER_MODEL = (
 )
 
 
-def obstacle_in_config(config: Any) -> str | None:
+def config_unsupported_reason(config: Any) -> str | None:
     """Return why a configuration describes no model that can be trained here, with the remedy."""
     if _is_composite(config):
         return (
@@ -56,13 +56,13 @@ def _is_composite(config: Any) -> bool:
         return True
 
 
-def obstacle_in_model(model: Any) -> str | None:
+def model_unsupported_reason(model: Any) -> str | None:
     """Return why documents could not be kept apart in a model, or their loss not computed, and the remedy.
 
     Args:
         model: A causal LM of transformers; it may be on the meta device.
     """
-    if reason := obstacle_in_config(model.config):
+    if reason := config_unsupported_reason(model.config):
         return reason
     if not model._supports_attention_backend:
         reason = "does not let its attention be replaced, so packed documents would see each other"
@@ -75,7 +75,7 @@ def obstacle_in_model(model: Any) -> str | None:
     return f"{reason}; {_ANOTHER_MODEL}" if reason else None
 
 
-def obstacle_to_muon(model: Any) -> str | None:
+def muon_unsupported_reason(model: Any) -> str | None:
     """Return why DeepSpeed would not choose the right weights of a model for Muon, and the remedy.
 
     It takes every weight of two or more dimensions whose name has neither embed nor lm_head in it.

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.errors import SpecError
-from orchestrator.model.attention import Documents, Kernel
+from orchestrator.model.attention import AttnBackend, VarlenMetadata
 from orchestrator.parallel.ulysses import SequenceGroup
 
 Int64Array = npt.NDArray[np.int64]
@@ -47,23 +47,23 @@ class PackedRow(Protocol):
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ModelInputs:
     """A micro-batch on its device, as the model takes it."""
 
     input_ids: Tensor
     position_ids: Tensor
-    documents: Documents
+    documents: VarlenMetadata
     label_positions: Tensor
     labels: Tensor
 
     @classmethod
-    def of(
+    def from_batch(
         cls,
         batch: PackedRow,
-        kernel: Kernel,
+        attn_backend: AttnBackend,
         device: torch.device,
         sequence: SequenceGroup | None = None,
-    ) -> Inputs:
+    ) -> ModelInputs:
         """Move a micro-batch to a device; shapes [1, T] for tokens, [trained_tokens] for labels."""
 
         def move(array: Any) -> Tensor:
@@ -72,7 +72,7 @@ class Inputs:
         return cls(
             input_ids=move(batch.input_ids).unsqueeze(0),
             position_ids=move(batch.position_ids).unsqueeze(0),
-            documents=Documents.of(batch.document_lengths, kernel, device, sequence),
+            documents=VarlenMetadata.from_lengths(batch.document_lengths, attn_backend, device, sequence),
             label_positions=move(batch.label_positions),
             labels=move(batch.labels),
         )
@@ -137,7 +137,7 @@ class TiledHead:
         return functional.cross_entropy(self._plain(rows).float(), labels, reduction="sum")
 
 
-def loss_sum(model: Callable[..., Any], inputs: Inputs, head: TiledHead | None = None) -> Tensor:
+def loss_sum(model: Callable[..., Any], inputs: ModelInputs, head: TiledHead | None = None) -> Tensor:
     """Return the cross-entropy summed over the labelled positions, in float32.
 
     The LM head runs at labelled positions only. A batch without any gives 0 and still takes part in the

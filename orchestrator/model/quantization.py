@@ -41,7 +41,7 @@ def quantization_config(method: MethodSpec, dtype: torch.dtype) -> Any:
     )
 
 
-def keep_weights_in_place(model: Any) -> None:
+def disable_cpu_repacking(model: Any) -> None:
     """Let evaluation compute with the weights that training has.
 
     On CPUs with AVX-512 BF16 bitsandbytes (0.50) packs 4-bit weights anew at the first call outside
@@ -55,7 +55,7 @@ def keep_weights_in_place(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def kind_of(config: Any) -> str | None:
+def quantization_method(config: Any) -> str | None:
     """Return how a checkpoint is quantised already, in transformers' word; None where it is not."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -73,16 +73,16 @@ def stored_quantization(config: Any) -> Any:
     return GPTQConfig(bits=bits, backend="auto_trainable")
 
 
-def is_of_few_bits(module: Any) -> bool:
+def is_quantized(module: Any) -> bool:
     """Tell whether a module is a linear layer of GPTQ, which is none of PyTorch's."""
     return hasattr(module, "qweight")
 
 
-def dequantized(model: Any) -> Any:
+def dequantize(model: Any) -> Any:
     """Return a model of few bits with what these stand for."""
-    if kind_of(model.config) != "gptq":
+    if quantization_method(model.config) != "gptq":
         return model.dequantize()
-    for name, module in [each for each in model.named_modules() if is_of_few_bits(each[1])]:
+    for name, module in [each for each in model.named_modules() if is_quantized(each[1])]:
         weight = module.dequantize_weight().T.contiguous().to(model.dtype)
         outputs, inputs = weight.shape
         linear = torch.nn.Linear(inputs, outputs, bias=module.bias is not None, dtype=model.dtype)
@@ -94,7 +94,7 @@ def dequantized(model: Any) -> Any:
     return model
 
 
-def let_dora_read(adapted: nn.Module) -> None:
+def patch_dora(adapted: nn.Module) -> None:
     """Let DoRA read quantised weights without making new ones of them.
 
     On CPU peft (0.21) puts a copy in the place of the weight at every forward pass, after it has read what
@@ -132,7 +132,7 @@ def quantization_problem(config: Any, job: JobSpec) -> str | None:
         config: The model's configuration, which says whether its checkpoint is quantised already.
         job: How it is to be trained.
     """
-    method, kind = job.method, kind_of(config)
+    method, kind = job.method, quantization_method(config)
     if kind is not None and (problem := _problem_of_stored(kind, job)):
         return problem
     needed = kind or ("none" if method.quantization == "none" else "bitsandbytes")

@@ -19,7 +19,7 @@ _LEAST_BLOCK = 64
 
 
 @dataclass(frozen=True)
-class Scoring:
+class AttentionOptions:
     """How a query weighs the keys before it.
 
     Attributes:
@@ -35,22 +35,22 @@ class Scoring:
     softcap: float | None = None
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
     """Return causal attention of sequences of one length.
 
     Args:
         queries: Shape [sequences, heads, length, head_dim].
         keys: Shape [sequences, kv_heads, length, head_dim]; heads is a multiple of kv_heads.
         values: As keys; head_dim may differ.
-        scoring: How keys are weighed.
+        options: How keys are weighed.
 
     Returns:
         Shape [sequences, heads, length, head_dim of the values].
     """
     length = queries.shape[2]
-    window = length if scoring.window is None else min(scoring.window, length)
-    if scoring.softcap is None and window == length:
-        return _fused(queries, keys, values, None, scoring)
+    window = length if options.window is None else min(options.window, length)
+    if options.softcap is None and window == length:
+        return _fused(queries, keys, values, None, options)
     block = max(_LEAST_BLOCK, _QUERIES_AT_ONCE // len(queries))
     earlier = -(-(window - 1) // block)  # blocks before its own that a query may see into
     query_blocks, key_blocks, value_blocks = (
@@ -64,42 +64,46 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> T
         rows = torch.arange(chosen.shape[2], device=chosen.device) + (number - start) * block
         behind = rows[:, None] - torch.arange(k.shape[2], device=chosen.device)
         visible = (behind >= 0) & (behind < window)
-        if scoring.softcap is None:
-            outputs.append(_fused(chosen, k, v, visible, scoring))
+        if options.softcap is None:
+            outputs.append(_fused(chosen, k, v, visible, options))
         else:
-            outputs.append(_capped_again(chosen, k, v, visible, scoring, scoring.softcap))
+            outputs.append(_capped_again(chosen, k, v, visible, options, options.softcap))
     return torch.cat(outputs, dim=2)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scoring: Scoring) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: AttentionOptions) -> Tensor:
     return functional.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=visible,
         is_causal=visible is None,
-        scale=scoring.scaling,
-        dropout_p=scoring.dropout,
+        scale=options.scaling,
+        dropout_p=options.dropout,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-def _capped_again(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: Scoring, cap: float) -> Tensor:
+def _capped_again(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: AttentionOptions, cap: float
+) -> Tensor:
     """Compute the scores of a block again in the backward pass instead of keeping those of all blocks."""
-    keeps_noise = scoring.dropout > 0
+    keeps_noise = options.dropout > 0
     attended: Tensor = checkpoint(
-        _capped, q, k, v, visible, scoring, cap, use_reentrant=False, preserve_rng_state=keeps_noise
+        _capped, q, k, v, visible, options, cap, use_reentrant=False, preserve_rng_state=keeps_noise
     )
     return attended
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: Scoring, cap: float) -> Tensor:
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: AttentionOptions, cap: float
+) -> Tensor:
     """Attend with capped scores, which no fused kernel of torch computes; softmax is in fp32 at least."""
-    scaling = q.shape[3] ** -0.5 if scoring.scaling is None else scoring.scaling
+    scaling = q.shape[3] ** -0.5 if options.scaling is None else options.scaling
     groups = (q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2])  # third: heads that share keys
     rows = q.reshape(*groups, q.shape[3]).flatten(2, 3)
     scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * scaling
     scores = (torch.tanh(scores / cap) * cap).view(*groups, k.shape[2])
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(q.dtype)
-    weights = functional.dropout(weights, scoring.dropout)
+    weights = functional.dropout(weights, options.dropout)
     return (weights.flatten(2, 3) @ v).view(*groups, v.shape[3]).flatten(1, 2)

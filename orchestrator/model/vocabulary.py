@@ -16,7 +16,7 @@ from orchestrator.errors import SpecError
 from orchestrator.model.compatibility import is_positions
 
 
-def grown(config: Any, model: ModelSpec) -> Any:
+def with_tokenizer_rows(config: Any, model: ModelSpec) -> Any:
     """Return a configuration with a row for every token, where model.resize_embeddings asks for that.
 
     An embedding that is larger than the tokenizer stays as it is.
@@ -69,7 +69,7 @@ def vocabulary_problem(model: ModelSpec, config: Any, largest: Mapping[str, int]
 
     Args:
         model: As the job has it.
-        config: From `orchestrator.model.build.load_config`, so grown where the job asks for it.
+        config: From `orchestrator.model.build.load_config`, so with_tokenizer_rows where the job asks for it.
         largest: Largest token id of each data source; -1 for one without tokens.
     """
     rows = embedded_tokens(config)
@@ -103,7 +103,7 @@ def vocabulary_notes(model: ModelSpec, config: Any, stored: Any) -> list[str]:
 
     Args:
         model: As the job has it.
-        config: From `orchestrator.model.build.load_config`, so grown where the job asks for it.
+        config: From `orchestrator.model.build.load_config`, so with_tokenizer_rows where the job asks for it.
         stored: From `orchestrator.model.build.stored_config`.
     """
     rows, stored_rows = embedded_tokens(config), embedded_tokens(stored)
@@ -126,7 +126,7 @@ def vocabulary_notes(model: ModelSpec, config: Any, stored: Any) -> list[str]:
 
 
 def resize_problem(built: nn.Module, model: ModelSpec) -> str | None:
-    """Return why a model's embedding cannot be grown, with the remedy.
+    """Return why a model's embedding cannot be with_tokenizer_rows, with the remedy.
 
     Args:
         built: The causal LM; its weights need no memory.

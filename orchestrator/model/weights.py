@@ -40,7 +40,7 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
-class Difference:
+class WeightsMismatch:
     """What tells the tensors in a model's files from those of its architecture.
 
     Attributes:
@@ -56,7 +56,7 @@ class Difference:
     unjoined: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, loading_info: Mapping[str, Any]) -> Difference:
+    def of(cls, loading_info: Mapping[str, Any]) -> WeightsMismatch:
         """Return what `from_pretrained(..., output_loading_info=True)` reports."""
         reshaped = [(name, tuple(found), tuple(own)) for name, found, own in loading_info["mismatched_keys"]]
         return cls(
@@ -66,7 +66,7 @@ class Difference:
         )
 
     @classmethod
-    def between(cls, stored: Mapping[str, torch.Size], own: Mapping[str, torch.Size]) -> Difference:
+    def between(cls, stored: Mapping[str, torch.Size], own: Mapping[str, torch.Size]) -> WeightsMismatch:
         """Return what tells stored tensors from one's own, both as shapes by name."""
         shared = sorted(stored.keys() & own.keys())
         return cls(
@@ -75,8 +75,8 @@ class Difference:
             reshaped=tuple((n, tuple(stored[n]), tuple(own[n])) for n in shared if stored[n] != own[n]),
         )
 
-    def in_words(self, architecture: str) -> str:
-        """Return the difference in words, whose subject is what was stored."""
+    def explain(self, architecture: str) -> str:
+        """Return the mismatch in words, whose subject is what was stored."""
         parts = []
         if names := self.missing:
             parts.append(f"lacks {len(names)} of the tensors of {architecture} ({_some(names)})")
@@ -114,8 +114,8 @@ def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) ->
     except UnreadableError as error:
         return str(error)
     if getattr(config, "quantization_config", None) is not None:
-        return None  # names of quantised layers are known only to their package; see `difference_problem`
-    return difference_problem(_compare(type(bare), config, stored), type(bare).__name__, config)
+        return None  # names of quantised layers are known only to their package; see `mismatch_problem`
+    return mismatch_problem(_compare(type(bare), config, stored), type(bare).__name__, config)
 
 
 def weight_files(model: ModelSpec, config: Any, download: bool) -> list[Path] | None:
@@ -227,7 +227,7 @@ def _shapes_of_pickle(file: Path) -> Shapes:
     return {name: tensor.shape for name, tensor in stored.items()}
 
 
-def _compare(architecture: Any, config: Any, stored: Shapes) -> Difference | None:
+def _compare(architecture: Any, config: Any, stored: Shapes) -> WeightsMismatch | None:
     """Load names and shapes into a model on the meta device; None where transformers cannot do that."""
     empty = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in stored.items()}
     with _captured() as said:
@@ -243,8 +243,8 @@ def _compare(architecture: Any, config: Any, stored: Shapes) -> Difference | Non
             )
         except Exception:  # code of the model's own may not run there; the loading itself will tell
             unjoined = sorted({name for line in said for name in _unjoined(line)})
-            return Difference(unjoined=tuple(unjoined)) if unjoined else None
-    return Difference.of(info)
+            return WeightsMismatch(unjoined=tuple(unjoined)) if unjoined else None
+    return WeightsMismatch.of(info)
 
 
 def _unjoined(report: str) -> list[str]:
@@ -278,47 +278,47 @@ def _captured() -> Iterator[list[str]]:
             loud.enable_progress_bar()
 
 
-def difference_problem(difference: Difference | None, architecture: str, config: Any) -> str | None:
+def mismatch_problem(mismatch: WeightsMismatch | None, architecture: str, config: Any) -> str | None:
     """Return what is wrong with weights, with names, counts and the remedy; None if nothing is."""
-    if difference is None or difference == Difference():
+    if mismatch is None or mismatch == WeightsMismatch():
         return None
-    return f"{difference.in_words(architecture)}; {_remedy(difference, config)}"
+    return f"{mismatch.explain(architecture)}; {_remedy(mismatch, config)}"
 
 
-def without_empty_biases(difference: Difference, files: Sequence[Path]) -> Difference:
-    """Return a difference without biases of zero beside quantised matrices, which change nothing.
+def without_empty_biases(mismatch: WeightsMismatch, files: Sequence[Path]) -> WeightsMismatch:
+    """Return a mismatch without biases of zero beside quantised matrices, which change nothing.
 
     AutoGPTQ stored one for every linear layer, whether or not the architecture has it.
 
     Args:
-        difference: Of a checkpoint in few bits.
+        mismatch: Of a checkpoint in few bits.
         files: Its weight files, in safetensors' format.
     """
-    biases = {name for name in difference.unexpected if name.endswith(".bias")}
+    biases = {name for name in mismatch.unexpected if name.endswith(".bias")}
     empty: set[str] = set()
     for file in files if biases else ():
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
             beside = {name for name in biases & names if f"{name.removesuffix('bias')}qweight" in names}
             empty |= {name for name in beside if not opened.get_tensor(name).any()}
-    return replace(difference, unexpected=tuple(n for n in difference.unexpected if n not in empty))
+    return replace(mismatch, unexpected=tuple(n for n in mismatch.unexpected if n not in empty))
 
 
-def _remedy(difference: Difference, config: Any) -> str:
-    prefix = _prefix(difference)
+def _remedy(mismatch: WeightsMismatch, config: Any) -> str:
+    prefix = _prefix(mismatch)
     if prefix:
         return (
             f"its names begin with {prefix} as those of a wrapped model do, so save the model itself (with "
             "peft: merge_and_unload() first) and name that folder"
         )
-    if difference.missing == ("lm_head.weight",) and not difference.unexpected and not difference.reshaped:
+    if mismatch.missing == ("lm_head.weight",) and not mismatch.unexpected and not mismatch.reshaped:
         return (
             "tie_word_embeddings is false in its config.json, so the head has to be in a file; copy the "
             "model again, or set tie_word_embeddings: true if the head is the embedding"
         )
-    if difference.reshaped and not difference.missing and not difference.unexpected:
+    if mismatch.reshaped and not mismatch.missing and not mismatch.unexpected:
         return "put the config.json of these weights beside them, or name the model that it belongs to"
-    if difference.unexpected and not difference.missing and not difference.reshaped:
+    if mismatch.unexpected and not mismatch.missing and not mismatch.reshaped:
         return (
             "put the config.json of these weights beside them, or save the causal LM alone, without heads "
             "and towers of other tasks, and name that folder"
@@ -328,15 +328,15 @@ def _remedy(difference: Difference, config: Any) -> str:
     return f"{_COPY_AGAIN}, or name the model that its config.json ({described}) describes"
 
 
-def _prefix(difference: Difference) -> str:
+def _prefix(mismatch: WeightsMismatch) -> str:
     """Return what stands before every name, if without it the names would be those that are missing."""
-    for name in difference.unexpected[:1]:
-        for own in difference.missing:
+    for name in mismatch.unexpected[:1]:
+        for own in mismatch.missing:
             prefix = name.removesuffix(own)
             if prefix and prefix != name:
-                bare = {each.removeprefix(prefix) for each in difference.unexpected}
-                if all(each.startswith(prefix) for each in difference.unexpected) and bare >= set(
-                    difference.missing
+                bare = {each.removeprefix(prefix) for each in mismatch.unexpected}
+                if all(each.startswith(prefix) for each in mismatch.unexpected) and bare >= set(
+                    mismatch.missing
                 ):
                     return prefix
     return ""
@@ -352,7 +352,7 @@ def _count(names: Sequence[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
-def on_every_rank(problem: str | None) -> str | None:
+def first_problem_of_ranks(problem: str | None) -> str | None:
     """Return the problem of any rank on all of them: a rank that ended alone would leave others waiting."""
     if not dist.is_available() or not dist.is_initialized():
         return problem

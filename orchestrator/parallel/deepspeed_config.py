@@ -9,7 +9,7 @@ from typing import Any, Literal
 from orchestrator.config.schema import JobSpec, ParallelSpec
 from orchestrator.errors import SpecError
 from orchestrator.package_data import resource
-from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.parallel.parallel_dims import ParallelDims
 
 # DeepSpeed accepts unknown keys in silence; these are the ones that a policy may use.
 _ADAM = {"lr": 0, "betas": 0, "eps": 0, "weight_decay": 0, "torch_adam": 0, "fused": 0}
@@ -89,7 +89,7 @@ def render(
         SpecError: The policy has a key that is not known, or a value that nothing fills.
     """
     name = policy_name(job.parallel)
-    optim, layout = job.optim, Layout.of(job)
+    optim, layout = job.optim, ParallelDims.from_job(job)
     values = {
         # DeepSpeed counts every worker as one with a micro-batch of its own (see parallel.ulysses).
         "train_batch_size": optim.global_batch_size * layout.sequence_parallel_size,
@@ -129,7 +129,7 @@ def render(
     return filled
 
 
-def fit_buffers(ds_config: dict[str, Any], largest: int) -> None:
+def size_nvme_buffers(ds_config: dict[str, Any], largest: int) -> None:
     """Make the buffers through which parameters pass to and from a disk hold the largest.
 
     DeepSpeed ends with an assertion where one does not fit.

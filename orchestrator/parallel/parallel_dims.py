@@ -8,7 +8,7 @@ from orchestrator.config.schema import JobSpec
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelDims:
     """How many workers there are and how they share the work.
 
     Attributes:
@@ -20,7 +20,7 @@ class Layout:
     sequence_parallel_size: int = 1
 
     @classmethod
-    def of(cls, job: JobSpec) -> Layout:
+    def from_job(cls, job: JobSpec) -> ParallelDims:
         """Return the layout that a job asks for."""
         return cls(job.parallel.workers, job.parallel.sequence_parallel_size)
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch import distributed as dist
 
-from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.parallel.parallel_dims import ParallelDims
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _exchange(tensor: Tensor, group: Any, scatter: int, gather: int) -> Tensor:
     return exchanged
 
 
-def join(layout: Layout, collective_timeout_seconds: int) -> SequenceGroup | None:
+def join(layout: ParallelDims, collective_timeout_seconds: int) -> SequenceGroup | None:
     """Make the groups of workers that share a row, and return this worker's, if there are any.
 
     Every worker calls it once, after the process group is initialised.

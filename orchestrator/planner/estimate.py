@@ -9,7 +9,7 @@ from typing import Any, Literal
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config.auto_values import resolve_dtype
 from orchestrator.config.schema import JobSpec
-from orchestrator.parallel.deepspeed_config import fit_buffers, render
+from orchestrator.parallel.deepspeed_config import render, size_nvme_buffers
 from orchestrator.planner.calibration import MARGIN, MemoryParams, Verdict, verdict
 from orchestrator.planner.host_memory import HostMemory, Offload
 from orchestrator.planner.memory import GIB, GpuMemory, gpu_memory, host_memory_of_workload
@@ -237,7 +237,7 @@ def _offload(job: JobSpec, model: Model, wide: bool, device: Literal["cuda", "cp
     if "nvme" not in (parallel.offload_optimizer, parallel.offload_param):
         return Offload(parallel.offload_optimizer, parallel.offload_param)
     ds_config = render(job, "fp32" if wide else "bf16", device)
-    fit_buffers(ds_config, -(-model.parameters.largest // parallel.workers))
+    size_nvme_buffers(ds_config, -(-model.parameters.largest // parallel.workers))
     return Offload.from_ds_config(ds_config)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from orchestrator.arch.flops import (
     ForwardFlops,
-    Frozen,
+    FrozenWeights,
     Recomputation,
     forward_flops,
     hardware_flops,
@@ -260,10 +260,10 @@ def micro_batch_model_flops(work: Workload) -> float:
     return model_flops(micro_batch_forward_flops(work), frozen_weights(work))
 
 
-def frozen_weights(work: Workload) -> Frozen:
+def frozen_weights(work: Workload) -> FrozenWeights:
     """Return which weights need no gradient."""
     is_lora = work.method == "lora"
-    return Frozen(layers=is_lora, head=is_lora and not work.train_embeddings)
+    return FrozenWeights(layers=is_lora, head=is_lora and not work.train_embeddings)
 
 
 def _attention_seconds(work: Workload, rates: _Rates) -> float:

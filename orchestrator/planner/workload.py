@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from orchestrator.arch.model_dims import ModelShape
-from orchestrator.arch.parameters import Linear, Parameters, chosen_linears, parameters
+from orchestrator.arch.model_dims import ModelDims
+from orchestrator.arch.parameters import Linear, Parameters, parameters, target_linears
 from orchestrator.planner.host_memory import NO_OFFLOAD, Offload
 
 Quantization = Literal["none", "nf4", "int8", "gptq-int4", "gptq-int8"]
@@ -22,13 +22,13 @@ class Model:
         parameters: What its weights are.
     """
 
-    shape: ModelShape
+    shape: ModelDims
     parameters: Parameters
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model | None:
         """Return the sizes that a config.json describes; None for a family that is not known."""
-        shape, counted = ModelShape.from_config(config), parameters(config)
+        shape, counted = ModelDims.from_config(config), parameters(config)
         return None if shape is None or counted is None else cls(shape, counted)
 
 
@@ -155,7 +155,7 @@ class Workload:
         """Linears of a layer beside which adapters stand."""
         if self.method == "full":
             return ()
-        return chosen_linears(self.model.parameters.linears, self.targets)
+        return target_linears(self.model.parameters.linears, self.targets)
 
     @property
     def adapters(self) -> int:

@@ -16,7 +16,7 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.engine.optimizers import require_bitsandbytes
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.model.build import load_config, require_supported
-from orchestrator.parallel.deepspeed_config import fit_buffers, render
+from orchestrator.parallel.deepspeed_config import render, size_nvme_buffers
 from orchestrator.parallel.parallel_dims import sequence_parallel_problem
 from orchestrator.planner.host_memory import HostMemory, disk_bytes, host_memory
 
@@ -85,7 +85,7 @@ def resolve(job: JobSpec, nodes: Sequence[Node], reads_weights: bool = True) -> 
     _require_divisible_heads(job, config.get_text_config())
     deepspeed_config = render(job, dtype, device)
     if count is not None:
-        fit_buffers(deepspeed_config, -(-count.largest // job.parallel.workers))
+        size_nvme_buffers(deepspeed_config, -(-count.largest // job.parallel.workers))
     memory = _offloaded_memory(job, deepspeed_config, count)
     if memory is not None and count is not None:
         _require_host_memory(job, device, nodes, memory, count)

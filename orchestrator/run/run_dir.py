@@ -15,7 +15,7 @@ from orchestrator.checks.inputs import require_inputs as require_inputs
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError, TrainingError
-from orchestrator.model.base_model_id import BASE
+from orchestrator.model.base_model_id import BASE_MODEL_FILE
 
 DATA = "data.json"  # names of the packed datasets, and the files they were made from
 CACHE = ".cache"  # tokenized and packed data, shared by the runs of a storage
@@ -23,7 +23,8 @@ _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _RAY_MARKER = ".validate_storage_marker"  # Ray Train tests the storage with it and does not remove it
 # Files that a start writes before its first attempt, in an order in which they can be removed.
 _BEFORE_ATTEMPTS = (
-    JOB, DATA, BASE, "plan.json", "deepspeed.json", "owner.json", "logs/driver.log", "logs", "checkpoints",
+    JOB, DATA, BASE_MODEL_FILE, "plan.json", "deepspeed.json", "owner.json", "logs/driver.log", "logs",
+    "checkpoints",
 )  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def require_same_base(run_dir: Path, identity: Mapping[str, object]) -> None:
     Raises:
         SpecError: The run was started with another base model.
     """
-    changed = _changed_fields(run_dir, BASE, identity)
+    changed = _changed_fields(run_dir, BASE_MODEL_FILE, identity)
     if changed:
         raise SpecError(
             f"model.path is not the base model that run {run_dir} started with "
@@ -159,11 +160,11 @@ def load_base_model_id(run_dir: Path) -> dict[str, object]:
         TrainingError: The run directory does not contain it.
     """
     try:
-        identity: dict[str, object] = json.loads((run_dir / BASE).read_text(encoding="utf-8"))
+        identity: dict[str, object] = json.loads((run_dir / BASE_MODEL_FILE).read_text(encoding="utf-8"))
     except OSError:
         raise TrainingError(
-            f"{run_dir / BASE}, which identifies the base model of the adapter, is missing; start the run "
-            "again to write it"
+            f"{run_dir / BASE_MODEL_FILE}, which identifies the base model of the adapter, is missing; "
+            "start the run again to write it"
         ) from None
     return identity
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.arch.flops import forward_flops
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.config.auto_values import DeviceType, TrainDtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.balance import BatchShape
@@ -16,7 +16,7 @@ from orchestrator.data.corpus import Documents
 from orchestrator.data.loader import PackLoader, SamplerConfig
 from orchestrator.data.packing import Packs
 from orchestrator.model.build import load_config
-from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.parallel.parallel_dims import ParallelDims
 
 CHECKPOINTS = "checkpoints"
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
@@ -63,9 +63,9 @@ class WorkerConfig:
     benchmark: BenchmarkRun | None = None
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ParallelDims:
         """Parallel dimensions."""
-        return Layout.of(self.job)
+        return ParallelDims.from_job(self.job)
 
     @property
     def checkpoints(self) -> Path:
@@ -79,14 +79,14 @@ class WorkerConfig:
         return {_ALLOCATOR: f"expandable_segments:{self.job.parallel.expandable_segments}"}
 
 
-def cost_of_a_slot(job: JobSpec) -> tuple[float, float]:
+def flops_per_slot(job: JobSpec) -> tuple[float, float]:
     """Return the FLOPs of one slot of a pack without attention, and of one squared token of a document.
 
     For an architecture whose shape is not known, those of a plain transformer of its hidden size: 24 h^2 and
     2 h a layer.
     """
     config = load_config(job.model).to_dict()
-    shape = ModelShape.from_config(config)
+    shape = ModelDims.from_config(config)
     if shape is None:
         hidden = float(config.get("hidden_size") or 0)
         return (24.0 * hidden**2, 2.0 * hidden) if hidden else (1.0, 0.0)
@@ -101,11 +101,11 @@ def loader(
         job.data.max_length,
         global_batch_size,
         job.optim.micro_batch_size,
-        Layout.of(job).data_parallel_size,
+        ParallelDims.from_job(job).data_parallel_size,
         sync_every_micro_step=job.parallel.zero_stage >= 2,
         sequence_parallel_size=job.parallel.sequence_parallel_size,
     )
-    slot_cost, squared_length_cost = cost_of_a_slot(job)
+    slot_cost, squared_length_cost = flops_per_slot(job)
     sampler = SamplerConfig(
         job.run.seed,
         shuffle,
@@ -126,5 +126,5 @@ def training_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[P
 
 def evaluation_loader(job: JobSpec, documents: Documents, packs: Packs) -> tuple[PackLoader, int]:
     """Return the evaluation loader, with one micro-batch per worker and step, and the number of packs."""
-    at_once = job.optim.micro_batch_size * Layout.of(job).data_parallel_size
+    at_once = job.optim.micro_batch_size * ParallelDims.from_job(job).data_parallel_size
     return loader(job, documents, packs, at_once, shuffle=False), len(packs)

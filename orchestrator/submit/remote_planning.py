@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orchestrator.arch.hf_config import config_of, resized
+from orchestrator.arch.hf_config import load_config_json, resized
 from orchestrator.cluster import hardware
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.cluster.topology import Node, from_state_api
@@ -46,7 +46,7 @@ def require_fit(job: JobSpec, fetch: Fetch, force: bool) -> None:
         ClusterError: The job does not fit and force is False; suggests changes.
     """
     try:
-        config = resized(config_of(job.model.path), job.model)
+        config = resized(load_config_json(job.model.path), job.model)
         cluster = cluster_from_dashboard(job, fetch)
         plain = predict_job(job, config, cluster)
     except PlanningUnavailable as reason:

@@ -15,14 +15,14 @@ import torch
 from torch import distributed as dist
 
 from orchestrator.arch.flops import (
-    Frozen,
+    FrozenWeights,
     Recomputation,
     forward_flops,
     hardware_flops,
     model_flops,
-    square_within,
+    squares_in_window,
 )
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.loader import MicroBatch, PackLoader
 from orchestrator.engine.deepspeed_engine import (
@@ -38,9 +38,9 @@ from orchestrator.engine.step_timer import StepTimer, memory_stats
 from orchestrator.engine.train_engine import TrainEngine
 from orchestrator.errors import TrainingError
 from orchestrator.metrics.meter import RankStep, RankSteps
-from orchestrator.model.attention import Kernel
-from orchestrator.model.loss import Inputs, TiledHead, loss_sum
-from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.model.attention import AttnBackend
+from orchestrator.model.loss import ModelInputs, TiledHead, loss_sum
+from orchestrator.parallel.parallel_dims import ParallelDims
 from orchestrator.parallel.ulysses import SequenceGroup
 
 
@@ -58,11 +58,11 @@ class TrainContext:
         layout: Degrees of parallelism; say which packs, and which part of them, this worker reads.
         sequence: Process group of the workers that share each sequence; None without sequence parallelism.
         device: Device of the model.
-        kernel: How attention is computed.
+        attn_backend: How attention is computed.
         shape: For FLOPs; None leaves them out.
         head: The LM head, where it scores labels by tiles.
-        adapter_parameters: Number of LoRA parameters, for FLOPs.
-        adapted_last: Whether some of them stand beside the last product of a layer.
+        num_adapter_params: Number of LoRA parameters, for FLOPs.
+        adapts_last_matmul: Whether some of them stand beside the last product of a layer.
     """
 
     job: JobSpec
@@ -71,14 +71,14 @@ class TrainContext:
     steps: int
     evaluation: tuple[PackLoader, int] | None
     rank: int
-    layout: Layout
+    layout: ParallelDims
     sequence: SequenceGroup | None
     device: torch.device
-    kernel: Kernel
-    shape: ModelShape | None
+    attn_backend: AttnBackend
+    shape: ModelDims | None
     head: TiledHead | None = None
-    adapter_parameters: int = 0
-    adapted_last: bool = False
+    num_adapter_params: int = 0
+    adapts_last_matmul: bool = False
 
     def batches(self, loader: PackLoader, step: int, packs: int) -> Iterator[MicroBatch]:
         """Yield this worker's micro-batches of a step, each with its part of the sequence."""
@@ -87,9 +87,9 @@ class TrainContext:
             step, layout.data_parallel_rank(self.rank), packs, layout.sequence_rank(self.rank)
         )
 
-    def inputs(self, batch: MicroBatch) -> Inputs:
+    def inputs(self, batch: MicroBatch) -> ModelInputs:
         """Return the model inputs of a micro-batch."""
-        return Inputs.of(batch, self.kernel, self.device, self.sequence)
+        return ModelInputs.from_batch(batch, self.attn_backend, self.device, self.sequence)
 
 
 @dataclass(frozen=True)
@@ -197,23 +197,23 @@ def measure(context: TrainContext, work: Sequence[MicroBatch], loss: float, time
     model_work = hardware_work = 0.0
     if context.shape is not None:
         model, layout, method = context.job.model, context.layout, context.job.method
-        frozen = Frozen(method.type == "lora", method.type == "lora" and not method.train_embeddings)
+        frozen = FrozenWeights(method.type == "lora", method.type == "lora" and not method.train_embeddings)
         for batch in work:
-            windowed = square_within(batch.real_lengths, context.shape.window) / layout.sequence_parallel_size
+            windowed = squares_in_window(batch.real_lengths, context.shape.window)
             forward = forward_flops(
                 context.shape,
                 batch.tokens,
                 batch.square_tokens,
                 batch.trained_tokens,
-                windowed,
-                context.adapter_parameters,
+                windowed / layout.sequence_parallel_size,
+                context.num_adapter_params,
             )
             again = Recomputation(
                 model.gradient_checkpointing,
                 context.job.parallel.zero_stage,
                 tiled_head=context.head is not None,
                 mlp_tiles=-(-len(batch.input_ids) // model.mlp_tile_tokens) if model.mlp_tile_tokens else 0,
-                adapted_last=context.adapted_last,
+                adapts_last_matmul=context.adapts_last_matmul,
             )
             model_work += model_flops(forward, frozen)
             hardware_work += hardware_flops(forward, again, frozen)

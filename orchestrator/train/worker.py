@@ -10,7 +10,7 @@ import ray
 import torch
 from torch import distributed as dist
 
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.data import packed_dataset
 from orchestrator.engine.memory_limit import limit_memory
@@ -75,8 +75,8 @@ def _train_with(
     config: WorkerConfig, ds_config: dict[str, Any], reporter: Reporter, device: torch.device
 ) -> None:
     from orchestrator.engine.deepspeed_engine import start_engine
-    from orchestrator.model.adapters import adapter_parameters, adapts_last_product
-    from orchestrator.model.attention import kernel_for
+    from orchestrator.model.adapters import adapts_last_matmul, num_adapter_params
+    from orchestrator.model.attention import select_attn_backend
     from orchestrator.model.build import build_model, load_config, torch_dtype
     from orchestrator.model.loss import TiledHead
     from orchestrator.parallel import ulysses
@@ -102,11 +102,11 @@ def _train_with(
         layout=config.layout,
         sequence=ulysses.join(config.layout, job.run.collective_timeout_seconds),
         device=device,
-        kernel=kernel_for(job.model.attention, device, dtype, model.config),
-        shape=ModelShape.from_config(load_config(job.model).to_dict()),
+        attn_backend=select_attn_backend(job.model.attention, device, dtype, model.config),
+        shape=ModelDims.from_config(load_config(job.model).to_dict()),
         head=TiledHead(model, job.model.loss_tile_tokens) if job.model.loss_tile_tokens else None,
-        adapter_parameters=adapter_parameters(model),
-        adapted_last=adapts_last_product(model),
+        num_adapter_params=num_adapter_params(model),
+        adapts_last_matmul=adapts_last_matmul(model),
     )
     reporter.begin(device, start, steps)
     if saved:

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from orchestrator.arch.hf_config import config_of
+from orchestrator.arch.hf_config import load_config_json
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config import loader
 from orchestrator.planner.calibration_store import PLACE
@@ -51,7 +51,7 @@ def searches() -> list[dict[str, Any]]:
     for name, text in CASES:
         job, cluster = loader.load(JOBS / f"{name}.yaml"), ClusterSpec.parse(text)
         many = job.model_copy(update={"optim": job.optim.model_copy(update={"global_batch_size": PACKS})})
-        config = config_of(job.model.path)
+        config = load_config_json(job.model.path)
         plan = search(many, config, cluster)
         seconds = _median_seconds(partial(search, many, config, cluster))
         rows.append(

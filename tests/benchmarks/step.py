@@ -31,7 +31,7 @@ from orchestrator.data.corpus import Document, Int64Array
 from orchestrator.data.loader import MicroBatch, PackLoader, SamplerConfig
 from orchestrator.data.packing import best_fit
 from orchestrator.model import attention
-from orchestrator.model.loss import Inputs, TiledHead, loss_sum
+from orchestrator.model.loss import ModelInputs, TiledHead, loss_sum
 from tests.benchmarks.environment import ROOT, describe, say
 from tests.benchmarks.packing import lengths_of
 
@@ -129,7 +129,9 @@ class Trainer:
         self.model.set_attn_implementation(kind)
         if head == "all":
             return self._framework_loss(row, kind)
-        total = loss_sum(self.model, Inputs.of(row, "sdpa", _CPU), self._tiled if head == "tiled" else None)
+        total = loss_sum(
+            self.model, ModelInputs.from_batch(row, "sdpa", _CPU), self._tiled if head == "tiled" else None
+        )
         return total / row.trained_tokens
 
     def _framework_loss(self, row: MicroBatch, kind: str) -> Tensor:
@@ -137,7 +139,9 @@ class Trainer:
         labels[row.label_positions + 1] = row.labels  # transformers moves them by one itself
         boundaries = {}
         if kind == attention.IMPLEMENTATION:
-            boundaries["documents"] = attention.Documents.of(row.document_lengths, "sdpa", _CPU)
+            boundaries["documents"] = attention.VarlenMetadata.from_lengths(
+                row.document_lengths, "sdpa", _CPU
+            )
         loss: Tensor = self.model(
             input_ids=torch.from_numpy(row.input_ids)[None],
             position_ids=torch.from_numpy(row.position_ids)[None],

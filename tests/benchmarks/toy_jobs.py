@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.arch.hf_config import config_of
+from orchestrator.arch.hf_config import load_config_json
 from orchestrator.bench.runner import run_cells
 from orchestrator.bench.sweep import load
 from orchestrator.cluster.hardware import Device
@@ -60,7 +60,7 @@ class Cell:
 def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping[int, Device]) -> Cell:
     """Return a cell with its parts."""
     job = loader.parse(job_text)
-    config = config_of(job.model.path)
+    config = load_config_json(job.model.path)
     model = Model.from_config(config)
     assert model is not None
     work = workload_of_row(job, config, model, job.parallel.workers, "cpu")

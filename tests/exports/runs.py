@@ -21,7 +21,7 @@ from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.export.destination import describe
 from orchestrator.model.adapters import adapt
-from orchestrator.model.base_model_id import BASE, identity
+from orchestrator.model.base_model_id import BASE_MODEL_FILE, identity
 from orchestrator.model.build import base_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,7 +187,7 @@ def write_run(folder: Path, base: Path, steps: tuple[int, ...] = (2, 4), **secti
     (folder / "deepspeed.json").write_text(
         json.dumps({name: {"enabled": False} for name in ("bf16", "fp16")})
     )
-    (folder / BASE).write_text(json.dumps(identity(job)))
+    (folder / BASE_MODEL_FILE).write_text(json.dumps(identity(job)))
     built = base_model(job, torch.float32)
     if job.method.type == "lora":
         built = adapt(built, job.method, torch.float32, seed=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.model.attention import Documents, document_attention
+from orchestrator.model.attention import VarlenMetadata, document_attention
 from tests.conftest import job_text, orchestrator
 
 pytestmark = [
@@ -46,7 +46,7 @@ def test_flash_equals_dense_in_output_and_gradient(kv_heads: int, window: int | 
     results = {}
     for kernel, dtype in (("sdpa", torch.float32), ("flash", torch.bfloat16)):
         inputs = [tensor.to(dtype).requires_grad_() for tensor in base]
-        documents = Documents.of(LENGTHS, kernel, device)  # type: ignore[arg-type]
+        documents = VarlenMetadata.from_lengths(LENGTHS, kernel, device)  # type: ignore[arg-type]
         output, _ = document_attention(
             torch.nn.Identity(), *inputs, None, documents=documents, sliding_window=window
         )

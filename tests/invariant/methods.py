@@ -24,7 +24,7 @@ import torch
 
 from orchestrator.config.schema import JobSpec
 from orchestrator.export.export import fp32_weights
-from orchestrator.model.quantization import keep_weights_in_place, let_dora_read, quantization_config
+from orchestrator.model.quantization import disable_cpu_repacking, patch_dora, quantization_config
 from tests.invariant import choices, material, reference
 from tests.invariant.choices import STEPS, WORKERS, Choice
 from tests.invariant.group import Outcome, has_outcome, outcome_of, run_group
@@ -181,7 +181,7 @@ def plain(model: Any, job: JobSpec) -> Any:
             job.model.path, attn_implementation="eager", dtype=torch.float32,
             quantization_config=quantization_config(method, torch.float32),
         )  # fmt: skip
-        keep_weights_in_place(model)
+        disable_cpu_repacking(model)
     torch.manual_seed(job.run.seed)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=method.rank, lora_alpha=method.alpha, target_modules="all-linear",
@@ -189,7 +189,7 @@ def plain(model: Any, job: JobSpec) -> Any:
         modules_to_save=["embed_tokens", "lm_head"] if method.train_embeddings else None,
     )  # fmt: skip
     adapted = get_peft_model(model, config).train()
-    let_dora_read(adapted)
+    patch_dora(adapted)
     return adapted
 
 

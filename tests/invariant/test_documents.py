@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from orchestrator.config.schema import ModelSpec
 from orchestrator.data.loader import MicroBatch
 from orchestrator.errors import SpecError
-from orchestrator.model.attention import Documents, document_attention
+from orchestrator.model.attention import VarlenMetadata, document_attention
 from orchestrator.model.build import build_model, require_supported
-from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.model.loss import ModelInputs, loss_sum
 from tests.invariant import material
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_attention_is_that_of_each_document_alone(heads: tuple[int, int], value_
         torch.randn(1, count, sum(lengths), size, dtype=torch.float64, requires_grad=True)
         for count, size in ((heads[0], 8), (heads[1], 8), (heads[1], value_dim))
     )
-    documents = Documents.of(lengths, "sdpa", CPU)
+    documents = VarlenMetadata.from_lengths(lengths, "sdpa", CPU)
     packed, _ = document_attention(torch.nn.Module(), query, key, value, None, documents=documents)
     parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
     alone = torch.cat([_by_hand(*part) for part in zip(*parts, strict=True)], dim=2).transpose(1, 2)
@@ -132,7 +132,7 @@ def test_packed_loss_is_that_of_single_documents(family: str, window: dict[str, 
     plain.load_state_dict(built.state_dict())
     documents = [np.random.default_rng(length).integers(3, 100, length) for length in (17, 9, 33)]
     with torch.no_grad():
-        packed = loss_sum(built, Inputs.of(_packed(documents), "sdpa", CPU)).item()
+        packed = loss_sum(built, ModelInputs.from_batch(_packed(documents), "sdpa", CPU)).item()
         alone = sum(_loss_of_one(plain, torch.from_numpy(tokens)) for tokens in documents)
     assert packed == pytest.approx(alone, rel=1e-6)
 

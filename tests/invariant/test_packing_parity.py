@@ -24,7 +24,7 @@ from orchestrator.data.loader import PackLoader
 from orchestrator.data.readers import locate
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.model.build import build_model
-from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.model.loss import ModelInputs, loss_sum
 from orchestrator.run.worker_config import loader
 from tests.invariant import material
 from tests.invariant.material import write_model
@@ -100,7 +100,7 @@ def _model(home: Path) -> torch.nn.Module:
 @torch.no_grad()
 def _packed_loss(model: torch.nn.Module, batches: PackLoader, packs: int) -> tuple[float, int]:
     held = [batch for step in range(packs) for batch in batches.micro_batches(step, 0)]
-    total = sum(loss_sum(model, Inputs.of(batch, "sdpa", CPU)).item() for batch in held)
+    total = sum(loss_sum(model, ModelInputs.from_batch(batch, "sdpa", CPU)).item() for batch in held)
     return total, sum(batch.trained_tokens for batch in held)
 
 

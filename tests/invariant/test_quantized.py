@@ -14,7 +14,7 @@ from orchestrator.export.adapter import merged_model, write_adapter
 from orchestrator.export.export import fp32_weights
 from orchestrator.model.base_model_id import identity
 from orchestrator.model.build import base_model
-from orchestrator.model.quantization import keep_weights_in_place
+from orchestrator.model.quantization import disable_cpu_repacking
 from tests.invariant import material, reference
 from tests.invariant.conftest import Material
 from tests.invariant.group import Outcome, run_group
@@ -68,7 +68,7 @@ def plain_peft(path: Path, bits: str) -> Any:
         dtype=torch.float32,
         quantization_config=nf4 if bits == "nf4" else BitsAndBytesConfig(load_in_8bit=True),
     )
-    keep_weights_in_place(base)
+    disable_cpu_repacking(base)
     torch.manual_seed(SEED)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16.0, target_modules="all-linear")
     return get_peft_model(base, config).train()

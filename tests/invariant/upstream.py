@@ -22,9 +22,9 @@ from orchestrator.data.corpus import Document, Int64Array
 from orchestrator.data.loader import MicroBatch, PackLoader, SamplerConfig
 from orchestrator.data.packing import Packs
 from orchestrator.model.build import build_model
-from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.model.loss import ModelInputs, loss_sum
 from orchestrator.parallel import ulysses
-from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.parallel.parallel_dims import ParallelDims
 from tests.invariant import material, worker
 from tests.invariant.material import VOCABULARY
 
@@ -67,14 +67,14 @@ def block_mask(lengths: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def score_with_ours(task: worker.Task) -> worker.Answer:
     """Return the mean loss of each row, shared by the group as the project shares it."""
-    layout = Layout(dist.get_world_size(), dist.get_world_size())
+    layout = ParallelDims(dist.get_world_size(), dist.get_world_size())
     sequence = ulysses.join(layout, 60)
     spec = ModelSpec(path=task["model"], gradient_checkpointing=False)
     model = build_model(material.job_with(spec), torch.float32, {"zero_optimization": {"stage": 2}})
     losses = {}
     for name, row in task["rows"].items():
         part = row_of(row["lengths"], dist.get_rank(), dist.get_world_size())
-        losses[name] = _mean(loss_sum(model, Inputs.of(part, "sdpa", CPU, sequence)), part)
+        losses[name] = _mean(loss_sum(model, ModelInputs.from_batch(part, "sdpa", CPU, sequence)), part)
     return {"losses": losses}, {}
 
 

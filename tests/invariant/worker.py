@@ -28,7 +28,7 @@ from orchestrator.model.build import build_model, torch_dtype
 from orchestrator.model.loss import TiledHead
 from orchestrator.parallel import ulysses
 from orchestrator.parallel.deepspeed_config import render
-from orchestrator.parallel.parallel_dims import Layout
+from orchestrator.parallel.parallel_dims import ParallelDims
 from orchestrator.run.worker_config import evaluation_loader, training_loader
 from orchestrator.train.loop import StepReport, TrainContext, train
 from tests.invariant import probe
@@ -113,7 +113,7 @@ def _choose_newton_schulz_dtype(dtype: str) -> None:
 
 def train_context(task: Task, model: Any) -> TrainContext:
     job = job_of(task)
-    layout = Layout.of(job)
+    layout = ParallelDims.from_job(job)
     loader, packs, steps = training_loader(job, *planned(job, Path(task["data"])))
     evaluation = evaluation_loader(job, *planned(job, Path(task["held_out"]))) if job.eval else None
     return TrainContext(

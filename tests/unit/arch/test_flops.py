@@ -19,23 +19,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.arch.flops import (
     ForwardFlops,
-    Frozen,
+    FrozenWeights,
     Recomputation,
     flops_per_token_xtuner,
     forward_flops,
     hardware_flops,
     model_flops,
-    square_within,
+    squares_in_window,
 )
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.config.schema import MethodSpec
 from orchestrator.data.loader import MicroBatch
 from orchestrator.model import attention
 from orchestrator.model.activation_memory import checkpoint_layers, tile_mlps
-from orchestrator.model.adapters import adapt, adapter_parameters, adapts_last_product
-from orchestrator.model.loss import Inputs, loss_sum
+from orchestrator.model.adapters import adapt, adapts_last_matmul, num_adapter_params
+from orchestrator.model.loss import ModelInputs, loss_sum
 
-SHAPE = ModelShape(
+SHAPE = ModelDims(
     hidden_size=64, layers=3, heads=4, kv_heads=2, head_dim=24, intermediate_size=96, vocab_size=160
 )
 LENGTHS = (64, 16, 48, 8, 120)
@@ -61,7 +61,7 @@ def model() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention.IMPLEMENTATION)
 
 
-def inputs() -> Inputs:
+def inputs() -> ModelInputs:
     ids = np.random.default_rng(0).integers(1, SHAPE.vocab_size, sum(LENGTHS))
     positions = np.arange(10, 10 + SCORED)
     batch = MicroBatch(
@@ -73,7 +73,7 @@ def inputs() -> Inputs:
         tokens=sum(LENGTHS),
         square_tokens=sum(length * length for length in LENGTHS),
     )
-    return Inputs.of(batch, "sdpa", torch.device("cpu"))
+    return ModelInputs.from_batch(batch, "sdpa", torch.device("cpu"))
 
 
 def counted(work: Callable[[], object]) -> ForwardFlops:
@@ -90,7 +90,7 @@ def counted(work: Callable[[], object]) -> ForwardFlops:
 
 
 def test_no_document_is_padded_here() -> None:
-    assert all(attention._rounded(length) == length for length in LENGTHS)
+    assert all(attention._round_up(length) == length for length in LENGTHS)
 
 
 def test_a_forward_pass(model: Any) -> None:
@@ -135,7 +135,7 @@ def test_without_zero_3_recomputation_stops_before_the_last_product(model: Any) 
     found = checkpointed(model, early_stop=True)
     total = found.linear + found.head + found.attention / 2
     assert hardware_flops(FORWARD, Recomputation("full", 2)) == pytest.approx(total, rel=0.01)
-    assert 4 * FORWARD.linear - found.linear == pytest.approx(FORWARD.last_product, rel=0.01)
+    assert 4 * FORWARD.linear - found.linear == pytest.approx(FORWARD.last_matmul, rel=0.01)
 
 
 def test_selective_checkpointing_runs_no_product_again(model: Any) -> None:
@@ -166,23 +166,25 @@ def test_frozen_weights_need_no_gradient_and_adapters_do(
     adapted = adapt(
         model, MethodSpec(type="lora", rank=4, target_modules=targets), torch.float32, seed=0
     ).train()
-    parameters = adapter_parameters(adapted)
+    parameters = num_adapter_params(adapted)
     squares = sum(length * length for length in LENGTHS)
-    forward = forward_flops(SHAPE, sum(LENGTHS), squares, SCORED, adapter_parameters=parameters)
-    again = Recomputation(keep, 2, adapted_last=adapts_last_product(adapted))
+    forward = forward_flops(SHAPE, sum(LENGTHS), squares, SCORED, num_adapter_params=parameters)
+    again = Recomputation(keep, 2, adapts_last_matmul=adapts_last_matmul(adapted))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss_sum(adapted, inputs()).backward()
     whole = {str(operator): n for operator, n in counter.get_flop_counts()["Global"].items()}
     found = whole["aten.mm"] + whole["aten.bmm"] / 2
-    assert hardware_flops(forward, again, Frozen(layers=True, head=True)) == pytest.approx(found, rel=0.01)
-    assert adapts_last_product(adapted) == (targets == "all-linear")
+    assert hardware_flops(forward, again, FrozenWeights(layers=True, head=True)) == pytest.approx(
+        found, rel=0.01
+    )
+    assert adapts_last_matmul(adapted) == (targets == "all-linear")
 
 
 def test_parts_by_hand() -> None:
-    shape = ModelShape(2, 1, 1, 1, 2, 3, 5)  # 4 x (2 x 2) + 3 x (2 x 3) = 34 weights in a layer
+    shape = ModelDims(2, 1, 1, 1, 2, 3, 5)  # 4 x (2 x 2) + 3 x (2 x 3) = 34 weights in a layer
     forward = forward_flops(shape, tokens=7, square_tokens=25, scored_tokens=4)
     assert forward == ForwardFlops(
-        linear=2 * 34 * 7, attention=2 * 2 * 25, head=2 * 2 * 5 * 4, last_product=2 * 6 * 7
+        linear=2 * 34 * 7, attention=2 * 2 * 25, head=2 * 2 * 5 * 4, last_matmul=2 * 6 * 7
     )
     assert forward.total == 476 + 100 + 80
     assert model_flops(forward) == 3 * 656
@@ -208,13 +210,15 @@ def test_a_window_counts_the_pairs_that_it_lets_see_each_other(window: int) -> N
         within = behind[:length, :length]
         pairs = np.count_nonzero((within >= 0) & (within < window))
         # A squared length is twice its pairs, but for the diagonal, which it has once.
-        assert square_within([length], window) == 2 * pairs - min(length, window)
-    assert square_within(LENGTHS, window) == sum(square_within([length], window) for length in LENGTHS)
+        assert squares_in_window([length], window) == 2 * pairs - min(length, window)
+    assert squares_in_window(LENGTHS, window) == sum(
+        squares_in_window([length], window) for length in LENGTHS
+    )
 
 
 def test_only_layers_with_a_window_are_counted_by_it() -> None:
-    shape = replace(SHAPE, windowed_layers=2, window=16)
-    squares, windowed = sum(length**2 for length in LENGTHS), square_within(LENGTHS, 16)
+    shape = replace(SHAPE, sliding_window_layers=2, window=16)
+    squares, windowed = sum(length**2 for length in LENGTHS), squares_in_window(LENGTHS, 16)
     assert windowed < squares / 2
     found = forward_flops(shape, sum(LENGTHS), squares, SCORED, windowed)
     assert found.attention == FORWARD.attention * (squares + 2 * windowed) / (3 * squares)
@@ -224,7 +228,7 @@ def test_only_layers_with_a_window_are_counted_by_it() -> None:
 
 
 def test_xtuners_formula_by_hand() -> None:
-    shape = ModelShape(
+    shape = ModelDims(
         hidden_size=8, layers=2, heads=2, kv_heads=1, head_dim=4, intermediate_size=16, vocab_size=100
     )
     # r = 1.5 x 16 / 8 = 3; a layer: 8 x 64 + 4 x 10 x 8 / 2 + 4 x 3 x 64 = 512 + 160 + 768 = 1440
@@ -234,7 +238,7 @@ def test_xtuners_formula_by_hand() -> None:
 
 
 def test_an_mlp_without_a_gate_is_two_products() -> None:
-    shape = ModelShape(
+    shape = ModelDims(
         2, 1, 1, 1, 2, 3, 5, mlp_matrices=2
     )  # 4 x (2 x 2) + 2 x (2 x 3) = 28 weights in a layer
     forward = forward_flops(shape, tokens=1, square_tokens=0.0, scored_tokens=0)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from orchestrator.arch.hf_config import config_of
+from orchestrator.arch.hf_config import load_config_json
 from orchestrator.arch.registry import require_bundled
 from orchestrator.errors import SpecError
 
@@ -42,17 +42,17 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_folder_comes_first(tmp_path: Path, asked: list[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SIZES, "hidden_size": 32}))
-    assert config_of(str(tmp_path))["hidden_size"] == 32
+    assert load_config_json(str(tmp_path))["hidden_size"] == 32
     assert asked == []
 
 
 def test_what_is_bundled_asks_nobody(asked: list[str]) -> None:
-    assert config_of("meta-llama/Llama-2-7b-hf") == require_bundled("llama2-7b")
+    assert load_config_json("meta-llama/Llama-2-7b-hf") == require_bundled("llama2-7b")
     assert asked == []
 
 
 def test_a_hub_is_asked_for_the_rest(asked: list[str]) -> None:
-    assert config_of("someone/their-model") == SIZES
+    assert load_config_json("someone/their-model") == SIZES
     assert asked == ["someone/their-model"]
 
 
@@ -61,7 +61,7 @@ def test_what_is_nowhere_is_one_clear_error(path: str, asked: list[str]) -> None
     with pytest.raises(
         SpecError, match=r"is no folder with a config\.json.*give a folder, or one of.*llama2-7b"
     ):
-        config_of(path)
+        load_config_json(path)
     assert asked == (["someone/another"] if path == "someone/another" else [])
 
 
@@ -83,7 +83,7 @@ def test_what_is_nowhere_is_one_clear_error(path: str, asked: list[str]) -> None
 def test_a_damaged_config_is_one_clear_error(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(SpecError) as found:
-        config_of(str(tmp_path))
+        load_config_json(str(tmp_path))
     assert words in str(found.value)
     assert str(tmp_path) in str(found.value)
     assert "restore the config.json" in str(found.value)
@@ -91,4 +91,4 @@ def test_a_damaged_config_is_one_clear_error(text: str, words: str, tmp_path: Pa
 
 def test_an_unknown_family_needs_no_sizes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "someones"}')
-    assert config_of(str(tmp_path)) == {"model_type": "someones"}
+    assert load_config_json(str(tmp_path)) == {"model_type": "someones"}

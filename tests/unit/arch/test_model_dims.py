@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator.arch.families import FAMILIES
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.config.paths import resolve
 
 LLAMA = {
@@ -20,7 +20,7 @@ OUTSIDE = {"baichuan", "chatglm", "internlm", "internlm2", "qwen"}
 
 
 def test_a_configuration_gives_its_shape() -> None:
-    assert ModelShape.from_config(LLAMA) == ModelShape(64, 3, 4, 2, 24, 96, 160)
+    assert ModelDims.from_config(LLAMA) == ModelDims(64, 3, 4, 2, 24, 96, 160)
 
 
 @pytest.mark.parametrize("missing", [True, False])
@@ -28,24 +28,24 @@ def test_what_old_configurations_leave_out_or_empty(missing: bool) -> None:
     config: dict[str, Any] = {**LLAMA, "num_key_value_heads": None, "head_dim": None}
     if missing:
         del config["num_key_value_heads"], config["head_dim"]
-    shape = ModelShape.from_config(config)
+    shape = ModelDims.from_config(config)
     assert shape is not None
     assert (shape.kv_heads, shape.head_dim) == (4, 16)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "bert", "", None])
 def test_a_family_that_is_not_known_has_no_shape(family: str | None) -> None:
-    assert ModelShape.from_config({**LLAMA, "model_type": family}) is None
-    assert ModelShape.from_config({}) is None
+    assert ModelDims.from_config({**LLAMA, "model_type": family}) is None
+    assert ModelDims.from_config({}) is None
 
 
 def test_bloom_may_have_names_of_its_own() -> None:
     config = {"model_type": "bloom", "n_embed": 64, "n_layer": 3, "num_attention_heads": 4, "vocab_size": 160}
-    assert ModelShape.from_config(config) == ModelShape(64, 3, 4, 4, 16, 256, 160, mlp_matrices=2)
+    assert ModelDims.from_config(config) == ModelDims(64, 3, 4, 4, 16, 256, 160, mlp_matrices=2)
 
 
 def test_linear_parameters_by_hand() -> None:
-    shape = ModelShape(64, 3, 4, 2, 24, 96, 160)
+    shape = ModelDims(64, 3, 4, 2, 24, 96, 160)
     q = o = 64 * 4 * 24
     k = v = 64 * 2 * 24
     assert shape.linear_parameters_per_layer == q + k + v + o + 3 * 64 * 96
@@ -53,7 +53,7 @@ def test_linear_parameters_by_hand() -> None:
 
 def test_the_builtin_model_has_a_shape() -> None:
     config = json.loads((resolve("builtin/tiny-llama") / "config.json").read_text())
-    assert ModelShape.from_config(config) == ModelShape(256, 4, 8, 2, 32, 688, 2048)
+    assert ModelDims.from_config(config) == ModelDims(256, 4, 8, 2, 32, 688, 2048)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - OUTSIDE))
@@ -64,7 +64,7 @@ def test_each_family_has_the_matrices_that_are_counted(family: str) -> None:
     if family in ("bloom", "gpt_neox", "phi3", "stablelm"):  # have no field for it
         sizes["head_dim"] = 16
     config = AutoConfig.for_model(family, **sizes, pad_token_id=0)
-    shape = ModelShape.from_config(config.to_dict())
+    shape = ModelDims.from_config(config.to_dict())
     assert shape is not None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -96,9 +96,9 @@ def test_layers_with_a_window_are_those_that_transformers_gives_one(
 
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
     config = AutoConfig.for_model(family, **{**sizes, **changes}, pad_token_id=0)
-    shape = ModelShape.from_config(config.to_dict())
+    shape = ModelDims.from_config(config.to_dict())
     assert shape is not None
-    assert (shape.windowed_layers, shape.window) == expected
+    assert (shape.sliding_window_layers, shape.window) == expected
     if family not in ("llama", "mistral", "phi3"):  # whose layers do not keep it
         with torch.device("meta"):
             layers = AutoModelForCausalLM.from_config(config).model.layers
@@ -118,6 +118,6 @@ def test_layers_with_a_window_are_those_that_transformers_gives_one(
 def test_windows_of_files_that_do_not_name_each_layer(
     family: str, changes: dict[str, Any], expected: int
 ) -> None:
-    shape = ModelShape.from_config({**LLAMA, "model_type": family, "sliding_window": 16, **changes})
+    shape = ModelDims.from_config({**LLAMA, "model_type": family, "sliding_window": 16, **changes})
     assert shape is not None
-    assert shape.windowed_layers == expected
+    assert shape.sliding_window_layers == expected

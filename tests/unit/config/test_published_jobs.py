@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.arch.flops import flops_per_token_xtuner
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.bench import sweep
 from orchestrator.config import loader
 from orchestrator.parallel.deepspeed_config import render
-from orchestrator.parallel.parallel_dims import Layout, sequence_parallel_problem
+from orchestrator.parallel.parallel_dims import ParallelDims, sequence_parallel_problem
 
 FOLDER = Path(__file__).parents[3] / "launch" / "jobs" / "published" / "xtuner"
 K = 1024
@@ -50,7 +50,7 @@ def test_a_published_job(name: str, profile: str) -> None:
     assert [source.repeat for source in job.data.train] == [6 if max_length >= 128 * K else 1] * 2
     config = render(job, "bf16", "cuda")
     assert config["train_micro_batch_size_per_gpu"] == 1
-    layout = Layout.of(job)
+    layout = ParallelDims.from_job(job)
     at_once = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
     assert config["train_batch_size"] == at_once * layout.world_size
     heads = HEADS[name.rsplit("-", 1)[0]]
@@ -95,7 +95,7 @@ def test_xtuners_formula_gives_the_tflops_that_are_printed_in_13_of_14_rows() ->
         assert found, name
         tgs, printed = (float(each) for each in found.groups())
         hidden, layers, heads, inner, vocabulary = sizes[name.rsplit("-", 1)[0]]
-        shape = ModelShape(hidden, layers, heads, heads, hidden // heads, inner, vocabulary)
+        shape = ModelDims(hidden, layers, heads, heads, hidden // heads, inner, vocabulary)
         computed = tgs * flops_per_token_xtuner(shape, max_length) / 1e12
         right.append(computed == pytest.approx(printed, rel=1.5e-3))
     assert right.count(True) == 13

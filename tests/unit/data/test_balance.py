@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.arch.flops import forward_flops
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.data.balance import BatchShape, assign_to_ranks, epoch_order, wait_factor
 from orchestrator.data.packing import best_fit
 
-LLAMA_2_7B = ModelShape(4096, 32, 32, 32, 128, 11008, 32000)
+LLAMA_2_7B = ModelDims(4096, 32, 32, 32, 128, 11008, 32000)
 
 
 def batch_shape(global_batch: int, micro: int, ranks: int, sync: bool = True) -> BatchShape:

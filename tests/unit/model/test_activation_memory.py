@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.errors import SpecError
 from orchestrator.model import activation_memory, attention
-from orchestrator.model.activation_memory import checkpoint_layers, tile_mlps, tiled
-from orchestrator.model.attention import Documents
+from orchestrator.model.activation_memory import checkpoint_layers, tile_mlps, tiled_mlps
+from orchestrator.model.attention import VarlenMetadata
 
 LENGTHS = (9, 4, 11)
 LAYERS = 3
@@ -41,7 +41,7 @@ def plain() -> Any:
 def loss_of(model: Any) -> Tensor:
     ids = torch.arange(sum(LENGTHS))[None] % 64
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    documents = Documents.of(LENGTHS, "sdpa", torch.device("cpu"))
+    documents = VarlenMetadata.from_lengths(LENGTHS, "sdpa", torch.device("cpu"))
     output = model(input_ids=ids, position_ids=positions, documents=documents, use_cache=False)
     return output.logits.square().mean()  # type: ignore[no-any-return]
 
@@ -141,7 +141,7 @@ def test_no_product_of_an_mlp_sees_more_than_a_tile(plain: Any) -> None:
     model = copy.deepcopy(plain)
     checkpoint_layers(model, "full", offload=False)
     tile_mlps(model, 7)
-    assert tiled(model) == [layer.mlp for layer in model.model.layers]
+    assert tiled_mlps(model) == [layer.mlp for layer in model.model.layers]
     tokens: list[int] = []
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))

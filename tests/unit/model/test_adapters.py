@@ -9,7 +9,7 @@ from torch import nn
 from orchestrator.config.schema import MethodSpec
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
-from orchestrator.model.adapters import adapt, adapter_parameters
+from orchestrator.model.adapters import adapt, num_adapter_params
 
 
 def build(kind: str = "llama", **changes: Any) -> Any:
@@ -85,7 +85,7 @@ def test_counts_of_llama_2_7b() -> None:
         num_key_value_heads=32, vocab_size=32000,
     )  # fmt: skip
     found = adapted(model, rank=16)
-    assert count(found) == 32 * 16 * (4 * 8192 + 3 * 15104) == adapter_parameters(found) == 39_976_960
+    assert count(found) == 32 * 16 * (4 * 8192 + 3 * 15104) == num_adapter_params(found) == 39_976_960
 
 
 def test_attention_is_told_from_the_mlp_by_its_place() -> None:
@@ -113,7 +113,7 @@ def test_embedding_and_head_are_trained_whole(tied: bool) -> None:
     model = adapted(small(tie_word_embeddings=tied), train_embeddings=True, rank=4)
     whole = [name for name in trained(model) if "modules_to_save" in name]
     matrices = 1 if tied else 2
-    assert count(model) - adapter_parameters(model) == matrices * 64 * 32
+    assert count(model) - num_adapter_params(model) == matrices * 64 * 32
     assert len(whole) == matrices
 
 
@@ -122,7 +122,7 @@ def test_a_target_that_is_not_there_is_named_with_those_that_are() -> None:
         adapted(small(), target_modules=("q_proj", "c_attn", "proj"))
     assert len(raised.value.problems) == 2
     assert raised.value.problems[0] == (
-        "method.target_modules: no linear layer of LlamaForCausalLM is called c_attn; there are "
+        "method.target_modules: LlamaForCausalLM has no linear layer c_attn; it has "
         "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
-from orchestrator.model.attention import Documents, document_attention
+from orchestrator.model.attention import VarlenMetadata, document_attention
 
 CPU = torch.device("cpu")
 HEAD_DIM = 6
@@ -51,7 +51,7 @@ def alone(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: floa
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], **options: Any) -> Tensor:
-    documents = Documents.of(lengths, "sdpa", CPU)
+    documents = VarlenMetadata.from_lengths(lengths, "sdpa", CPU)
     output, weights = document_attention(nn.Identity(), q, k, v, None, documents=documents, **options)
     assert weights is None
     return output
@@ -117,19 +117,19 @@ def test_no_gradient_reaches_another_document() -> None:
 
 
 def test_like_lengths_share_a_call_and_padding_stays_under_an_eighth_or_a_grain() -> None:
-    documents = Documents.of([100, 97, 3, 100, 2], "sdpa", CPU)
+    documents = VarlenMetadata.from_lengths([100, 97, 3, 100, 2], "sdpa", CPU)
     assert sorted((group.count, group.length) for group in documents.groups) == [(2, 8), (3, 104)]
     for length in range(1, 5000):
-        rounded = attention._rounded(length)
+        rounded = attention._round_up(length)
         assert length <= rounded <= max(-(-length // 8) * 8, length * 9 / 8)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_every_position_is_gathered_and_scattered_to_itself(lengths: list[int]) -> None:
-    documents = Documents.of(lengths, "sdpa", CPU)
+    documents = VarlenMetadata.from_lengths(lengths, "sdpa", CPU)
     assert torch.equal(documents.gather[documents.scatter], torch.arange(sum(lengths)))
-    assert documents.bounds.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
-    assert documents.longest == max(lengths)
+    assert documents.cu_seqlens.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    assert documents.max_seqlen == max(lengths)
 
 
 # What is refused
@@ -144,7 +144,7 @@ def refused(**options: Any) -> str:
 
 def test_without_boundaries_nothing_is_computed() -> None:
     assert "Linear does not hand document boundaries down" in refused(documents=None)
-    documents = Documents.of([6, 3], "sdpa", CPU)
+    documents = VarlenMetadata.from_lengths([6, 3], "sdpa", CPU)
     assert "does not hand document boundaries" in refused(
         documents=documents, attention_mask=torch.ones(9, 9)
     )
@@ -153,15 +153,17 @@ def test_without_boundaries_nothing_is_computed() -> None:
 def test_more_than_one_row_is_refused() -> None:
     rows = [tensor.expand(2, -1, -1, -1) for tensor in tensors([6, 3], 2, 2, torch.float32)]
     with pytest.raises(ValueError, match="does not hand document boundaries"):
-        document_attention(nn.Identity(), *rows, None, documents=Documents.of([6, 3], "sdpa", CPU))
+        document_attention(
+            nn.Identity(), *rows, None, documents=VarlenMetadata.from_lengths([6, 3], "sdpa", CPU)
+        )
 
 
 def test_chunks_that_cut_a_document_are_refused_and_others_have_no_effect() -> None:
-    documents = Documents.of([6, 3], "sdpa", CPU)
+    documents = VarlenMetadata.from_lengths([6, 3], "sdpa", CPU)
     layer = nn.Linear(1, 1)
     layer.config = SimpleNamespace(attention_chunk_size=5)  # type: ignore[assignment]
     parts = tensors([6, 3], 2, 2, torch.float32)
-    with pytest.raises(ValueError, match="chunk of 5 tokens, and a document has 6; use"):
+    with pytest.raises(ValueError, match="chunks of 5 tokens, but a document has 6; set"):
         document_attention(layer, *parts, None, documents=documents)
     layer.config.attention_chunk_size = 6  # type: ignore[assignment]
     output, _ = document_attention(layer, *parts, None, documents=documents)
@@ -177,7 +179,7 @@ def test_chunks_that_cut_a_document_are_refused_and_others_have_no_effect() -> N
     ],
 )
 def test_variants_that_are_not_computed_are_refused(option: dict[str, Any], reason: str) -> None:
-    assert reason in refused(documents=Documents.of([6, 3], "sdpa", CPU), **option)
+    assert reason in refused(documents=VarlenMetadata.from_lengths([6, 3], "sdpa", CPU), **option)
 
 
 def test_a_layer_that_is_not_causal_is_refused() -> None:
@@ -185,29 +187,29 @@ def test_a_layer_that_is_not_causal_is_refused() -> None:
     layer.is_causal = False  # type: ignore[assignment]
     parts = tensors([6, 3], 2, 2, torch.float32)
     with pytest.raises(ValueError, match="Linear is not causal"):
-        document_attention(layer, *parts, None, documents=Documents.of([6, 3], "sdpa", CPU))
+        document_attention(layer, *parts, None, documents=VarlenMetadata.from_lengths([6, 3], "sdpa", CPU))
 
 
 def test_a_window_that_only_the_mask_knows_is_taken() -> None:
     parts, lengths = tensors([20, 9], 4, 2, torch.float32), [20, 9]
-    documents = Documents.of(lengths, "sdpa", CPU)
-    output, _ = document_attention(nn.Identity(), *parts, attention.Mask(5), documents=documents)
+    documents = VarlenMetadata.from_lengths(lengths, "sdpa", CPU)
+    output, _ = document_attention(nn.Identity(), *parts, attention.CausalMask(5), documents=documents)
     assert torch.equal(output, packed(*parts, lengths, sliding_window=5))
 
 
 def test_a_layer_and_a_mask_that_do_not_agree_on_the_window_are_refused() -> None:
-    documents = Documents.of([6, 3], "sdpa", CPU)
-    sentence = refused(documents=documents, attention_mask=attention.Mask(None), sliding_window=5)
+    documents = VarlenMetadata.from_lengths([6, 3], "sdpa", CPU)
+    sentence = refused(documents=documents, attention_mask=attention.CausalMask(None), sliding_window=5)
     assert "sliding window of 5 tokens, and its mask one of None" in sentence
     parts = tensors([6, 3], 2, 2, torch.float32)
     document_attention(
-        nn.Identity(), *parts, attention.Mask(None), documents=documents, sliding_window=6
+        nn.Identity(), *parts, attention.CausalMask(None), documents=documents, sliding_window=6
     )  # has no effect on these documents, so there is nothing to disagree about
 
 
 def test_a_model_that_works_on_its_mask_is_told_why_it_cannot() -> None:
     with pytest.raises(AttributeError, match="asks for `shape` of its attention mask"):
-        attention.Mask(None).shape  # noqa: B018
+        attention.CausalMask(None).shape  # noqa: B018
 
 
 @pytest.mark.parametrize("mask", [{"use_vmap": True}, {"allow_is_bidirectional_skip": True}])
@@ -234,7 +236,7 @@ def model() -> Any:
 
 def logits(model: Any, ids: Tensor, lengths: Sequence[int]) -> Tensor:
     positions = torch.cat([torch.arange(length) for length in lengths])
-    documents = Documents.of(lengths, "sdpa", CPU)
+    documents = VarlenMetadata.from_lengths(lengths, "sdpa", CPU)
     with torch.no_grad():
         return model(  # type: ignore[no-any-return]
             input_ids=ids[None], position_ids=positions[None], documents=documents, use_cache=False
@@ -270,10 +272,10 @@ def test_a_model_that_is_called_without_boundaries_fails(model: Any) -> None:
 
 
 def test_which_kernel_is_used() -> None:
-    assert attention.kernel_for("auto", CPU, torch.bfloat16) == "sdpa"
-    assert attention.kernel_for("sdpa", torch.device("cuda"), torch.bfloat16) == "sdpa"
-    assert attention.kernel_for("flash", CPU, torch.float32) == "flash"
-    assert attention.kernel_for("auto", torch.device("cuda"), torch.float32) == "sdpa"
+    assert attention.select_attn_backend("auto", CPU, torch.bfloat16) == "sdpa"
+    assert attention.select_attn_backend("sdpa", torch.device("cuda"), torch.bfloat16) == "sdpa"
+    assert attention.select_attn_backend("flash", CPU, torch.float32) == "flash"
+    assert attention.select_attn_backend("auto", torch.device("cuda"), torch.float32) == "sdpa"
 
 
 @pytest.mark.parametrize("asks", [{"attn_logit_softcapping": 50.0}, {"attention_dropout": 0.1}])
@@ -284,10 +286,10 @@ def test_what_torch_s_flash_does_not_compute_goes_to_another_kernel(
     gpu, plain = torch.device("cuda"), {"attn_logit_softcapping": None, "attention_dropout": 0.0}
     config = SimpleNamespace(**{**plain, **asks})
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
-    assert attention.kernel_for("auto", gpu, torch.bfloat16, SimpleNamespace(**plain)) == "flash"
-    assert attention.kernel_for("auto", gpu, torch.bfloat16, config) == "sdpa"
+    assert attention.select_attn_backend("auto", gpu, torch.bfloat16, SimpleNamespace(**plain)) == "flash"
+    assert attention.select_attn_backend("auto", gpu, torch.bfloat16, config) == "sdpa"
     with pytest.raises(SpecError, match="without the package flash-attn; install the extra `cuda`"):
-        attention.kernel_for("flash", gpu, torch.bfloat16, config)
+        attention.select_attn_backend("flash", gpu, torch.bfloat16, config)
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
-    assert attention.kernel_for("auto", gpu, torch.bfloat16, config) == "flash"
-    assert attention.kernel_for("flash", gpu, torch.bfloat16, config) == "flash"
+    assert attention.select_attn_backend("auto", gpu, torch.bfloat16, config) == "flash"
+    assert attention.select_attn_backend("flash", gpu, torch.bfloat16, config) == "flash"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.model import attention, sdpa
-from orchestrator.model.attention import Documents, document_attention
+from orchestrator.model.attention import VarlenMetadata, document_attention
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 6
@@ -35,7 +35,7 @@ def tensors(lengths: Sequence[int], dtype: torch.dtype = torch.float64) -> list[
 
 
 def packed(parts: list[Tensor], lengths: Sequence[int], **options: Any) -> Tensor:
-    documents = Documents.of(lengths, options.pop("kernel", "sdpa"), CPU)
+    documents = VarlenMetadata.from_lengths(lengths, options.pop("attn_backend", "sdpa"), CPU)
     return document_attention(nn.Identity(), *parts, None, SCALING, documents=documents, **options)[0]
 
 
@@ -147,12 +147,10 @@ def test_torch_is_asked_for_the_window(window: int | None, monkeypatch: pytest.M
     monkeypatch.setattr(module, "varlen_attn", stand_in)
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
     parts = tensors(LENGTHS)
-    ours = packed(parts, LENGTHS, kernel="flash", sliding_window=window)
+    ours = packed(parts, LENGTHS, attn_backend="flash", sliding_window=window)
     assert_same(ours, formula(parts, LENGTHS, window), parts)
-    with pytest.raises(
-        ValueError, match=r"softcap 5\.0 needs the package flash-attn on this kernel; install"
-    ):
-        packed(parts, LENGTHS, kernel="flash", softcap=5.0)
+    with pytest.raises(ValueError, match=r"softcap 5\.0 requires the package flash-attn; install"):
+        packed(parts, LENGTHS, attn_backend="flash", softcap=5.0)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.8])
@@ -169,5 +167,5 @@ def test_flash_attn_is_asked_for_the_window_and_the_cap(
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: True)
     parts, options = tensors(LENGTHS), {"sliding_window": window, "softcap": softcap}
-    ours = packed(parts, LENGTHS, kernel="flash", **options)
+    ours = packed(parts, LENGTHS, attn_backend="flash", **options)
     assert_same(ours, formula(parts, LENGTHS, **options), parts)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from orchestrator.data.loader import MicroBatch
 from orchestrator.errors import SpecError
 from orchestrator.model import attention
 from orchestrator.model.adapters import adapt
-from orchestrator.model.loss import Inputs, TiledHead, loss_sum
+from orchestrator.model.loss import ModelInputs, TiledHead, loss_sum
 
 LENGTHS = (9, 4, 11)
 EVERY_OTHER = [3, 5, 7, 10, 12, 15, 17, 19, 21]
@@ -46,8 +46,8 @@ def batch(trained: list[int]) -> MicroBatch:
     )
 
 
-def inputs(trained: list[int]) -> Inputs:
-    return Inputs.of(batch(trained), "sdpa", torch.device("cpu"))
+def inputs(trained: list[int]) -> ModelInputs:
+    return ModelInputs.from_batch(batch(trained), "sdpa", torch.device("cpu"))
 
 
 def test_it_is_the_sum_of_what_each_document_alone_would_lose(model: Any) -> None:
@@ -119,7 +119,7 @@ def test_a_tiled_head_gives_the_same_loss_and_gradients(model: Any, trained: lis
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert list(tiled.state_dict()) == list(model.state_dict())
     ids = torch.ones(1, 4, dtype=torch.int64)
-    documents = attention.Documents.of([4], "sdpa", torch.device("cpu"))
+    documents = attention.VarlenMetadata.from_lengths([4], "sdpa", torch.device("cpu"))
     assert tiled(input_ids=ids, documents=documents, use_cache=False).logits.shape == (1, 4, 64)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orchestrator.model.compatibility import obstacle_to_muon
+from orchestrator.model.compatibility import muon_unsupported_reason
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -24,7 +24,7 @@ def test_embeddings_and_stacks_of_matrices_are_not_for_muon(
 
     config = AutoConfig.for_model(family, **SMALL, **changes)
     with torch.device("meta"):
-        problem = obstacle_to_muon(AutoModelForCausalLM.from_config(config))
+        problem = muon_unsupported_reason(AutoModelForCausalLM.from_config(config))
     if weight is None:
         assert problem is None
     else:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.arch.hf_config import config_of, resized
-from orchestrator.arch.model_dims import ModelShape
+from orchestrator.arch.hf_config import load_config_json, resized
+from orchestrator.arch.model_dims import ModelDims
 from orchestrator.arch.parameters import parameter_count
 from orchestrator.config.schema import JobSpec, ModelSpec
 from orchestrator.config.validation import broken_rules
@@ -20,9 +20,9 @@ from orchestrator.model.base_model_id import identity
 from orchestrator.model.build import (
     base_model,
     build_model,
+    build_on_meta,
     load_config,
     require_supported,
-    skeleton,
     stored_config,
 )
 from orchestrator.model.compatibility import balance_note, length_note, model_notes
@@ -125,10 +125,10 @@ def test_a_plan_without_transformers_counts_the_same_tokens(kind: str, tmp_path:
     grown = spec(tmp_path, resize_embeddings=True)
     wanted = {"words": TOKENS, "added": TOKENS + 2, "pieces": 300}[kind]
     assert load_config(grown).vocab_size == wanted
-    assert resized(config_of(str(tmp_path)), grown)["vocab_size"] == wanted
-    assert resized(config_of(str(tmp_path)), spec(tmp_path)) == config_of(str(tmp_path))
+    assert resized(load_config_json(str(tmp_path)), grown)["vocab_size"] == wanted
+    assert resized(load_config_json(str(tmp_path)), spec(tmp_path)) == load_config_json(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
-    assert resized(config_of(str(tmp_path)), grown) == config_of(str(tmp_path))
+    assert resized(load_config_json(str(tmp_path)), grown) == load_config_json(str(tmp_path))
 
 
 def test_an_adapter_belongs_to_the_vocabulary_that_it_was_trained_with(model: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_base_of_adapters_grows_too(quantization: str, model: Path) -> None:
     method = {"type": "lora", "train_embeddings": True, "quantization": quantization}
     resized = job(model, model={"resize_embeddings": True}, method=method)
     built = build_model(resized, torch.float32, STAGE_2)
-    shapes = {name: tuple(weight.shape) for name, weight in skeleton(resized).named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in build_on_meta(resized).named_parameters()}
     mine = {name: tuple(weight.shape) for name, weight in built.named_parameters() if weight.requires_grad}
     assert mine.items() <= shapes.items()
     assert sum(shape[0] == TOKENS for shape in mine.values()) == 2
@@ -199,7 +199,7 @@ def test_what_is_planned_and_counted_is_the_resized_model(model: Path) -> None:
     assert after.total == before.total + added
     config = load_config(resized.model).to_dict()
     assert parameter_count(config, resized.method) == after
-    shape = ModelShape.from_config(config)
+    shape = ModelDims.from_config(config)
     assert shape is not None
     assert shape.vocab_size == TOKENS
 

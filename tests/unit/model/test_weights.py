@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import SpecError
 from orchestrator.model.build import base_model, build_model, require_supported
-from orchestrator.model.weights import Difference, without_empty_biases
+from orchestrator.model.weights import WeightsMismatch, without_empty_biases
 from tests.invariant import material
 from tests.unit.model.damage import (
     FILE,
@@ -249,7 +249,7 @@ def test_biases_of_zero_beside_quantised_matrices_change_nothing(tmp_path: Path)
     layer = "model.layers.0.self_attn.q_proj"
     stored = {f"{layer}.qweight": torch.ones(2), f"{layer}.bias": torch.zeros(2), "norm.bias": torch.zeros(2)}
     save_file(stored, tmp_path / FILE)
-    found = Difference(unexpected=(f"{layer}.bias", "norm.bias", "score.weight"))
+    found = WeightsMismatch(unexpected=(f"{layer}.bias", "norm.bias", "score.weight"))
     assert without_empty_biases(found, [tmp_path / FILE]).unexpected == ("norm.bias", "score.weight")
     save_file({**stored, f"{layer}.bias": torch.ones(2)}, tmp_path / FILE)
     assert without_empty_biases(found, [tmp_path / FILE]) == found

@@ -21,10 +21,10 @@ from orchestrator.parallel import deepspeed_config
 from orchestrator.parallel.deepspeed_config import (
     BITSANDBYTES,
     KNOWN_KEYS,
-    fit_buffers,
     load_policy,
     policy_name,
     render,
+    size_nvme_buffers,
     unknown_keys,
 )
 
@@ -121,9 +121,9 @@ def test_every_value_is_filled_in(
 def test_buffers_for_parameters_on_a_disk_hold_the_largest() -> None:
     rendered = render(job("zero3_params-nvme_optimizer-nvme"), "bf16", "cuda")
     section = rendered["zero_optimization"]["offload_param"]
-    fit_buffers(rendered, 100_000_000)
+    size_nvme_buffers(rendered, 100_000_000)
     assert section["buffer_size"] == 100_000_000
-    fit_buffers(rendered, 100_000_001)
+    size_nvme_buffers(rendered, 100_000_001)
     assert section["buffer_size"] == 100_000_001
 
 
@@ -131,7 +131,7 @@ def test_buffers_for_parameters_on_a_disk_hold_the_largest() -> None:
 @pytest.mark.parametrize("largest", [1, 10**12])
 def test_only_parameters_on_a_disk_pass_through_buffers(name: str, largest: int) -> None:
     rendered = render(job(name), "bf16", "cuda")
-    fit_buffers(rendered, largest)
+    size_nvme_buffers(rendered, largest)
     changed = largest == 10**12 and "params-nvme" in name
     assert (rendered != render(job(name), "bf16", "cuda")) == changed
 

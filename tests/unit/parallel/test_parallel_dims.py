@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.config.loader import parse
-from orchestrator.parallel.parallel_dims import Layout, sequence_parallel_problem
+from orchestrator.parallel.parallel_dims import ParallelDims, sequence_parallel_problem
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from orchestrator.parallel.parallel_dims import Layout, sequence_parallel_proble
 def test_ranks_of_one_sequence_stand_side_by_side(
     world: int, sequence: int, size: int, ranks: list[int]
 ) -> None:
-    layout = Layout(world, sequence)
+    layout = ParallelDims(world, sequence)
     assert layout.data_parallel_size == size
     assert [layout.data_parallel_rank(rank) for rank in range(world)] == ranks
     assert layout.gradient_divisor == world, "DeepSpeed is not told of sequence parallelism"
@@ -25,8 +25,8 @@ def test_ranks_of_one_sequence_stand_side_by_side(
 
 def test_a_job_gives_its_layout() -> None:
     job = parse("name: a\nmodel: {path: m}\ndata: {train: [{path: d}]}\nparallel: {workers: 4}\n")
-    assert Layout.of(job) == Layout(4, 1)
-    assert Layout.of(job).data_parallel_size == job.data_parallel_size
+    assert ParallelDims.from_job(job) == ParallelDims(4, 1)
+    assert ParallelDims.from_job(job).data_parallel_size == job.data_parallel_size
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.arch.parameters import ParameterCount
 from orchestrator.arch.registry import require_bundled
 from orchestrator.config.loader import parse
-from orchestrator.parallel.deepspeed_config import fit_buffers, render
+from orchestrator.parallel.deepspeed_config import render, size_nvme_buffers
 from orchestrator.planner.estimate import workload_from_job
 from orchestrator.planner.host_memory import host_memory
 from orchestrator.planner.memory import (
@@ -93,7 +93,7 @@ def test_a_plan_counts_the_host_memory_that_workers_reserve(
     )
     work = workload_from_job(job, require_bundled("llama2-7b"), LLAMA, 8, "cuda")
     ds_config = render(job, dtype, "cuda")
-    fit_buffers(ds_config, EMBEDDING // 8)
+    size_nvme_buffers(ds_config, EMBEDDING // 8)
     assert host_memory_of_workload(work) == host_memory(ds_config, ParameterCount(P, P, EMBEDDING), 8)
     moved = gpu_memory(work)
     assert moved.optimizer == moved.gradients == moved.step == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.arch.hf_config import config_of
+from orchestrator.arch.hf_config import load_config_json
 from orchestrator.arch.registry import require_bundled
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config import loader
@@ -141,4 +141,4 @@ def test_a_family_that_is_not_known_is_refused() -> None:
 
 def test_a_model_that_is_nowhere_is_an_error_that_lists_the_bundled_ones() -> None:
     with pytest.raises(SpecError, match=r"model\.path=\./nowhere is no folder.*llama2-7b"):
-        config_of("./nowhere")
+        load_config_json("./nowhere")

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from orchestrator.arch.flops import (
-    Frozen,
+    FrozenWeights,
     Recomputation,
     forward_flops,
     hardware_flops,
     model_flops,
-    square_within,
+    squares_in_window,
 )
 from orchestrator.arch.registry import require_bundled
 from orchestrator.cluster.hardware import AchievedTflops, Device, device
@@ -58,8 +58,8 @@ def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any
         model, length_tokens=1024, method=method, checkpointing=checkpointing, rank=8, zero_stage=3,
         labelled_share=labelled / 1024,
     )  # fmt: skip
-    forward = forward_flops(model.shape, 1024, 1024.0**2, labelled, adapter_parameters=work.adapters)
-    frozen = Frozen(layers=method == "lora", head=method == "lora")
+    forward = forward_flops(model.shape, 1024, 1024.0**2, labelled, num_adapter_params=work.adapters)
+    frozen = FrozenWeights(layers=method == "lora", head=method == "lora")
     canon = hardware_flops(forward, Recomputation(checkpointing, 3), frozen)
     passes = 4 if checkpointing == "full" else 3
     assert linear_flops(work) + passes * attention_flops(work) == pytest.approx(canon, rel=1e-6)
@@ -77,9 +77,9 @@ def test_planner_and_metrics_count_the_same_model_flops(name: str, method: Any, 
         tokens,
         sum(length**2 for length in lengths),
         scored,
-        square_within(lengths, model.shape.window),
+        squares_in_window(lengths, model.shape.window),
     )
-    frozen = Frozen(layers=method == "lora", head=method == "lora")
+    frozen = FrozenWeights(layers=method == "lora", head=method == "lora")
     work = Workload(
         model, length_tokens=tokens, method=method, rank=0, labelled_share=scored / tokens,
         mean_square_tokens=float(document), checkpointing="full",
