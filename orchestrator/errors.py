@@ -1,15 +1,13 @@
-"""The exception tree: whose mistake it was, and the exit code that says so."""
+"""Exceptions: the subclass says whether the job file, the cluster or the run failed, with the exit code."""
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class OrchestratorError(Exception):
-    """A failure with one or more problems, each a sentence that names the value, the rule and the remedy.
+    """Base class, with one or more problems.
 
     Args:
-        *problems: The sentences, all that were found and not only the first.
+        *problems: All problems that were found, each a message with value, rule and remedy.
     """
 
     exit_code = 1
@@ -25,31 +23,31 @@ class OrchestratorError(Exception):
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         return f"{self.title}: {len(self.problems)} problems\n{lines}"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Survive pickling: Ray carries errors from workers to the driver."""
+    def __reduce__(self) -> tuple[type[OrchestratorError], tuple[str, ...]]:
+        """Pickle the problems: Ray sends errors from workers to the driver."""
         return (type(self), self.problems)
 
 
 class SpecError(OrchestratorError):
-    """The job file, or a file that it names, is wrong (exit code 2)."""
+    """The job file, or a file that it refers to, is invalid (exit code 2)."""
 
     exit_code = 2
     title = "job file error"
 
 
 class ClusterError(OrchestratorError):
-    """The machines cannot run the job: too few, unreachable, a port or a storage in the way (exit code 3)."""
+    """The cluster cannot run the job: resources, network, ports or storage (exit code 3)."""
 
     exit_code = 3
     title = "cluster error"
 
 
 class TrainingError(OrchestratorError):
-    """The run itself failed after it was started (exit code 4)."""
+    """The run failed after it was started (exit code 4)."""
 
     exit_code = 4
     title = "training error"
 
 
 class MemoryExhaustedError(TrainingError):
-    """A worker needed more memory than it may have (exit code 4)."""
+    """A worker exceeded its memory limit (exit code 4)."""

@@ -1,9 +1,9 @@
-"""SIGTERM and SIGHUP: how Slurm, Kubernetes, systemd and `ray job stop` ask a command to end.
+"""Graceful shutdown on SIGTERM and SIGHUP, which Slurm, Kubernetes, systemd and `ray job stop` send.
 
-A thread waits for these signals and all other threads block them. Handlers would not do: `ray.init` installs
-one of its own in C++ that prints a stack trace and aborts, and Python runs its handlers between bytecodes
-only. The thread interrupts the main thread, or sets an event where the main thread has asked for that, and
-ends the process itself where the main thread does not end in time.
+A thread waits for these signals and all other threads block them. Signal handlers are not sufficient:
+`ray.init` replaces them by one in C++ that prints a stack trace and aborts, and Python runs its handlers only
+between bytecodes. The thread interrupts the main thread, or sets an event if the main thread uses `deferred`,
+and terminates the process if the main thread does not end in time.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 EXIT_CODE = 128 + signal.SIGTERM
-_INTERRUPT = signal.SIGRTMIN + 7  # to the main thread; no library here uses it, and nobody else sends it
+_INTERRUPT = signal.SIGRTMIN + 7  # from the thread to the main thread; no library uses this signal
 _PR_SET_CHILD_SUBREAPER = 36
-_SECONDS_TO_UNWIND = 15.0  # Ray takes about two to end its processes
-_SECONDS_OF_ONE_SIGNAL = 0.5  # `timeout` and service managers may send it to the process and to its group
+_SECONDS_TO_UNWIND = 15.0  # Ray takes about 2 s to end its processes
+_SECONDS_OF_ONE_SIGNAL = 0.5  # `timeout` and service managers may signal both the process and its group
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to end; the message says what was done.
+    """SIGTERM or SIGHUP was received; the message says what was done.
 
-    A KeyboardInterrupt, because `ray.get` lets no other exception of a signal handler through.
+    A KeyboardInterrupt, because `ray.get` propagates no other exception of a signal handler.
     """
 
 
 class _Listener:
-    """The thread that waits for signals, and what it is to do with one."""
+    """The thread that waits for signals, and its current mode."""
 
     def __init__(self) -> None:
         self.signals: set[int] = set()
@@ -49,8 +49,8 @@ class _Listener:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
             self.signals.add(signal.SIGHUP)
         signal.signal(_INTERRUPT, self._interrupt)
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # threads that are started later inherit it
-        # So do processes; those of Ray are forked by Python, which calls this in them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # inherited by threads that start later
+        # Child processes inherit the mask too; Ray forks its processes from Python, which unblocks them here.
         os.register_at_fork(after_in_child=self._unblock)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -61,17 +61,19 @@ class _Listener:
             again = signal.sigtimedwait(self.signals, max(0.0, left))
             if again is None:
                 if time.monotonic() < self.received_at + self.patience:
-                    continue  # the main thread has asked for more time
-                _end_at_once(f"stopped by {self.received}, and ended what did not end by itself: {self.hint}")
+                    continue  # the main thread extended `patience`
+                _terminate(
+                    f"stopped by {self.received}, killed processes that did not end in time: {self.hint}"
+                )
             if time.monotonic() - self.received_at > _SECONDS_OF_ONE_SIGNAL:
-                _end_at_once(f"stopped by a second signal, at once: {self.hint}")
+                _terminate(f"stopped immediately by a second signal: {self.hint}")
 
     def _take(self, number: int) -> None:
         self.received_at = time.monotonic()
         self.received = signal.Signals(number).name
-        _adopt_orphans()
+        _become_subreaper()
         if self.mode == "exit":
-            _end_at_once(f"stopped by {self.received}: {self.hint or 'nothing was begun'}")
+            _terminate(f"stopped by {self.received}: {self.hint or 'nothing was started'}")
         self.event.set()
         if self.mode == "interrupt":
             signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
@@ -88,9 +90,9 @@ _listener: _Listener | None = None
 
 
 def install() -> None:
-    """Wait for SIGTERM, and for SIGHUP unless it is ignored (nohup), from now on.
+    """Start the thread that waits for SIGTERM, and for SIGHUP unless it is ignored (nohup).
 
-    To be called in the main thread, before any library has started threads of its own.
+    Call it in the main thread before any library starts threads, which inherit the signal mask.
     """
     global _listener
     if _listener is None:
@@ -99,21 +101,21 @@ def install() -> None:
 
 
 def received() -> str | None:
-    """Return the name of the signal that asked this process to end, if one did."""
+    """Return the name of the received signal, or None."""
     return _listener.received if _listener else None
 
 
 def seconds_since() -> float:
-    """Return the seconds since that signal."""
+    """Return the seconds since the signal, 0 if there was none."""
     return time.monotonic() - _listener.received_at if _listener and _listener.received else 0.0
 
 
 @contextmanager
 def interruptible(hint: str) -> Iterator[None]:
-    """Have a signal raise `Stopped` in the main thread, wherever it is; outside of this it ends the process.
+    """Raise `Stopped` in the main thread on a signal; outside of this context a signal ends the process.
 
     Args:
-        hint: What the user is told to do, where the main thread cannot say more.
+        hint: Remedy in the message if the main thread cannot report one.
     """
     if _listener is None:
         yield
@@ -127,10 +129,10 @@ def interruptible(hint: str) -> Iterator[None]:
 
 @contextmanager
 def deferred(grace_seconds: float) -> Iterator[threading.Event]:
-    """Have a signal set an event instead.
+    """Set an event on a signal instead of raising `Stopped`.
 
     Args:
-        grace_seconds: How long after the signal the caller may go on; some seconds later it is ended.
+        grace_seconds: Time after the signal for the caller to finish; 15 s later the process is terminated.
     """
     if _listener is None:
         yield threading.Event()
@@ -139,14 +141,14 @@ def deferred(grace_seconds: float) -> Iterator[threading.Event]:
     try:
         yield _listener.event
     finally:
-        # A first signal that comes after this interrupts; one that came before was the caller's to see to.
+        # A first signal after this point raises `Stopped`; one before it was handled by the caller.
         _listener.mode = "interrupt"
 
 
 def leave() -> NoReturn:
-    """End with exit code 143, and kill what is left of all that this process has started.
+    """Kill all descendants and exit with code 143.
 
-    Without the interpreter's own end: libraries that were broken off in the middle may crash in it.
+    Interpreter shutdown is skipped, because interrupted libraries may crash in it.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):
@@ -157,30 +159,30 @@ def leave() -> NoReturn:
     os._exit(EXIT_CODE)
 
 
-def _end_at_once(text: str) -> NoReturn:
-    with suppress(OSError):  # nobody reads any more
+def _terminate(text: str) -> NoReturn:
+    with suppress(OSError):  # stderr is closed
         os.write(2, f"{text}\n".encode())
     leave()
 
 
-def _adopt_orphans() -> None:
-    """Become the parent of processes below this one whose parent ends first, so that they are found."""
-    import ctypes  # not at the top: every command would pay for it
+def _become_subreaper() -> None:
+    """Become the parent of orphaned descendants, so that `_descendants` finds them."""
+    import ctypes  # slow to import, and rarely used
 
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _descendants(ancestor: int) -> list[int]:
-    """Return the processes below one, from Linux's /proc; a process comes before those that it started."""
+    """Return the PIDs of all descendants from /proc; parents come before children."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text(errors="replace").rsplit(")", 1)[1].split()[1])
         except (OSError, IndexError, ValueError):
-            continue  # it ended meanwhile
+            continue  # the process has ended
         children.setdefault(parent, []).append(int(folder.name))
-    found = [ancestor]
-    for pid in found:
-        found += children.get(pid, [])
-    return found[1:]
+    pids = [ancestor]
+    for pid in pids:
+        pids += children.get(pid, [])
+    return pids[1:]

@@ -1,4 +1,4 @@
-"""Which files in a run's folder are ours, and how they are removed where somebody may have put his own."""
+"""Files that this program writes into a run directory, and removal that keeps files of the user."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from orchestrator.atomic_files import read_object
 from orchestrator.config import loader
 from orchestrator.errors import SpecError
 
-_BEGUN = "attempts.jsonl"
-_BEFORE_THE_JOB = {"data.json": "train", "base.json": "config", "plan.json": "machines"}  # and a key of each
+_ATTEMPTS = "attempts.jsonl"
+_WRITTEN_BEFORE_JOB = {
+    "data.json": "train",
+    "base.json": "config",
+    "plan.json": "machines",
+}  # a key of each file
 _WRITTEN = (
     "job.yaml",
-    *_BEFORE_THE_JOB,
+    *_WRITTEN_BEFORE_JOB,
     "deepspeed.json",
     "workers.json",
     "steps.jsonl",
@@ -24,34 +28,34 @@ _WRITTEN = (
 )
 RUN_FILES = (
     *_WRITTEN,
-    _BEGUN,
+    _ATTEMPTS,
     "owner.json",
     "wandb_id",
     "mlflow_id",
     "checkpoint_manager_snapshot.json",
     ".validate_storage_marker",
 )
-"""Names of the files that a run, and Ray Train for it, writes into its folder; checkpoints and exports are
+"""File names that a run, or Ray Train for it, writes into the run directory; checkpoints and exports are
 folders."""
 
 
 def overwritten_by_a_run(run_dir: Path) -> str | None:
-    """Return a file that the first start of a run would overwrite and that no start of a run wrote.
+    """Return the name of a file of the user that a new run would overwrite; None if there is none.
 
-    A start that failed before the first attempt left its job as the program writes it, or files that come
-    before the job, which are known by a key that ours have.
+    A start that failed before its first attempt leaves job.yaml as `loader.dump` writes it, or files that
+    are written before job.yaml, which are recognized by one of their keys.
 
     Args:
-        run_dir: The run's folder.
+        run_dir: The run directory.
     """
-    if (run_dir / _BEGUN).exists() or _is_job_as_written(run_dir / "job.yaml"):
+    if (run_dir / _ATTEMPTS).exists() or _is_job_as_written(run_dir / "job.yaml"):
         return None
-    there = [name for name in _WRITTEN if (run_dir / name).exists()]
-    return next((name for name in there if not _has_our_key(run_dir / name)), None)
+    existing = [name for name in _WRITTEN if (run_dir / name).exists()]
+    return next((name for name in existing if not _has_known_key(run_dir / name)), None)
 
 
-def _has_our_key(file: Path) -> bool:
-    key = _BEFORE_THE_JOB.get(file.name)
+def _has_known_key(file: Path) -> bool:
+    key = _WRITTEN_BEFORE_JOB.get(file.name)
     return key is not None and key in (read_object(file) or {})
 
 
@@ -63,38 +67,38 @@ def _is_job_as_written(file: Path) -> bool:
 
 
 def remove_own(folder: Path, names: Collection[str]) -> None:
-    """Remove files from a folder, and the folder itself where nothing else is left.
+    """Remove files of this program from a folder, then the folder if it is empty.
 
     Args:
-        folder: It may be gone already.
-        names: Files of ours, relative to the folder; folders that held only these are removed as well.
+        folder: The folder; it may not exist.
+        names: Files to remove, relative to the folder; subfolders that become empty are removed too.
     """
     for name in names:
-        with suppress(OSError):  # gone, or a folder that somebody gave the name
+        with suppress(OSError):  # missing, or a folder of the user with that name
             (folder / name).unlink()
-    within = {parent for name in names for parent in Path(name).parents}
-    for each in sorted(within, key=lambda parent: len(parent.parts), reverse=True):
-        with suppress(OSError):  # not empty: it holds what is not ours
-            (folder / each).rmdir()
+    subfolders = {parent for name in names for parent in Path(name).parents}
+    for subfolder in sorted(subfolders, key=lambda parent: len(parent.parts), reverse=True):
+        with suppress(OSError):  # not empty: it contains files of the user
+            (folder / subfolder).rmdir()
     with suppress(OSError):
         folder.rmdir()
 
 
 def move_others(folder: Path, names: Collection[str], into: Path) -> None:
-    """Move the files of a folder that are not ours to the same places in another folder.
+    """Move files of the user to the same relative paths in another folder.
 
     Args:
-        folder: Where they are.
-        names: Files of ours, relative to the folder, which stay.
-        into: Where they go; a file that is there already keeps its place, and the one of its name stays too.
+        folder: The source folder.
+        names: Files of this program, relative to the folder; they are not moved.
+        into: The destination; existing files are not overwritten, and their namesakes are not moved.
     """
-    for path in [each for each in folder.rglob("*") if not each.is_dir()]:
+    for path in [path for path in folder.rglob("*") if not path.is_dir()]:
         name = path.relative_to(folder)
         target = into / name
         if name.as_posix() in names or target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
-    for emptied in sorted((each for each in folder.rglob("*") if each.is_dir()), reverse=True):
+    for subfolder in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with suppress(OSError):  # not empty
-            emptied.rmdir()
+            subfolder.rmdir()

@@ -1,4 +1,4 @@
-"""Where a path in a job file leads: a file or folder on disk, or what this package ships."""
+"""Paths of a job file: files and folders on disk, and `builtin/` names of data in this package."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ _UNPACKED = re.compile(r"^/.*/working_dir_files/_ray_pkg_[0-9a-f]+/")
 
 
 def as_submitted(path: str) -> str:
-    """Return a path without the folder into which Ray unpacked what travelled with a submitted job.
+    """Return a path without the prefix of Ray's unpacked working_dir.
 
-    That folder is named by a hash of all that travelled, in a session that is new with each start of Ray, so
-    that data lie elsewhere whenever the same job is submitted again.
+    The folder is named by a hash of the uploaded files and the Ray session, so that paths of the same job
+    differ whenever it is submitted again.
     """
     return _UNPACKED.sub("", path)
 
 
 def module_command(module: str) -> list[str]:
-    """Return the command that runs a module of this program in a process of its own.
+    """Return the command that runs a module of this package in a subprocess.
 
-    Without `-P`, Python searches the working directory first, where a project may have an `orchestrator`
-    package of its own. In the root of a checkout `-P` is left out: the working directory may be the only way
-    to find this package there.
+    Without `-P`, Python searches the working directory first, which may contain another package named
+    `orchestrator`. In the root of a checkout `-P` is omitted, because this package may be importable only
+    from the working directory.
     """
     safe = [] if Path.cwd() == ROOT else ["-P"]
     return [sys.executable, *safe, "-m", module]
 
 
 def resolve(path: str) -> Path:
-    """Return where a data file or a model folder lies.
+    """Return the location of a data file or a model folder.
 
     Args:
-        path: A path, relative to the working directory, or `builtin/NAME` for what this package ships.
+        path: A path, relative to the working directory, or `builtin/NAME` for data of this package.
 
     Returns:
         The path on disk; it may not exist.
@@ -45,7 +45,6 @@ def resolve(path: str) -> Path:
     if path.startswith(_BUILTIN):
         folder = PACKAGE / "builtin"
         name = path.removeprefix(_BUILTIN)
-        return next(
-            (each for each in (folder / name, folder / f"{name}.jsonl") if each.exists()), folder / name
-        )
-    return Path(os.path.expanduser(path))  # an unknown ~user stays as it is and is reported as not found
+        candidates = (folder / name, folder / f"{name}.jsonl")
+        return next((candidate for candidate in candidates if candidate.exists()), folder / name)
+    return Path(os.path.expanduser(path))  # an unknown ~user is unchanged and reported as not found

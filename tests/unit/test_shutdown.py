@@ -60,7 +60,7 @@ except KeyboardInterrupt as error:
 def test_where_nothing_has_begun_one_line_is_all() -> None:
     process = started(f"{_READY}time.sleep(60)")
     process.terminate()
-    assert ended(process) == (143, "", "stopped by SIGTERM: nothing was begun\n")
+    assert ended(process) == (143, "", "stopped by SIGTERM: nothing was started\n")
 
 
 def test_what_is_deferred_is_seen_by_the_caller() -> None:
@@ -92,7 +92,7 @@ with shutdown.interruptible("again"), shutdown.deferred(600.0) as told:
     process.terminate()
     code, _, err = ended(process)
     child, line = err.splitlines()
-    assert (code, line) == (143, "stopped by a second signal, at once: again")
+    assert (code, line) == (143, "stopped immediately by a second signal: again")
     wait_until(lambda: _state(int(child)) == "Z", 30, "the child is killed")
 
 
@@ -134,7 +134,7 @@ with shutdown.interruptible("again"):
     process.terminate()
     assert ended(process)[::2] == (
         143,
-        "stopped by SIGTERM, and ended what did not end by itself: again\n",
+        "stopped by SIGTERM, and killed after the grace period: again\n",
     )
 
 
