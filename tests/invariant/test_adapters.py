@@ -27,7 +27,7 @@ pytestmark = pytest.mark.distributed
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4, "alpha": 8.0},
     "attention": {"rank": 3, "alpha": 8.0, "target_modules": "attention"},
-    "named": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"], "use_rslora": True},
+    "named": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
     "dora": {"rank": 4, "alpha": 8.0, "use_dora": True},
     "embeddings": {"rank": 4, "alpha": 8.0, "train_embeddings": True},
 }
