@@ -36,7 +36,7 @@ _PARTS = {
     "weights": "weights that stay",
     "gradients": "gradients that stay",
     "optimizer": "optimizer's state, fp32 copies",
-    "window": "weights that ZeRO-3 has gathered",
+    "gathered_params": "weights that ZeRO-3 has gathered",
     "buffers": "buckets of gradients",
     "activations": "kept for the backward pass",
     "layer": "one layer's backward pass",
@@ -159,7 +159,7 @@ def _heading(plan: Plan) -> str:
         seen = f"documents of {work.mean_square_tokens:,.0f} tokens"
     return (
         f"{job.model.path} on {plan.cluster}: {work.model.parameters.total:,} parameters, "
-        f"{work.trained:,} trained, packs of {work.length_tokens:,} tokens, "
+        f"{work.num_trainable_params:,} trained, packs of {work.length_tokens:,} tokens, "
         f"{job.optim.global_batch_size} a step, attention over {seen}"
     )
 

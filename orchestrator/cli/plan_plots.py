@@ -18,7 +18,7 @@ from orchestrator.planner.workload import UNKNOWN_DATA, DataShape
 _SHORTEST = 512
 _CREATOR = "orchestrator plan --plots"
 _PARTS = {
-    "weights": "#0072B2", "gradients": "#56B4E9", "optimizer": "#009E73", "window": "#E69F00",
+    "weights": "#0072B2", "gradients": "#56B4E9", "optimizer": "#009E73", "gathered_params": "#E69F00",
     "buffers": "#F0E442", "context": "#999999", "activations": "#CC79A7", "the largest moment": "#D55E00",
 }  # fmt: skip
 
@@ -102,7 +102,7 @@ def moments(candidate: Candidate) -> dict[str, float]:
     found = candidate.prediction.memory
     parts = {
         name: getattr(found, name)
-        for name in ("weights", "gradients", "optimizer", "window", "buffers", "context")
+        for name in ("weights", "gradients", "optimizer", "gathered_params", "buffers", "context")
     }
     backward = found.layer + found.quantization
     if found.step_peak >= max(found.loss_peak, found.backward_peak):

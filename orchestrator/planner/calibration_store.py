@@ -1,8 +1,9 @@
-"""What runs on this machine measured, kept so that later plans are calibrated.
+"""Stores measurements of runs on this machine, so that later predictions are calibrated.
 
-Lines of JSON in a file of the user's; `ORCHESTRATOR_CALIBRATION` names another one, or none where it is
-empty. A run has a line after its first steps and another one at its end, of which the last counts. A stack is
-a device with the method and libraries that it ran.
+The store is a JSON Lines file in the user's cache; `ORCHESTRATOR_CALIBRATION` sets another path, or disables
+the store if empty. A run appends a line after its first steps and one at its end; the last one counts. Lines
+of another format, from older versions too, are ignored. A software stack is a device, method and library
+versions.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from orchestrator.planner.memory import GpuMemory
 from orchestrator.planner.step_time import MicroSteps, StepTime
 from orchestrator.planner.workload import Workload
 
-PLACE = "ORCHESTRATOR_CALIBRATION"
+PATH_VARIABLE = "ORCHESTRATOR_CALIBRATION"
 _DEFAULT = "~/.cache/orchestrator/calibration.jsonl"
-_KEPT = 40
-"""Runs of a stack that are used: the last ones."""
+_MAX_RUNS = 40
+"""Number of most recent runs of a software stack that are used."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A run's parts as predicted without constants, and what it measured.
+    """Uncalibrated prediction of a run by part, with its measurements.
 
     Attributes:
-        run: Which run it is.
-        stack: From `software_stack_of`.
-        memory: Bytes by part.
-        peak_bytes: What a worker held at its peak, without what is offloaded into the same memory.
-        steps: Seconds by part; None where they could not be predicted.
-        seconds: Of a step; None where they were not measured on the same work.
-        spans_nodes: Whether there were several nodes.
+        run: Identifies the run.
+        stack: Software stack, from `software_stack_of`.
+        memory: Predicted bytes by part.
+        peak_bytes: Measured peak of a worker, without state offloaded to the same memory.
+        steps: Predicted seconds by part; None if the catalogue lacks rates of the device.
+        seconds: Measured step time; None if steps is None.
+        spans_nodes: Whether the run used several nodes.
     """
 
     run: str
@@ -55,42 +56,42 @@ class Observation:
 
 
 def software_stack_of(work: Workload, cluster: ClusterSpec) -> str:
-    """Return the name of a stack: what two constants for memory and two for time belong to."""
+    """Return the name of a software stack: device, network, method and library versions."""
     libraries = ", ".join(f"{name} {_version(name)}" for name in ("torch", "deepspeed"))
     network = " between nodes" if work.world_size > cluster.gpus_per_node else ""
     return f"{cluster.device.name}{network}, {work.quantization} {work.method}, {libraries}"
 
 
 def remember(observation: Observation) -> None:
-    """Add a run to those of this machine; a place that cannot be written is passed over."""
+    """Append a run to the store; does nothing if the file cannot be written."""
     _append(asdict(observation))
 
 
 def recall(stack: str) -> list[Observation]:
-    """Return the last runs of a stack; lines that cannot be read are passed over."""
-    found: dict[str, Observation] = {}
+    """Return the most recent runs of a software stack; unreadable lines are ignored."""
+    runs: dict[str, Observation] = {}
     for entry in _entries():
         try:
             if entry["stack"] == stack:
-                seen = _observation(entry)
-                found.pop(seen.run, None)
-                found[seen.run] = seen
+                observation = _observation(entry)
+                runs.pop(observation.run, None)  # moves the run to the end
+                runs[observation.run] = observation
         except (KeyError, TypeError, ValueError):
             continue
-    return list(found.values())[-_KEPT:]
+    return list(runs.values())[-_MAX_RUNS:]
 
 
 def cpu_rates(workers: int, threads: int, measure: Callable[[int, int], CpuRates]) -> CpuRates | None:
-    """Return how fast this machine's processors are, measured once; None where nothing is kept.
+    """Return the measured rates of this machine's CPU, benchmarked once; None if the store is disabled.
 
     Args:
-        workers: Processes at a time.
-        threads: Of each.
-        measure: Measures it.
+        workers: Number of concurrent processes.
+        threads: Threads per process.
+        measure: Runs the benchmark.
     """
-    if _place() is None:
+    if _path() is None:
         return None
-    key = {"processor": socket.gethostname(), "workers": workers, "threads": threads}
+    key = {"cpu_host": socket.gethostname(), "workers": workers, "threads": threads}
     for entry in _entries():
         try:
             if {name: entry[name] for name in key} == key:
@@ -100,25 +101,25 @@ def cpu_rates(workers: int, threads: int, measure: Callable[[int, int], CpuRates
     try:
         rates = measure(workers, threads)
     except (OSError, ValueError, SubprocessError):
-        return None  # a machine that has no process to spare is planned without its speed
+        return None  # without rates only the memory is predicted
     _append({**key, "rates": asdict(rates)})
     return rates
 
 
 def load_calibration(stack: str, without: str | None = None) -> CalibrationParams:
-    """Return what is known of a stack: constants fitted to its runs here, or those of none.
+    """Return calibration parameters fitted to stored runs of a software stack, or the defaults.
 
     Args:
-        stack: From `software_stack_of`.
-        without: A run that is left out: one that goes on is not predicted from what it measured itself.
+        stack: Software stack, from `software_stack_of`.
+        without: Run to leave out; a resumed run is not predicted from its own measurements.
     """
-    runs = [each for each in recall(stack) if each.run != without]
+    runs = [run for run in recall(stack) if run.run != without]
     if not runs:
         return CalibrationParams()
-    timed = [(each.steps, each.seconds) for each in runs if each.steps and each.seconds]
-    spans = any(each.spans_nodes for each in runs)
+    timed = [(run.steps, run.seconds) for run in runs if run.steps and run.seconds]
+    spans = any(run.spans_nodes for run in runs)
     return CalibrationParams(
-        memory=fit_memory([(each.memory, each.peak_bytes) for each in runs]),
+        memory=fit_memory([(run.memory, run.peak_bytes) for run in runs]),
         time=fit_time([(predicted_seconds(steps, spans), seconds) for steps, seconds in timed], spans),
         calibrated=True,
     )
@@ -127,14 +128,14 @@ def load_calibration(stack: str, without: str | None = None) -> CalibrationParam
 def observed(
     run: str, stack: str, plain: Prediction, steps: MicroSteps | None, measured: Mapping[str, Any]
 ) -> Observation:
-    """Return a run as an observation.
+    """Return the observation of a run.
 
     Args:
-        run: Which it is.
-        stack: Its stack.
-        plain: Its prediction without constants, for the documents that it really had.
-        steps: Its seconds by part.
-        measured: Its report, or as much of one as its first steps give.
+        run: Identifies the run.
+        stack: Its software stack.
+        plain: Its uncalibrated prediction for the actual document lengths.
+        steps: Predicted seconds by part.
+        measured: Its report.json, or the same fields after its first steps.
     """
     on_device = measured["memory_reserved_peak_bytes"]
     return Observation(
@@ -162,9 +163,9 @@ def _observation(entry: Mapping[str, Any]) -> Observation:
 
 
 def _entries() -> Iterator[Any]:
-    place = _place()
+    path = _path()
     try:
-        lines = place.read_text(encoding="utf-8").splitlines() if place else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path else []
     except (OSError, UnicodeError):
         return
     for line in lines:
@@ -175,19 +176,19 @@ def _entries() -> Iterator[Any]:
 
 
 def _append(entry: Mapping[str, Any]) -> None:
-    place = _place()
-    if place is None:
+    path = _path()
+    if path is None:
         return
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("a", encoding="utf-8") as lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(entry) + "\n")
     except OSError:
         return
 
 
-def _place() -> Path | None:
-    named = os.environ.get(PLACE, _DEFAULT)
+def _path() -> Path | None:
+    named = os.environ.get(PATH_VARIABLE, _DEFAULT)
     return Path(named).expanduser() if named else None
 
 

@@ -1,6 +1,6 @@
-"""How fast this machine's processors are while so many workers use them: no catalogue can know.
+"""Benchmarks this machine's CPU with concurrent workers, for step time predictions on CPU.
 
-`python -m orchestrator.planner.cpu_benchmark` prints the rates of one process.
+`python -m orchestrator.planner.cpu_benchmark` prints the rates of one process as JSON.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from orchestrator.cluster.hardware import Device, PeakTflops
 from orchestrator.config.paths import module_command
 
 _SECONDS = 0.5
-_SIDE = 768  # three matrices of it are larger than the caches that belong to one core
+_SIDE = 768  # three such matrices exceed the per-core caches
 _COPIED = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class CpuRates:
-    """What one of several processes has of this machine's processors.
+    """CPU rates of one of several concurrent processes.
 
     Attributes:
-        flops: Operations a second in fp32, of products of matrices.
-        bytes: Read and written a second by copies.
+        flops: fp32 matmul FLOP/s.
+        bytes: Memory bandwidth of copies in bytes per second, reads and writes.
     """
 
     flops: float
@@ -38,28 +38,28 @@ class CpuRates:
 
 
 def measure(workers: int, threads: int = 1) -> CpuRates:
-    """Return the rates of one of several processes, in a second or so.
+    """Measure the mean rates of concurrent processes in about one second.
 
     Args:
-        workers: How many work at the same time: they share caches, memory and often cores.
-        threads: Of each.
+        workers: Number of concurrent processes, which share caches, memory and often cores.
+        threads: Threads per process.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     command = module_command("orchestrator.planner.cpu_benchmark")
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(workers)
     ]
-    said = [json.loads(process.communicate(timeout=60)[0]) for process in running]
-    flops, moved = (float(np.mean([each[name] for each in said])) for name in ("flops", "bytes"))
+    outputs = [json.loads(process.communicate(timeout=60)[0]) for process in running]
+    flops, moved = (float(np.mean([output[name] for output in outputs])) for name in ("flops", "bytes"))
     return CpuRates(flops, moved)
 
 
 def cpu_device(memory_gib: float, rates: CpuRates | None = None) -> Device:
-    """Return this machine's processors as one worker sees them.
+    """Return the CPU share of one worker as a device.
 
     Args:
-        memory_gib: What each worker may take.
-        rates: From `measure`; without them, nothing is known of its speed.
+        memory_gib: Memory per worker.
+        rates: From `measure`; without them the step time cannot be predicted.
     """
     memory = {"memory_gib": memory_gib, "host_memory_gib": memory_gib}
     known = {**hardware.device("cpu").model_dump(), **memory}
@@ -71,7 +71,7 @@ def cpu_device(memory_gib: float, rates: CpuRates | None = None) -> Device:
             **known,
             "memory_bandwidth_gb_per_second": moved,
             "peak_tflops": PeakTflops(fp32=rates.flops / 1e12),
-            "interconnect": "pcie",  # shared memory: what one process writes, another one reads
+            "interconnect": "pcie",  # processes exchange data through shared memory
             "interconnect_gb_per_second": moved,
             "host_link_gb_per_second": 2 * moved,
             "source": "measured on this machine",
@@ -82,12 +82,12 @@ def cpu_device(memory_gib: float, rates: CpuRates | None = None) -> Device:
 def _rates() -> dict[str, float]:
     matrix = np.random.default_rng(0).random((_SIDE, _SIDE), dtype=np.float32)
     source, target = np.zeros(_COPIED, dtype=np.uint8), np.ones(_COPIED, dtype=np.uint8)
-    products = _a_second(lambda: matrix @ matrix)
-    copies = _a_second(lambda: np.copyto(target, source))
+    products = _calls_per_second(lambda: matrix @ matrix)
+    copies = _calls_per_second(lambda: np.copyto(target, source))
     return {"flops": products * 2.0 * _SIDE**3, "bytes": copies * 2.0 * _COPIED}
 
 
-def _a_second(work: Callable[[], object]) -> float:
+def _calls_per_second(work: Callable[[], object]) -> float:
     work()
     started, times = time.perf_counter(), 0
     while time.perf_counter() - started < _SECONDS:

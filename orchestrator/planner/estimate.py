@@ -1,4 +1,4 @@
-"""What a job needs and takes on a given cluster, with how far that may be off."""
+"""Predicts memory and step time of a job on a given cluster, with error ranges."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from orchestrator.planner.step_time import (
 from orchestrator.planner.workload import Model, Workload
 
 MEMORY_RANGE = {True: 0.10, False: 0.25}
-"""Share of the predicted peak by which nine in ten published rows may be off, calibrated and not; rounded up
-from what `tests.benchmarks.planner` prints."""
+"""Relative error of the predicted peak that 90 % of published measurements stay within, by whether the stack
+is calibrated; rounded up from the output of `tests.benchmarks.planner`."""
 TIME_RANGE = {True: 0.20, False: 0.35}
-"""The same for seconds."""
+"""The same for the step time."""
 PROCESS_BYTES = 0.67 * GIB
-"""Of a worker on a CPU, libraries included, before it holds anything: what is left of the twelve jobs of
-tests/benchmarks/toy_jobs.yaml when the parts are taken off."""
+"""Memory of a CPU worker with its libraries before the model is built: the residual of the twelve jobs in
+tests/benchmarks/toy_jobs.yaml."""
 MARGINS = {True: MARGIN, False: 0.15}
-"""Part of the need that has to be spare; more where no step of the stack was measured."""
+"""Required headroom as a fraction of the need; larger for an uncalibrated stack."""
 _OPTIMIZER_BYTES = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0}
-"""Two moments of a byte each; other optimizers are counted as Adam in fp32, and Muon needs less."""
+"""Two 8-bit moments per parameter. Other optimizers count as fp32 Adam, an upper bound for Muon."""
 
 
 @dataclass(frozen=True)
 class CalibrationParams:
-    """What is known of this stack, beside formulas.
+    """Calibration parameters of a software stack.
 
     Attributes:
-        memory: Its memory.
-        time: Its time.
-        calibrated: Whether they were fitted to steps that it made.
+        memory: Memory parameters.
+        time: Step time parameters.
+        calibrated: Whether they were fitted to measured runs of this stack.
     """
 
     memory: MemoryParams = field(default_factory=MemoryParams)
@@ -55,23 +55,23 @@ class CalibrationParams:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Memory and seconds of a step.
+    """Predicted memory and time of an optimizer step.
 
     Attributes:
-        work: What is done.
-        memory: Bytes on a GPU by part.
-        peak_bytes: What a GPU's allocator holds at the peak.
-        needed_bytes: What has to fit.
-        capacity_bytes: What a GPU has.
-        offloaded_bytes: Of the peak, what is offloaded, where host and device have one memory.
-        unallocated_bytes: Of the peak, what torch's allocator does not see: CUDA's own.
-        host: Bytes of a worker in its node's memory.
-        host_bytes_per_node: Of all workers of a node.
-        host_capacity_bytes: What a node has; None where that is not known.
-        time: Seconds of a step by part; None where the catalogue lacks the device's rates, and on processors
-            until a run there has calibrated them.
-        peak_flops: Dense peak of the device; None where the catalogue has none, and on processors.
-        calibrated: Whether constants of this stack were used.
+        work: The workload.
+        memory: GPU memory in bytes by part.
+        peak_bytes: Peak GPU memory.
+        needed_bytes: GPU memory that has to fit.
+        capacity_bytes: Memory of a GPU.
+        offloaded_bytes: Offloaded state within the peak, if host and device share one memory (CPU).
+        unallocated_bytes: Memory within the peak that torch's allocator does not manage (CUDA context).
+        host: Host memory of a worker in bytes.
+        host_bytes_per_node: Host memory of all workers on a node.
+        host_capacity_bytes: Host memory of a node; None if unknown.
+        time: Seconds of a step by part; None if the catalogue lacks rates of the device, and on CPU until a
+            run there has been measured.
+        peak_flops: Dense peak FLOP/s of the device; None if the catalogue has none, and on CPU.
+        calibrated: Whether parameters fitted to this software stack were used.
     """
 
     work: Workload
@@ -90,24 +90,24 @@ class Prediction:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether it fits on the GPU and in the node's memory; the worse of both."""
+        """Whether GPU memory and host memory suffice; the worse of both."""
         if self.host_capacity_bytes is not None and self.host_bytes_per_node > self.host_capacity_bytes:
             return "does not fit"
         return verdict(self.needed_bytes, self.capacity_bytes, MARGINS[self.calibrated])
 
     @property
     def seconds(self) -> float | None:
-        """Of an optimizer step."""
+        """Seconds of an optimizer step."""
         return None if self.time is None else self.time.total
 
     @property
     def tgs(self) -> float | None:
-        """Tokens a GPU and second, if packs are full."""
+        """Tokens per GPU and second for packs without padding."""
         return None if self.time is None else tokens_per_gpu_second(self.work, self.time.total)
 
     @property
     def tflops(self) -> float | None:
-        """TFLOP/s of a GPU by the canon of `orchestrator.arch.flops`: the work asked for."""
+        """Model TFLOP/s per GPU, as `orchestrator.arch.flops` defines them."""
         if self.time is None:
             return None
         return (
@@ -119,11 +119,11 @@ class Prediction:
 
     @property
     def mfu(self) -> float | None:
-        """The same over the device's dense peak."""
+        """Model FLOP/s over the dense peak of the device."""
         return None if self.tflops is None or not self.peak_flops else self.tflops * 1e12 / self.peak_flops
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain values, with the range of each figure."""
+        """Return JSON values, with an error range per prediction."""
         off, slow = MEMORY_RANGE[self.calibrated], TIME_RANGE[self.calibrated]
         return {
             "verdict": self.verdict,
@@ -151,16 +151,14 @@ class Prediction:
 def workload_from_job(
     job: JobSpec, config: Mapping[str, Any], model: Model, gpus_per_node: int, device: Literal["cuda", "cpu"]
 ) -> Workload:
-    """Return what a job does, as sizes.
-
-    Attention is counted over whole packs where documents see each other, and where documents are not known.
+    """Return the workload of a job, with attention over whole packs (an upper bound).
 
     Args:
         job: The job.
-        config: Its model's config.json.
-        model: Its model's sizes.
-        gpus_per_node: Workers that a node takes.
-        device: What it runs on.
+        config: The model's config.json.
+        model: The model's sizes.
+        gpus_per_node: Workers per node.
+        device: Device type.
     """
     parallel, optim, spec = job.parallel, job.optim, job.model
     wide = resolve_dtype(spec.dtype, device) == "fp32"
@@ -194,45 +192,45 @@ def workload_from_job(
 def predict(
     work: Workload, cluster: ClusterSpec, calibration: CalibrationParams = CalibrationParams()
 ) -> Prediction:
-    """Return what work needs and takes.
+    """Predict memory and step time of a workload.
 
     Args:
-        work: What is done.
-        cluster: On what.
-        calibration: What is known of the stack.
+        work: The workload.
+        cluster: The nodes and devices.
+        calibration: Calibration of the software stack.
     """
-    processor = cluster.device.is_cpu
-    host, beside = host_memory_of_workload(work), 0.0
-    if processor:  # a process, and both in one memory
+    is_cpu = cluster.device.is_cpu
+    host, offloaded_bytes = host_memory_of_workload(work), 0.0
+    if is_cpu:  # "device" memory is that of the process, shared with offloaded state
         memory = gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0)
-        beside = float(host.held)
+        offloaded_bytes = float(host.held)
     else:
         memory = gpu_memory(work)
     try:
         time = step_time(work, cluster.device, calibration.time)
     except MissingDeviceRates:
         time = None
-    if processor and not calibration.calibrated:
-        time = None  # the general constants are those of GPUs
+    if is_cpu and not calibration.calibrated:
+        time = None  # the default parameters were fitted to GPUs
     return Prediction(
         work=work,
         memory=memory,
-        peak_bytes=calibration.memory.peak(memory) + beside,
-        needed_bytes=calibration.memory.needed(memory) + beside,
+        peak_bytes=calibration.memory.peak(memory) + offloaded_bytes,
+        needed_bytes=calibration.memory.needed(memory) + offloaded_bytes,
         capacity_bytes=cluster.device.memory_bytes,
-        offloaded_bytes=beside,
-        unallocated_bytes=0.0 if processor else memory.context,
+        offloaded_bytes=offloaded_bytes,
+        unallocated_bytes=0.0 if is_cpu else memory.context,
         host=host,
         host_bytes_per_node=host.total * min(work.world_size, cluster.gpus_per_node),
-        host_capacity_bytes=None if processor else cluster.host_bytes_per_node,
+        host_capacity_bytes=None if is_cpu else cluster.host_bytes_per_node,
         time=time,
-        peak_flops=None if processor else cluster.device.peak_flops(dtype_of(work)),
+        peak_flops=None if is_cpu else cluster.device.peak_flops(dtype_of(work)),
         calibrated=calibration.calibrated,
     )
 
 
 def _offload(job: JobSpec, model: Model, wide: bool, device: Literal["cuda", "cpu"]) -> Offload:
-    """Return where a job's states are; the buffers of a disk are those of the configuration that will run."""
+    """Return what is offloaded; NVMe buffer sizes come from the DeepSpeed configuration of the job."""
     parallel = job.parallel
     if "nvme" not in (parallel.offload_optimizer, parallel.offload_param):
         return Offload(parallel.offload_optimizer, parallel.offload_param)

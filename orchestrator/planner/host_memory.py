@@ -1,9 +1,8 @@
-"""Host memory and room on a disk that a worker needs for what is offloaded: told before anything is started.
+"""Predicts host memory and disk space that a worker needs for offloaded state.
 
-The bytes are those of DeepSpeed's own estimators (`estimate_zero2_model_states_mem_needs` in
+The formulas are those of DeepSpeed's estimators (`estimate_zero2_model_states_mem_needs` in
 deepspeed/runtime/zero/stage_1_and_2.py and `estimate_zero3_model_states_mem_needs` in stage3.py, 0.19), which
-are given for a node and hold for each worker as its share; only frozen parameters, which they do not know,
-have no optimizer state here.
+are per node; here each worker has its share, and frozen parameters have no optimizer state.
 """
 
 from __future__ import annotations
@@ -14,35 +13,35 @@ from typing import Any, Literal
 
 from orchestrator.arch.parameters import ParameterCount
 
-Place = Literal["none", "cpu", "nvme"]
+OffloadDevice = Literal["none", "cpu", "nvme"]
 FACTOR = 1.5
-"""DeepSpeed's `additional_buffer_factor`: buffers and fragmentation on top of the states themselves."""
+"""DeepSpeed's `additional_buffer_factor`: buffers and fragmentation in addition to the state."""
 STATE_BYTES = 16
-"""Of a trained parameter: fp32 weight, fp32 gradient and two fp32 moments."""
+"""Bytes per trained parameter: fp32 weight, fp32 gradient and two fp32 moments."""
 _FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Offload:
-    """Where states are, and through how much memory those on a disk pass.
+    """Offload devices, and buffer sizes of state on NVMe.
 
     Attributes:
-        optimizer: The optimizer's state and fp32 copies.
-        parameters: The partitioned parameters.
-        sub_group: Parameters that ZeRO-3 steps at once.
-        sub_groups_in_memory: Of those on a disk, how many tensors of a sub-group's size are in memory.
-        parameters_in_memory: Of those on a disk, how many parameters are in memory, in buffers or for good.
+        optimizer: Device of optimizer state and fp32 copies.
+        parameters: Device of partitioned parameters.
+        sub_group: ZeRO-3 sub-group size in parameters (`sub_group_size`).
+        sub_groups_in_memory: Number of sub-group sized buffers for optimizer state on NVMe.
+        parameters_in_memory: Number of parameters in host memory, buffered or resident, with NVMe.
     """
 
-    optimizer: Place = "none"
-    parameters: Place = "none"
+    optimizer: OffloadDevice = "none"
+    parameters: OffloadDevice = "none"
     sub_group: int = 0
     sub_groups_in_memory: int = 0
     parameters_in_memory: int = 0
 
     @classmethod
     def from_ds_config(cls, ds_config: Mapping[str, Any]) -> Offload:
-        """Return what a configuration as of `orchestrator.parallel.deepspeed_config.render` offloads."""
+        """Return the offload settings of a DeepSpeed configuration."""
         zero = ds_config["zero_optimization"]
         optimizer, parameters = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
         read = int(parameters.get("buffer_count", 0)) * int(parameters.get("buffer_size", 0))
@@ -60,13 +59,13 @@ NO_OFFLOAD = Offload()
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes that one worker needs in its node's memory for what is offloaded.
+    """Host memory of one worker in bytes.
 
     Attributes:
-        optimizer: Optimizer state, or the buffers through which it passes to and from a disk.
-        parameters: Partitioned parameters, or their buffers.
-        building: The whole model, which each worker builds in host memory below ZeRO-3; 0 elsewhere.
-        activations: What checkpointing keeps.
+        optimizer: Optimizer state, or its NVMe buffers.
+        parameters: Partitioned parameters, or their NVMe buffers.
+        building: The full model, which each worker builds in host memory below ZeRO-3; else 0.
+        activations: Checkpointed activations.
     """
 
     optimizer: int = 0
@@ -76,24 +75,24 @@ class HostMemory:
 
     @property
     def held(self) -> int:
-        """What is there while it trains, without an allowance for buffers."""
+        """Steady-state bytes during training, without `FACTOR`."""
         return self.optimizer + self.parameters + self.activations
 
     @property
     def total(self) -> int:
-        """What the worker reserves: 0 where nothing is offloaded."""
+        """Bytes to reserve for the worker; 0 without offload."""
         states = self.optimizer + self.parameters
-        # The model has moved to the device when the state is made.
+        # The model is on the device before optimizer state is created, so the two do not add up.
         return (int(FACTOR * max(states, self.building)) if states else 0) + self.activations
 
 
 def host_memory(ds_config: Mapping[str, Any], count: ParameterCount, workers: int) -> HostMemory:
-    """Return the host memory that one worker needs for what a DeepSpeed configuration offloads.
+    """Return the host memory of one worker for a DeepSpeed configuration.
 
     Args:
         ds_config: As `orchestrator.parallel.deepspeed_config.render` returns it.
-        count: Parameters of the model, with its adapters.
-        workers: Workers among whom the state is partitioned.
+        count: Parameter counts of the model with adapters.
+        workers: Number of workers that partition the state.
     """
     stage = ds_config["zero_optimization"]["stage"]
     return offloaded(Offload.from_ds_config(ds_config), stage, _weight_bytes(ds_config), count, workers)
@@ -102,14 +101,14 @@ def host_memory(ds_config: Mapping[str, Any], count: ParameterCount, workers: in
 def offloaded(
     offload: Offload, stage: int, weight_bytes: int, count: ParameterCount, workers: int
 ) -> HostMemory:
-    """Return the host memory that one worker needs for states.
+    """Return the host memory of one worker for model state.
 
     Args:
-        offload: Where they are.
-        stage: Stage of ZeRO.
-        weight_bytes: Of a parameter.
-        count: Parameters of the model, with its adapters.
-        workers: Workers among whom the state is partitioned.
+        offload: Offload settings.
+        stage: ZeRO stage.
+        weight_bytes: Bytes per parameter.
+        count: Parameter counts of the model with adapters.
+        workers: Number of workers that partition the state.
     """
     trained, held, largest = (-(-n // workers) for n in (count.trained, count.total, count.largest))
     return HostMemory(
@@ -120,19 +119,19 @@ def offloaded(
 
 
 def disk_bytes(ds_config: Mapping[str, Any], count: ParameterCount, workers: int) -> int:
-    """Return what one worker writes to its node's disk at most; what is small stays in memory.
+    """Return the maximum bytes that one worker writes to NVMe; small tensors stay in memory.
 
     Args:
         ds_config: As `orchestrator.parallel.deepspeed_config.render` returns it.
-        count: Parameters of the model, with its adapters.
-        workers: Workers among whom the state is partitioned.
+        count: Parameter counts of the model with adapters.
+        workers: Number of workers that partition the state.
     """
-    offload, found = Offload.from_ds_config(ds_config), 0
+    offload, total = Offload.from_ds_config(ds_config), 0
     if offload.optimizer == "nvme":
-        found += STATE_BYTES * -(-count.trained // workers)
+        total += STATE_BYTES * -(-count.trained // workers)
     if offload.parameters == "nvme":
-        found += _weight_bytes(ds_config) * -(-count.total // workers)
-    return found
+        total += _weight_bytes(ds_config) * -(-count.total // workers)
+    return total
 
 
 def _weight_bytes(ds_config: Mapping[str, Any]) -> int:
@@ -140,7 +139,7 @@ def _weight_bytes(ds_config: Mapping[str, Any]) -> int:
 
 
 def _optimizer_bytes(offload: Offload, trained: int, largest: int) -> int:
-    if offload.optimizer == "nvme":  # one sub-group at a time, in buffers of its size
+    if offload.optimizer == "nvme":  # one sub-group at a time, in buffers of sub-group size
         return _FP32_BYTES * offload.sub_groups_in_memory * _sub_group(offload, trained, largest)
     return STATE_BYTES * trained if offload.optimizer == "cpu" else 0
 
@@ -152,5 +151,5 @@ def _parameter_bytes(offload: Offload, held: int, largest: int, weight_bytes: in
 
 
 def _sub_group(offload: Offload, share: int, largest: int) -> int:
-    """Return the parameters of the largest sub-group; it ends with the weight that fills it."""
+    """Return the size of the largest sub-group, which ends after the weight that exceeds the limit."""
     return min(share, offload.sub_group + largest)

@@ -58,7 +58,7 @@ class GpuMemory:
         weights: Weights that stay, quantised ones in their bits.
         gradients: Gradients that stay.
         optimizer: The optimizer's state and fp32 copies.
-        window: Weights that ZeRO-3 has gathered.
+        gathered_params: Weights that ZeRO-3 has gathered.
         buffers: Buckets of gradients.
         activations: What the forward pass keeps for the backward pass.
         layer: One layer's own, while it is recomputed and differentiated.
@@ -73,7 +73,7 @@ class GpuMemory:
     weights: float
     gradients: float
     optimizer: float
-    window: float
+    gathered_params: float
     buffers: float
     activations: float
     layer: float
@@ -92,17 +92,17 @@ class GpuMemory:
     @property
     def loss_peak(self) -> float:
         """At the loss, when all layers have run."""
-        return self.states + self.window + self.activations + self.logits
+        return self.states + self.gathered_params + self.activations + self.logits
 
     @property
     def backward_peak(self) -> float:
         """In a layer's backward pass."""
-        return self.states + self.window + self.activations + self.layer + self.quantization
+        return self.states + self.gathered_params + self.activations + self.layer + self.quantization
 
     @property
     def step_peak(self) -> float:
         """In the optimizer's step; what ZeRO-3 has gathered last may still be there."""
-        return self.states + self.window + self.step
+        return self.states + self.gathered_params + self.step
 
     @property
     def required(self) -> float:
@@ -138,7 +138,7 @@ def gpu_memory(
         weights=weight_bytes(work),
         gradients=gradient_bytes(work),
         optimizer=0.0 if work.offload_optimizer else optimizer_bytes(work) / shared,
-        window=_window(work),
+        gathered_params=_gathered_params(work),
         buffers=_buffers(work),
         activations=kept,
         layer=layer,
@@ -158,7 +158,11 @@ def host_memory_of_workload(work: Workload) -> HostMemory:
         work: What is trained and how.
     """
     found = work.model.parameters
-    count = ParameterCount(found.total + work.adapters + work.copies, work.trained, found.largest)
+    count = ParameterCount(
+        found.total + work.num_adapter_params + work.num_copied_params,
+        work.num_trainable_params,
+        found.largest,
+    )
     shared = work.world_size if work.zero_stage >= 1 else 1
     states = offloaded(work.offload, work.zero_stage, work.element_bytes, count, shared)
     return replace(states, activations=round(_inputs(work))) if work.offload_activations else states
@@ -175,7 +179,7 @@ def weight_bytes(work: Workload) -> float:
         bitsandbytes = work.quantization in ("nf4", "int8")
         base = BITS[work.quantization] / 8 * linears
         base += (4.0 if bitsandbytes and work.casts_frozen_to_fp32 else size) * rest
-    beside = work.adapter_bytes * work.adapters + size * work.copies
+    beside = work.adapter_bytes * work.num_adapter_params + size * work.num_copied_params
     if work.zero_stage < 3:
         return base + beside
     return 0.0 if work.offload_param else (base + beside) / work.world_size
@@ -185,14 +189,16 @@ def gradient_bytes(work: Workload) -> float:
     """Return the bytes of gradients that stay on the GPU between micro-batches."""
     if work.offload_optimizer and work.zero_stage >= 2:
         return 0.0
-    size = work.adapter_bytes * work.adapters + work.element_bytes * (work.trained - work.adapters)
+    size = work.adapter_bytes * work.num_adapter_params + work.element_bytes * (
+        work.num_trainable_params - work.num_adapter_params
+    )
     return float(size) / (work.world_size if work.zero_stage >= 2 else 1)
 
 
 def optimizer_bytes(work: Workload) -> float:
     """Return the bytes of the optimizer's state over all workers, wherever it is."""
-    wide = work.adapters if work.adapter_bytes == 4 else 0
-    narrow = work.trained - wide
+    wide = work.num_adapter_params if work.adapter_bytes == 4 else 0
+    narrow = work.num_trainable_params - wide
     # ZeRO copies its partition even where the weights are fp32 themselves.
     partition = 4.0 if work.zero_stage >= 1 else 0.0
     copies = 4.0 if work.master_weights else 0.0
@@ -255,7 +261,7 @@ def _layer(work: Workload, saves_all: bool) -> float:
     inner = (8 if shape.mlp_matrices == 3 else 4) * shape.intermediate_size
     outer = 18 * shape.hidden_size + 4 * queries + 8 * keys + 4 * shape.heads
     if not saves_all and work.method == "lora":
-        beside = {each.name for each in work.adapted}
+        beside = {each.name for each in work.adapted_linears}
         for each in work.model.parameters.linears:
             if each.name not in beside and each.name not in _SHARED_INPUTS:
                 outer -= (
@@ -278,7 +284,7 @@ def _products(work: Workload) -> float:
     )
 
 
-def _window(work: Workload) -> float:
+def _gathered_params(work: Workload) -> float:
     """Return the bytes of weights that ZeRO-3 has gathered, and prefetches."""
     if work.zero_stage < 3:
         return 0.0
@@ -292,14 +298,14 @@ def _window(work: Workload) -> float:
 def _buffers(work: Workload) -> float:
     if work.zero_stage == 0:  # PyTorch's DistributedDataParallel copies gradients into buckets
         return gradient_bytes(work) if work.world_size > 1 else 0.0
-    return 2.0 * work.element_bytes * min(REDUCE_BUCKET, work.trained)
+    return 2.0 * work.element_bytes * min(REDUCE_BUCKET, work.num_trainable_params)
 
 
 def _step(work: Workload) -> float:
     """Return the bytes that the step takes: fp32 gradients, or the update of an AdamW without fp32 copies."""
     if work.offload_optimizer:
         return 0.0
-    share = work.trained / (work.world_size if work.zero_stage >= 1 else 1)
+    share = work.num_trainable_params / (work.world_size if work.zero_stage >= 1 else 1)
     if not (work.master_weights and work.element_bytes < 4):
         return work.element_bytes * share
     return 8.0 * min(share, SUB_GROUP) if work.zero_stage == 3 else 4.0 * share
@@ -313,7 +319,7 @@ def _reserved_gradients(work: Workload) -> float:
     """
     if work.zero_stage < 3 or not work.master_weights or work.offload_optimizer or work.element_bytes == 4:
         return 0.0
-    return 2.0 * (work.trained - work.adapters) / work.world_size
+    return 2.0 * (work.num_trainable_params - work.num_adapter_params) / work.world_size
 
 
 def _largest_linear(work: Workload) -> float:

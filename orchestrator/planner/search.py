@@ -1,7 +1,7 @@
-"""The search: every way to spread a job over machines that the rules allow, predicted and ranked.
+"""Searches all valid parallel configurations of a job on a cluster, and predicts and ranks them.
 
-A candidate is a job. So a plan can be written into the job file as it stands, and what the rules of a job
-refuse is never proposed. What decides what is learnt (model, method, data, batch, optimizer) is not touched.
+A candidate is a valid job, so its settings can be copied into the job file. Fields that change the training
+result (model, method, data, global batch size, optimizer) are not searched.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from orchestrator.planner.estimate import CalibrationParams, Prediction, predict
 from orchestrator.planner.workload import UNKNOWN_DATA, DataShape, Model
 
 TIE = 0.03
-"""Predictions that are this close are not told apart: the plan that asks for less is preferred."""
+"""Candidates within this fraction of the fastest count as equally fast; the one with the least cost wins."""
 TILE_TOKENS = 8192
-"""Labels that are scored at a time where all at once do not fit."""
+"""loss_tile_tokens of candidates whose logits do not fit at once."""
 _STATES = (
     (0, "none", "none"),
     (1, "none", "none"),
@@ -33,7 +33,7 @@ _STATES = (
     (3, "cpu", "none"),
     (3, "cpu", "cpu"),
 )
-"""Stage, place of the optimizer's state, place of the parameters."""
+"""(zero_stage, offload_optimizer, offload_param) combinations to search."""
 FIELDS = (
     "parallel.workers",
     "parallel.zero_stage",
@@ -45,16 +45,16 @@ FIELDS = (
     "model.loss_tile_tokens",
     "parallel.offload_activations",
 )
-"""Fields of a job that a plan may change."""
+"""Job fields that the search sets."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A job and what it needs and takes.
+    """A job with its prediction.
 
     Attributes:
         job: The job.
-        prediction: What it needs and takes.
+        prediction: Predicted memory and step time.
     """
 
     job: JobSpec
@@ -62,17 +62,17 @@ class Candidate:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The fields that a plan decides, by their dotted names."""
+        """Values of `FIELDS`."""
         return {name: _value(self.job, name) for name in FIELDS}
 
     @property
     def seconds_per_pack(self) -> float:
-        """Seconds of a step over its packs: how long training takes, whatever the step."""
+        """Step time over packs per step, comparable between batch sizes."""
         seconds = self.prediction.seconds
         return float("inf") if seconds is None else seconds / self.job.optim.global_batch_size
 
     def changes_to(self, other: Candidate) -> dict[str, Any]:
-        """Return the settings of another candidate that differ from this one's."""
+        """Return the settings in which another candidate differs from this one."""
         mine = self.settings
         return {name: value for name, value in other.settings.items() if value != mine[name]}
 
@@ -82,8 +82,8 @@ class Suggestion:
     """Changes that make a job fit.
 
     Attributes:
-        changes: New values by field; `--gpus` are machines.
-        candidate: The job with them.
+        changes: New values by field; `--gpus` stands for another cluster.
+        candidate: The changed job with its prediction.
     """
 
     changes: Mapping[str, Any]
@@ -92,14 +92,15 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the search found.
+    """Result of a search.
 
     Attributes:
-        cluster: What was planned for.
-        asked: The job as it is written, on as many workers as it says.
-        best: The candidate to take; None where nothing fits.
-        others: The best candidate of every other way to place states and share sequences, fitting ones first.
-        considered: How many candidates were predicted.
+        cluster: The nodes and devices.
+        asked: The job as written.
+        best: The preferred candidate; None if no candidate fits.
+        others: The best candidate of every other combination of ZeRO stage, offload and sequence parallel
+            size, those that fit first.
+        considered: Number of candidates that were predicted.
     """
 
     cluster: ClusterSpec
@@ -116,17 +117,17 @@ def predict_job(
     calibration: CalibrationParams = CalibrationParams(),
     data: DataShape = UNKNOWN_DATA,
 ) -> Candidate:
-    """Return the prediction of a job as it is written.
+    """Predict memory and step time of a job as written.
 
     Args:
         job: The job.
-        config: Its model's config.json.
-        cluster: What it runs on.
-        calibration: What is known of the stack.
-        data: What is known of the data.
+        config: The model's config.json.
+        cluster: The nodes and devices.
+        calibration: Calibration of the software stack.
+        data: Statistics of the data.
 
     Raises:
-        SpecError: The model is of a family whose sizes are not known.
+        SpecError: The model architecture is not supported.
     """
     return _Search(job, config, cluster, calibration, data).candidate(job)
 
@@ -138,31 +139,37 @@ def search(
     calibration: CalibrationParams = CalibrationParams(),
     data: DataShape = UNKNOWN_DATA,
 ) -> Plan:
-    """Return the fastest way to train a job on a cluster, and the ways that lose.
+    """Search the fastest configuration of a job on a cluster.
 
     Args:
         job: The job.
-        config: Its model's config.json.
-        cluster: What there is.
-        calibration: What is known of the stack.
-        data: What is known of the data.
+        config: The model's config.json.
+        cluster: The nodes and devices.
+        calibration: Calibration of the software stack.
+        data: Statistics of the data.
 
     Raises:
-        SpecError: The model is of a family whose sizes are not known.
+        SpecError: The model architecture is not supported.
     """
     space = _Search(job, config, cluster, calibration, data)
-    found = list(space.candidates())
-    fitting = [each for each in found if each.prediction.verdict == "fits"]
-    # What has no margin is better than nothing.
-    usable = fitting or [each for each in found if each.prediction.verdict == "tight"]
+    candidates = list(space.candidates())
+    fitting = [candidate for candidate in candidates if candidate.prediction.verdict == "fits"]
+    # Without a candidate that fits with headroom, accept one without.
+    usable = fitting or [candidate for candidate in candidates if candidate.prediction.verdict == "tight"]
     best = preferred(usable)
-    ways: dict[tuple[Any, ...], list[Candidate]] = {}
-    for each in found:
-        ways.setdefault(_way(each.job), []).append(each)
-    best_way = _way(best.job) if best else None
-    others = [_best_of(group) for way, group in ways.items() if way != best_way]
-    others.sort(key=lambda each: (_order(each), each.seconds_per_pack, each.prediction.needed_bytes))
-    return Plan(cluster, space.candidate(job), best, tuple(others), len(found))
+    groups: dict[tuple[Any, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(_state_and_sequence_key(candidate.job), []).append(candidate)
+    best_key = _state_and_sequence_key(best.job) if best else None
+    others = [_best_of(group) for key, group in groups.items() if key != best_key]
+    others.sort(
+        key=lambda candidate: (
+            _order(candidate),
+            candidate.seconds_per_pack,
+            candidate.prediction.needed_bytes,
+        )
+    )
+    return Plan(cluster, space.candidate(job), best, tuple(others), len(candidates))
 
 
 def suggest_changes(
@@ -173,31 +180,36 @@ def suggest_changes(
     data: DataShape = UNKNOWN_DATA,
     count: int = 3,
 ) -> list[Suggestion]:
-    """Return what would make a job fit, least changes first, and of equally many the fastest.
+    """Return changes that make a job fit, sorted by number of changes and then by speed.
 
-    Where spreading it otherwise does not give as many ways, more nodes, shorter packs and adapters follow.
+    If parallel settings alone give fewer than `count` suggestions, more nodes, a shorter max_length and LoRA
+    are suggested as well.
 
     Args:
         job: The job.
-        config: Its model's config.json.
-        cluster: What it was to run on.
-        calibration: What is known of the stack.
-        data: What is known of the data.
-        count: How many.
+        config: The model's config.json.
+        cluster: The nodes and devices.
+        calibration: Calibration of the software stack.
+        data: Statistics of the data.
+        count: Maximum number of suggestions.
     """
     space = _Search(job, config, cluster, calibration, data)
     asked = space.candidate(job)
-    fitting = [each for each in space.candidates() if each.prediction.verdict != "does not fit"]
-    changed = [(asked.changes_to(each), each) for each in fitting]
+    fitting = [
+        candidate for candidate in space.candidates() if candidate.prediction.verdict != "does not fit"
+    ]
+    changed = [(asked.changes_to(candidate), candidate) for candidate in fitting]
     changed.sort(
         key=lambda pair: (len(pair[0]), pair[1].prediction.verdict != "fits", pair[1].seconds_per_pack)
     )
-    found: list[Suggestion] = []
-    for changes, each in changed:
-        if not any(set(earlier.changes) <= set(changes) for earlier in found):
-            found.append(Suggestion(changes, each))
-    found += [] if len(found) >= count else _suggest_other_jobs(job, config, cluster, calibration, data)
-    return found[:count]
+    suggestions: list[Suggestion] = []
+    for changes, candidate in changed:
+        if not any(set(earlier.changes) <= set(changes) for earlier in suggestions):
+            suggestions.append(Suggestion(changes, candidate))
+    suggestions += (
+        [] if len(suggestions) >= count else _suggest_other_jobs(job, config, cluster, calibration, data)
+    )
+    return suggestions[:count]
 
 
 def _suggest_other_jobs(
@@ -207,7 +219,7 @@ def _suggest_other_jobs(
     calibration: CalibrationParams,
     data: DataShape,
 ) -> Iterator[Suggestion]:
-    """Yield what asks for another cluster, or changes what is learnt."""
+    """Yield suggestions that need more nodes or change the training result."""
     for factor in (2, 4, 8, 16, 32, 64):
         larger = replace(cluster, nodes=cluster.nodes * factor)
         best = search(job, config, larger, calibration, data).best
@@ -216,13 +228,13 @@ def _suggest_other_jobs(
             yield Suggestion({"--gpus": str(larger), **asked.changes_to(best)}, best)
             break
     if job.parallel.workers > cluster.gpus:
-        return  # whatever is learnt
+        return  # no other change helps: the cluster is too small for the workers of the job
     length = job.data.max_length // 2
     while length >= 512:
         shorter = job.model_copy(update={"data": job.data.model_copy(update={"max_length": length})})
-        found = _Search(shorter, config, cluster, calibration, data).candidate(shorter)
-        if found.prediction.verdict == "fits":
-            yield Suggestion({"data.max_length": length}, found)
+        candidate = _Search(shorter, config, cluster, calibration, data).candidate(shorter)
+        if candidate.prediction.verdict == "fits":
+            yield Suggestion({"data.max_length": length}, candidate)
             break
         length //= 2
     for kind, bits in (("lora", "none"), ("lora", "nf4")):
@@ -232,17 +244,16 @@ def _suggest_other_jobs(
             True for _ in broken_rules(adapted)
         ):
             continue
-        found = _Search(adapted, config, cluster, calibration, data).candidate(adapted)
-        if found.prediction.verdict == "fits":
+        candidate = _Search(adapted, config, cluster, calibration, data).candidate(adapted)
+        if candidate.prediction.verdict == "fits":
             changes = {"method.type": kind} | ({} if bits == "none" else {"method.quantization": bits})
-            yield Suggestion(changes, found)
+            yield Suggestion(changes, candidate)
 
 
 def preferred(candidates: Iterable[Candidate]) -> Candidate | None:
-    """Return the fastest; of those that are as fast as predictions tell, the one that asks for least.
+    """Return the fastest candidate; among equally fast ones (`TIE`), that with the least cost.
 
-    That is the fewest workers, then the least that is moved to hosts, recomputed and shared, then the most
-    memory to spare.
+    Cost is compared by workers, then offloading, sequence parallel size, recomputation and memory.
 
     Args:
         candidates: Candidates that fit.
@@ -250,13 +261,13 @@ def preferred(candidates: Iterable[Candidate]) -> Candidate | None:
     listed = list(candidates)
     if not listed:
         return None
-    fastest = min(each.seconds_per_pack for each in listed)
-    near = [each for each in listed if each.seconds_per_pack <= fastest * (1 + TIE)]
-    return min(near or listed, key=_effort)
+    fastest = min(candidate.seconds_per_pack for candidate in listed)
+    near = [candidate for candidate in listed if candidate.seconds_per_pack <= fastest * (1 + TIE)]
+    return min(near or listed, key=_cost)
 
 
 class _Search:
-    """The candidates of a job on machines."""
+    """Enumerates the candidates of a job on a cluster."""
 
     def __init__(
         self,
@@ -269,65 +280,69 @@ class _Search:
         model = Model.from_config(config)
         if model is None:
             raise SpecError(
-                f"model.path={job.model.path} is of the family {config.get('model_type')!r}, whose sizes are "
-                "not known here, so it cannot be planned; train it with --force, which plans nothing"
+                f"model.path={job.model.path} has the architecture {config.get('model_type')!r}, which the "
+                "planner does not support; train it without a plan"
             )
         self._job, self._config, self._model = job, config, model
         self._cluster, self._calibration, self._data = cluster, calibration, data
         self._device: Any = "cpu" if cluster.device.is_cpu else "cuda"
 
     def candidate(self, job: JobSpec) -> Candidate:
-        """Return a job with its prediction."""
+        """Predict a job."""
         per_node = min(self._cluster.gpus_per_node, job.parallel.workers)
         work = workload_from_job(job, self._config, self._model, per_node, self._device)
-        work = work.over(self._data, job.data.cross_document_attention)
+        work = work.with_data(self._data, job.data.cross_document_attention)
         return Candidate(job, predict(work, self._cluster, self._calibration))
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield what the rules allow, but for what needs more than something that does not fit already."""
+        """Yield valid candidates, except those that need more memory than one that does not fit."""
         for workers, size in self._layouts():
             for stage, optimizer, param in _STATES:
                 if workers == 1 and stage in (1, 2) and optimizer == "none":
-                    continue  # nothing to share it with
+                    continue  # one worker has nothing to partition
                 where = {"offload_optimizer": optimizer, "offload_param": param, "zero_stage": stage}
-                yield from self._spread({"workers": workers, "sequence_parallel_size": size, **where})
+                yield from self._batch_and_checkpointing(
+                    {"workers": workers, "sequence_parallel_size": size, **where}
+                )
 
     def _layouts(self) -> Iterator[tuple[int, int]]:
-        """Yield numbers of workers, and of those that share a row, that can be dealt a step's packs."""
+        """Yield (workers, sequence_parallel_size) pairs that divide the global batch size."""
         shape, packs = self._model.shape, self._job.optim.global_batch_size
         degrees = sequence_parallel_degrees(shape.heads, shape.kv_heads)
         for workers, size in product(_worlds(self._cluster), degrees):
             if workers % size == 0 and packs % (workers // size) == 0:
                 yield workers, size
 
-    def _spread(self, parallel: Mapping[str, Any]) -> Iterator[Candidate]:
-        """Yield a layout with more and more kept for the backward pass, and more and more rows at a time."""
-        each = self._job.optim.global_batch_size * parallel["sequence_parallel_size"] // parallel["workers"]
+    def _batch_and_checkpointing(self, parallel: Mapping[str, Any]) -> Iterator[Candidate]:
+        """Yield candidates with decreasing recomputation and increasing micro-batch size."""
+        rows_per_step = (
+            self._job.optim.global_batch_size * parallel["sequence_parallel_size"] // parallel["workers"]
+        )
         rest = {"offload_activations": "none", "offload_path": None}
         for kept in ("full", "selective", "none"):
-            for rows in (rows for rows in (1, 2, 4, 8, 16) if each % rows == 0):
+            for rows in (rows for rows in (1, 2, 4, 8, 16) if rows_per_step % rows == 0):
                 model = {"gradient_checkpointing": kept}
                 job = _with(self._job, {**parallel, **rest}, model, {"micro_batch_size": rows})
                 if any(True for _ in broken_rules(job)):
                     break
-                found = self.candidate(job)
-                yield found
-                if found.prediction.verdict != "fits":
+                candidate = self.candidate(job)
+                yield candidate
+                if candidate.prediction.verdict != "fits":
                     yield from map(self.candidate, self._smaller(job))
-                if found.prediction.verdict == "does not fit":
+                if candidate.prediction.verdict == "does not fit":
                     if rows == 1:
                         return
                     break
 
     def _smaller(self, job: JobSpec) -> Iterator[JobSpec]:
-        """Yield what holds less at a time and computes the same, at some cost."""
+        """Yield variants with less memory and the same result: tiled loss, offloaded activations."""
         tiled = None if job.model.loss_tile_tokens else _with(job, {}, {"loss_tile_tokens": TILE_TOKENS}, {})
         if tiled and job.data.max_length * job.optim.micro_batch_size > TILE_TOKENS:
             yield tiled
         if job.model.gradient_checkpointing == "full":
-            for each in (job, tiled):
-                if each is not None:
-                    moved = _with(each, {"offload_activations": "cpu"}, {}, {})
+            for variant in (job, tiled):
+                if variant is not None:
+                    moved = _with(variant, {"offload_activations": "cpu"}, {}, {})
                     if not any(True for _ in broken_rules(moved)):
                         yield moved
 
@@ -345,14 +360,14 @@ def _with(
 
 
 def _worlds(cluster: ClusterSpec) -> list[int]:
-    """Return numbers of workers: all, whole nodes that divide them or are powers of two, and parts of one."""
-    nodes, each = cluster.nodes, cluster.gpus_per_node
+    """Return worker counts: whole nodes (divisors, powers of two) and fractions of a node."""
+    nodes, gpus = cluster.nodes, cluster.gpus_per_node
     whole = {n for n in range(1, nodes + 1) if nodes % n == 0 or n & (n - 1) == 0}
-    parts = {n for n in range(1, each + 1) if each % n == 0}
-    return sorted({n * each for n in whole} | parts, reverse=True)
+    parts = {n for n in range(1, gpus + 1) if gpus % n == 0}
+    return sorted({n * gpus for n in whole} | parts, reverse=True)
 
 
-def _way(job: JobSpec) -> tuple[Any, ...]:
+def _state_and_sequence_key(job: JobSpec) -> tuple[Any, ...]:
     parallel = job.parallel
     states = (parallel.zero_stage, parallel.offload_optimizer, parallel.offload_param)
     return (*states, parallel.sequence_parallel_size)
@@ -363,13 +378,13 @@ def _order(candidate: Candidate) -> int:
 
 
 def _best_of(group: list[Candidate]) -> Candidate:
-    """Return the candidate of a group that stands for it: the fastest that fits, or the nearest to it."""
-    usable = [each for each in group if each.prediction.verdict == "fits"]
-    usable = usable or [each for each in group if each.prediction.verdict == "tight"]
-    return preferred(usable) or min(group, key=lambda each: each.prediction.needed_bytes)
+    """Return the preferred candidate that fits, or else the one that needs the least memory."""
+    usable = [candidate for candidate in group if candidate.prediction.verdict == "fits"]
+    usable = usable or [candidate for candidate in group if candidate.prediction.verdict == "tight"]
+    return preferred(usable) or min(group, key=lambda candidate: candidate.prediction.needed_bytes)
 
 
-def _effort(candidate: Candidate) -> tuple[float, ...]:
+def _cost(candidate: Candidate) -> tuple[float, ...]:
     parallel, work = candidate.job.parallel, candidate.prediction.work
     moved = (work.offload_optimizer, work.offload_param, work.offload_activations)
     return (

@@ -202,7 +202,9 @@ def micro_steps(work: Workload, device: Device) -> MicroSteps:
         network=network,
         fetch=_fetch_seconds(work, device),
         offload=_offload_seconds(work, device),
-        optimizer=0.0 if work.offload_optimizer else STEP_BYTES * work.trained / shared / rates.bandwidth,
+        optimizer=0.0
+        if work.offload_optimizer
+        else STEP_BYTES * work.num_trainable_params / shared / rates.bandwidth,
     )
     return MicroSteps(work.gradient_accumulation_steps, parts)
 
@@ -236,7 +238,7 @@ def micro_batch_forward_flops(work: Workload) -> ForwardFlops:
         documents * seen**2,
         work.tokens * work.labelled_share,
         documents * square_in_window(seen, work.model.shape.window),
-        work.adapters,
+        work.num_adapter_params,
     )
 
 
@@ -285,7 +287,7 @@ def _elementwise_bytes(work: Workload) -> float:
         + inner
     )
     passes = LAYER_TRAFFIC * (0.75 if work.checkpointing == "none" else 1.0)
-    beside = ADAPTER_TRAFFIC * sum(2 * each.inputs + each.outputs for each in work.adapted)
+    beside = ADAPTER_TRAFFIC * sum(2 * each.inputs + each.outputs for each in work.adapted_linears)
     layers = passes * shape.layers * (width + beside) * work.element_bytes / 2
     loss = LOSS_TRAFFIC * work.logit_bytes * shape.vocab_size * work.labelled_share
     return work.tokens * (layers + loss)
@@ -299,7 +301,7 @@ def _dequantized_bytes(work: Workload) -> float:
 
 def _launch_seconds(work: Workload) -> float:
     passes = 3.0 if work.checkpointing == "none" else 4.0
-    seconds = LAUNCH_SECONDS + ADAPTER_LAUNCH_SECONDS * len(work.adapted)
+    seconds = LAUNCH_SECONDS + ADAPTER_LAUNCH_SECONDS * len(work.adapted_linears)
     if work.zero_stage == 3:
         seconds += ZERO_3_LAUNCH_SECONDS
     seconds += QUANTIZED_LAUNCH_SECONDS.get(work.quantization, 0.0) * len(work.model.parameters.linears)
@@ -326,8 +328,8 @@ def _zero_bytes(work: Workload) -> float:
     """Return what a worker sends and receives in a micro-batch for states that are partitioned."""
     if work.zero_stage == 3:
         # Gathered forward and backward, where a recomputed layer is gathered once; gradients are reduced.
-        return 2.0 * _base_bytes(work) + work.element_bytes * work.trained
-    once = 2.0 * work.element_bytes * work.trained  # a reduction and, at the step, a gather
+        return 2.0 * _base_bytes(work) + work.element_bytes * work.num_trainable_params
+    once = 2.0 * work.element_bytes * work.num_trainable_params  # a reduction and, at the step, a gather
     return once if work.zero_stage == 2 else once / work.gradient_accumulation_steps
 
 
@@ -362,8 +364,8 @@ def _offload_seconds(work: Workload, device: Device) -> float:
     found = 0.0
     if work.offload_optimizer:
         here = min(work.world_size, work.gpus_per_node) / (work.world_size if work.zero_stage else 1)
-        found += STEP_BYTES * work.trained * here / HOST_BANDWIDTH
-        found += 2.0 * work.element_bytes * work.trained / work.world_size / _host_link(device)
+        found += STEP_BYTES * work.num_trainable_params * here / HOST_BANDWIDTH
+        found += 2.0 * work.element_bytes * work.num_trainable_params / work.world_size / _host_link(device)
     if work.offload_activations:
         kept = work.element_bytes * work.model.shape.hidden_size * work.model.shape.layers * work.tokens
         found += EXPOSED * 2.0 * kept * work.gradient_accumulation_steps / _host_link(device)

@@ -1,4 +1,4 @@
-"""What is to be trained and how: frozen values from which memory and time are predicted."""
+"""Describes a training workload: model sizes, data shape and parallelism, the input of all predictions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Quantization = Literal["none", "nf4", "int8", "gptq-int4", "gptq-int8"]
 
 @dataclass(frozen=True)
 class Model:
-    """A model's sizes.
+    """Sizes of a model.
 
     Attributes:
-        shape: What FLOPs and activations depend on.
-        parameters: What its weights are.
+        shape: Dimensions that FLOPs and activations depend on.
+        parameters: Parameter counts by module.
     """
 
     shape: ModelDims
@@ -27,19 +27,19 @@ class Model:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Model | None:
-        """Return the sizes that a config.json describes; None for a family that is not known."""
+        """Return the sizes described by a config.json, or None for an unsupported architecture."""
         shape, counted = ModelDims.from_config(config), parameters(config)
         return None if shape is None or counted is None else cls(shape, counted)
 
 
 @dataclass(frozen=True)
 class DataShape:
-    """What is known of the data that is trained.
+    """Statistics of the training data.
 
     Attributes:
-        document_tokens: How many tokens a token's document has, on average; 0 where that is not known.
-        labelled_share: Share of all slots whose token is a target of the loss.
-        largest_labelled_share: The same of the pack that has most.
+        document_tokens: Length of a token's document, averaged over tokens; 0 if unknown.
+        labelled_share: Fraction of tokens, padding included, that the loss uses as labels.
+        largest_labelled_share: The same for the pack with the most labels.
     """
 
     document_tokens: float = 0.0
@@ -52,40 +52,40 @@ UNKNOWN_DATA = DataShape()
 
 @dataclass(frozen=True)
 class Workload:
-    """One way to train a model.
+    """A model with its data shape, method and parallelism.
 
     Attributes:
-        model: Its sizes.
-        length_tokens: Tokens of a row, over all workers that share it.
-        micro_batch_size: Rows of a worker's micro-batch.
-        gradient_accumulation_steps: Micro-batches of an optimizer step.
-        world_size: Workers.
-        gpus_per_node: Workers of a node.
-        sequence_parallel_size: Workers that share a row.
-        method: Whether all parameters are trained, or adapters.
-        rank: Width of adapters.
-        targets: What they stand beside, as in a job file.
-        train_embeddings: Whether adapters come with copies of embedding and head that are trained.
-        quantization: Bits of frozen weights.
+        model: Model sizes.
+        length_tokens: Tokens per row, over all sequence parallel workers.
+        micro_batch_size: Rows per micro-batch.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
+        world_size: Number of workers.
+        gpus_per_node: Workers per node.
+        sequence_parallel_size: Workers per row.
+        method: Full fine-tuning or LoRA.
+        rank: LoRA rank.
+        targets: LoRA target modules, as in a job file.
+        train_embeddings: Whether LoRA also trains copies of embedding and LM head.
+        quantization: Format of frozen weights.
         casts_frozen_to_fp32: Whether frozen weights that are not quantized are kept in fp32, as
             `peft.prepare_model_for_kbit_training` does for bitsandbytes.
-        element_bytes: Of a weight and an activation: 2, or 4 for fp32.
+        element_bytes: Bytes per weight and activation: 2, or 4 for fp32.
         master_weights: Whether the optimizer keeps fp32 copies of 16-bit weights.
-        adapter_bytes: Of a weight of an adapter.
-        optimizer_bytes: Of the optimizer's state of a parameter, without the fp32 copy.
-        zero_stage: Stage of ZeRO.
-        offload: Where the optimizer's state and the parameters are.
-        offload_activations: Whether what checkpointing keeps is in host memory.
-        checkpointing: What is kept of each layer, as in a job file.
-        flash: Whether attention never holds the scores.
-        loss_tile_tokens: Tokens scored at a time; 0 for all.
-        mlp_tile_tokens: Tokens of a tile of the MLP; 0 for all.
-        logit_bytes: Bytes of all that the loss holds for each logit.
-        length_variation: Share of micro-batches that are shorter than the longest: 0 for packs of one length.
-        mean_square_tokens: Tokens that attention counts as seen by a row's tokens, on average: the documents'
-            squared lengths over the tokens; 0 for attention over the whole row.
-        labelled_share: Share of tokens that the LM head scores.
-        largest_labelled_share: The largest share that it scores in a worker's micro-batch.
+        adapter_bytes: Bytes per adapter weight.
+        optimizer_bytes: Bytes of optimizer state per parameter, without the fp32 copy.
+        zero_stage: ZeRO stage.
+        offload: Where optimizer state and parameters are stored.
+        offload_activations: Whether checkpointed activations are in host memory.
+        checkpointing: Gradient checkpointing, as in a job file.
+        flash: Whether attention runs without materializing the score matrix.
+        loss_tile_tokens: Tokens per tile of LM head and loss; 0 for all at once.
+        mlp_tile_tokens: Tokens per tile of the MLP; 0 for all at once.
+        logit_bytes: Bytes per logit of all tensors that the loss holds.
+        length_variation: Fraction of micro-batches that are shorter than the longest; 0 for packs.
+        mean_square_tokens: Sum of squared document lengths over tokens: mean length of a token's document;
+            0 for attention over the whole row.
+        labelled_share: Fraction of tokens for which the LM head computes logits.
+        largest_labelled_share: The largest such fraction in a micro-batch.
     """
 
     model: Model
@@ -118,14 +118,14 @@ class Workload:
     labelled_share: float = 1.0
     largest_labelled_share: float = 1.0
 
-    def over(self, data: DataShape, whole_packs: bool) -> Workload:
-        """Return the same over data of which something is known.
+    def with_data(self, data: DataShape, whole_packs: bool) -> Workload:
+        """Return the workload with the statistics of given data.
 
         Args:
-            data: What is known.
-            whole_packs: Whether the documents of a pack see each other.
+            data: Statistics of the data.
+            whole_packs: Whether attention crosses document boundaries within a pack.
         """
-        # Of those who share a row, one may have all its labels.
+        # With sequence parallelism one worker may have all labels of a row.
         largest = min(1.0, data.largest_labelled_share * self.sequence_parallel_size)
         seen = 0.0 if whole_packs else min(data.document_tokens, float(self.length_tokens))
         return replace(
@@ -137,43 +137,47 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a worker's micro-batch."""
+        """Tokens per micro-batch and worker."""
         return self.micro_batch_size * self.length_tokens // self.sequence_parallel_size
 
     @property
     def offload_optimizer(self) -> bool:
-        """Whether the optimizer's state is off the GPU."""
+        """Whether optimizer state is offloaded."""
         return self.offload.optimizer != "none"
 
     @property
     def offload_param(self) -> bool:
-        """Whether the parameters are."""
+        """Whether parameters are offloaded."""
         return self.offload.parameters != "none"
 
     @property
-    def adapted(self) -> tuple[Linear, ...]:
-        """Linears of a layer beside which adapters stand."""
+    def adapted_linears(self) -> tuple[Linear, ...]:
+        """Linear modules of a layer that have adapters."""
         if self.method == "full":
             return ()
         return target_linears(self.model.parameters.linears, self.targets)
 
     @property
-    def adapters(self) -> int:
-        """Parameters of all adapters."""
-        return self.model.parameters.adapters(self.rank, self.adapted)
+    def num_adapter_params(self) -> int:
+        """Number of adapter parameters."""
+        return self.model.parameters.adapters(self.rank, self.adapted_linears)
 
     @property
-    def copies(self) -> int:
-        """Parameters of embedding and head that are trained beside adapters."""
+    def num_copied_params(self) -> int:
+        """Number of parameters in trained copies of embedding and LM head."""
         found = self.model.parameters
         return found.embedding + found.head if self.method == "lora" and self.train_embeddings else 0
 
     @property
-    def trained(self) -> int:
-        """Parameters that have a gradient."""
-        return self.model.parameters.total if self.method == "full" else self.adapters + self.copies
+    def num_trainable_params(self) -> int:
+        """Number of parameters with a gradient."""
+        return (
+            self.model.parameters.total
+            if self.method == "full"
+            else self.num_adapter_params + self.num_copied_params
+        )
 
     @property
     def attended_tokens(self) -> float:
-        """Squared lengths over tokens: how many tokens attention is counted for at each."""
+        """Length of a token's document, averaged over tokens; the row length if documents are unknown."""
         return self.mean_square_tokens or float(self.length_tokens)

@@ -24,7 +24,7 @@ from typing import Any
 from orchestrator.arch.hf_config import load_config_json
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config import loader
-from orchestrator.planner.calibration_store import PLACE
+from orchestrator.planner.calibration_store import PATH_VARIABLE
 from orchestrator.planner.search import search
 from tests.benchmarks.environment import describe, say
 
@@ -89,7 +89,7 @@ def commands() -> list[dict[str, Any]]:
 
 
 def _run(*arguments: str) -> None:
-    environment = {**os.environ, PLACE: ""}
+    environment = {**os.environ, PATH_VARIABLE: ""}
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
 
 

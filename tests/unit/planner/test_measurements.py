@@ -74,13 +74,13 @@ def test_what_is_empty_or_unknown_is_nothing() -> None:
 def test_a_row_becomes_work() -> None:
     work = workload_of_row(row(num_nodes=2, gpus_per_node=2, zero_stage=2, quantization="gptq-int4"))
     assert (work.world_size, work.zero_stage, work.quantization) == (4, 2, "gptq-int4")
-    assert {each.name for each in work.adapted} == {"c_attn", "c_proj", "w1", "w2"}
+    assert {each.name for each in work.adapted_linears} == {"c_attn", "c_proj", "w1", "w2"}
     full = workload_of_row(row(method="full", offload="optimizer+param", flash_attention="no"))
     assert full.method == "full"
     assert full.offload_optimizer
     assert full.offload_param
     assert not full.flash
-    assert not full.adapted
+    assert not full.adapted_linears
 
 
 def test_a_pages_software_says_what_its_rows_do_not() -> None:
@@ -88,7 +88,7 @@ def test_a_pages_software_says_what_its_rows_do_not() -> None:
     assert workload_of_row(row(**stated)).length_variation == 0
     swift = workload_of_row(row(**stated, source="ms-swift-benchmark"))
     assert 0 < swift.length_variation < 1
-    assert {each.name for each in swift.adapted} == {"c_attn"}
+    assert {each.name for each in swift.adapted_linears} == {"c_attn"}
     half = workload_of_row(row(source="qwen-finetune", zero_stage=2, quantization="gptq-int4"))
     assert half.logit_bytes == 7
 

@@ -56,8 +56,8 @@ def test_zero_partitions_what_its_stage_says(stage: int, weights: float, gradien
 
 
 def test_zero_3_gathers_and_the_others_do_not() -> None:
-    assert gpu(zero_stage=2, world_size=8).window == 0
-    assert gpu(zero_stage=3, world_size=8).window == 2 * (1_000_000_000 + 50_000_000 + EMBEDDING)
+    assert gpu(zero_stage=2, world_size=8).gathered_params == 0
+    assert gpu(zero_stage=3, world_size=8).gathered_params == 2 * (1_000_000_000 + 50_000_000 + EMBEDDING)
 
 
 def test_without_fp32_copies_it_is_eight_bytes_and_an_update() -> None:
@@ -112,13 +112,13 @@ def test_activations_by_hand() -> None:
 def test_logits_are_those_of_the_pack_that_has_most_labels() -> None:
     whole = loss_bytes(FULL)
     few = DataShape(document_tokens=300.0, labelled_share=0.3, largest_labelled_share=0.5)
-    assert loss_bytes(FULL.over(few, whole_packs=False)) == whole / 2
+    assert loss_bytes(FULL.with_data(few, whole_packs=False)) == whole / 2
     shared = replace(FULL, sequence_parallel_size=2)
-    assert loss_bytes(shared.over(few, False)) == loss_bytes(shared), "one of both may have all of them"
-    tiled = replace(FULL, loss_tile_tokens=512).over(few, False)
+    assert loss_bytes(shared.with_data(few, False)) == loss_bytes(shared), "one of both may have all of them"
+    tiled = replace(FULL, loss_tile_tokens=512).with_data(few, False)
     hidden = 2 * 2 * 4096 * 2048
     assert loss_bytes(tiled) == whole / 4 + hidden
-    assert FULL.over(few, whole_packs=True).attended_tokens == 2048
+    assert FULL.with_data(few, whole_packs=True).attended_tokens == 2048
 
 
 def test_offloaded_activations_are_on_the_host() -> None:
@@ -165,11 +165,11 @@ def test_quantised_weights_are_their_bits_and_the_rest(quantization: str, bits: 
 
 def test_adapters_are_all_that_has_states() -> None:
     work = replace(FULL, method="lora", rank=8, targets=("q_proj", "v_proj"))
-    assert work.adapters == work.trained == 32 * 2 * 8 * 8192
+    assert work.num_adapter_params == work.num_trainable_params == 32 * 2 * 8 * 8192
     found = gpu_memory(work, 0.0)
-    assert found.states == 2 * P + 16 * work.adapters
+    assert found.states == 2 * P + 16 * work.num_adapter_params
     more = replace(work, train_embeddings=True)
-    assert more.trained - work.trained == 2 * EMBEDDING
+    assert more.num_trainable_params - work.num_trainable_params == 2 * EMBEDDING
 
 
 def test_the_peak_is_the_largest_of_three_moments() -> None:

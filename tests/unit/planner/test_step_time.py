@@ -58,7 +58,9 @@ def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any
         model, length_tokens=1024, method=method, checkpointing=checkpointing, rank=8, zero_stage=3,
         labelled_share=labelled / 1024,
     )  # fmt: skip
-    forward = forward_flops(model.shape, 1024, 1024.0**2, labelled, num_adapter_params=work.adapters)
+    forward = forward_flops(
+        model.shape, 1024, 1024.0**2, labelled, num_adapter_params=work.num_adapter_params
+    )
     frozen = FrozenWeights(layers=method == "lora", head=method == "lora")
     canon = hardware_flops(forward, Recomputation(checkpointing, 3), frozen)
     passes = 4 if checkpointing == "full" else 3
