@@ -37,7 +37,7 @@ ADAPTERS: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
 def test_an_adapter_that_is_not_whole_is_refused(case: str, whole: Path, tmp_path: Path) -> None:
     change, words = ADAPTERS[case]
     write_adapter(tmp_path, whole)
-    method = {"type": "lora", "targets": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
+    method = {"type": "lora", "target_modules": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
     require_supported(job(whole, method=method))
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     change(tensors)
@@ -57,7 +57,7 @@ def test_an_adapter_whose_file_cannot_be_read_is_refused(damage: str, whole: Pat
         file.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
         file.unlink()
-    method = {"type": "lora", "targets": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
+    method = {"type": "lora", "target_modules": ["q_proj", "up_proj"], "adapter": str(tmp_path)}
     words = {"cut": "cannot be read", "pointer": "git lfs pull", "lost": "has no adapter_model.safetensors"}
     with pytest.raises(SpecError, match=words[damage]):
         require_supported(job(whole, method=method))
