@@ -1,38 +1,38 @@
-"""Packing documents into packs of equal capacity, over the whole corpus at once and by number only.
+"""Bin packing of documents into packs of equal capacity, over the whole corpus, on lengths only.
 
-Best fit in two movements. First the corpus is shuffled and dealt into packs, each up to a mark somewhat below
-its capacity, so that packs are random samples of the corpus and cost alike. Then what was held back is packed
-best-fit-decreasing on a length histogram: after a document of length l is put into the fullest pack that
-still takes it, that pack is again the fullest one that may take the next of the same length, so a pack of
-room r takes floor(r / l) of them at once, and the work grows with the number of distinct lengths and not with
-the number of documents.
+Best fit has two phases. First the corpus is shuffled and cut into packs filled up to a mark somewhat below
+capacity, so that packs are random samples of the corpus and have similar cost. Then the remaining documents
+are packed best-fit-decreasing on a histogram of lengths: after a document of length l is put into the fullest
+pack that fits it, that pack is again the fullest that fits the next document of length l, so a pack with r
+free slots takes floor(r / l) of them at once, and the time grows with the number of distinct lengths instead
+of the number of documents.
 """
 
 from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Int64Array = npt.NDArray[np.int64]
-# Room that dealing leaves in a pack, in mean documents: enough to be filled exactly, little enough to be
-# random.
-_ROOM_IN_DOCUMENTS = 3
-_NUMBERS_AT_ONCE = 2**16  # of a shuffle: what stays in a processor's cache
-_FEW_BITS = 16  # up to here numpy's own shuffle takes less than a millisecond
-_ENOUGH = 1.002  # of the lower bound: random composition is worth that much
+Lengths = npt.NDArray[np.integer]
+# Free slots that the first phase leaves in a pack, in mean document lengths: enough for an exact fill by the
+# second phase, and few enough that packs stay random samples.
+_FREE_DOCUMENTS = 3
+_SHUFFLE_CHUNK = 2**16  # numbers; a chunk stays in the CPU cache
+_NUMPY_SHUFFLE_BITS = 16  # up to 2**16 numbers numpy's shuffle takes less than a millisecond
+_MAX_OVER_LOWER_BOUND = 1.002  # packs over the lower bound that random composition may cost
 
 
 @dataclass(frozen=True)
 class Packs:
-    """Which documents stand in which pack.
+    """Assignment of documents to packs.
 
     Attributes:
-        documents: Document numbers, pack after pack, int64, shape [number of documents].
-        bounds: Where each pack begins in `documents`, and the end of the last, int64, shape [packs + 1].
+        documents: Document numbers in the order of packs, int64, shape [documents].
+        bounds: Start of each pack in `documents`, and the end of the last, int64, shape [packs + 1].
     """
 
     documents: Int64Array
@@ -42,30 +42,30 @@ class Packs:
         return len(self.bounds) - 1
 
     def members(self, pack: int) -> Int64Array:
-        """Return the document numbers of one pack, in the order in which they stand in it."""
+        """Return the document numbers of one pack, in order."""
         return self.documents[self.bounds[pack] : self.bounds[pack + 1]]
 
     def sums(self, values: npt.NDArray[np.int64]) -> Int64Array:
-        """Return for each pack the sum of its documents' values, shape [packs]."""
+        """Return the sum of `values` (one per document) over each pack, int64, shape [packs]."""
         totals = np.concatenate([[0], np.cumsum(values[self.documents], dtype=np.int64)])
         sums: Int64Array = totals[self.bounds[1:]] - totals[self.bounds[:-1]]
         return sums
 
 
 def one_each(lengths: Int64Array) -> Packs:
-    """Return a pack for every document: what `packing: none` means."""
+    """Return one pack per document (`packing: none`)."""
     count = len(lengths)
     return Packs(np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Parts of documents, in the order in which they follow one another.
+    """Slices of documents, in stream order.
 
     Attributes:
-        document: Which document each is a part of, int64, shape [pieces].
-        start: Its first token in that document, int64, shape [pieces].
-        length: Its tokens, int64, shape [pieces].
+        document: Document number of each piece, int64, shape [pieces].
+        start: Offset of its first token in the document, int64, shape [pieces].
+        length: Its number of tokens, int64, shape [pieces].
     """
 
     document: Int64Array
@@ -74,39 +74,40 @@ class Pieces:
 
 
 def concat(lengths: Int64Array, capacity: int, seed: int) -> tuple[Pieces, Packs]:
-    """Join all documents in random order and cut the stream at every multiple of the capacity.
+    """Concatenate all documents in random order and cut the stream at every multiple of the capacity.
 
     Args:
-        lengths: Tokens of each document, at least 1, shape [documents].
-        capacity: Tokens in a pack; only the last holds fewer.
-        seed: Decides the order.
+        lengths: Length of each document, at least 1, shape [documents].
+        capacity: Tokens in a pack; only the last pack holds fewer.
+        seed: Seed of the order.
 
     Returns:
-        The pieces between joints and cuts, and packs of pieces.
+        The pieces between document boundaries and cuts, and packs of pieces.
     """
     order = np.random.default_rng(seed).permutation(len(lengths))
-    ends = np.cumsum(lengths[order])
+    ends = np.cumsum(lengths[order])  # end of each document in the stream, [documents]
     total = int(ends[-1]) if len(ends) else 0
     borders = np.union1d(ends, np.append(np.arange(capacity, total, capacity), total)) if total else ends
+    # A piece ends at a document end or at a cut, whichever comes first: starts and borders are [pieces].
     starts = np.concatenate([[0], borders[:-1]]).astype(np.int64) if total else borders
-    owner = np.searchsorted(ends, starts, side="right")
-    begun = ends[owner] - lengths[order][owner]
-    pieces = Pieces(order[owner].astype(np.int64), starts - begun, borders - starts)
+    owner = np.searchsorted(ends, starts, side="right")  # index into `order` of each piece's document
+    document_starts = ends[owner] - lengths[order][owner]
+    pieces = Pieces(order[owner].astype(np.int64), starts - document_starts, borders - starts)
     cuts = np.arange(0, total, capacity)
     bounds = np.append(np.searchsorted(starts, cuts), len(starts)).astype(np.int64)
     return pieces, Packs(np.arange(len(starts), dtype=np.int64), bounds)
 
 
 def best_fit(lengths: Int64Array, capacity: int, seed: int) -> Packs:
-    """Pack whole documents of all lengths together.
+    """Pack documents without splitting them.
 
     Args:
-        lengths: Tokens of each document, all between 1 and `capacity`, shape [documents].
+        lengths: Length of each document, between 1 and `capacity`, shape [documents].
         capacity: Tokens in a pack.
-        seed: Decides the composition of packs.
+        seed: Seed of the composition of packs.
 
     Returns:
-        Packs that hold every document exactly once.
+        Packs that contain every document exactly once.
 
     Raises:
         ValueError: A length is outside 1..capacity.
@@ -115,57 +116,60 @@ def best_fit(lengths: Int64Array, capacity: int, seed: int) -> Packs:
         return Packs(np.zeros(0, np.int64), np.zeros(1, np.int64))
     if lengths.min() < 1 or lengths.max() > capacity:
         raise ValueError(f"document lengths {lengths.min()}..{lengths.max()} must lie in 1..{capacity}")
-    mark = capacity - int(_ROOM_IN_DOCUMENTS * lengths.mean())
-    if mark < capacity // 2:  # packs of a few documents: how they fit together leaves nothing to chance
+    mark = capacity - int(_FREE_DOCUMENTS * lengths.mean())
+    if mark < capacity // 2:  # packs of a few documents: random prefixes would leave too much free space
         return best_fit_decreasing(lengths, capacity, seed)
-    dealt = _pack(lengths, capacity, mark, seed)
-    if len(dealt) <= _ENOUGH * lower_bound(lengths, capacity):
-        return dealt
+    random = _pack(lengths, capacity, mark, seed)
+    if len(random) <= _MAX_OVER_LOWER_BOUND * lower_bound(lengths, capacity):
+        return random
     decreasing = best_fit_decreasing(lengths, capacity, seed)
-    return dealt if len(dealt) <= len(decreasing) else decreasing
+    return random if len(random) <= len(decreasing) else decreasing
 
 
 def best_fit_decreasing(lengths: Int64Array, capacity: int, seed: int) -> Packs:
-    """Pack documents longest first, each where it leaves the least room; like `best_fit` otherwise."""
+    """Pack documents longest first, each into the fullest pack that fits it; arguments as for `best_fit`."""
     return _pack(lengths, capacity, capacity, seed)
 
 
 def _pack(lengths: Int64Array, capacity: int, mark: int, seed: int) -> Packs:
-    """Deal documents up to a mark and pack the rest best-fit-decreasing; mark = capacity deals none."""
+    """Fill packs at random up to a mark, then the rest best-fit-decreasing; mark = capacity skips phase 1."""
     order = _shuffle(len(lengths), seed)
-    shuffled = lengths.astype(np.uint16 if capacity < 2**16 else np.uint32)[order]
-    dealt = _deal(shuffled, capacity, mark)
-    rooms = _Rooms.of(capacity, capacity - dealt.loads)
-    rest = np.append(dealt.held, np.arange(dealt.count, len(order)))
-    by_length, packs, ranks = _fill(rooms, shuffled[rest])
-    first = np.zeros(rooms.opened, np.int64)
-    first[: len(dealt.sizes)] = dealt.sizes
-    bounds = np.append(0, np.cumsum(first + np.bincount(packs, minlength=rooms.opened)))
+    # Lengths in shuffled order, [documents]; the narrow dtype halves the time of sorting.
+    shuffled: Lengths = lengths.astype("u2" if capacity < 2**16 else "u4")[order]
+    prefix = _fill_prefixes(shuffled, capacity, mark)
+    bins = _OpenPacks.of(capacity, capacity - prefix.loads)
+    rest = np.append(prefix.held, np.arange(prefix.count, len(order)))  # indices into `order` for phase 2
+    by_length, packs, ranks = _fill(bins, shuffled[rest])
+    prefix_sizes = np.zeros(bins.opened, np.int64)  # documents of phase 1 in each pack, [packs]
+    prefix_sizes[: len(prefix.sizes)] = prefix.sizes
+    bounds = np.append(0, np.cumsum(prefix_sizes + np.bincount(packs, minlength=bins.opened)))
+    # In each pack the documents of phase 1 come first, then those of phase 2 in the order of their ranks.
     documents = np.empty(len(order), np.int64)
-    places = (bounds[:-1] + first)[packs] + ranks
-    documents[places] = order[rest[by_length]]
-    left = np.ones(len(order), np.bool_)
-    left[places] = False
-    documents[left] = np.delete(order[: dealt.count], dealt.held)
+    positions = (bounds[:-1] + prefix_sizes)[packs] + ranks
+    documents[positions] = order[rest[by_length]]
+    is_phase_1 = np.ones(len(order), np.bool_)
+    is_phase_1[positions] = False
+    documents[is_phase_1] = np.delete(order[: prefix.count], prefix.held)
     return Packs(documents, bounds)
 
 
 def _shuffle(count: int, seed: int) -> Int64Array:
-    """Return the numbers below `count` in random order, three times as fast as numpy where there are many.
+    """Return a random permutation of range(count), for large counts three times as fast as numpy.
 
-    Multiplying by odd numbers and folding the upper half of the bits into the lower one map the numbers of k
-    bits onto themselves, in an order without a pattern (the finaliser of MurmurHash3, made for k bits).
+    Multiplying by odd numbers and xoring the upper half of the bits into the lower half are bijections on
+    k-bit numbers; together they mix the bits like the finalizer of MurmurHash3. Numbers of `count` or more
+    are dropped.
     """
     generator = np.random.default_rng(seed)
     bits = count.bit_length()
-    if bits <= _FEW_BITS or bits > 32:
+    if bits <= _NUMPY_SHUFFLE_BITS or bits > 32:
         return generator.permutation(count)
     factors = generator.integers(0, 2**31, 3, dtype=np.uint32)
     mask = np.uint32((1 << bits) - 1)
     order = np.empty(count, np.int64)
     at = 0
-    for first in range(0, 1 << bits, _NUMBERS_AT_ONCE):
-        numbers = np.arange(first, first + _NUMBERS_AT_ONCE, dtype=np.uint32)
+    for first in range(0, 1 << bits, _SHUFFLE_CHUNK):
+        numbers = np.arange(first, first + _SHUFFLE_CHUNK, dtype=np.uint32)
         for factor in factors:
             numbers *= factor | np.uint32(1)
             numbers += factor >> np.uint32(3)
@@ -178,14 +182,14 @@ def _shuffle(count: int, seed: int) -> Int64Array:
 
 
 @dataclass(frozen=True)
-class _Dealt:
-    """The beginning of a stream of documents, cut into the beginnings of packs.
+class _Prefixes:
+    """The start of a document stream, cut into prefixes of packs.
 
     Attributes:
-        count: Documents of the stream that were looked at.
-        held: Which of them were held back, ascending.
-        sizes: Documents in each pack, shape [packs].
-        loads: Tokens in each pack, shape [packs].
+        count: Documents of the stream that were used or held back.
+        held: Indices of the documents held back for phase 2, ascending.
+        sizes: Documents in each prefix, shape [packs].
+        loads: Tokens in each prefix, shape [packs].
     """
 
     count: int
@@ -194,36 +198,43 @@ class _Dealt:
     loads: Int64Array
 
 
-def _deal(lengths: npt.NDArray[Any], capacity: int, mark: int) -> _Dealt:
-    """Cut a stream of documents into windows of `mark` tokens, each the beginning of a pack.
+def _fill_prefixes(lengths: Lengths, capacity: int, mark: int) -> _Prefixes:
+    """Cut a document stream into segments of `mark` tokens, each the prefix of a pack.
 
-    A document belongs to the window in which it begins. The last one stands out of its window; where it
-    stands out of the pack, it is held back.
+    A document belongs to the segment in which it starts, so the last one of a segment can exceed the mark. If
+    it also exceeds the capacity of the pack, it is held back for phase 2.
     """
     nothing = np.zeros(0, np.int64)
     if mark >= capacity:
-        return _Dealt(0, nothing, nothing, nothing)
-    ends = np.cumsum(lengths, dtype=np.int64)
+        return _Prefixes(0, nothing, nothing, nothing)
+    ends = np.cumsum(lengths, dtype=np.int64)  # end of each document in the stream, [documents]
     total = int(ends[-1])
     lasts = np.searchsorted(ends, np.arange(1, total // mark + 1) * mark)
-    lasts = lasts[np.diff(lasts, prepend=-1) > 0]  # a document may be longer than a window
+    lasts = lasts[np.diff(lasts, prepend=-1) > 0]  # a document can be longer than a segment
     firsts = np.append(0, lasts + 1)[:-1]
     loads = ends[lasts] - ends[firsts] + lengths[firsts]
     over = loads > capacity
-    # Tokens that will not go into what is left of any pack, and so open packs of their own.
+    # Held-back tokens that do not fit the free space of any prefix and therefore open new packs.
     alone = int(lengths[lasts[over & (lengths[lasts] > 2 * (capacity - mark))]].sum())
     packs = min(len(lasts), -(-(total - alone) // capacity))
     if packs == 0:
-        return _Dealt(0, nothing, nothing, nothing)
+        return _Prefixes(0, nothing, nothing, nothing)
     lasts, firsts, loads, over = lasts[:packs], firsts[:packs], loads[:packs], over[:packs]
     held = lasts[over]
     loads[over] -= lengths[held]
-    return _Dealt(int(lasts[-1]) + 1, held, lasts - firsts + 1 - over, loads)
+    return _Prefixes(int(lasts[-1]) + 1, held, lasts - firsts + 1 - over, loads)
 
 
 @dataclass
-class _Rooms:
-    """Packs by the room that is left in them."""
+class _OpenPacks:
+    """Packs grouped by their free slots.
+
+    Attributes:
+        capacity: Slots of an empty pack.
+        opened: Packs opened so far; the next one has this number.
+        ascending: Numbers of free slots for which there are packs, ascending.
+        packs_with: Pack numbers by their free slots.
+    """
 
     capacity: int
     opened: int = 0
@@ -231,73 +242,73 @@ class _Rooms:
     packs_with: dict[int, Int64Array] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, capacity: int, rooms: Int64Array) -> _Rooms:
-        """Return packs that have a room each."""
-        self = cls(capacity, opened=len(rooms))
-        order = np.argsort(rooms, kind="stable")
-        self.ascending = np.unique(rooms[rooms > 0]).tolist()
-        parts = np.split(order, np.searchsorted(rooms[order], [*self.ascending, capacity + 1]))[1:-1]
+    def of(cls, capacity: int, free: Int64Array) -> _OpenPacks:
+        """Return packs with these numbers of free slots, shape [packs]."""
+        self = cls(capacity, opened=len(free))
+        order = np.argsort(free, kind="stable")
+        self.ascending = np.unique(free[free > 0]).tolist()
+        parts = np.split(order, np.searchsorted(free[order], [*self.ascending, capacity + 1]))[1:-1]
         self.packs_with = dict(zip(self.ascending, parts, strict=True))
         return self
 
-    def put_back(self, room: int, packs: Int64Array) -> None:
-        """Keep packs with a room for later documents."""
-        if room == 0 or len(packs) == 0:
+    def put_back(self, free: int, packs: Int64Array) -> None:
+        """Return packs with `free` slots to the pool."""
+        if free == 0 or len(packs) == 0:
             return
-        if room in self.packs_with:
-            self.packs_with[room] = np.concatenate([self.packs_with[room], packs])
+        if free in self.packs_with:
+            self.packs_with[free] = np.concatenate([self.packs_with[free], packs])
         else:
-            self.packs_with[room] = packs
-            bisect.insort(self.ascending, room)
+            self.packs_with[free] = packs
+            bisect.insort(self.ascending, free)
 
     def take(self, length: int, remaining: int) -> tuple[int, Int64Array]:
-        """Return the smallest sufficient room and the packs that have it, new ones where none has."""
+        """Return the free slots of the fullest packs that fit `length`, and these packs, or open new ones."""
         at = bisect.bisect_left(self.ascending, length)
         if at < len(self.ascending):
-            room = self.ascending.pop(at)
-            return room, self.packs_with.pop(room)
-        wanted = -(-remaining // (self.capacity // length))
-        self.opened += wanted
-        return self.capacity, np.arange(self.opened - wanted, self.opened, dtype=np.int64)
+            free = self.ascending.pop(at)
+            return free, self.packs_with.pop(free)
+        new = -(-remaining // (self.capacity // length))
+        self.opened += new
+        return self.capacity, np.arange(self.opened - new, self.opened, dtype=np.int64)
 
 
-def _fill(rooms: _Rooms, lengths: npt.NDArray[Any]) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Pack documents longest first, each where it leaves the least room.
+def _fill(bins: _OpenPacks, lengths: Lengths) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Pack documents longest first, each into the fullest pack that fits it.
 
     Returns:
-        The documents by falling length, those of one length in the order given; the pack of each; and how
-        many of these documents came into that pack before it.
+        Document indices by falling length (stable), the pack of each, and its rank among the documents that
+        this call puts into that pack; each of shape [documents].
     """
     packs_of, ranks_of = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    within = np.zeros(rooms.opened, np.int64)
+    filled = np.zeros(bins.opened, np.int64)  # documents put into each pack so far, [packs]
     distinct, counts = np.unique(lengths, return_counts=True)
 
-    def assign(packs: Int64Array, each: int) -> None:
-        packs_of.append(np.repeat(packs, each))
-        ranks_of.append((within[packs][:, None] + np.arange(each)).ravel())
-        within[packs] += each
+    def assign(packs: Int64Array, per_pack: int) -> None:
+        packs_of.append(np.repeat(packs, per_pack))
+        ranks_of.append((filled[packs][:, None] + np.arange(per_pack)).ravel())  # [packs, per_pack] flattened
+        filled[packs] += per_pack
 
     for length, remaining in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while remaining:
-            room, packs = rooms.take(length, remaining)
-            if rooms.opened > len(within):
-                within = np.concatenate([within, np.zeros(max(rooms.opened, len(within)), np.int64)])
-            each = room // length
-            full = min(len(packs), remaining // each)
-            assign(packs[:full], each)
-            rooms.put_back(room - each * length, packs[:full])
-            remaining -= full * each
-            if remaining and full < len(packs):  # the last ones fill a part of one more pack
+            free, packs = bins.take(length, remaining)
+            if bins.opened > len(filled):  # grow by doubling
+                filled = np.concatenate([filled, np.zeros(max(bins.opened, len(filled)), np.int64)])
+            per_pack = free // length
+            full = min(len(packs), remaining // per_pack)
+            assign(packs[:full], per_pack)
+            bins.put_back(free - per_pack * length, packs[:full])
+            remaining -= full * per_pack
+            if remaining and full < len(packs):  # fewer than per_pack documents remain: one more pack
                 assign(packs[full : full + 1], remaining)
-                rooms.put_back(room - remaining * length, packs[full : full + 1])
+                bins.put_back(free - remaining * length, packs[full : full + 1])
                 full, remaining = full + 1, 0
-            rooms.put_back(room, packs[full:])
+            bins.put_back(free, packs[full:])
     longest = int(distinct[-1]) if len(distinct) else 0
     return _argsort(longest - lengths), np.concatenate(packs_of), np.concatenate(ranks_of)
 
 
-def _argsort(values: npt.NDArray[Any]) -> Int64Array:
-    """Return a stable order of non-negative values: numpy's radix sort, 16 bits at a time."""
+def _argsort(values: Lengths) -> Int64Array:
+    """Return the stable argsort of non-negative integers, by numpy's radix sort on 16 bits at a time."""
     order = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
     largest = int(values.max()) if len(values) else 0
     for shift in range(16, largest.bit_length(), 16):
@@ -307,7 +318,7 @@ def _argsort(values: npt.NDArray[Any]) -> Int64Array:
 
 
 def lower_bound(lengths: Int64Array, capacity: int) -> int:
-    """Return a number of packs that no packing can go below.
+    """Return a lower bound on the number of packs.
 
     The larger of ceil(sum / capacity) and the L2 bound of Martello and Toth (Discrete Applied Mathematics 28,
     1990).
