@@ -62,9 +62,7 @@ class _Listener:
             if again is None:
                 if time.monotonic() < self.received_at + self.patience:
                     continue  # the main thread extended `patience`
-                _terminate(
-                    f"stopped by {self.received}, killed processes that did not end in time: {self.hint}"
-                )
+                _terminate(f"stopped by {self.received}, and killed after the grace period: {self.hint}")
             if time.monotonic() - self.received_at > _SECONDS_OF_ONE_SIGNAL:
                 _terminate(f"stopped immediately by a second signal: {self.hint}")
 

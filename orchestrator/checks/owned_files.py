@@ -11,11 +11,8 @@ from orchestrator.config import loader
 from orchestrator.errors import SpecError
 
 _ATTEMPTS = "attempts.jsonl"
-_WRITTEN_BEFORE_JOB = {
-    "data.json": "train",
-    "base.json": "config",
-    "plan.json": "machines",
-}  # a key of each file
+# Files that may exist before job.yaml, each with a key by which it is recognized.
+_WRITTEN_BEFORE_JOB = {"data.json": "train", "base.json": "config", "plan.json": "machines"}
 _WRITTEN = (
     "job.yaml",
     *_WRITTEN_BEFORE_JOB,
