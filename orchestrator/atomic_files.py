@@ -1,4 +1,4 @@
-"""Atomic writes of JSON files, and reads that tolerate what a crash left behind."""
+"""Atomic writes of files, and reads that tolerate files truncated by a crash."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_whole(path: Path, text: str, draft_suffix: str = "draft", fsync: bool = False) -> None:
-    """Write a file atomically: a reader, or a crash, sees the old content or the new, never a part.
+def write_text(path: Path, text: str, draft_suffix: str = "draft", fsync: bool = False) -> None:
+    """Write a file atomically: readers see the old or the new content, also after a crash.
 
     Args:
         path: File to replace.
         text: Its new content.
-        draft_suffix: Ends the name of the temporary file; concurrent writers of one path need different ones.
-        fsync: Whether the content is on the disk before the rename, so that it survives a power failure.
+        draft_suffix: Suffix of the temporary file; concurrent writers of the same path need different ones.
+        fsync: Flush to disk before the rename, so that the content survives a power failure.
 
     Raises:
         OSError: The file cannot be written.
@@ -64,9 +64,9 @@ def write_whole(path: Path, text: str, draft_suffix: str = "draft", fsync: bool 
 
 
 def write_json(path: Path, value: Any, draft_suffix: str = "draft", fsync: bool = False) -> None:
-    """Write a value as JSON atomically; arguments as for `write_whole`.
+    """Write a value as JSON atomically; arguments as for `write_text`.
 
     Raises:
         OSError: The file cannot be written.
     """
-    write_whole(path, json.dumps(value, indent=2) + "\n", draft_suffix, fsync)
+    write_text(path, json.dumps(value, indent=2) + "\n", draft_suffix, fsync)

@@ -210,19 +210,19 @@ def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec 
         try:
             job = JobSpec.model_validate_json(json.dumps(data, default=str))
         except ValidationError as error:
-            found = error.errors(include_url=False)
+            details = error.errors(include_url=False)
         else:
-            problems += _of_others(wrong, (*broken_rules(job), *check(job)))
-            return None if problems else job, problems, _of_others(wrong, warn(job))
-        locations = [tuple(detail["loc"]) for detail in found]
-        for detail, location in zip(found, locations, strict=True):
+            problems += _of_valid_fields(wrong, (*broken_rules(job), *check(job)))
+            return None if problems else job, problems, _of_valid_fields(wrong, warn(job))
+        locations = [tuple(detail["loc"]) for detail in details]
+        for detail, location in zip(details, locations, strict=True):
             is_consequence = any(
                 location == other[: len(location)] and location != other for other in locations
             )
             if not is_consequence and dotted(location) not in wrong:
                 problems.append(([location], message_of(detail, JobSpec, "job")))
         data = json.loads(json.dumps(data, default=str))
-        for detail, location in zip(found, locations, strict=True):
+        for detail, location in zip(details, locations, strict=True):
             if dotted(location) in wrong:  # the default is invalid here: remove its parent
                 location = location[:-1]
             wrong.add(dotted(location))
@@ -230,7 +230,7 @@ def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec 
     return None, problems, []
 
 
-def _of_others(wrong: set[str], found: Iterable[Problem]) -> _Located:
+def _of_valid_fields(wrong: set[str], found: Iterable[Problem]) -> _Located:
     """Drop problems that concern a field whose value was replaced."""
     return [
         ([location_of(field) for field in fields], sentence)
@@ -239,7 +239,7 @@ def _of_others(wrong: set[str], found: Iterable[Problem]) -> _Located:
     ]
 
 
-_STAND_INS: Mapping[str, Any] = {
+_PLACEHOLDERS: Mapping[str, Any] = {
     "name": "job",
     "model": {"path": "model"},
     "data": {"train": [{"path": "data"}]},
@@ -257,9 +257,9 @@ def _repair(data: Any, location: Location, unknown: bool) -> None:
         except (KeyError, IndexError, TypeError):
             return
     last = location[-1] if location else ""
-    stand_in = _STAND_INS.get(str(last))
-    if isinstance(target, dict) and stand_in is not None and not unknown:
-        target[str(last)] = stand_in
+    placeholder = _PLACEHOLDERS.get(str(last))
+    if isinstance(target, dict) and placeholder is not None and not unknown:
+        target[str(last)] = placeholder
     elif isinstance(target, dict):
         target.pop(str(last), None)
     elif isinstance(target, list) and isinstance(last, int) and last < len(target):

@@ -1,4 +1,4 @@
-"""YAML as this package reads it: YAML 1.2's core schema, and the line that each value was written on."""
+"""YAML loader: YAML 1.2 core schema on PyYAML's parser, with the source line of every key (see ADR 13)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.errors import SpecError
 
 Location = tuple[str | int, ...]
 SourceLines = dict[Location, str]
-"""Where each key and element was written: a line of the file, or an override."""
+"""Origin of each key and element: file and line, or an override."""
 
 DEEPEST = 32
 _MOST_VALUES = 20_000
@@ -22,14 +22,14 @@ _LONGEST_INTEGER = 400
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: 2e-5 is a number, 010 is ten; yes, on, 1:30 and dates are text."""
+    """YAML 1.2 core schema: 2e-5 is a number, 010 is ten; yes, on, 1:30 and dates are strings."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Return a node's value; a scalar that its tag cannot hold is an error with a line."""
+        """Return the value of a node; a scalar that is invalid for its tag is an error with a line."""
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, str):
-                value.encode()  # half of a surrogate pair can be escaped in YAML and stored nowhere
+                value.encode()  # YAML can escape half of a surrogate pair, which UTF-8 cannot encode
         except (ValueError, LookupError, AttributeError, TypeError):
             reason = f"{str(node.value)[:40]!a} cannot be read as {node.tag.rpartition(':')[2]}"
             raise ConstructorError(None, None, reason, node.start_mark) from None
@@ -44,7 +44,7 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that YAML 1.1 or 1.2 would take for something else, so that every reader agrees."""
+    """Quotes strings that YAML 1.1 or 1.2 would read as another type, so that all parsers agree."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -72,13 +72,13 @@ def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], So
     Args:
         text: The YAML.
         origin: Name of the text in errors.
-        thing: What the text is, in errors.
+        thing: Kind of file in errors, such as job.
 
     Returns:
-        The mapping, where each key and element stands, and a sentence for each key that stands twice.
+        The mapping, the origin of each key and element, and an error for each duplicate key.
 
     Raises:
-        SpecError: The text is no YAML, or no mapping.
+        SpecError: The text is not valid YAML, or not a mapping.
     """
     source_lines: SourceLines = {}
     problems: list[str] = []
@@ -100,45 +100,46 @@ def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], So
 
 
 def reason_of(error: yaml.YAMLError) -> str:
-    """Return what is wrong, on one line."""
+    """Return the reason of a YAML error on one line."""
     reason = getattr(error, "problem", None) or str(error)
     return " ".join(str(reason).split())
 
 
 def value_of(text: str) -> Any:
-    """Return the value that a text stands for.
+    """Return the value of a YAML text.
 
     Raises:
-        yaml.YAMLError: The text is no YAML.
+        yaml.YAMLError: The text is not valid YAML.
     """
     return _construct(*_compose(text))
 
 
 def _compose(text: str) -> tuple[_Loader, yaml.Node | None]:
-    """Return the text's nodes, none of them built, and the loader that can build them.
+    """Parse a text into nodes, and return them with the loader that constructs their values.
 
     Raises:
-        yaml.YAMLError: No YAML, or more than a job can be: aliases write out to any size, or hold themselves.
+        yaml.YAMLError: The text is not valid YAML or exceeds the limits, which stop aliases that expand
+            exponentially or contain themselves.
     """
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
     except RecursionError:
         raise yaml.YAMLError(f"nested deeper than {DEEPEST} levels") from None
-    waiting = [] if root is None else [(root, 1)]
-    seen = 0
-    while waiting:
-        node, depth = waiting.pop()
-        seen += 1
+    pending = [] if root is None else [(root, 1)]
+    count = 0
+    while pending:
+        node, depth = pending.pop()
+        count += 1
         if depth > DEEPEST:
             raise ConstructorError(None, None, f"nested deeper than {DEEPEST} levels", node.start_mark)
-        if seen > _MOST_VALUES:
-            reason = f"more than {_MOST_VALUES} values with all aliases written out"
+        if count > _MOST_VALUES:
+            reason = f"more than {_MOST_VALUES} values after expanding aliases"
             raise ConstructorError(None, None, reason, node.start_mark)
         if isinstance(node, yaml.MappingNode):
-            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+            pending += [(part, depth + 1) for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
-            waiting += [(child, depth + 1) for child in node.value]
+            pending += [(child, depth + 1) for child in node.value]
     return loader, root
 
 
@@ -149,7 +150,7 @@ def _construct(loader: _Loader, root: yaml.Node | None) -> Any:
 def _walk(
     node: yaml.Node, location: Location, source_lines: SourceLines, problems: list[str], origin: str
 ) -> None:
-    """Note the line of every key and element, and every key that stands twice in its mapping."""
+    """Record the line of every key and element, and an error for each duplicate key of a mapping."""
     if isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             source_lines[*location, index] = f"{origin}:{child.start_mark.line + 1}"
@@ -158,14 +159,16 @@ def _walk(
         first: dict[str, int] = {}
         for key, child in node.value:
             name, line = str(key.value), key.start_mark.line + 1
-            key = (*location, name)
+            child_location = (*location, name)
             if name in first:
-                forget(source_lines, key)
-                twice = f"duplicate key {dotted(key)} (first defined on line {first[name]}); remove one"
-                problems.append(f"{origin}:{line}: {twice}")
+                forget(source_lines, child_location)
+                problems.append(
+                    f"{origin}:{line}: duplicate key {dotted(child_location)} (first defined on line "
+                    f"{first[name]}); remove one"
+                )
             first.setdefault(name, line)
-            source_lines[key] = f"{origin}:{line}"
-            _walk(child, key, source_lines, problems, origin)
+            source_lines[child_location] = f"{origin}:{line}"
+            _walk(child, child_location, source_lines, problems, origin)
 
 
 def forget(source_lines: SourceLines, location: Location) -> None:
@@ -175,7 +178,7 @@ def forget(source_lines: SourceLines, location: Location) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value as JSON could hold it, so that types are judged as they were written."""
+    """Convert a value to JSON types, so that validation sees the types as written in the file."""
     if isinstance(value, dict):
         return {
             key if isinstance(key, str) else json.dumps(key, default=str): _plain(value[key]) for key in value
@@ -198,7 +201,7 @@ def dotted(location: Iterable[str | int]) -> str:
 
 
 def line_of(source_lines: SourceLines, locations: Sequence[Location], origin: str) -> str:
-    """Return where the first of these that was written stands; what is missing belongs to its section."""
+    """Return the origin of the first location that was written; a missing field has that of its section."""
     for location in locations:
         inside = (line for known, line in source_lines.items() if known[: len(location)] == location)
         if location and (line := source_lines.get(location) or next(inside, None)):

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.atomic_files import read_lines, write_json, write_whole
+from orchestrator.atomic_files import read_lines, write_json, write_text
 from orchestrator.errors import OrchestratorError, TrainingError
 from orchestrator.metrics.exporter import Exporter, RankLabels
 from orchestrator.metrics.meter import PHASES, RankSteps, eta_seconds, peaks, rank_columns, step_values
@@ -285,7 +285,7 @@ class Recorder:
         """Record in attempts.jsonl that the current attempt ended without a failure."""
         self.end_attempt()
         self._past[-1] |= {"ended": how, "end_step": self._status.step}
-        write_whole(self._folder / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in self._past))
+        write_text(self._folder / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in self._past))
 
     def status(self) -> Status:
         """Return where the run stands, and refresh the run lock."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.atomic_files import read_object, write_json, write_whole
+from orchestrator.atomic_files import read_object, write_json, write_text
 from orchestrator.checks.folders import ATTEMPTS, JOB, folder_problems, run_problems
 from orchestrator.checks.folders import with_absolute_paths as with_absolute_paths
 from orchestrator.checks.inputs import require_inputs as require_inputs
@@ -99,7 +99,7 @@ def remove_ray_marker(run_dir: Path) -> None:
 
 def record_job(run_dir: Path, job: JobSpec) -> None:
     """Write the resolved job, and prepare the directory for a new Ray Train controller."""
-    write_whole(run_dir / JOB, loader.dump(job))
+    write_text(run_dir / JOB, loader.dump(job))
     # Ray's list of checkpoints may name some that were removed; ours are found by their manifests.
     (run_dir / _RAY_SNAPSHOT).unlink(missing_ok=True)
 
