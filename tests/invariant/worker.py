@@ -126,7 +126,7 @@ def train_context(task: Task, model: Any) -> TrainContext:
         layout=layout,
         sequence=ulysses.join(layout, 60),
         device=torch.device("cpu"),
-        kernel="sdpa",
+        attn_backend="sdpa",
         shape=None,
         head=TiledHead(model, job.model.loss_tile_tokens) if job.model.loss_tile_tokens else None,
     )
