@@ -1,4 +1,4 @@
-"""What `orchestrator plan` prints: what fits and how fast, and why."""
+"""Runs the search of `orchestrator plan` and formats its result as text or JSON."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from orchestrator.planner.search import (
 from orchestrator.planner.workload import DataShape
 
 _PARTS = {
-    "weights": "weights that stay",
-    "gradients": "gradients that stay",
+    "weights": "resident weights",
+    "gradients": "resident gradients",
     "optimizer": "optimizer's state, fp32 copies",
-    "gathered_params": "weights that ZeRO-3 has gathered",
-    "buffers": "buckets of gradients",
-    "activations": "kept for the backward pass",
+    "gathered_params": "parameters gathered by ZeRO-3",
+    "buffers": "gradient buckets",
+    "activations": "saved for the backward pass",
     "layer": "one layer's backward pass",
     "logits": "logits and loss",
     "step": "the optimizer's step",
-    "quantization": "a dequantised weight",
+    "quantization": "a dequantized weight",
     "context": "CUDA, NCCL",
-    "fragmentation": "lost where lengths vary",
-    "retained": "kept by the allocator",
-    "linear": "products with weights",
+    "fragmentation": "fragmentation by varying lengths",
+    "retained": "cached by the allocator",
+    "linear": "matmuls with weights",
     "attention": "attention",
-    "elementwise": "norms, gates, loss: memory's bandwidth",
-    "dequantization": "dequantising weights",
-    "launch": "launching kernels",
-    "zero": "ZeRO's traffic in nodes, exposed",
-    "ulysses": "exchanging sequences in nodes",
-    "network": "traffic between nodes",
+    "elementwise": "norms, gates, loss (memory-bound)",
+    "dequantization": "dequantizing weights",
+    "launch": "kernel launches",
+    "zero": "exposed ZeRO communication within nodes",
+    "ulysses": "Ulysses all-to-all within nodes",
+    "network": "communication between nodes",
     "fetch": "fetching offloaded parameters",
     "offload": "offloaded state: copies, CPU Adam",
 }
@@ -67,15 +67,15 @@ def planned(
     document_tokens: float = 0.0,
     network_gbits: float | None = None,
 ) -> tuple[Plan, list[Suggestion]]:
-    """Return the plan of a job, and what would make it fit where it does not as it is written.
+    """Return the plan of a job, and suggestions if the job as written does not fit.
 
     Args:
         job: The job.
         gpus: ClusterSpec, as `ClusterSpec.parse` takes them.
         catalogue: The user's own devices.
-        plots: A folder for plots over max_length; None draws none.
-        document_tokens: How many tokens a token's document has on average; 0 for whole packs.
-        network_gbits: Gbit/s of a node's network; None takes the catalogue's.
+        plots: Folder for plots over max_length; None for no plots.
+        document_tokens: Length of a token's document, averaged over tokens; 0 for whole packs.
+        network_gbits: Network bandwidth per node in Gbit/s; None for the value of the catalogue.
 
     Raises:
         SpecError: The cluster, a device or the model are not known.
@@ -116,13 +116,13 @@ def as_json(plan: Plan, remedies: Sequence[Suggestion]) -> str:
 
 
 def text(plan: Plan, remedies: Sequence[Suggestion], explain: bool, rows: int = 8) -> str:
-    """Return a plan as a person reads it.
+    """Return a plan as text.
 
     Args:
         plan: The plan.
-        remedies: What would make the job fit that is asked for, where it does not.
-        explain: Whether parts and reasons follow.
-        rows: How many ways that lose are listed; all of them where they are explained.
+        remedies: Suggestions if the job as written does not fit.
+        explain: Whether to list memory and time by part, and all alternatives.
+        rows: Number of alternatives to list without `explain`.
     """
     lines = [_heading(plan), "", f"as written  {format_prediction(plan.asked.prediction)}"]
     if plan.best is None:

@@ -1,4 +1,4 @@
-"""What commands print of finished runs."""
+"""Formats reports of finished runs as tables."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def read_report(run: Path, fields: Sequence[str] = ("name",)) -> dict[str, Any]:
     """Return the report of a finished run.
 
     Args:
-        run: Its folder.
-        fields: Fields that the caller needs of it.
+        run: The run directory.
+        fields: Fields that must be present.
 
     Raises:
-        SpecError: There is none, or it lacks one of the fields.
+        SpecError: There is no report, or it lacks one of the fields.
     """
     found = read_object(run / "report.json")
     if found is None:
@@ -39,7 +39,7 @@ def read_report(run: Path, fields: Sequence[str] = ("name",)) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Return the numbers that a person looks for first."""
+    """Return the main results of a run."""
     mfu = f"{report['mfu']:.1%}" if "mfu" in report else "not known for this device"
     evaluation = report["evaluation_loss"]
     rows = {
@@ -62,20 +62,20 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _expected(report: dict[str, Any], name: str) -> str:
-    """Return what was predicted of a figure, where something was."""
+    """Return the predicted value of a metric, if there is one."""
     found = (report.get("predicted") or {}).get(name)
     return "" if found is None else f"; {found:.1f} predicted"
 
 
 def _memory(report: dict[str, Any]) -> str:
-    """Return the measured peak beside the predicted one."""
+    """Return measured and predicted peak memory."""
     said = f"{report['memory_reserved_peak_bytes'] / 2**30:.2f} GiB held by the fullest worker"
     expected = report.get("predicted")
     return f"{said}, {expected['memory_reserved_peak_bytes'] / 2**30:.2f} predicted" if expected else said
 
 
 def side_by_side(reports: list[dict[str, Any]]) -> str:
-    """Return the main numbers of several runs, a column each."""
+    """Return the main metrics of several runs, one per column."""
     names = (
         "loss",
         "evaluation_loss",
@@ -96,7 +96,7 @@ def side_by_side(reports: list[dict[str, Any]]) -> str:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """Return lines of a name and a value."""
+    """Return one line per name and value."""
     width = max(len(name) for name in rows)
     return "\n".join(
         f"{name.ljust(width)}  {value:.4f}" if isinstance(value, float) else f"{name.ljust(width)}  {value}"

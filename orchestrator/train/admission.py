@@ -1,4 +1,4 @@
-"""The plan before the spending: what a job will need on this cluster, and a refusal in time."""
+"""Admission: predicts memory and step time of a job on this cluster, and rejects jobs that do not fit."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from orchestrator.run.report import PLAN, predicted
 from orchestrator.train import ray_session
 
 WARM_UP_STEPS = 2
-"""Steps that are not measured: kernels are chosen and buffers made in them."""
+"""Steps excluded from measurement: kernels are selected and buffers allocated in them."""
 FIRST_STEPS = 5
-"""Steps that are."""
+"""Steps that are measured after those."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What is predicted of a job on this cluster.
+    """A job with the cluster and data that it is predicted for.
 
     Attributes:
         job: The job.
-        config: Its model's config.json.
-        cluster: The nodes it is spread over.
-        stack: What its constants belong to.
-        data: What is known of the data.
+        config: The model's config.json.
+        cluster: The nodes and devices that the job uses.
+        stack: The software stack, which selects the calibration.
+        data: Statistics of the data.
     """
 
     job: JobSpec
@@ -61,11 +61,11 @@ class Admission:
     data: DataShape = UNKNOWN_DATA
 
     def prediction(self, calibration: CalibrationParams) -> Prediction:
-        """Return the prediction by constants of a stack."""
+        """Return the prediction with given calibration parameters."""
         return predict_job(self.job, self.config, self.cluster, calibration, self.data).prediction
 
     def keep(self, run_dir: Path) -> Prediction:
-        """Write plan.json into the run's folder, and return what it says."""
+        """Write plan.json to the run directory and return the prediction."""
         found = self.prediction(load_calibration(self.stack, str(run_dir)))
         settings = predict_job(self.job, self.config, self.cluster).settings
         kept = {"machines": str(self.cluster), "stack": self.stack, "settings": settings, **found.as_json()}
@@ -73,10 +73,10 @@ class Admission:
         return found
 
     def with_data(self, run_dir: Path, packing: Mapping[str, Any]) -> Admission:
-        """Return the same for data that have been read and packed, and keep what is predicted for them.
+        """Return the admission with statistics of the packed data, and update plan.json.
 
         Args:
-            run_dir: The run's folder.
+            run_dir: The run directory.
             packing: From `orchestrator.run.report.packing_figures`.
         """
         data = DataShape(
@@ -89,11 +89,11 @@ class Admission:
         return known
 
     def remember(self, run_dir: Path, measured: Mapping[str, Any]) -> None:
-        """Keep what a run measured, so that later plans of its stack are calibrated.
+        """Store measurements of a run, so that later predictions for its software stack are calibrated.
 
         Args:
-            run_dir: The run's folder; what is measured later replaces what it measured before.
-            measured: Its report, or as much of one as its first steps give.
+            run_dir: The run directory; later measurements of a run replace earlier ones.
+            measured: Its report.json, or the same fields after its first steps.
         """
         plain = self.prediction(CalibrationParams())
         try:
@@ -104,13 +104,12 @@ class Admission:
 
 
 class FirstStepsCheck:
-    """Holds a prediction against a run's first steps as soon as they are made, and calibrates by them.
+    """Compares the first steps of a run with its prediction, and stores them for calibration.
 
-    A run that takes days so helps the plans of all that is started beside it, and one that is slower than it
-    should be is told of within minutes.
+    Other jobs thus benefit from a long run while it is running, and a slow run is reported within minutes.
 
     Args:
-        forecast: What was predicted.
+        forecast: The admission with its prediction.
         run_dir: The run's folder.
         note: Told what was measured.
     """
@@ -120,7 +119,7 @@ class FirstStepsCheck:
         self._done = False
 
     def __call__(self, status: Status) -> None:
-        """Look whether enough steps of the attempt are made."""
+        """Compare once enough steps of the attempt are done."""
         if not self._done and status.step - status.start >= WARM_UP_STEPS + FIRST_STEPS:
             self._take(status.attempt)
 
@@ -141,12 +140,12 @@ class FirstStepsCheck:
 
 
 def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Mapping[str, Any]) -> str:
-    """Return what first steps measured beside what was predicted, and what lies outside its range.
+    """Return measured and predicted step time and memory, with a warning if steps are too slow.
 
     Args:
-        count: How many steps.
-        seconds: Of the median step.
-        held_bytes: By the fullest worker.
+        count: Number of steps.
+        seconds: Median step time.
+        held_bytes: Reserved memory of the worker with the most.
         expected: From `predicted`.
     """
     usual, held = expected["step_seconds"], expected["memory_reserved_peak_bytes"] / _GIB
@@ -161,7 +160,7 @@ def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Ma
 def require_fit(
     job: JobSpec, device: Literal["cuda", "cpu"], run_dir: Path, force: bool, note: Callable[[str], None]
 ) -> Admission | None:
-    """Predict what a job needs and takes, keep that as plan.json, and refuse what cannot fit.
+    """Predict memory and step time of a job, write plan.json, and reject a job that does not fit.
 
     Args:
         job: The job.
@@ -171,10 +170,10 @@ def require_fit(
         note: Told what is predicted.
 
     Returns:
-        What is predicted; None for a model of a family that is not known, and on nodes that offer no memory.
+        The admission; None for an unsupported model architecture, and on nodes that report no memory.
 
     Raises:
-        ClusterError: It does not fit, and is not forced; the changes that would help most are named.
+        ClusterError: The job does not fit and force is False; suggests changes.
     """
     config = load_config(job.model).get_text_config().to_dict()
     if Model.from_config(config) is None:
@@ -195,7 +194,7 @@ def require_fit(
 
 
 def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> ClusterSpec | None:
-    """Return the nodes that the job is spread over, all like the one that offers least; None if none says."""
+    """Return the nodes that the job uses, all equal to the smallest; None if they report no memory."""
     nodes, workers = ray_session.live_nodes(), job.parallel.workers
     if device == "cuda":
         return gpu_cluster(job, nodes, _gpu())
@@ -208,13 +207,13 @@ def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> ClusterSpec | Non
 
 
 def _gpu() -> Device:
-    """Return the cluster's GPU: of the catalogue, or one with the memory that CUDA sees."""
-    name, size = ray.get(ray.remote(num_gpus=1)(_look_at_gpu).remote())
+    """Return the GPU model: from the catalogue, or with the memory that CUDA reports."""
+    name, size = ray.get(ray.remote(num_gpus=1)(_gpu_name_and_memory).remote())
     known = hardware.match(name)
     return known or Device(name=name, memory_gib=size / _GIB, source="CUDA on this cluster")
 
 
-def _look_at_gpu() -> tuple[str, int]:
+def _gpu_name_and_memory() -> tuple[str, int]:
     import torch
 
     return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory

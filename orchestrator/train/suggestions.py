@@ -1,4 +1,4 @@
-"""Which fields of a job to change when memory runs out: only those that are not set that way already."""
+"""Suggests job settings that reduce memory use after an out-of-memory error."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Literal
 
 from orchestrator.config.schema import JobSpec
 
-_MOST_NAMED = 4
+_MAX_SUGGESTIONS = 4
 
 
 def memory_suggestions(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
-    """Return changes that lower the memory of a worker, those that cost least speed first.
+    """Return settings that reduce the memory of a worker, those with the least slowdown first.
 
     Args:
         job: The job that ran out of memory.
-        device: Kind of device; on CPU, offloading to host memory frees nothing.
+        device: Device type; on CPU, offloading to host memory frees nothing.
 
     Returns:
         A clause such as "use zero_stage: 3, or lower data.max_length".
     """
-    changes = [*_of_activations(job, device), *_of_model_states(job, device)][:_MOST_NAMED]
+    changes = [*_of_activations(job, device), *_of_model_states(job, device)][:_MAX_SUGGESTIONS]
     return _either([*changes, "lower data.max_length"])
 
 
 def node_memory_suggestions(job: JobSpec, device: Literal["cuda", "cpu"]) -> str:
-    """Return changes that help when the host memory of a node ran out.
+    """Return settings that reduce the host memory used on a node.
 
     Args:
         job: The job that ran out of memory.
-        device: Kind of device; on CPU host memory holds all that a worker needs.
+        device: Device type; on CPU, workers use host memory only.
     """
     parallel = job.parallel
     changes = ["place fewer workers on a node", "use nodes with more memory"]
