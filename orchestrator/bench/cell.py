@@ -1,7 +1,7 @@
-"""The process of one cell: a driver like that of `orchestrator train`, which says at the end how it went.
+"""Runs one cell of a sweep in its own driver process, and writes its outcome.
 
-Started by `orchestrator.bench.runner` as `python -m orchestrator.bench.cell FOLDER`. It ends when the sweep
-does: the sweep holds the other end of its standard input.
+Started by `orchestrator.bench.runner` as `python -m orchestrator.bench.cell FOLDER`. It stops when the sweep
+process exits, which closes its standard input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INSTRUCTIONS, OUTCOME = "cell.json", "outcome.json"
 
 
 def main(folder: Path) -> None:
-    """Run the cell whose instructions lie in a run's folder, and write its outcome beside them."""
+    """Run the cell described by cell.json in a run directory, and write outcome.json there."""
     shutdown.install()
     console_log(sys.stderr)
     with shutdown.interruptible("the cell is run again when the sweep is"):
@@ -56,7 +56,7 @@ def _run(folder: Path) -> None:
     except OrchestratorError as error:
         outcome = {"status": "failed", "reason": "; ".join(error.problems)}
         outcome["machines"] = isinstance(error, ClusterError)
-    except Exception as error:  # whatever it is, the other cells are run
+    except Exception as error:  # a failed cell must not stop the sweep
         _logger.exception("the cell failed")
         outcome = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
     outcome["shape"] = _shape(job) if outcome["status"] == "ok" else None
@@ -65,7 +65,7 @@ def _run(folder: Path) -> None:
 
 
 def _end_with_the_sweep() -> None:
-    """Stop as by SIGTERM once the other end of standard input is closed, which even a kill does."""
+    """Send SIGTERM to this process once standard input is closed, as happens if the sweep is killed."""
     while os.read(0, 1):  # nobody writes; sys.stdin would be locked when the interpreter ends
         pass
     os.kill(os.getpid(), signal.SIGTERM)
@@ -80,7 +80,7 @@ def _shape(job: JobSpec) -> dict[str, int] | None:
 
 
 def _accelerator() -> dict[str, Any]:
-    """Return the versions of CUDA and NCCL that torch brings, where it brings them."""
+    """Return the CUDA and NCCL versions of torch; empty for a CPU build."""
     import torch
 
     if not torch.version.cuda:

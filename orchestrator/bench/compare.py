@@ -1,7 +1,7 @@
-"""Two runs or two sweeps beside each other, and whether they differ by more than their steps vary.
+"""Compares two runs or two sweeps, and tests whether they differ by more than step-to-step noise.
 
-The noise is stated as a 95 % interval of the ratio of medians, from a bootstrap over steps. Neighbouring
-steps resemble each other, so blocks of them are drawn and not single ones (Politis and Romano, A circular
+The result is a 95 % confidence interval of the ratio of medians, from a bootstrap over steps. Neighbouring
+steps are correlated, so blocks of them are resampled (Politis and Romano, A circular
 block-resampling procedure for stationary data, 1992), as long as the cube root of the number of steps.
 """
 
@@ -32,7 +32,7 @@ _MEMORY = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What is compared of a run: values of each step, and readings of the whole run, by name."""
+    """Metrics of a run: values per step, and one value per run, by name."""
 
     samples: Mapping[str, Sequence[float]]
     peaks: Mapping[str, float]
@@ -44,7 +44,7 @@ class Difference:
 
     Attributes:
         ratio: Ratio of the medians.
-        low: Lower end of its 95 % interval; None where there are too few steps for one.
+        low: Lower end of its 95 % confidence interval; None with too few steps.
         high: Upper end.
     """
 
@@ -54,7 +54,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the difference is more than noise, in words."""
+        """Whether the difference exceeds the noise, as text."""
         if self.low is None or self.high is None:
             return f"not known: fewer than {_FEWEST_STEPS} steps"
         if self.low <= 1.0 <= self.high:
@@ -79,7 +79,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def _medians(values: Sequence[float], generator: np.random.Generator) -> NDArray[np.float64]:
-    """Return the medians of resamples, made of blocks that start anywhere and go on at the beginning."""
+    """Return medians of circular block resamples."""
     series = np.asarray(values, dtype=np.float64)
     block = max(1, round(len(series) ** (1 / 3)))
     starts = generator.integers(0, len(series), (_DRAWS, -(-len(series) // block), 1))
@@ -89,7 +89,7 @@ def _medians(values: Sequence[float], generator: np.random.Generator) -> NDArray
 
 
 def compare(a: Path, b: Path, warmup_steps: int) -> Table:
-    """Return what two runs, or the cells that two sweeps have in common, measured.
+    """Compare two runs, or the cells that two sweeps have in common.
 
     Args:
         a: Folder of a run or of a sweep.

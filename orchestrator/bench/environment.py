@@ -1,4 +1,4 @@
-"""What a cell ran on: machine, versions, and the commit of this package where there is one."""
+"""Describes the environment of a cell: machine, package versions and git commit."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _ROOT = Path(__file__).parents[2]
 
 
 def describe() -> dict[str, Any]:
-    """Return the machine that this process runs on, and the versions that it would load."""
+    """Return the hardware, operating system and package versions of this process."""
     return {
-        "cpu": _processor(),
+        "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -52,8 +52,8 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit that this code was checked out from, marked where files differ from it."""
-    if not (_ROOT / ".git").exists():  # an installed package may lie in somebody else's repository
+    """Return the git commit of this checkout, marked as dirty if files differ from it."""
+    if not (_ROOT / ".git").exists():  # an installed package may be inside another git repository
         return None
     try:
         done = subprocess.run(

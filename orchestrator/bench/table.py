@@ -1,4 +1,4 @@
-"""A table of typed values, and its Markdown, CSV and JSON: all three are written from the same values."""
+"""A table of typed values that renders as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Column:
         return " ".join(filter(None, (self.header, self.part, f"({self.unit})" if self.unit else "")))
 
     def show(self, value: Value) -> str:
-        """Return a value as a person reads it."""
+        """Format a value for Markdown."""
         if value is None:
             return "-"
         return value if isinstance(value, str) else self.form.format(value)
 
 
 def spread_of(header: str) -> Column:
-    """Return the column that says how far apart the quartiles of the column before it are."""
+    """Return the column with the interquartile range of the preceding column."""
     return Column(header, part="spread", form="±{:.1%}")
 
 
