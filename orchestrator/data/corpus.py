@@ -1,7 +1,6 @@
-"""The documents of an epoch: which rows of which source, how often, and which part of each.
+"""Select the documents of an epoch: rows of each source by sample, repeat and weight, cut to max_length.
 
-Everything here is arithmetic on the stores' indices; no token is read but to count answers in rows that are
-cut.
+This works on the index of the token stores; tokens are read only to count trained tokens of truncated rows.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Document:
 
 
 class Documents(Protocol):
-    """What batches are made of: documents by number, and the sizes of all of them."""
+    """Random access to documents, and their lengths."""
 
     @property
     def lengths(self) -> Int64Array:
@@ -51,27 +50,27 @@ class Documents(Protocol):
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What became of the rows that an epoch reads; counts of rows and of tokens.
+    """Rows and tokens of an epoch: read, kept, truncated and dropped.
 
-    Every token is in one of three: tokens_read = tokens_kept + tokens_truncated + tokens_dropped. A row that
-    is read twice counts twice. `rows_in_files` counts each row once: less rows_malformed and rows_empty, it
-    is what sample, repeat and weight choose from, and without these it is `rows`.
+    tokens_read = tokens_kept + tokens_truncated + tokens_dropped. A row that is read twice counts twice.
+    `rows_in_files` counts each row once; sample, repeat and weight select from rows_in_files - rows_malformed
+    - rows_empty.
 
     Attributes:
         rows: Rows read.
-        documents: Documents in packs; a row that is split or cut is several.
+        documents: Documents in packs; a split row gives several.
         tokens_read: Tokens of the rows read.
         tokens_kept: Tokens in packs.
-        tokens_truncated: Tokens cut off from rows of which a part is kept.
-        tokens_dropped: Tokens of rows and parts that are left out whole.
+        tokens_truncated: Tokens removed from rows that are partly kept.
+        tokens_dropped: Tokens of rows and parts that are dropped.
         rows_truncated: Rows that lost their start or end.
-        rows_dropped: Rows left out whole: too long for truncation: drop, or without a trained token.
-        rows_split: Rows that are several documents.
-        rows_malformed: Rows in the files that are none; of the other counts, rows_in_files alone has them.
+        rows_dropped: Rows that are too long for truncation: drop, or have no trained token.
+        rows_split: Rows split into several documents.
+        rows_malformed: Malformed rows in the files; otherwise counted only in rows_in_files.
         trained_tokens: Tokens that are targets of the loss.
-        rows_empty: Rows in the files that have nothing to learn; counted as rows_malformed is.
-        rows_partly_empty: Rows in the files of which an answer is empty and not learnt, and others are.
-        rows_in_files: Rows in all files of the sources, malformed and empty ones too.
+        rows_empty: Rows in the files without a trained token; counted like rows_malformed.
+        rows_partly_empty: Rows in the files with empty answers, which are not trained, and other answers.
+        rows_in_files: Rows in all files of the sources, including malformed and empty rows.
     """
 
     rows: int = 0
@@ -99,14 +98,14 @@ class Corpus:
     """The documents of an epoch.
 
     Attributes:
-        stores: The sources' tokens.
+        stores: Token store of each source.
         loss_on: Which turns are trained.
-        store: Which store each document is from, uint16, shape [documents].
-        row: Its row there, int64, shape [documents].
-        start: Its first token in that row, int64, shape [documents].
-        lengths: Its tokens, int64, shape [documents].
-        trained: Its trained tokens, int64, shape [documents].
-        source_counts: What became of each source's rows.
+        store: Index of the store of each document, uint16, shape [documents].
+        row: Its row in the store, int64, shape [documents].
+        start: Offset of its first token in the row, int64, shape [documents].
+        lengths: Its number of tokens, int64, shape [documents].
+        trained: Its number of trained tokens, int64, shape [documents].
+        source_counts: Token counts of each source.
     """
 
     stores: tuple[TokenStore, ...]
@@ -123,7 +122,7 @@ class Corpus:
 
     @property
     def counts(self) -> TokenCounts:
-        """What became of all rows."""
+        """Token counts over all sources."""
         return sum(self.source_counts, TokenCounts())
 
     def document(self, number: int) -> Document:
@@ -133,12 +132,13 @@ class Corpus:
         return Document(row.tokens[part], is_trained(row.turn[part], self.loss_on))
 
     def cut(self, pieces: Pieces) -> Corpus:
-        """Return the corpus with pieces of its documents as documents."""
+        """Return a corpus whose documents are pieces of the documents of this one."""
         store, row = self.store[pieces.document], self.row[pieces.document]
         start = self.start[pieces.document] + pieces.start
-        # Documents of one reading of a row follow one another in it; a repeated row begins anew.
-        goes_on = (np.diff(self.store) == 0) & (np.diff(self.row) == 0) & (np.diff(self.start) > 0)
-        reading = np.append(0, np.cumsum(~goes_on))[pieces.document]
+        # Consecutive documents belong to the same reading of a row if their start increases; a repeated row
+        # starts again. `reading` numbers these readings, shape [pieces].
+        continues = (np.diff(self.store) == 0) & (np.diff(self.row) == 0) & (np.diff(self.start) > 0)
+        reading = np.append(0, np.cumsum(~continues))[pieces.document]
         trained = np.zeros(len(row), np.int64)
         source_counts = []
         for number, counts in enumerate(self.source_counts):
@@ -161,16 +161,16 @@ class Corpus:
 
 
 def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int) -> Corpus:
-    """Choose the rows of an epoch and cut them to max_length.
+    """Select the rows of an epoch and cut them to max_length.
 
     Args:
-        stores: The tokens of each source.
-        sources: How often each is read.
-        data: Truncation, max_length and what is trained.
-        seed: Draws samples.
+        stores: Token store of each source.
+        sources: Sample size, repeat and weight of each source.
+        data: Truncation, max_length and loss_on.
+        seed: Seed of sampling.
 
     Raises:
-        SpecError: A sample is larger than its source, or no document is left.
+        SpecError: A sample is larger than its source, or no document remains.
     """
     parts: list[dict[str, Any]] = []
     source_counts: list[TokenCounts] = []
@@ -203,12 +203,12 @@ def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: Dat
 
 
 def choose_rows(count: int, source: SourceSpec, seed: Sequence[int]) -> Int64Array:
-    """Return the rows of a source that an epoch reads: a sample, each as often as repeat x weight says.
+    """Return the rows of a source that an epoch reads: a sample, each repeat * weight times.
 
     Args:
         count: Rows of the source.
         source: Gives sample, repeat and weight.
-        seed: Draws the sample, and which rows are read once more where repeat x weight is no whole number.
+        seed: Seed of the sample, and of the rows read once more for the fraction of repeat * weight.
 
     Returns:
         Row numbers, those of one pass ascending.
@@ -253,7 +253,7 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
 
 
 def _parts(whole: Int64Array, data: DataSpec) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Return the parts of rows that max_length leaves: which row, first token, tokens; none is empty."""
+    """Return the row, first token and length of each document after truncation, each [documents]."""
     limit = data.max_length
     at = np.flatnonzero(whole > 0)
     if data.truncation == "split":

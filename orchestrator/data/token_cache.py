@@ -147,7 +147,7 @@ def unseal(text: str) -> dict[str, Any]:
     checksum = values["checksum"]
     del values["checksum"]
     if zlib.crc32(json.dumps(values).encode()) != checksum:
-        raise ValueError("its checksum is another")
+        raise ValueError("checksum mismatch")
     return values
 
 
@@ -180,7 +180,7 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(name, str(error)) from None
         if zlib.crc32(data) != checksum:
-            raise self._damaged(_INDEX, "its checksum is another")
+            raise self._damaged(_INDEX, "checksum mismatch")
         self._index = np.load(folder / _INDEX, mmap_mode="r")
         self._checksums = [checksum for _, checksum in shards]
         self._first_rows = np.append(0, np.cumsum([rows for rows, _ in shards]))
@@ -266,7 +266,7 @@ class TokenStore:
             file = pa.memory_map(str(self.folder / name))
             if number not in self._tested:
                 if zlib.crc32(file.read_buffer()) != self._checksums[number]:
-                    raise self._damaged(name, "its checksum is another")
+                    raise self._damaged(name, "checksum mismatch")
                 self._tested.add(number)
                 file.seek(0)
             batch = ipc.open_file(file).get_batch(0)
@@ -281,7 +281,7 @@ class TokenStore:
     def _damaged(self, name: str, reason: str) -> ClusterError:
         return ClusterError(
             f"{self.folder / name} is damaged or not readable ({reason}); remove the folder {self.folder}, "
-            "and the data will be tokenised again"
+            "and the data will be tokenized again"
         )
 
 

@@ -254,7 +254,7 @@ DAMAGES = {
 def assert_damaged(problem: pytest.ExceptionInfo[ClusterError], folder: Path, name: str) -> None:
     text = str(problem.value)
     assert f"{folder / name} is damaged or not readable" in text
-    assert f"remove the folder {folder}, and the data will be tokenised again" in text
+    assert f"remove the folder {folder}, and the data will be tokenized again" in text
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
