@@ -1,13 +1,14 @@
-"""Causal attention that takes document boundaries itself: no token sees another document of its pack.
+"""Causal attention over packed documents: tokens attend within their own document only.
 
-The model is built with the attention implementation `documents`, registered here with transformers. The
-boundaries travel as a keyword argument of the model's forward call down to each layer; no mask is built.
+Models are built with the attention implementation `documents`, which this module registers with transformers.
+Document boundaries are a keyword argument of the model's forward call and reach each layer from there; no
+mask is materialized.
 
-On CUDA one variable-length flash call serves the whole row. Elsewhere, documents of like length are batched
-into one dense causal call each. A document may be padded at its end for that: under a causal mask no real
-token ever sees what comes after it, so the result is exact.
+Backends: `flash` runs one variable-length flash attention call per row (CUDA). `sdpa` batches documents of
+similar length and runs one causal scaled_dot_product_attention call per batch. Documents are padded on the
+right for that; under a causal mask no real token attends to the padding, so the result is exact.
 
-Sliding windows and capped scores are computed; whatever else a model asks of its attention is refused.
+Sliding windows and soft-capped scores are supported; other attention variants raise an error.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from orchestrator.parallel.ulysses import SequenceGroup
 
 IMPLEMENTATION = "documents"
 AttnBackend = Literal["flash", "sdpa"]
-_NOT_COMPUTED = {
+_UNSUPPORTED = {
     "s_aux": "attention sinks",
-    "position_bias": "a bias by position",
-    "head_mask": "a mask of heads",
+    "position_bias": "a position bias",
+    "head_mask": "a head mask",
 }
 
 
 @dataclass(frozen=True)
 class LengthGroup:
-    """Documents that share one dense call: `count` of them, each padded to `length` tokens."""
+    """A batch of `count` documents, each padded to `length` tokens, for one SDPA call."""
 
     count: int
     length: int
@@ -44,16 +45,16 @@ class LengthGroup:
 
 @dataclass(frozen=True)
 class VarlenMetadata:
-    """Where the documents of a row of T tokens lie.
+    """Boundaries of the documents in a row of T tokens.
 
     Attributes:
-        attn_backend: How attention is computed.
-        cu_seqlens: Start of each document and the end of the last, int32, shape [documents + 1] (flash).
-        max_seqlen: Tokens of the longest document.
-        groups: Documents batched by like length (sdpa).
-        gather: Row positions in the order of the groups, padding included, int64 (sdpa).
-        scatter: For each of the T positions its place in `gather`, int64, shape [T] (sdpa).
-        sequence: The workers that share the row; None where this one holds it alone.
+        attn_backend: `flash` or `sdpa`.
+        cu_seqlens: Cumulative document lengths, int32, shape [documents + 1], starting at 0 (flash).
+        max_seqlen: Tokens in the longest document.
+        groups: Batches of documents of similar length (sdpa).
+        gather: Row position of every slot of the padded groups, int64, shape [sum of count * length] (sdpa).
+        scatter: Index into `gather` of each row position, int64, shape [T] (sdpa).
+        sequence: Workers that share the row; None without sequence parallelism.
     """
 
     attn_backend: AttnBackend
@@ -72,7 +73,14 @@ class VarlenMetadata:
         device: torch.device,
         sequence: SequenceGroup | None = None,
     ) -> VarlenMetadata:
-        """Prepare a row whose documents have these lengths, in order; they sum to the slots of the row."""
+        """Return the metadata of a row.
+
+        Args:
+            lengths: Tokens in each document, in row order; their sum is T, so padding counts as documents.
+            attn_backend: `flash` or `sdpa`.
+            device: Device of the tensors.
+            sequence: Workers that share the row; None without sequence parallelism.
+        """
         sizes = torch.tensor(lengths, dtype=torch.int64)
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(sizes, 0, out=cu_seqlens[1:])
@@ -92,47 +100,54 @@ class VarlenMetadata:
 
 
 def _group(sizes: Tensor, cu_seqlens: Tensor) -> tuple[tuple[LengthGroup, ...], Tensor, Tensor]:
+    """Batch documents by rounded length; return the groups and the gather and scatter indices of the row.
+
+    Args:
+        sizes: Document lengths, int64, shape [documents].
+        cu_seqlens: Cumulative lengths, int64, shape [documents + 1].
+    """
     by_length: dict[int, list[int]] = defaultdict(list)
     for number, size in enumerate(sizes.tolist()):
         by_length[_round_up(size)].append(number)
     groups, pieces = [], []
     scatter = torch.empty(int(cu_seqlens[-1]), dtype=torch.int64)
-    at = 0
+    offset = 0  # slots of the groups so far: where the next group starts in `gather`
     for length, members in sorted(by_length.items()):
         chosen = torch.tensor(members)
-        places = torch.arange(length)
-        # Padding repeats the document's last position; what is computed there is never read.
-        inside = torch.minimum(places, sizes[chosen, None] - 1) + cu_seqlens[chosen, None]
-        real = places < sizes[chosen, None]
-        where = at + torch.arange(inside.numel()).view_as(inside)
-        scatter[inside[real]] = where[real]
+        slots = torch.arange(length)
+        # [count, length]: row position of each slot. Padding slots repeat the document's last position, which
+        # keeps the index valid; attention outputs there are discarded by `scatter`.
+        positions = torch.minimum(slots, sizes[chosen, None] - 1) + cu_seqlens[chosen, None]
+        is_token = slots < sizes[chosen, None]  # [count, length]; False in the padding
+        indices = offset + torch.arange(positions.numel()).view_as(positions)  # [count, length], in `gather`
+        scatter[positions[is_token]] = indices[is_token]
         groups.append(LengthGroup(len(members), length))
-        pieces.append(inside.flatten())
-        at += inside.numel()
+        pieces.append(positions.flatten())
+        offset += positions.numel()
     return tuple(groups), torch.cat(pieces), scatter
 
 
 def _round_up(length: int) -> int:
-    """Round a length up by at most an eighth, so that fewer, larger calls remain."""
-    grain = max(8, 1 << max(0, length.bit_length() - 4))
-    return -(-length // grain) * grain
+    """Round a length up by at most 1/8 (or to a multiple of 8), for fewer and larger SDPA calls."""
+    multiple = max(8, 1 << max(0, length.bit_length() - 4))
+    return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class CausalMask:
-    """Stands where transformers would build a mask of T x T, and says what that mask would let through.
+    """Placeholder for the [T, T] mask of transformers, which would need O(T^2) memory.
 
     Attributes:
-        window: Tokens that a token sees, itself included; None means all before it.
+        window: Sliding window in tokens, including the query's own; None for full causal attention.
     """
 
     window: int | None
 
     def __getattr__(self, name: str) -> Any:
-        """Tell why, where a model works on the mask itself."""
+        """Raise an error with the reason, for models that use the mask as a tensor."""
         raise AttributeError(
-            f"the model asks for `{name}` of its attention mask, which is never built here; this "
-            "architecture is not supported"
+            f"the model reads `{name}` of its attention mask, but no mask is built for packed documents; "
+            "this architecture is not supported"
         )
 
 
@@ -147,30 +162,30 @@ def document_attention(
     documents: VarlenMetadata | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each document, in the form in which transformers calls an attention function.
+    """Compute causal attention within each document; has the signature of transformers' attention functions.
 
     Args:
-        module: The layer that calls.
-        query: Shape [1, heads, T, head_dim]; T is this worker's part of the row, if several share it.
+        module: The attention layer.
+        query: Shape [1, heads, T, head_dim]; with sequence parallelism T is this worker's part of the row.
         key: Shape [1, kv_heads, T, head_dim]; heads is a multiple of kv_heads.
-        value: As key; its head_dim may differ, and is that of the output.
-        attention_mask: What `_mask` gave, or None; boundaries come from `documents`.
+        value: Shape [1, kv_heads, T, value_dim]; value_dim may differ from head_dim.
+        attention_mask: Result of `_mask` or None; document boundaries come from `documents`.
         scaling: Factor of the scores; None means head_dim ** -0.5.
-        dropout: Probability of dropping an attention weight.
-        documents: The boundaries.
-        **kwargs: What the model passes besides: `sliding_window`, `softcap`; other variants are refused.
+        dropout: Dropout probability of attention weights.
+        documents: Document boundaries.
+        **kwargs: Further options of the model: `sliding_window` and `softcap`; others raise an error.
 
     Returns:
-        Output of shape [1, T, heads, head_dim], and None for the weights.
+        Output of shape [1, T, heads, value_dim], and None in place of the attention weights.
 
     Raises:
-        ValueError: The architecture does not hand boundaries down, or wants a variant that is not supported.
+        ValueError: The architecture does not pass the boundaries, or uses an unsupported attention variant.
     """
     name = type(module).__name__
     is_masked = attention_mask is not None and not isinstance(attention_mask, CausalMask)
     if documents is None or is_masked or query.shape[0] != 1:
         raise ValueError(
-            f"{name} does not hand document boundaries down to its attention, so packed documents would see "
+            f"{name} does not pass document boundaries to its attention, so packed documents would attend to "
             "each other; this architecture is not supported"
         )
     _refuse_variants(module, documents.max_seqlen, kwargs)
@@ -179,14 +194,16 @@ def document_attention(
     compute = _flash if documents.attn_backend == "flash" else _sdpa
     sequence = documents.sequence
     if sequence is None:
+        # [1, heads, T, head_dim] -> [T, heads, head_dim], the layout of variable-length attention
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         return compute(q, k, v, documents, scoring).unsqueeze(0), None
+    # Ulysses: [1, heads, T / sp, head_dim] -> [T, heads / sp, head_dim] and back
     q, k, v = (sequence.to_heads(tensor) for tensor in (query, key, value))
     return sequence.to_sequence(compute(q, k, v, documents, scoring)).unsqueeze(0), None
 
 
 def _refuse_variants(module: nn.Module, max_seqlen: int, options: Mapping[str, Any]) -> None:
-    """Refuse what is neither computed here nor without effect on documents of this length."""
+    """Raise ValueError for attention variants that are not computed and affect documents of this length."""
     name = type(module).__name__
     chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)  # Llama 4
     if chunk is not None and chunk < max_seqlen:
@@ -195,16 +212,17 @@ def _refuse_variants(module: nn.Module, max_seqlen: int, options: Mapping[str, A
             f"data.max_length to at most {chunk}"
         )
     if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
-        raise ValueError(f"{name} is not causal: its tokens see what follows them, which cannot be trained")
-    asked = [option for option in _NOT_COMPUTED if options.get(option) is not None]
-    if asked:
-        raise ValueError(f"{name} passes {asked[0]} ({_NOT_COMPUTED[asked[0]]}), which is not computed here")
+        raise ValueError(f"{name} is not causal: tokens attend to later tokens; use a causal model")
+    given = [option for option in _UNSUPPORTED if options.get(option) is not None]
+    if given:
+        raise ValueError(f"{name} passes {given[0]} ({_UNSUPPORTED[given[0]]}), which is not supported")
 
 
 def _window(name: str, mask: Tensor | CausalMask | None, passed: int | None, max_seqlen: int) -> int | None:
-    """Return the window of a layer, if it is shorter than a document.
+    """Return a layer's sliding window in tokens; None if no document is longer.
 
-    Some layers are told their window; with others only the mask knows it. Where both speak they must agree.
+    Some architectures pass the window to the attention function, others only build it into the mask; if both
+    are given they must agree.
     """
 
     def effective(window: int | None) -> int | None:
@@ -215,14 +233,16 @@ def _window(name: str, mask: Tensor | CausalMask | None, passed: int | None, max
     window = effective(mask.window)
     if passed is not None and effective(passed) != window:
         raise ValueError(
-            f"{name} has a sliding window of {passed} tokens, and its mask one of {mask.window}, so that one "
-            "of them is not meant; this architecture is not supported"
+            f"{name} passes sliding_window={passed}, but its attention mask has a window of {mask.window}; "
+            "this architecture is not supported"
         )
     return window
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scoring: AttentionOptions) -> Tensor:
-    # One split, whose backward pass is one concatenation: that of a slice would fill a whole row each time.
+    """Run one SDPA call per group; q, k, v and the result have shape [T, heads, head_dim]."""
+    # index_select brings documents into group order, padding included. split_with_sizes rather than slices:
+    # its backward is one concatenation, while that of each slice allocates zeros for the whole row.
     sizes = [group.count * group.length for group in documents.groups]
     pieces = zip(
         *(tensor.index_select(0, documents.gather).split_with_sizes(sizes) for tensor in (q, k, v)),
@@ -230,16 +250,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scoring: A
     )
     outputs = []
     for group, piece in zip(documents.groups, pieces, strict=True):
+        # [count * length, heads, head_dim] -> [count, heads, length, head_dim]
         queries, keys, values = (
             tensor.view(group.count, group.length, *tensor.shape[1:]).transpose(1, 2) for tensor in piece
         )
         outputs.append(attend(queries, keys, values, scoring).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, documents.scatter)
+    return torch.cat(outputs).index_select(0, documents.scatter)  # drops the padding, restores row order
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scoring: AttentionOptions) -> Tensor:
+    """Run one variable-length flash call; q, k, v and the result have shape [T, heads, head_dim]."""
     cu_seqlens, max_seqlen = documents.cu_seqlens, documents.max_seqlen
-    # Flash counts the tokens before the one that looks, we and transformers that one as well.
+    # Flash attention excludes the query's own token from the window size; transformers includes it.
     window = (-1 if scoring.window is None else scoring.window - 1, 0)
     if _has_flash_attn():
         from flash_attn import flash_attn_varlen_func
@@ -270,34 +292,34 @@ def _has_flash_attn() -> bool:
 
 
 def select_attn_backend(
-    wanted: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype, config: Any = None
+    requested: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype, config: Any = None
 ) -> AttnBackend:
     """Return the attention backend: flash for bf16 and fp16 on CUDA devices of capability 8.0 or higher.
 
     Args:
-        wanted: What the job says.
-        device: Where it runs.
-        dtype: Number format of the model.
-        config: The model's; some of what it may ask for, only the package flash-attn computes on flash.
+        requested: `model.attention` of the job.
+        device: Device of the model.
+        dtype: dtype of the model.
+        config: Config of the model; with flash, soft caps and dropout require the package flash-attn.
 
     Raises:
-        SpecError: Flash is wanted for what the package would have to compute, and it is not installed.
+        SpecError: Flash was requested for a model that requires the package flash-attn, which is missing.
     """
-    asked = {name: getattr(config, name, None) for name in ("attn_logit_softcapping", "attention_dropout")}
-    beyond_torch = [] if _has_flash_attn() else [f"{name}={value}" for name, value in asked.items() if value]
-    if wanted == "flash" and beyond_torch:
+    options = {name: getattr(config, name, None) for name in ("attn_logit_softcapping", "attention_dropout")}
+    needs_package = [f"{name}={value}" for name, value in options.items() if value and not _has_flash_attn()]
+    if requested == "flash" and needs_package:
         raise SpecError(
-            f"model.attention=flash cannot compute {beyond_torch[0]} without the package flash-attn; install "
+            f"model.attention=flash cannot compute {needs_package[0]} without the package flash-attn; install "
             "the extra `cuda`, or use attention: auto"
         )
-    if wanted != "auto":
-        return wanted
-    able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not beyond_torch
-    return "flash" if able and torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
+    if requested != "auto":
+        return requested
+    is_supported = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not needs_package
+    return "flash" if is_supported and torch.cuda.get_device_capability(device) >= (8, 0) else "sdpa"
 
 
 def register() -> None:
-    """Make `documents` known to transformers, as attention and as a mask that is never built."""
+    """Register `documents` with transformers as an attention function and a mask function."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, document_attention)
@@ -305,14 +327,14 @@ def register() -> None:
 
 
 def _mask(*args: Any, **kwargs: Any) -> CausalMask:
-    """Say which mask of T x T transformers would build here.
+    """Return a placeholder for the mask that transformers would build.
 
     Raises:
-        ValueError: It would not be causal, or a model changes it.
+        ValueError: The mask is not plainly causal.
     """
-    # Only masks that look both ways are offered to be left out on that account; only masks that a model
-    # changes itself need vmap.
+    # transformers passes allow_is_bidirectional_skip only for bidirectional masks, and use_vmap only for
+    # masks with functions added by the model.
     if "allow_is_bidirectional_skip" in kwargs or kwargs.get("use_vmap"):
         name = type(kwargs.get("config")).__name__
-        raise ValueError(f"the attention mask of {name} is not plainly causal; it is not supported")
+        raise ValueError(f"the attention mask of {name} is not plainly causal, which is not supported")
     return CausalMask(kwargs.get("local_size"))

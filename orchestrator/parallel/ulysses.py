@@ -1,9 +1,10 @@
-"""Ulysses: between layers a worker holds a part of the row; inside attention, all of it for some heads.
+"""Ulysses sequence parallelism: rows are sharded by token between layers and by head inside attention.
 
-Two all-to-alls around attention change from one to the other (Jacobs et al., arXiv 2309.14509). Attention
-itself then sees whole documents and their boundaries, as it does without sequence parallelism, so packing
-stays exact on every kernel. DeepSpeed's engine is not told: to it each worker is one with data of its own,
-its sums over all workers are right, and every ZeRO path divides them by the same number.
+An all-to-all before and one after attention switch between the two (Jacobs et al., arXiv 2309.14509).
+Attention then runs on whole documents with their boundaries, as without sequence parallelism, so packing
+stays exact with every attention backend. The DeepSpeed engine does not know of it: it treats each worker as a
+data-parallel one, its gradient sums over all workers are correct, and every ZeRO stage divides them by the
+same number (`ParallelDims.gradient_divisor`).
 """
 
 from __future__ import annotations
@@ -23,65 +24,68 @@ class SequenceGroup:
     """The workers that share a row.
 
     Attributes:
-        handle: Their process group.
-        size: How many they are.
+        handle: Process group.
+        size: Number of workers, sp.
     """
 
     handle: Any
     size: int
 
     def to_heads(self, tensor: Tensor) -> Tensor:
-        """Exchange a part of the row with all heads for all of the row with a part of the heads.
+        """Switch from sequence shards with all heads to the whole row with a shard of the heads.
 
-        Fewer heads than workers are repeated, so that each worker gets the one that its query heads attend
-        with; their gradients are summed on the way back.
+        KV heads fewer than workers are repeated first, so that each worker gets the one that its query heads
+        use; autograd sums the gradients of the repeated heads.
 
         Args:
             tensor: Queries, keys or values, shape [1, heads, T / size, head_dim].
 
         Returns:
-            Shape [T, heads / size, head_dim]; one head where there are fewer than workers.
+            Shape [T, max(heads / size, 1), head_dim].
         """
         heads = tensor.shape[1]
         if heads < self.size:
             tensor = tensor.repeat_interleave(self.size // heads, dim=1)
-        return _exchange(tensor.transpose(1, 2), self.handle, scatter=2, gather=1).squeeze(0)
+        # [1, heads, T / sp, d] -> [1, T / sp, heads, d] -> all-to-all -> [1, T, heads / sp, d]
+        return _all_to_all(tensor.transpose(1, 2), self.handle, scatter=2, gather=1).squeeze(0)
 
     def to_sequence(self, tensor: Tensor) -> Tensor:
-        """Exchange back.
+        """Switch back from head shards to sequence shards.
 
         Args:
-            tensor: What attention gave, shape [T, heads / size, head_dim].
+            tensor: Attention output, shape [T, heads / size, head_dim].
 
         Returns:
             Shape [T / size, heads, head_dim].
         """
-        return _exchange(tensor.unsqueeze(0), self.handle, scatter=1, gather=2).squeeze(0)
+        # [1, T, heads / sp, d] -> all-to-all -> [1, T / sp, heads, d]
+        return _all_to_all(tensor.unsqueeze(0), self.handle, scatter=1, gather=2).squeeze(0)
 
 
-def _exchange(tensor: Tensor, group: Any, scatter: int, gather: int) -> Tensor:
-    """Run DeepSpeed's differentiable all-to-all on [1, T, heads, head_dim]."""
+def _all_to_all(tensor: Tensor, group: Any, scatter: int, gather: int) -> Tensor:
+    """Run DeepSpeed's differentiable all-to-all: split dimension `scatter`, concatenate along `gather`."""
     from deepspeed.sequence.layer import _SeqAllToAll
 
     exchanged: Tensor = _SeqAllToAll.apply(group, tensor.contiguous(), scatter, gather, 0)
     return exchanged
 
 
-def join(layout: ParallelDims, collective_timeout_seconds: int) -> SequenceGroup | None:
-    """Make the groups of workers that share a row, and return this worker's, if there are any.
+def create_sequence_group(dims: ParallelDims, collective_timeout_seconds: int) -> SequenceGroup | None:
+    """Create the process groups of sequence parallelism and return this worker's; None if the degree is 1.
 
-    Every worker calls it once, after the process group is initialised.
+    Collective: every worker must call it once, after torch.distributed is initialized.
 
     Args:
-        layout: The degrees.
-        collective_timeout_seconds: How long an exchange may wait.
+        dims: Parallel dimensions.
+        collective_timeout_seconds: Timeout of an all-to-all.
     """
-    size = layout.sequence_parallel_size
+    size = dims.sequence_parallel_size
     if size == 1:
         return None
-    mine = None
-    for ranks in layout.sequence_groups():
+    own = None
+    for ranks in dims.sequence_groups():
+        # new_group is collective over the world: every rank creates every group, in the same order.
         handle = dist.new_group(ranks, timeout=timedelta(seconds=collective_timeout_seconds))
         if dist.get_rank() in ranks:
-            mine = SequenceGroup(handle, size)
-    return mine
+            own = SequenceGroup(handle, size)
+    return own

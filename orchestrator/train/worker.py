@@ -100,7 +100,7 @@ def _train_with(
         evaluation=evaluation,
         rank=rank,
         layout=config.layout,
-        sequence=ulysses.join(config.layout, job.run.collective_timeout_seconds),
+        sequence=ulysses.create_sequence_group(config.layout, job.run.collective_timeout_seconds),
         device=device,
         attn_backend=select_attn_backend(job.model.attention, device, dtype, model.config),
         shape=ModelDims.from_config(load_config(job.model).to_dict()),

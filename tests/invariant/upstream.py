@@ -68,7 +68,7 @@ def block_mask(lengths: list[int]) -> torch.Tensor:
 def score_with_ours(task: worker.Task) -> worker.Answer:
     """Return the mean loss of each row, shared by the group as the project shares it."""
     layout = ParallelDims(dist.get_world_size(), dist.get_world_size())
-    sequence = ulysses.join(layout, 60)
+    sequence = ulysses.create_sequence_group(layout, 60)
     spec = ModelSpec(path=task["model"], gradient_checkpointing=False)
     model = build_model(material.job_with(spec), torch.float32, {"zero_optimization": {"stage": 2}})
     losses = {}

@@ -124,7 +124,7 @@ def train_context(task: Task, model: Any) -> TrainContext:
         evaluation=evaluation,
         rank=dist.get_rank(),
         layout=layout,
-        sequence=ulysses.join(layout, 60),
+        sequence=ulysses.create_sequence_group(layout, 60),
         device=torch.device("cpu"),
         attn_backend="sdpa",
         shape=None,

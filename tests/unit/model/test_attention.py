@@ -143,16 +143,16 @@ def refused(**options: Any) -> str:
 
 
 def test_without_boundaries_nothing_is_computed() -> None:
-    assert "Linear does not hand document boundaries down" in refused(documents=None)
+    assert "Linear does not pass document boundaries" in refused(documents=None)
     documents = VarlenMetadata.from_lengths([6, 3], "sdpa", CPU)
-    assert "does not hand document boundaries" in refused(
+    assert "does not pass document boundaries" in refused(
         documents=documents, attention_mask=torch.ones(9, 9)
     )
 
 
 def test_more_than_one_row_is_refused() -> None:
     rows = [tensor.expand(2, -1, -1, -1) for tensor in tensors([6, 3], 2, 2, torch.float32)]
-    with pytest.raises(ValueError, match="does not hand document boundaries"):
+    with pytest.raises(ValueError, match="does not pass document boundaries"):
         document_attention(
             nn.Identity(), *rows, None, documents=VarlenMetadata.from_lengths([6, 3], "sdpa", CPU)
         )
@@ -200,7 +200,7 @@ def test_a_window_that_only_the_mask_knows_is_taken() -> None:
 def test_a_layer_and_a_mask_that_do_not_agree_on_the_window_are_refused() -> None:
     documents = VarlenMetadata.from_lengths([6, 3], "sdpa", CPU)
     sentence = refused(documents=documents, attention_mask=attention.CausalMask(None), sliding_window=5)
-    assert "sliding window of 5 tokens, and its mask one of None" in sentence
+    assert "sliding_window=5, but its attention mask has a window of None" in sentence
     parts = tensors([6, 3], 2, 2, torch.float32)
     document_attention(
         nn.Identity(), *parts, attention.CausalMask(None), documents=documents, sliding_window=6
@@ -208,7 +208,7 @@ def test_a_layer_and_a_mask_that_do_not_agree_on_the_window_are_refused() -> Non
 
 
 def test_a_model_that_works_on_its_mask_is_told_why_it_cannot() -> None:
-    with pytest.raises(AttributeError, match="asks for `shape` of its attention mask"):
+    with pytest.raises(AttributeError, match="reads `shape` of its attention mask"):
         attention.CausalMask(None).shape  # noqa: B018
 
 
@@ -267,7 +267,7 @@ def test_a_token_of_one_document_changes_no_logit_of_another(model: Any) -> None
 
 
 def test_a_model_that_is_called_without_boundaries_fails(model: Any) -> None:
-    with pytest.raises(ValueError, match="LlamaAttention does not hand document boundaries down"):
+    with pytest.raises(ValueError, match="LlamaAttention does not pass document boundaries"):
         model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
 
 
