@@ -309,8 +309,8 @@ def select_attn_backend(
     needs_package = [f"{name}={value}" for name, value in options.items() if value and not _has_flash_attn()]
     if requested == "flash" and needs_package:
         raise SpecError(
-            f"model.attention=flash cannot compute {needs_package[0]} without the package flash-attn; install "
-            "the extra `cuda`, or use attention: auto"
+            f"model.attention=flash cannot compute {needs_package[0]} without the package flash-attn; "
+            "install the extra `cuda`, or use attention: auto"
         )
     if requested != "auto":
         return requested
