@@ -72,6 +72,10 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
     **_same("method.dropout", "lora_dropout"),
     **_same("method.target_modules", "target_module", "lora_attn_modules", "lora_target_linear"),
     **_same("method.train_embeddings", "modules_to_save", "lora_modules_to_save", "additional_target"),
+    **_same(
+        "method.type", "adapter",
+        remark="lora; QLoRA also needs method.quantization; method.adapter is a folder to start from"
+    ),
     **_same("method.use_rslora", "peft_use_rslora", "rslora"),
     **_same("method.use_dora", "peft_use_dora", "dora"),
     **_same("method.adapter", "adapter_name_or_path", "lora_model_dir", "adapters", "resume_from_adapter"),
@@ -114,7 +118,11 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
         "parallel.workers", "num_processes", "nproc_per_node", "num_gpus", "world_size", "num_workers",
         "n_gpus", remark="all workers together, one per GPU"
     ),
-    **_same("parallel.zero_stage", "zero_optimization", "stage", remark="0, 1, 2 or 3"),
+    **_same("parallel.zero_stage", "zero_optimization", remark="0, 1, 2 or 3"),
+    **_same(
+        "parallel.zero_stage", "stage",
+        remark="of ZeRO: 0, 1, 2 or 3; supervised fine-tuning is the only training stage"
+    ),
     **_same(
         "parallel.zero_stage", "deepspeed", "deepspeed_config", "ds_config",
         remark="set parallel.zero_stage and parallel.offload_*; `orchestrator render` prints the result"
@@ -201,6 +209,10 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
     ),
 }  # fmt: skip
 """By the name in lower case with underscores."""
+
+
+SECTION_VALUES: Mapping[str, str] = {"model": "model.path", "data": "data.train", "optim": "optim.optimizer"}
+"""Sections that other trainers write as a single value, and the field for that value."""
 
 
 def equivalent(name: str) -> Equivalent | None:

@@ -311,7 +311,9 @@ def message_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str:
     if kind == "string_pattern_mismatch":
         return f"{field}={shown} has invalid characters; it must match {context['pattern']}"
     if kind in ("model_type", "model_attributes_type"):
-        return f"{field}={shown} is not a section; write its fields indented below the key"
+        value_field = field_names.SECTION_VALUES.get(field)
+        hint = f"; for a single value use {value_field}" if value_field and model is JobSpec else ""
+        return f"{field}={shown} is not a section; write its fields indented below the key{hint}"
     if kind == "tuple_type":
         return f"{field}={shown} has the wrong type; it must be a list"
     if kind == "bool_type":
@@ -325,10 +327,10 @@ def message_of(detail: ErrorDetails, model: type[BaseModel], thing: str) -> str:
 def _did_you_mean(location: Location, model: type[BaseModel]) -> str:
     name, fields = str(location[-1]), _fields_at(location[:-1], model)
     is_job = model is JobSpec
-    if is_job and (elsewhere := [field for field in dotted_fields() if field.split(".")[-1] == name]):
-        return f"use {' or '.join(elsewhere)}"
     if is_job and (answer := field_names.remedy(name)):
         return answer
+    if is_job and (elsewhere := [field for field in dotted_fields() if field.split(".")[-1] == name]):
+        return f"use {' or '.join(elsewhere)}"
     close = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"fields here: {', '.join(fields)}"
 

@@ -51,6 +51,9 @@ def test_the_error_for_every_name_says_what_to_write(name: str, section: str) ->
         ("optim.schedule", "use optim.lr_scheduler"),
         ("data.template", "use data.chat_template"),
         ("lr", "use optim.lr"),
+        ("adapter", "use method.type (lora;"),
+        ("stage", "use parallel.zero_stage (of ZeRO: 0, 1, 2 or 3"),
+        ("train_batch_size", "use optim.global_batch_size"),
         ("zero_stage", "use parallel.zero_stage"),
         ("every_steps", "use eval.every_steps or checkpoint.every_steps"),
         ("optim.Learning-Rate", "use optim.lr"),
@@ -64,3 +67,13 @@ def test_a_name_of_elsewhere_gets_the_right_one(written: str, answer: str) -> No
 def test_a_name_is_looked_up_whatever_its_case_and_separators() -> None:
     assert equivalent("Learning-Rate") == Equivalent("optim.lr")
     assert equivalent("never_heard_of") is None
+
+
+@pytest.mark.parametrize(
+    ("written", "field"),
+    [("optim=adamw_torch", "optim.optimizer"), ("model=org/name", "model.path"), ("data=rows", "data.train")],
+)
+def test_a_section_written_as_one_value_names_the_field_for_it(written: str, field: str) -> None:
+    assert f"is not a section; write its fields indented below the key; for a single value use {field}" in (
+        refusal([written])
+    )
