@@ -4,6 +4,7 @@ Ray puts the working directory of a job first on `sys.path`, and a project may h
 `cluster` or `ds_configs`, like the top-level folders of this repository.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from orchestrator import __version__
 from orchestrator.config import loader
 from orchestrator.package_data import RESOURCES, ROOT
 from orchestrator.submit import working_dir
+from orchestrator.train import ray_session
 
 pytestmark = pytest.mark.process
 
@@ -152,3 +154,10 @@ def test_the_old_module_of_the_command_works_in_a_checkout() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "1 job file valid\n"), done.stderr
+
+
+def test_earlier_module_names_still_import() -> None:
+    code = "from launch.submit import submit; from orchestrator.jobfile import load; print(load.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "orchestrator.config.loader\n"), done.stderr
+    assert importlib.import_module("orchestrator.train.session").connected is ray_session.connected
