@@ -1,4 +1,9 @@
-"""Turning rows into text, and text into tokens that know which turn of the conversation they belong to."""
+"""Renders rows with a chat template and tokenizes them, labelling every token as context or answer.
+
+The character spans of the answers come from the template's `{% generation %}` marks or, for a template
+without them, from a comparison of the conversation rendered with and without each answer. Each span is then
+mapped to token positions, and the labels are stored per token so that `loss_on` can be chosen later.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from orchestrator.data.formats import Malformed
 from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens, has_content, is_learnt
 from orchestrator.errors import SpecError
 
-# Stanford Alpaca's two prompts, word for word: models and published tables depend on them.
+# Verbatim prompts of Stanford Alpaca: fine-tuned models and published results depend on the exact text.
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -33,16 +38,19 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Template = Literal["chat", "alpaca"]
 CONTEXT, RESPONSE, LAST_RESPONSE = 0, 1, 2
-"""What a token is: no answer, an answer with another one after it, or the last answer of its row."""
+"""Label of a token: outside every answer, in an answer before the last one, or in the last answer of the row.
+
+The values are ordered, so `turn >= RESPONSE` selects all answers and `turn >= LAST_RESPONSE` only the last.
+"""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised row, whole.
+    """A tokenized row before truncation.
 
     Attributes:
         tokens: Token ids, uint32, shape [length].
-        turn: CONTEXT, RESPONSE or LAST_RESPONSE for each token, uint8, shape [length].
+        turn: CONTEXT, RESPONSE or LAST_RESPONSE of each token, uint8, shape [length].
     """
 
     tokens: npt.NDArray[np.uint32]
@@ -51,11 +59,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text.
+    """A row rendered as text.
 
     Attributes:
-        text: All of it, special tokens included.
-        answers: Start and end of each part that is to be learnt, in characters, ascending.
+        text: The complete text, including special tokens.
+        answers: Half-open character ranges (start, end) of the trained answers, ascending and disjoint.
     """
 
     text: str
@@ -63,10 +71,10 @@ class Rendered:
 
 
 def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Template:
-    """Return the template that is used.
+    """Return the template for instruction rows; `auto` prefers the tokenizer's chat template.
 
     Raises:
-        SpecError: A chat template is asked for and the tokenizer has none.
+        SpecError: `wanted` is `chat` and the tokenizer has no chat template.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if wanted == "chat" and not has_chat:
@@ -81,18 +89,17 @@ def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Templat
 def render(
     row: Conversation | Instruction | Text, template: Template, tokenizer: Any, learn_ends: bool = False
 ) -> Rendered:
-    """Return a row's text and which parts of it are answers.
+    """Render a row as text and locate its answers.
 
     Args:
-        row: A row that is not tokenised yet.
-        template: Alpaca's prompt or the tokenizer's chat template, for instructions; conversations always
-            take
-            the chat template, and plain text takes none.
-        tokenizer: Gives the chat template and the special tokens.
-        learn_ends: Whether what ends an empty answer of a conversation is part of the answers.
+        row: A row that is not tokenized yet.
+        template: Template for instruction rows. Conversations always use the chat template; plain text uses
+            none.
+        tokenizer: Provides the chat template and the special tokens.
+        learn_ends: Whether the end-of-turn tokens of an empty answer in a conversation count as an answer.
 
     Raises:
-        Malformed: The chat template refuses the row, or hides which part of it is the answer.
+        Malformed: The chat template raised an error, or the answers cannot be located in its output.
     """
     begin, end = tokenizer.bos_token or "", tokenizer.eos_token or ""
     if isinstance(row, Text):
@@ -118,17 +125,20 @@ def encode(
     encoder: Encoder | None = None,
     learn_ends: bool = False,
 ) -> list[Encoded | Malformed]:
-    """Tokenise rows whole, exactly as the tokenizer writes a whole conversation.
+    """Tokenize rows without truncation.
+
+    Token ids equal those of `tokenizer.apply_chat_template(..., tokenize=True)`: the whole conversation is
+    tokenized at once, never turn by turn.
 
     Args:
         rows: Any number of rows.
         tokenizer: A fast Hugging Face tokenizer.
-        template: As `choose` returned it.
-        encoder: The tokenizer with the words that it remembers of earlier rows.
-        learn_ends: As `render` takes it.
+        template: The result of `choose`.
+        encoder: An encoder to reuse, with its cache of words from earlier rows; None creates one.
+        learn_ends: See `render`.
 
     Returns:
-        For each row its tokens, or why it has none.
+        One entry per row, in order: its tokens, or the reason why it could not be tokenized.
     """
     results: list[Encoded | Malformed | Rendered] = []
     for row in rows:
@@ -139,6 +149,8 @@ def encode(
                 results.append(render(row, template, tokenizer, learn_ends))
         except Malformed as problem:
             results.append(problem)
+    # borders[i] is the flat list [start 0, end 0, start 1, end 1, ...] of text i, in characters; the encoder
+    # returns the same list in tokens.
     texts = [result for result in results if isinstance(result, Rendered)]
     borders = [[place for answer in each.answers for place in answer] for each in texts]
     encoded = iter((encoder or Encoder(tokenizer)).encode([each.text for each in texts], borders))
@@ -146,7 +158,16 @@ def encode(
 
 
 def _mark(rendered: Rendered, tokens: npt.NDArray[np.uint32], borders: Sequence[int]) -> Encoded:
-    """Return tokens with their turns; an answer begins with the token that holds its first character."""
+    """Label tokens by the answer that contains them.
+
+    An answer starts at the token that contains its first character, so a token that spans the end of the
+    prompt and the start of the answer belongs to the answer.
+
+    Args:
+        rendered: The text and its answers.
+        tokens: Token ids, shape [length].
+        borders: Token positions [start 0, end 0, start 1, end 1, ...], one pair per answer.
+    """
     turn = np.zeros(len(tokens), np.uint8)
     for number, (first, stop) in enumerate(zip(borders[::2], borders[1::2], strict=True), start=1):
         turn[first:stop] = LAST_RESPONSE if number == len(rendered.answers) else RESPONSE
@@ -192,7 +213,7 @@ def _chat(row: Conversation, tokenizer: Any, learn_ends: bool) -> Rendered:
         _require_tools_written(row, rendered.text)
     except Malformed:
         raise
-    except Exception as error:  # a template is a program of others and can fail in any way
+    except Exception as error:  # a template is third-party Jinja code and can raise anything
         raise Malformed(
             f"the model's chat template refuses the row ({error}); change the row, or the template (rows of "
             "one instruction can also use data.chat_template: alpaca)"
@@ -202,7 +223,14 @@ def _chat(row: Conversation, tokenizer: Any, learn_ends: bool) -> Rendered:
 
 @dataclass(frozen=True)
 class _Writer:
-    """A chat template with what every row of a tokenizer needs."""
+    """Renders conversations with one chat template.
+
+    Attributes:
+        source: Jinja source of the template.
+        tools: JSON schemas of the row's tools; None without tools.
+        special: Special tokens by name (`bos_token`, `eos_token`, ...), as template variables.
+        learn_ends: See `render`.
+    """
 
     source: str
     tools: list[Mapping[str, Any]] | None
@@ -221,13 +249,13 @@ class _Writer:
         return (texts[0], spans[0]) if marks else texts[0]
 
     def marked(self, row: Conversation) -> Rendered | None:
-        """Return the answers that the template marks itself; None where it marks none."""
+        """Locate answers by the template's `{% generation %}` marks; None if it marked nothing."""
         text, spans = self.write(row.messages, marks=True)
         if not spans:
             return None
         answers = [each for each in row.messages if each["role"] == "assistant"]
         spoken = [each for each in answers if has_content(each)]
-        if len(spoken) == len(spans):  # a template may mark nothing where an answer has no text
+        if len(spoken) == len(spans):  # some templates do not mark answers without text
             answers = spoken
         learnt = [is_learnt(each, self.learn_ends) for each in answers]
         if not all(learnt):
@@ -241,7 +269,16 @@ class _Writer:
         return Rendered(text, tuple((start, end) for start, end in spans if end > start))
 
     def compared(self, row: Conversation) -> Rendered:
-        """Return the answers as what the template adds to a conversation when it is answered."""
+        """Locate answers by rendering prefixes of the conversation.
+
+        Answer i starts where the rendered messages before it end (with the generation prompt) and ends where
+        the rendered messages including it end. Templates that rewrite earlier answers are handled by
+        `_end_when_rewritten`.
+
+        Raises:
+            Malformed: The template renders an answer differently once messages follow it, and its range in
+                the whole text cannot be determined.
+        """
         whole = self.write(row.messages)
         answers: list[tuple[int, int]] = []
         for at, message in enumerate(row.messages):
@@ -259,22 +296,34 @@ class _Writer:
         return Rendered(whole, tuple(answers))
 
     def _until_answer(self, messages: Sequence[Mapping[str, Any]], at: int, answered: str) -> str:
-        if at == 0:  # nothing to ask the template for: what two different answers have in common is no answer
+        # Many templates reject an empty conversation, so the prompt of a first message is found as the common
+        # prefix of two conversations whose answers start with different characters.
+        if at == 0:
             other = "a" if messages[0]["content"].startswith("b") else "b"
             pairs = zip(answered, self.write([{"role": "assistant", "content": other}]), strict=False)
             return answered[: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))]
         text: str = self.write(messages[:at], add_generation_prompt=True)
         if messages[at - 1]["role"] == "assistant" and not answered.startswith(text):
-            text = self.write(messages[:at])  # an answer that goes on with the one before it
+            text = self.write(messages[:at])  # the template merges consecutive assistant messages
         return text
 
 
 def _end_when_rewritten(whole: str, prompt: str, answered: str, content: str) -> int | None:
-    """Return where an answer ends that the template shortens once more follows, as Qwen3 does with thinking.
+    """Locate the end of an answer that the template shortens once messages follow it.
 
-    What is left of it must be the end of its content, and be followed by what follows it when it is the last.
+    Qwen3, for example, drops the reasoning of earlier answers. The remaining text must be a suffix of the
+    answer's content, followed by the same end-of-turn text as when the answer is the last message.
+
+    Args:
+        whole: The whole rendered conversation.
+        prompt: Rendered text before the answer, a prefix of `whole` and of `answered`.
+        answered: The conversation rendered up to and including the answer.
+        content: The stripped content of the answer.
+
+    Returns:
+        The end of the answer in `whole`, in characters; None if it cannot be located.
     """
-    if not content:  # all that is left is what ends the answer
+    if not content:  # only the end-of-turn text remains: find the longest suffix of `answered` in `whole`
         ends = (answered[at:] for at in range(len(prompt), len(answered)))
         return next((len(prompt) + len(end) for end in ends if whole.startswith(end, len(prompt))), None)
     _, found, tail = answered[len(prompt) :].rpartition(content)
@@ -291,7 +340,13 @@ def _hidden(number: int) -> Malformed:
 
 
 def _require_tools_written(row: Conversation, text: str) -> None:
-    """Refuse a template that leaves tools or their calls out, as one that knows no tools does silently."""
+    """Reject a rendered row that lacks the name of a tool or tool call.
+
+    Templates without tool support ignore tools silently.
+
+    Raises:
+        Malformed: The name of an offered or called tool is missing from the text.
+    """
     offered = [tool["function"]["name"] for tool in row.tools if "name" in tool.get("function", {})]
     called = [
         call["function"]["name"] for message in row.messages for call in message.get("tool_calls") or ()

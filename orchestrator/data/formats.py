@@ -1,14 +1,14 @@
-"""What a row says: the formats in which people keep training data, each turned into one of four kinds of row.
+"""Parses rows of the supported data formats into the row types of `orchestrator.data.rows`.
 
 alpaca              instruction, output; optional input, system, history
 messages            messages: [{role, content, tool_calls?}]; optional tools
 sharegpt            conversations: [{from, value}]; optional system, tools
-prompt_completion   prompt, completion, both text or both messages
+prompt_completion   prompt, completion; both text or both messages
 text                text
 tokens              input_ids; optional labels or completion_mask
 
-A null stands for an empty text or list, as tables write it. Whether a row without text has anything to learn
-is decided in `orchestrator.data.rows`.
+A null counts as an empty text or list, because tables store missing values as null. Rows without trained
+tokens are detected later, in `orchestrator.data.rows`.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _SHAREGPT_ROLES = {
 
 
 class Malformed(ValueError):
-    """A row is none; the message says why and what to do."""
+    """A row does not match its format; the message names the reason and the fix."""
 
 
 def parse(value: object, row_format: RowFormat) -> Row:
-    """Return the row that a value from a file holds.
+    """Parse one row.
 
     Args:
-        value: JSON text that is yet to be parsed, or a parsed value.
-        row_format: The format, or auto to detect it from the row's fields.
+        value: JSON as bytes, or an already parsed value.
+        row_format: The format; `auto` detects it from the row's fields.
 
     Raises:
-        Malformed: The row is none, with the reason and the remedy.
+        Malformed: The value does not match the format.
     """
     if isinstance(value, bytes):
         try:
@@ -65,13 +65,15 @@ def parse(value: object, row_format: RowFormat) -> Row:
 
 
 def detect(value: Mapping[str, Any]) -> Format:
-    """Return the format of a row by its fields.
+    """Detect the format of a row from the names of its fields.
 
     Raises:
-        Malformed: They are of no known format.
+        Malformed: The fields match none of the formats.
     """
     filled = {name for name, content in value.items() if content is not None}
-    for fields in (filled, set(value)):  # a table fills the fields of other formats, or of all, with nulls
+    # A table with mixed formats fills the columns of the other formats with nulls, so fields with a value are
+    # tried first. Only a row whose fields are all null falls back to the names of its columns.
+    for fields in (filled, set(value)):
         tests: list[tuple[Format, bool]] = [
             ("tokens", "input_ids" in fields),
             ("messages", "messages" in fields),
@@ -218,7 +220,7 @@ def _message(value: Any, place: str) -> dict[str, Any]:
 
 
 def _tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Return the tools of a row, also where they are written as a JSON text, in the OpenAI form."""
+    """Return the tools of a row in OpenAI's format; the field is a list or a list encoded as JSON text."""
     tools = value.get("tools")
     if isinstance(tools, str):
         if not tools.strip():
@@ -238,7 +240,7 @@ def _tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _calls(text: str, place: str) -> list[dict[str, Any]]:
-    """Return the tool calls that a ShareGPT turn writes as JSON, none where it is empty."""
+    """Parse the JSON of a ShareGPT `function_call` turn: one call or a list; empty text gives no calls."""
     if not text.strip():
         return []
     try:
@@ -254,7 +256,7 @@ def _call(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or "arguments" not in call:
         raise Malformed(f"{place} holds a function call without name and arguments; correct it")
     arguments = call["arguments"]
-    if isinstance(arguments, str):  # templates write objects as JSON themselves
+    if isinstance(arguments, str):  # chat templates serialize objects and would quote a string a second time
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
@@ -288,7 +290,13 @@ def _text(value: Mapping[str, Any], field: str) -> str:
 
 
 def _unicode(text: Any, field: str) -> str:
-    """Return a text that can be encoded: JSON can escape half a surrogate pair, tokenizers cannot."""
+    """Return the text if it is valid Unicode.
+
+    JSON escapes can encode a lone surrogate, which tokenizers reject.
+
+    Raises:
+        Malformed: The value is not text, or contains a lone surrogate.
+    """
     if not isinstance(text, str):
         raise Malformed(f"field {field} is a {type(text).__name__}, and it must be text; write it in quotes")
     try:
@@ -301,7 +309,11 @@ def _unicode(text: Any, field: str) -> str:
 
 
 def _unicode_inside(value: Any, field: str) -> None:
-    """Refuse a value that holds, at any depth, a text that cannot be encoded."""
+    """Check all nested texts of a value with `_unicode`.
+
+    Raises:
+        Malformed: The value is not JSON, or one of its texts contains a lone surrogate.
+    """
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Where rows come from: files of JSON, JSON lines, Parquet and Arrow, here or behind a URI, read in blocks.
+"""Lists the files of a source and reads their rows in blocks: JSON, JSON lines, Parquet and Arrow.
 
-A source names a file, a folder of files, a data set that was saved to disk, a URI (s3://, gs://, hdfs://) or
-a data set of the Hugging Face hub. All of them become a list of files. Reading holds one block of rows at a
-time, whatever the size of the file.
+A source is a file, a folder of files, a dataset saved with `Dataset.save_to_disk`, a URI (s3://, gs://,
+hdfs://) or a dataset of the Hugging Face hub. Each is resolved to a list of files. Reading keeps one block of
+rows in memory, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from orchestrator.errors import SpecError
 
 _ROWS_PER_BLOCK = 4096
 _BYTES_PER_BLOCK = 4 * 2**20
-_fingerprints: dict[tuple[str, str, int, int], str] = {}  # of files as they were at a size and a time
+# SHA-256 of each file hashed by this process, by (URI, path, size in bytes, modification time in ns).
+_fingerprints: dict[tuple[str, str, int, int], str] = {}
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that stand together in a file.
+    """Consecutive rows of a file.
 
     Attributes:
-        file: The file, as the job names it.
-        unit: What a place in it is called.
-        numbers: Place of each row, from 1.
-        values: Each row: JSON text that is yet to be parsed, or what the file held there.
+        file: Name of the file in messages.
+        unit: Whether `numbers` count rows or lines; blank lines count, but hold no row.
+        numbers: Row or line number of each row, from 1.
+        values: The rows: bytes of JSON that is not parsed yet, or parsed values.
     """
 
     file: str
@@ -59,14 +60,14 @@ class Block:
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file with rows.
+    """One data file.
 
     Attributes:
-        name: As messages call it.
-        path: In its file system.
-        kind: How rows are written.
-        compression: Codec of a compressed text file.
-        uri: Where it lies, if not on a file system that is mounted here.
+        name: Name of the file in messages.
+        path: Path within its file system.
+        kind: File format.
+        compression: Compression codec of a JSON file, `gzip` or `zstd`; None if not compressed.
+        uri: URI of the source, which selects the file system; None for the local file system.
     """
 
     name: str
@@ -76,7 +77,11 @@ class DataFile:
     uri: str | None = None
 
     def fingerprint(self) -> str:
-        """Return a hash of the file's bytes, with its size and time of change as they were meanwhile."""
+        """Return the SHA-256 of the file's bytes, in hexadecimal, and remember it for `known_fingerprint`.
+
+        Raises:
+            SpecError: The file cannot be read, or its size or modification time changed during the read.
+        """
         try:
             before, digest = self._stamp(), hashlib.sha256()
             with self._system().open_input_stream(self.path, compression=None) as stream:
@@ -90,21 +95,29 @@ class DataFile:
         return digest.hexdigest()
 
     def known_fingerprint(self) -> str:
-        """Return the hash that this process has computed of the file as it is now, or compute it."""
+        """Return the fingerprint, hashing the file only if it changed since this process hashed it.
+
+        Raises:
+            SpecError: The file cannot be read, or changed during the read.
+        """
         return _fingerprints.get((self.uri or "", self.path, *self.stamp())) or self.fingerprint()
 
     def stamp(self) -> tuple[int, int]:
-        """Return size and time of change."""
+        """Return the size in bytes and the modification time in nanoseconds.
+
+        Raises:
+            SpecError: The file is missing or not accessible.
+        """
         try:
             return self._stamp()
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.name, error) from None
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the rows in order, in blocks of some thousand rows or some MiB.
+        """Yield the rows in order, in blocks of about 4096 rows or 4 MiB, whichever is smaller.
 
         Raises:
-            SpecError: The file cannot be read, or is not what its name says.
+            SpecError: The file cannot be read, or its content does not match its file name extension.
         """
         try:
             if self.kind == "json":
@@ -113,7 +126,8 @@ class DataFile:
                 yield from self._table_blocks()
         except json_stream.JsonTextError as error:
             raise SpecError(f"data file {self.name} {error}") from None
-        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # also of single values
+        # ValueError and OverflowError come from `to_pylist`, for values that Python cannot represent.
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
             raise unreadable(self.name, error) from None
 
     def _json_blocks(self) -> Iterator[Block]:
@@ -137,6 +151,7 @@ class DataFile:
         first = 1
         with self._system().open_input_file(self.path) as file:
             for batch in _batches(file, self.kind):
+                # At the batch's mean row size, this many rows take at most _BYTES_PER_BLOCK.
                 rows = max(1, min(_ROWS_PER_BLOCK, batch.num_rows * _BYTES_PER_BLOCK // max(1, batch.nbytes)))
                 for start in range(0, batch.num_rows, rows):
                     values = tuple(batch.slice(start, rows).to_pylist())
@@ -157,6 +172,7 @@ def _batches(file: Any, kind: Kind) -> Iterator[pa.RecordBatch]:
     if kind == "parquet":
         yield from parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_PER_BLOCK)
         return
+    # The extension .arrow covers both IPC formats: files with a footer, and streams, which `datasets` writes.
     try:
         reader = ipc.open_file(file)
     except pa.ArrowInvalid:
@@ -171,7 +187,7 @@ def locate(source: SourceSpec) -> list[DataFile]:
     """Return the files of a source, in the order in which they are read.
 
     Raises:
-        SpecError: Nothing is there, or what is there cannot be told.
+        SpecError: The source does not exist, cannot be read, or has several splits and none was selected.
     """
     path = source.path
     if "://" in path:
@@ -189,7 +205,7 @@ def locate(source: SourceSpec) -> list[DataFile]:
 
 
 def changed(name: str) -> SpecError:
-    """Return the error for a file that did not stay what it was."""
+    """Return the error for a file that was modified while it was read."""
     return SpecError(
         f"data file {name} changed while it was read, so what was read of it is in doubt and nothing was "
         "kept; let whatever writes it finish, then start again"
@@ -222,7 +238,11 @@ def _at_uri(source: SourceSpec) -> list[DataFile]:
 
 
 def _on_the_hub(source: SourceSpec) -> list[DataFile]:
-    """Return the Arrow files that `datasets` makes of a data set of the hub, in its cache."""
+    """Download a dataset of the hub and return its Arrow files in the cache of `datasets`.
+
+    Raises:
+        SpecError: The dataset cannot be loaded, or is not backed by files.
+    """
     import datasets
 
     split = source.split or "train"

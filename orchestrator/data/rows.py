@@ -1,4 +1,4 @@
-"""The four kinds of row that every format is read into, and whether one has anything to learn."""
+"""The row types that every data format is parsed into, and the check for trained tokens in a row."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Any, Literal
 from orchestrator.config.schema import DataSpec
 
 Learnt = Literal["answers", "ends", "all"]
-"""What can be learnt of a row: answers that have text; these, and the end of empty ones; every token."""
+"""Which tokens of a row may be trained.
+
+`answers`: answers with text. `ends`: also the end-of-turn or EOS token of empty answers. `all`: every token.
+"""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them, the assistant's among them to be learnt.
+    """Messages for a chat template; those of the assistant are the answers.
 
     Attributes:
-        messages: Dictionaries with role and content, in the OpenAI form.
-        tools: JSON schemas of the tools on offer.
+        messages: Dictionaries with role and content, in OpenAI's format. A `weight` of 0 excludes an answer
+            from the loss.
+        tools: JSON schemas of the available tools.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -27,7 +31,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction and the response to be learnt, with the text of each."""
+    """An instruction in Alpaca's format with its answer, `output`.
+
+    Attributes:
+        instruction: The instruction.
+        input: Additional input; empty for none.
+        output: The answer.
+        system: System prompt; empty for none.
+        history: Earlier turns as (question, answer) pairs.
+    """
 
     instruction: str
     input: str
@@ -38,7 +50,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Text:
-    """A text, with what comes before it and is not learnt."""
+    """A text to train on, with an optional prompt that is excluded from the loss."""
 
     completion: str
     prompt: str = ""
@@ -46,11 +58,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A row that was tokenised elsewhere.
+    """A row that is already tokenized.
 
     Attributes:
         ids: Token ids.
-        trained: Whether each is a target of the loss.
+        trained: Whether each token is a target of the loss, as long as `ids`.
     """
 
     ids: tuple[int, ...]
@@ -61,18 +73,18 @@ Row = Conversation | Instruction | Text | Tokens
 
 
 def learnt_of(data: DataSpec) -> Learnt:
-    """Return what a job learns of its rows, which decides which of them have nothing to learn."""
+    """Return which tokens a job may train, from `data.loss_on` and `data.empty_answers`."""
     if data.loss_on == "all":
         return "all"
     return "ends" if data.empty_answers == "learn_end" else "answers"
 
 
 def is_learnt(message: Mapping[str, Any], learn_ends: bool) -> bool:
-    """Tell whether a message of a conversation is an answer to learn.
+    """Return whether a message of a conversation is an answer that contributes to the loss.
 
     Args:
-        message: With its role, content, tool_calls and weight.
-        learn_ends: Whether the end of an answer without text and tool calls is learnt.
+        message: A message with role, content and optional tool_calls and weight.
+        learn_ends: Whether the end-of-turn tokens of an empty answer are trained.
     """
     if message["role"] != "assistant" or not message.get("weight", 1):
         return False
@@ -80,15 +92,19 @@ def is_learnt(message: Mapping[str, Any], learn_ends: bool) -> bool:
 
 
 def has_content(message: Mapping[str, Any]) -> bool:
-    """Tell whether a message says anything: text that is more than white space, or a call of a tool."""
+    """Return whether a message has text other than white space, or tool calls."""
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
 def nothing_to_learn(row: Row, learnt: Learnt) -> str | None:
-    """Return why a row has nothing to learn, or None where it has.
+    """Return why a row has no trained tokens, or None if it has some.
 
-    White space alone is no answer. A row without any text has nothing to learn, whatever `learnt` is: the end
-    of an empty answer is only learnt after something that is answered so.
+    White space does not count as an answer. A row without any text is always reported, whatever `learnt` is:
+    the end of an empty answer is trained only if a prompt precedes it.
+
+    Args:
+        row: The row to check.
+        learnt: Which tokens may be trained.
     """
     if isinstance(row, Instruction):
         return _lack_of_instruction(row, learnt)
@@ -100,13 +116,13 @@ def nothing_to_learn(row: Row, learnt: Learnt) -> str | None:
         return None if row.completion.strip() or learnt != "answers" else "field completion is empty"
     if not row.ids:
         return "it has no tokens"
-    # The first token has nothing before it to be predicted from.
+    # The first token is never a target: no earlier token predicts it.
     is_any = len(row.ids) > 1 if learnt == "all" else any(row.trained[1:])
     return None if is_any else "none of its tokens is to be learnt"
 
 
 def empty_answers(row: Row) -> str | None:
-    """Return which answers of a row have no text, or None where all have; those of weight 0 do not count."""
+    """Return which answers of a row are empty, or None if none is; answers of weight 0 are ignored."""
     if isinstance(row, Instruction):
         has_text = [bool(answer.strip()) for answer in (*(answer for _, answer in row.history), row.output)]
     elif isinstance(row, Conversation):
