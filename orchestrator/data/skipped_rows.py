@@ -1,4 +1,4 @@
-"""Rows of which nothing is learnt: how they are refused, and what is said of those that are left out."""
+"""Errors and report lines for malformed rows and rows without trained tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 10
 
 
 def too_many(found: Sequence[Left], allowed: int) -> SpecError:
-    """Return the error for more malformed rows than are allowed; it names the first."""
+    """Return the error for more malformed rows than `allowed`; it lists the first ten."""
     shown = [f"{place}: {reason}" for place, reason in found[:_SHOWN]]
     more = len(found) - len(shown)
     limit = f" (data.malformed_rows_allowed={allowed})" if allowed else ""
@@ -21,7 +21,15 @@ def too_many(found: Sequence[Left], allowed: int) -> SpecError:
 
 
 def left_out(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> list[str]:
-    """Return what was left out of data sets: for each kind how many rows, and the first of them by place."""
+    """Return report lines on the skipped and partly empty rows of each source.
+
+    Args:
+        sources: The sources.
+        stores: The token store of each source.
+
+    Returns:
+        For each source and reason a line with the count, followed by a line for each of the first ten rows.
+    """
     sentences: list[str] = []
     for source, store in zip(sources, stores, strict=True):
         for rows, what in (
@@ -39,16 +47,16 @@ def left_out(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> lis
 
 
 def empty_rows(store: TokenStore) -> list[Left]:
-    """Return what data.empty_answers: error refuses, with the remedies."""
+    """Return the rows that `data.empty_answers: error` rejects, each with its reason and the fix."""
     remedy = "fill or remove the row, or use data.empty_answers: skip"
     return [(place, f"{reason}; {remedy}") for place, reason in store.empty + store.partly_empty]
 
 
 def require_rows(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> None:
-    """Refuse sources of which no row can be learnt.
+    """Check that every source has at least one row to train on.
 
     Raises:
-        SpecError: With each such source, how many of its rows are what, and the first.
+        SpecError: One problem per source without rows, with counts of skipped rows and the first of them.
     """
     problems: list[str] = []
     for source, store in zip(sources, stores, strict=True):

@@ -1,4 +1,4 @@
-"""What a source's path names on this machine: which files, found without opening one or asking a network."""
+"""Resolves a source's path to local data files, without opening data files and without network access."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def source_problem(source: SourceSpec) -> str | None:
-    """Return why a source cannot be read, as far as this machine alone can tell; None where nothing is wrong.
+    """Return why a source cannot be read, or None if no problem was found.
 
-    URIs and names of the hub are left to whoever reads them.
+    Only local paths are checked. URIs and hub names are checked when they are read.
     """
     path = source.path
     if "://" in path or looks_like_hub_name(path):
@@ -49,29 +49,30 @@ def source_problem(source: SourceSpec) -> str | None:
 
 
 def absent(path: str) -> str:
-    """Return the sentence for a path where nothing is."""
+    """Return the error message for a path that does not exist."""
     return f"data file {path} is not there; check the path, which counts from {Path.cwd()} if relative"
 
 
 def looks_like_hub_name(path: str) -> bool:
-    """Tell whether a path that is not on this disk can be the name of a data set on the hub."""
+    """Return whether a path can be the name of a hub dataset, `ORG/NAME`; local paths take precedence."""
     known_ending = Path(path).suffix in (_KINDS.keys() | _COMPRESSED.keys())
     is_name = _HUB_NAME.fullmatch(path) is not None and "/" in path
     return is_name and not known_ending and not path.startswith("builtin/") and not _exists(path)
 
 
 def local_files(source: SourceSpec, here: Path) -> list[tuple[str, str]]:
-    """Return the files of a source that is a file or a folder, in the order in which they are read.
+    """Return the files of a local file or folder, in the order in which they are read.
 
     Args:
         source: The source.
-        here: Where its path leads; it exists.
+        here: Its resolved path, which exists.
 
     Returns:
-        For each file what messages call it, and its path.
+        Pairs of the name for messages and the path of each file.
 
     Raises:
-        SpecError: A folder has no rows or several splits, the split is not there, or a file says nonsense.
+        SpecError: The path is not a regular file or folder, the folder has no data files, the split is
+            missing or ambiguous, or the JSON files of a saved dataset are not readable.
     """
     try:
         if here.is_dir():
@@ -86,10 +87,12 @@ def local_files(source: SourceSpec, here: Path) -> list[tuple[str, str]]:
 
 
 def kind_of(name: str, path: str) -> tuple[Kind, str | None]:
-    """Return how a file's rows are written, and by which codec it is compressed, if it is.
+    """Return the format and the compression codec of a file, from its file name extension.
+
+    Unknown extensions are read as JSON.
 
     Raises:
-        SpecError: It is a compressed table.
+        SpecError: A Parquet or Arrow file has an extension of a compressed file.
     """
     suffixes = Path(path).suffixes
     compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
@@ -103,7 +106,7 @@ def kind_of(name: str, path: str) -> tuple[Kind, str | None]:
 
 
 def has_rows(path: str) -> bool:
-    """Tell by its name whether a file in a folder is one of rows."""
+    """Return whether a file in a folder is a data file, judging by its name; hidden files are not."""
     name = Path(path).name
     stem = name.removesuffix(".gz").removesuffix(".zst")
     is_hidden = any(part.startswith((".", "_")) for part in Path(path).parts)
@@ -111,11 +114,18 @@ def has_rows(path: str) -> bool:
 
 
 def of_split(source: SourceSpec, names: list[str]) -> list[str]:
-    """Return the files of the split that is asked for; refuse to read several splits as one.
+    """Return the files of the selected split, or all files if they belong to one split.
+
+    Args:
+        source: The source, with the split to select or None.
+        names: Paths of the data files, relative to the folder.
 
     Raises:
-        SpecError: There is none, there are several and no split is asked for, or no such split.
+        SpecError: No file belongs to the selected split, several splits were found and none is selected, or
+            `names` is empty.
     """
+    # The split is a word of the file name between separators: "test" matches test-0001.jsonl and
+    # data/test.jsonl, but not latest.jsonl.
     if source.split is not None:
         word = re.compile(rf"(^|[-_./]){re.escape(source.split)}([-_./]|$)")
         chosen = [name for name in names if word.search(name)]
@@ -163,7 +173,13 @@ def _in_folder(source: SourceSpec, folder: Path) -> list[tuple[str, str]]:
 
 
 def _saved_data_set(source: SourceSpec, folder: Path) -> list[tuple[str, str]]:
-    """Return the Arrow files of a data set that `Dataset.save_to_disk` wrote, from its state.json."""
+    """Return the Arrow files of a dataset saved by `Dataset.save_to_disk`, as listed in its state.json.
+
+    A saved `DatasetDict` has a dataset_dict.json with the names of its splits and a folder per split.
+
+    Raises:
+        SpecError: The split is missing or not selected, or a JSON file is not readable.
+    """
     place = source.path.rstrip("/")
     if (folder / "dataset_dict.json").is_file():
         try:
