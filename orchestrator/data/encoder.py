@@ -1,9 +1,9 @@
-"""Texts into tokens, with the words that come again and again encoded once.
+"""Tokenizes texts with a cache of the tokens of frequent words.
 
-A tokenizer spends most of its time on words that it has seen before. Byte-level BPE tokenizers split a text
-in front of every single space between two other characters, whatever stands around it, so the tokens of a
-text are those of its parts, and parts can be remembered. The other tokenizers encode each text whole. Every
-so many texts, both ways are compared; should they ever differ, texts are encoded whole from then on.
+Byte-level BPE tokenizers with a known pre-tokenizer split a text before every single space between two other
+characters, independent of the context. The tokens of a text are therefore the concatenated tokens of its
+parts, and the tokens of a part can be cached. All other tokenizers encode each text directly. One text in 64
+is encoded both ways as a check; after a mismatch the cache is no longer used.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _CUT = re.compile(r"(?<=\S)(?= \S)")
 _WORDS_KEPT = 500_000
 _LONGEST_WORD = 32
 _COMPARED_EVERY = 64
-_AT_ONCE = 128  # texts whose words stay near the processor
-# How the tokenizers whose splits were examined split a text: GPT-2's, and those of Llama 3, Qwen 2 and their
-# like, all of which let a piece contain a space only in front or among other spaces.
+_AT_ONCE = 128  # texts per batch, few enough for their words to fit into the CPU cache
+# Pre-tokenizer patterns that were verified to split before single spaces: those of Llama 3, Qwen 2 and models
+# with the same pattern. In each, a match contains a space only at its start or within a run of white space.
+# GPT-2's pattern is built into the ByteLevel pre-tokenizer (`use_regex`).
 _SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -36,10 +37,10 @@ Encoded = tuple[npt.NDArray[np.uint32], list[int]]
 
 
 class Encoder:
-    """A tokenizer that remembers words.
+    """A tokenizer with a cache of the tokens of words.
 
     Args:
-        tokenizer: A fast Hugging Face tokenizer; its truncation and padding are switched off.
+        tokenizer: A fast Hugging Face tokenizer; its truncation and padding are disabled.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -53,17 +54,18 @@ class Encoder:
         self._special = re.compile(f"({'|'.join(map(re.escape, special)) or '(?!)'})")
 
     def encode(self, texts: Sequence[str], marks: Sequence[Sequence[int]]) -> list[Encoded]:
-        """Encode texts as they stand, without adding special tokens.
+        """Encode texts without adding special tokens, and convert character offsets to token positions.
 
         Args:
             texts: The texts.
-            marks: Places in each text, in characters, ascending.
+            marks: Character offsets in each text, ascending.
 
         Returns:
-            For each text its token ids, and for each mark the first token that holds that character or a
-            later one.
+            For each text its token ids, uint32, shape [tokens], and for each offset the position of the first
+            token that contains this character or a later one; the number of tokens if there is none.
         """
         if self.remembers:
+            # The first text of every batch is always checked, so short batches do not escape the comparison.
             few = slice(0, None, _COMPARED_EVERY)
             if _same(self._by_words(texts[few], marks[few]), self._whole(texts[few], marks[few])):
                 portions = [slice(at, at + _AT_ONCE) for at in range(0, len(texts), _AT_ONCE)]
@@ -79,6 +81,8 @@ class Encoder:
         ]
 
     def _by_words(self, texts: Sequence[str], marks: Sequence[Sequence[int]]) -> list[Encoded]:
+        # parts[i] are the words of text i, marked[i] its offsets as (word, character in the word), and
+        # remembered[i] the cached token ids of each word, None for words that are not in the cache.
         parts = [self._parts(text) for text in texts]
         marked = [_locate(part, places) for part, places in zip(parts, marks, strict=True)]
         remembered: list[list[Any]] = [list(map(self._words.get, part)) for part in parts]
@@ -101,9 +105,9 @@ class Encoder:
         return results
 
     def _parts(self, text: str) -> list[str]:
-        """Return the parts of a text between special tokens, and these, cut in front of single spaces."""
+        """Split a text into special tokens and the texts between them, the latter also at single spaces."""
         parts: list[str] = []
-        for at, piece in enumerate(self._special.split(text)):  # every other one is a special token
+        for at, piece in enumerate(self._special.split(text)):  # odd entries are special tokens
             if at % 2:
                 parts.append(piece)
             elif piece:
@@ -111,15 +115,18 @@ class Encoder:
         return parts or [""]
 
     def _inside(self, word: str, character: int) -> int:
-        """Return the token of a word that holds one of its characters."""
+        """Return the position, within a word's tokens, of the token that contains a character of the word."""
         return _token_at(self._backend.encode(word, add_special_tokens=False), character, len(word))
 
 
 def splits_before_spaces(backend: dict[str, Any]) -> bool:
-    """Tell whether a tokenizer splits every text in front of a single space between two other characters.
+    """Return whether a tokenizer splits every text before each single space between two other characters.
+
+    Only known configurations qualify: byte-level BPE without dropout, a verified pre-tokenizer, no normalizer
+    except NFC, and no added token that contains a space or strips the white space around it.
 
     Args:
-        backend: The tokenizer's tokenizer.json.
+        backend: The parsed tokenizer.json.
     """
     parts = (backend.get(name) or {} for name in ("model", "normalizer", "pre_tokenizer"))
     model, normalizer, splitter = parts
@@ -146,18 +153,19 @@ def splits_before_spaces(backend: dict[str, Any]) -> bool:
 
 
 def _locate(parts: Sequence[str], places: Sequence[int]) -> list[tuple[int, int]]:
-    """Return for each place in a text the part that holds it, and the place in that part."""
+    """Convert character offsets in a text to pairs (part, offset in the part).
+
+    The end of the text is offset 0 of a part after the last one.
+    """
     if not places:
         return []
-    starts = list(accumulate(map(len, parts), initial=0))
-    holders = [
-        bisect_right(starts, place) - 1 for place in places
-    ]  # the end of the text is a part of its own
+    starts = list(accumulate(map(len, parts), initial=0))  # shape [parts + 1]
+    holders = [bisect_right(starts, place) - 1 for place in places]
     return [(holder, place - starts[holder]) for holder, place in zip(holders, places, strict=True)]
 
 
 def _token_at(encoding: Any, character: int, length: int) -> int:
-    """Return the token that holds a character, or the next one that is in any token."""
+    """Return the position of the token that contains a character, or else the next character in a token."""
     for at in range(character, length):
         token = encoding.char_to_token(at)
         if token is not None:

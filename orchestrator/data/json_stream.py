@@ -1,4 +1,4 @@
-"""Rows of a JSON text of any size, with no more of it in memory than a row and a chunk."""
+"""Reads the rows of JSON arrays and JSON lines incrementally, in memory proportional to the largest row."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from typing import Any, Literal
 
 _SPACE = " \t\n\r"
 Entries = Iterator[tuple[int, Any, int]]
-"""Place of a row from 1, the row, and about how many bytes of text it was."""
+"""Row or line number from 1, the row, and its approximate size in bytes."""
 
 
 class JsonTextError(ValueError):
-    """The text is no JSON array; the message goes on from the name of the file."""
+    """The text is not a valid JSON array; callers prefix the message with the file name."""
 
 
 def rows(read: Callable[[], bytes]) -> tuple[Literal["row", "line"], Entries]:
-    """Return the rows of a JSON array, parsed, or the lines of JSON lines, not yet parsed.
+    """Detect whether the text is a JSON array or JSON lines, and iterate over its rows.
 
     Args:
-        read: Returns the next bytes; none at the end.
+        read: Returns the next chunk of bytes; empty at the end.
+
+    Returns:
+        `row` and an iterator of parsed values for an array; `line` and an iterator of unparsed lines, as
+        bytes, for JSON lines. Blank lines are counted, but not returned.
 
     Raises:
-        JsonTextError: From the iterator, where an array is broken.
+        JsonTextError: From the iterator, for an array that is not valid JSON or not UTF-8.
     """
+    # Read up to the first character after a byte order mark and white space: "[" starts an array.
     head = read()
     while head and not head.removeprefix(codecs.BOM_UTF8[: len(head)]).strip():
         more = read()
@@ -52,7 +57,13 @@ def _lines(rest: bytes, read: Callable[[], bytes]) -> Entries:
 
 
 class _Text:
-    """A window on a text that is read on demand."""
+    """A buffer over decoded text that is read on demand.
+
+    Attributes:
+        text: The buffered characters.
+        at: Position of the next character to parse, in `text`.
+        ended: Whether all of the input was read.
+    """
 
     def __init__(self, head: bytes, read: Callable[[], bytes]) -> None:
         self._read, self._decoder = read, codecs.getincrementaldecoder("utf-8")()
@@ -61,7 +72,11 @@ class _Text:
         self._append(head)
 
     def more(self) -> None:
-        """Read on: at least a chunk, and as much again as the window holds."""
+        """Discard the parsed text and read at least one chunk.
+
+        The buffer at least doubles, so re-parsing an incomplete row from its start after each call costs O(n)
+        overall for a row of n characters.
+        """
         self.text, self.at = self.text[self.at :], 0
         wanted = 2 * len(self.text)
         while not self.ended and (len(self.text) <= wanted or wanted == 0):
@@ -80,7 +95,7 @@ class _Text:
         self._bytes += len(chunk)
 
     def next_sign(self) -> str:
-        """Return the next character that is no space, without passing it; nothing at the end."""
+        """Skip white space and return the next character without consuming it; empty at the end."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in _SPACE:
@@ -111,7 +126,9 @@ def _array(text: _Text) -> Entries:
                     reason = _reason(error, text.at) if sign else "the text ends here"
                     raise _broken(number, reason) from None
             else:
-                if end + 2 < len(text.text) or text.ended:  # 1 may go on as 1.5 or 1e+5
+                # A number at the end of the buffer may be incomplete: 1 can continue as 1.5 or 1e+5. Two
+                # characters after its end are enough to decide.
+                if end + 2 < len(text.text) or text.ended:
                     break
             text.more()
         yield number, value, end - text.at
@@ -128,7 +145,13 @@ def _array(text: _Text) -> Entries:
 
 
 def _is_final(error: ValueError, text: _Text) -> bool:
-    """Tell whether a row is broken whatever follows, so that a file is not read to its end in vain."""
+    """Return whether a parse error is independent of the text that follows.
+
+    Other errors may be caused by the end of the buffer. Without this check, an early error would be reported
+    only after the whole file was read into the buffer.
+    """
+    # The longest literal and escape sequence: a token cut off by the end of the buffer fails within this many
+    # characters of it. An unterminated string is the exception; its error is at the string's start.
     return (
         isinstance(error, json.JSONDecodeError)
         and not error.msg.startswith("Unterminated string")
@@ -137,7 +160,12 @@ def _is_final(error: ValueError, text: _Text) -> bool:
 
 
 def _reason(error: ValueError, start: int) -> str:
-    """Return what is wrong with a row, and where, counted from its start: the window starts anywhere."""
+    """Return the message of a parse error, with its position counted from the start of the row.
+
+    Args:
+        error: The error; its position counts from the start of the buffer, which moves.
+        start: Position of the row in the buffer.
+    """
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     return f"{error.msg.removesuffix(' at')} at its character {error.pos - start + 1}"

@@ -1,16 +1,15 @@
-"""Tokenised rows on disk: Arrow shards that every worker maps into memory.
+"""On-disk cache of tokenized rows: Arrow shards that every worker memory-maps.
 
-A store holds one source, tokenised whole by one tokenizer and template. It knows nothing of max_length,
-packing or which turns are trained, so that every run over the same data shares it; what is learnt of rows
-without an answer (`orchestrator.data.rows.Learnt`) decides which rows it holds. It is written once and then
-only read:
+A store holds one source, tokenized with one tokenizer and template, without truncation. It does not depend on
+max_length, packing or which answers are trained, so all runs over the same data share it. Which rows without
+answers are kept depends on `orchestrator.data.rows.Learnt`. A store is written once and then read-only:
 
-    shard-00000.arrow   Arrow file with the columns input_ids (uint32) and turn (uint8), a list for each row
-    index.npy           for each row: offset in its shard, length, and how many of its tokens are answers
-    malformed.jsonl     rows that were left out, with their place and the reason
-    empty.jsonl         rows that were left out because they have nothing to learn, with their place and why
-    partly_empty.jsonl  rows of which an answer is empty and not learnt, and others are
-    manifest.json       counts, rows and checksum of each shard, and a checksum of all that
+    shard-00000.arrow   Arrow file with the list columns input_ids (uint32) and turn (uint8), one list per row
+    index.npy           per row: offset in its shard, length, and number of answer tokens
+    malformed.jsonl     skipped malformed rows, with file, line and reason
+    empty.jsonl         skipped rows without trained tokens, with file, line and reason
+    partly_empty.jsonl  rows that are kept although one of their answers is empty and not trained
+    manifest.json       counts, rows and CRC-32 of each shard, and a CRC-32 of the manifest itself
 """
 
 from __future__ import annotations
@@ -41,27 +40,29 @@ MALFORMED = "malformed.jsonl"
 EMPTY = "empty.jsonl"
 PARTLY_EMPTY = "partly_empty.jsonl"
 _INDEX = "index.npy"
+# One entry of index.npy, shape [rows]: position of the first token in its shard, number of tokens, and number
+# of trained tokens with loss_on: response and with loss_on: last_turn.
 _INDEX_ROW = np.dtype([("offset", "<i8"), ("length", "<u4"), ("response", "<u4"), ("last", "<u4")])
 _OPEN_SHARDS = 256
 
 Int64Array = npt.NDArray[np.int64]
 LossOn = Literal["response", "all", "last_turn"]
 Left = tuple[str, str]
-"""Place of a row that was left out, whole or in part, and the reason."""
+"""File and line of a row that was skipped or is partly empty, and the reason."""
 _LEAST_TURN = {"all": CONTEXT, "response": RESPONSE, "last_turn": LAST_RESPONSE}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the index and the manifest need of one shard.
+    """Metadata of one shard for the index and the manifest.
 
     Attributes:
-        index: One entry a row.
+        index: Structured array with one entry per row, shape [rows].
         checksum: CRC-32 of the file.
-        largest_token: Largest token id of its rows; -1 without any.
-        malformed: Rows that are none.
-        empty: Rows that have nothing to learn.
-        partly_empty: Rows that are kept and of which an answer has no text.
+        largest_token: Largest token id of the rows; -1 for an empty shard.
+        malformed: Skipped malformed rows.
+        empty: Skipped rows without trained tokens.
+        partly_empty: Rows that are kept although one of their answers is empty.
     """
 
     index: npt.NDArray[np.void]
@@ -80,12 +81,24 @@ def write_shard(
     empty: Sequence[Left] = (),
     partly_empty: Sequence[Left] = (),
 ) -> Shard:
-    """Write one shard and return what the index needs of it."""
+    """Write one shard.
+
+    Args:
+        folder: Folder of the store.
+        number: Index of the shard, from 0.
+        rows: The tokenized rows.
+        malformed: Rows to list in malformed.jsonl.
+        empty: Rows to list in empty.jsonl.
+        partly_empty: Rows to list in partly_empty.jsonl.
+
+    Returns:
+        The shard's metadata for `write_index`.
+    """
     nothing = Encoded(np.zeros(0, np.uint32), np.zeros(0, np.uint8))
     tokens = np.concatenate([row.tokens for row in (*rows, nothing)])
     turn = np.concatenate([row.turn for row in (*rows, nothing)])
     lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-    ends = np.append(0, np.cumsum(lengths))
+    ends = np.append(0, np.cumsum(lengths))  # shape [rows + 1]: row i is tokens[ends[i]:ends[i + 1]]
     columns = [pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values)) for values in (tokens, turn)]
     batch = pa.RecordBatch.from_arrays(columns, names=["input_ids", "turn"])
     path = folder / _shard_name(number)
@@ -94,8 +107,9 @@ def write_shard(
     index = np.zeros(len(rows), _INDEX_ROW)
     index["offset"], index["length"] = ends[:-1], lengths
     for field, least in (("response", RESPONSE), ("last", LAST_RESPONSE)):
+        # before[i] is the number of trained tokens among the first i of the shard, so a difference of two
+        # entries counts a range. The first token of a row is excluded: no earlier token predicts it.
         before = np.append(0, np.cumsum(turn >= least))
-        # Not the first token: it has nothing before it to be predicted from.
         index[field] = before[ends[1:]] - before[np.minimum(ends[:-1] + 1, ends[1:])]
     largest = int(tokens.max()) if len(tokens) else -1
     left_out = (tuple(malformed), tuple(empty), tuple(partly_empty))
@@ -103,9 +117,17 @@ def write_shard(
 
 
 def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object]) -> None:
-    """Write the index of all shards and, last, the manifest that makes the store complete."""
+    """Write the index and the lists of rows, then the manifest.
+
+    A store is complete once its manifest exists, so the manifest is written last and published by rename.
+
+    Args:
+        folder: Folder of the store.
+        shards: Metadata of all shards, in order.
+        about: Additional entries for the manifest.
+    """
     index = np.concatenate([shard.index for shard in shards]) if shards else np.zeros(0, _INDEX_ROW)
-    data = io.BytesIO()  # numpy itself does not say why it cannot write a file
+    data = io.BytesIO()  # np.save to a file hides the reason of a failed write; write_bytes reports it
     np.save(data, index)
     (folder / _INDEX).write_bytes(data.getbuffer())
     left_out = {
@@ -133,15 +155,17 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
 
 
 def seal(values: dict[str, Any]) -> str:
-    """Return values as JSON that holds a checksum of itself."""
+    """Serialize values as JSON with a `checksum` entry, the CRC-32 of the other entries."""
     return json.dumps({**values, "checksum": zlib.crc32(json.dumps(values).encode())}, indent=2)
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """Return what was sealed.
+    """Parse the output of `seal` and verify its checksum.
 
     Raises:
-        ValueError, KeyError, TypeError: It is something else.
+        ValueError: The text is not JSON, or the checksum does not match.
+        KeyError: The checksum is missing.
+        TypeError: The JSON value is not an object.
     """
     values: dict[str, Any] = json.loads(text)
     checksum = values["checksum"]
@@ -152,7 +176,11 @@ def unseal(text: str) -> dict[str, Any]:
 
 
 def draft_of(folder: Path) -> Path:
-    """Return where a folder is made before it gets its name; it says who makes it, in case that one dies."""
+    """Return a unique draft path for a folder that will be published by rename.
+
+    The name contains the host name and process id of the writer, so that drafts of a killed process can be
+    recognized.
+    """
     return folder.with_name(
         f"{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
     )
@@ -163,10 +191,13 @@ def _shard_name(number: int) -> str:
 
 
 class TokenStore:
-    """A complete store, opened for reading; a shard is mapped and its checksum tested when first touched.
+    """A complete store, opened for reading.
+
+    A shard is memory-mapped when one of its rows is first read, and its checksum is verified then. At most
+    256 shards stay mapped.
 
     Raises:
-        ClusterError: From any method, where a file is missing or not what was written.
+        ClusterError: From any method: a file is missing, not readable or corrupt.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -183,6 +214,7 @@ class TokenStore:
             raise self._damaged(_INDEX, "checksum mismatch")
         self._index = np.load(folder / _INDEX, mmap_mode="r")
         self._checksums = [checksum for _, checksum in shards]
+        # shape [shards + 1]: shard s holds the rows _first_rows[s] to _first_rows[s + 1] - 1
         self._first_rows = np.append(0, np.cumsum([rows for rows, _ in shards]))
         self._open: OrderedDict[int, tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]] = OrderedDict()
         self._tested: set[int] = set()
@@ -192,23 +224,23 @@ class TokenStore:
 
     @cached_property
     def lengths(self) -> Int64Array:
-        """Tokens of each row, shape [rows]."""
+        """Number of tokens of each row, shape [rows]."""
         lengths: Int64Array = self._index["length"].astype(np.int64)
         return lengths
 
     @property
     def malformed(self) -> list[Left]:
-        """Rows that were left out because they are none."""
+        """Malformed rows, which were skipped."""
         return self._left_out(MALFORMED)
 
     @property
     def empty(self) -> list[Left]:
-        """Rows that were left out because they have nothing to learn."""
+        """Rows without trained tokens, which were skipped."""
         return self._left_out(EMPTY)
 
     @property
     def partly_empty(self) -> list[Left]:
-        """Rows that are kept and of which an answer has no text, which is not learnt."""
+        """Rows that are kept although one of their answers is empty; the empty answer is not trained."""
         return self._left_out(PARTLY_EMPTY)
 
     def _left_out(self, name: str) -> list[Left]:
@@ -219,7 +251,7 @@ class TokenStore:
             raise self._damaged(name, str(error)) from None
 
     def row(self, number: int) -> Encoded:
-        """Return one row; its arrays are views of the mapped file."""
+        """Return one row; its arrays are read-only views of the memory-mapped shard."""
         shard = int(np.searchsorted(self._first_rows, number, side="right")) - 1
         tokens, turn = self._shard(shard)
         start = int(self._index["offset"][number])
@@ -229,21 +261,23 @@ class TokenStore:
     def trained(
         self, rows: Int64Array, starts: Int64Array, lengths: Int64Array, loss_on: LossOn
     ) -> Int64Array:
-        """Return how many tokens of each part of a row are trained; the first of a part never is.
+        """Count the trained tokens of parts of rows; the first token of a part is never trained.
 
         Args:
-            rows: Row of each part, shape [parts].
-            starts: First token of each part in its row, shape [parts].
-            lengths: Tokens of each part, shape [parts].
-            loss_on: Which turns are trained.
+            rows: Row number of each part, shape [parts].
+            starts: Offset of each part in its row, in tokens, shape [parts].
+            lengths: Number of tokens of each part, shape [parts].
+            loss_on: Which tokens are trained.
 
         Returns:
-            Counts, shape [parts].
+            Trained tokens of each part, int64, shape [parts].
         """
         if loss_on == "all":
             return np.maximum(lengths - 1, 0)
         known = self._index["response" if loss_on == "response" else "last"]
         counts: Int64Array = known[rows].astype(np.int64)
+        # The index has the counts of complete rows. Only truncated rows need their tokens: sort those parts
+        # by shard, so that each shard is mapped and scanned once.
         cut = np.flatnonzero(lengths < self.lengths[rows])
         shards = np.searchsorted(self._first_rows, rows[cut], side="right") - 1
         order = np.argsort(shards, kind="stable")
@@ -286,7 +320,15 @@ class TokenStore:
 
 
 def is_trained(turn: npt.NDArray[np.uint8], loss_on: LossOn) -> npt.NDArray[np.bool_]:
-    """Return which tokens of a part of a row are targets of the loss: never the first."""
+    """Return which tokens of a document are targets of the loss; the first token never is.
+
+    Args:
+        turn: Labels of the document's tokens, uint8, shape [length].
+        loss_on: Which tokens are trained.
+
+    Returns:
+        Boolean mask, shape [length].
+    """
     trained: npt.NDArray[np.bool_] = turn >= _LEAST_TURN[loss_on]
     trained[:1] = False
     return trained
