@@ -1,4 +1,4 @@
-"""What end-to-end tests share: the command line as users run it, and one undisturbed run to compare with."""
+"""Fixtures and helpers of the end-to-end tests: the command line, and one undisturbed run to compare with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ import yaml
 from tests.support import load
 
 ROOT = Path(__file__).resolve().parents[1]
-# Real Alpaca rows, to be measured with and not shipped; where there are any they lie beside the checkout.
+# The real Alpaca data set is not part of the repository; it is used if it exists next to the checkout.
 REAL_ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en.json"
-os.environ["ORCHESTRATOR_CALIBRATION"] = ""  # tests neither use nor leave what runs here measured
-os.environ["ORCHESTRATOR_TARGETS"] = ""  # nor list their endpoints for a Prometheus of this machine
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+os.environ["ORCHESTRATOR_CALIBRATION"] = ""  # tests neither read nor write this machine's calibration store
+os.environ["ORCHESTRATOR_TARGETS"] = ""  # nor register their endpoints with a Prometheus on this machine
+if "PYTEST_XDIST_WORKER" in os.environ:  # xdist workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest_plugins = ["tests.support.tiers"]
 ENVIRONMENT = {
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 @dataclass
 class Finished:
-    """How a command ended."""
+    """Exit code, stdout and stderr of a finished command."""
 
     code: int
     out: str
@@ -49,10 +49,17 @@ class Finished:
 def start(
     *arguments: str, cwd: Path, options: tuple[str, ...] = (), **environment: str
 ) -> subprocess.Popen[str]:
-    """Start `orchestrator` with arguments, in a process group of its own, where signals can reach it.
+    """Start `orchestrator` in a new session, so that a test can signal its whole process group.
 
-    `options` are Python's. A shell that starts tests in the background has them ignore SIGINT, nohup SIGHUP,
-    and that is inherited.
+    Args:
+        *arguments: Arguments of `orchestrator`.
+        cwd: Working directory.
+        options: Options of the Python interpreter.
+        **environment: Environment variables in addition to `ENVIRONMENT`.
+
+    Returns:
+        The running process. SIGINT and SIGHUP have their default handlers: tests that were started in the
+        background, or with nohup, inherit that these signals are ignored.
     """
 
     def prepare() -> None:
@@ -73,7 +80,7 @@ def start(
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 300) -> Finished:
-    """Wait for a command; one that hangs is killed and fails the test."""
+    """Wait for a command to exit; kill it and fail the test after `timeout` seconds."""
     timeout *= load.PATIENCE
     try:
         out, err = process.communicate(timeout=timeout)
@@ -85,14 +92,17 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> Finished:
 
 
 def orchestrator(*arguments: str, cwd: Path, timeout: float = 300, **environment: str) -> Finished:
-    """Run `orchestrator` with arguments to its end; no way of failing may show a traceback."""
+    """Run `orchestrator` until it exits; assert that its output has no traceback, whatever the exit code."""
     done = finish(start(*arguments, cwd=cwd, **environment), timeout)
     assert "Traceback (most recent call last)" not in done.out + done.err, done.err
     return done
 
 
 def processes_of(marker: str) -> list[int]:
-    """Return the processes whose environment holds a text: all that a command started, and only that."""
+    """Return the pids of the live processes whose environment contains a text.
+
+    With a marker unique to one command, these are exactly the processes that the command started.
+    """
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -107,7 +117,7 @@ def processes_of(marker: str) -> list[int]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Return the first true value of a condition; fail after so many seconds."""
+    """Poll a condition and return its first true value; fail the test after `seconds` seconds."""
     seconds *= load.PATIENCE
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -119,7 +129,7 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def step_rows(run: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a run's steps.jsonl."""
+    """Return the rows of a run's steps.jsonl, without a last line that is not complete yet."""
     try:
         text = (run / "steps.jsonl").read_text()
     except FileNotFoundError:
@@ -128,12 +138,17 @@ def step_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Return the loss at every step; of a step that was done twice, the last."""
+    """Return the loss of every step; for a step that was repeated after a restart, the last one."""
     return {int(row["step"]): row["loss"] for row in step_rows(run)}
 
 
 def job_text(storage: Path, **changes: Any) -> str:
-    """Return the job that end-to-end tests train: two workers, ZeRO-3, twelve steps."""
+    """Return the YAML of the end-to-end job: two workers, ZeRO-3, 12 steps.
+
+    Args:
+        storage: `checkpoint.storage`.
+        **changes: `section__key=value` replaces one field, `section=value` a whole section.
+    """
     data = str(REAL_ALPACA) if REAL_ALPACA.exists() else "builtin/alpaca_sample"
     job: dict[str, Any] = {
         "name": "run",
@@ -156,7 +171,14 @@ def job_text(storage: Path, **changes: Any) -> str:
 
 @dataclass
 class Observed:
-    """An undisturbed run, and what was seen of it from outside while it went on."""
+    """An undisturbed run, and the steps that its metrics endpoint reported while it ran.
+
+    Attributes:
+        folder: Run directory.
+        report: The report that `train --json` printed.
+        polls: Pairs of time (`time.monotonic`, in seconds) and reported step.
+        said: stderr of the command.
+    """
 
     folder: Path
     report: dict[str, Any]
@@ -166,7 +188,7 @@ class Observed:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory: pytest.TempPathFactory) -> Observed:
-    """Train the job once on one node, asking its endpoint for the step all the while."""
+    """Train the job once per session on one node, polling its metrics endpoint for the current step."""
     return load.once(tmp_path_factory, "undisturbed", _observe_a_run)
 
 
@@ -176,7 +198,7 @@ def _observe_a_run(home: Path) -> Observed:
         port = free.getsockname()[1]
     calibration = {"ORCHESTRATOR_CALIBRATION": str(home / "calibration.jsonl")}
     command = ("train", "job.yaml", "--json", "--set", f"metrics.port={port}")
-    with load.timed():  # its report is compared with what is seen from outside
+    with load.timed():  # the times in its report are compared with the polled ones
         process = start(*command, cwd=home, **calibration)
     polls = list(_poll_steps(process, port))
     done = finish(process)
@@ -201,7 +223,7 @@ def _poll_steps(process: subprocess.Popen[str], port: int) -> Iterator[tuple[flo
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """Return the messages that this program logs at INFO and above while the test runs, as they come."""
+    """Collect the messages that the `orchestrator` logger emits at INFO and above during the test."""
     messages: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

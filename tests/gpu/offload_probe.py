@@ -1,6 +1,6 @@
-"""Trains two steps in one process on a device, and tells where the optimizer's state lies.
+"""Trains two steps in one process on a device, and reports on which devices the optimizer state is stored.
 
-Started by `test_offload.py` as `python -m tests.gpu.offload_probe TASK DEVICE`; prints one line of JSON.
+`test_offload.py` starts it as `python -m tests.gpu.offload_probe TASK DEVICE`; it prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 
 class _Deaf:
-    """Is told what happens and saves nothing."""
+    """A callback that ignores every event and saves no checkpoint."""
 
     stop_requested = False
 
@@ -31,7 +31,7 @@ class _Deaf:
 
 
 def main(task_file: Path, device: str) -> None:
-    """Run the task and print what was found."""
+    """Train the task on `device` and print optimizer type, moment bytes and devices as JSON."""
     os.environ["DS_ACCELERATOR"] = device
     from orchestrator.engine.deepspeed_engine import join_process_group, parameter_count, start_engine
     from orchestrator.model.build import build_model

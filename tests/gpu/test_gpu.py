@@ -1,6 +1,6 @@
-"""What only a GPU can show: bf16, NCCL, flash attention, and TGS and MFU of half a billion parameters.
+"""Tests that need a GPU: bf16 over NCCL, flash attention, and TGS and MFU of a 0.5B model.
 
-Run with `python -m pytest tests/gpu -s`; figures are printed, not asserted, and recorded in docs/gpu-runs.md.
+Run with `python -m pytest tests/gpu -s`. Throughput is printed, not asserted; docs/gpu-runs.md records it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 LENGTHS = (1, 7, 128, 333, 64, 1024, 500, 3)
-# The shape of a well-known model of half a billion parameters; weights are random.
+# Dimensions of Qwen2-0.5B; the weights are random.
 HALF_BILLION = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",

@@ -1,6 +1,7 @@
-"""What only a GPU can show of offloading: the optimizer's state is in host memory, and not on the device.
+"""Tests on a GPU that offloaded optimizer state is in host memory and not in device memory.
 
-On CPU both are one memory; there, `tests/invariant/test_equivalence.py` shows that CPU Adam holds the state.
+On CPU these are the same memory; there `tests/invariant/test_equivalence.py` checks that DeepSpeedCPUAdam
+holds the state.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
-# 90 million parameters: their state is much larger than whatever else is on the device.
+# 90 million parameters, so that optimizer state is much larger than activations and buffers on the device.
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "initializer_range": 0.02}
-MOMENTS_BYTES = 8  # of a parameter: two of fp32
+MOMENTS_BYTES = 8  # per parameter: two fp32 moments
 OFFLOADED = {
     "zero1": {"zero_stage": 1, "offload_optimizer": "cpu"},
     "zero2": {"zero_stage": 2, "offload_optimizer": "cpu"},
@@ -67,7 +68,7 @@ def test_offloaded_state_is_in_host_memory(name: str, home: Path) -> None:
     assert found["type"] == "DeepSpeedCPUAdam"
     assert found["devices"] == ["cpu"]
     assert found["moment_bytes"] >= MOMENTS_BYTES * found["parameters"]
-    # bf16 weights and gradients at most, and some buffers.
+    # At most bf16 weights and gradients (2 + 2 bytes per parameter), and buffers.
     assert found["device_bytes"] < 6 * found["parameters"]
 
 
