@@ -1,12 +1,12 @@
-"""Attention by documents beside transformers' block mask, in whole training steps.
+"""Compare attention per document with transformers' block mask, in complete training steps.
 
     python -m tests.benchmarks.attention [--slots 2048 8192 32768] [--seconds 25] [--json]
 
-The framework's path is transformers with `sdpa` and position_ids that restart at each document, from which
-it builds a block mask itself, and its LM head at all positions. In the middle column its attention is
-followed by our head, so that what comes from attention and what from the head is told apart. That losses and
-gradients are the same is asserted in the run, and that the loss is another where the row is one document. See
-step.py for what a step is.
+The framework's path is transformers with `sdpa`, position_ids that restart at each document, from which it
+builds a block mask itself, and the LM head at all positions. The middle column combines its attention with
+our head, which separates the gain of attention from the gain of the head. Each run asserts that all paths
+give the same losses and gradients, and that the loss differs if the row is treated as one document. step.py
+defines a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TIME_LIMIT_SECONDS = 300.0
 
 
 def row_of(found: dict[str, Any]) -> list[str]:
-    """Return a case's cells."""
+    """Return the table row of a case."""
     framework, middle, ours = WAYS
     return [
         f"{found['slots']:,}",
@@ -36,7 +36,7 @@ def row_of(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure every case and print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slots", type=int, nargs="+", default=[2048, 8192, 32_768])
     parser.add_argument("--seconds", type=float, default=25.0, help="how long steps of a case are repeated")

@@ -1,9 +1,9 @@
-"""The LM head at labelled positions only, beside transformers' at all positions, in whole training steps.
+"""Compare an LM head at labelled positions with transformers' at all positions, in complete training steps.
 
     python -m tests.benchmarks.head [--vocabularies 32000 151936] [--slots 2048 8192] [--seconds 30] [--json]
 
-Attention is ours in all of them, so that only the head and the loss differ. That losses and gradients are the
-same is asserted in the run. See step.py for what a step is.
+Every case uses our attention, so that only the head and the loss differ. Each run asserts that losses and
+gradients are the same. step.py defines a step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TIME_LIMIT_SECONDS = 300.0
 
 
 def row_of(found: dict[str, Any]) -> list[str]:
-    """Return a case's cells."""
+    """Return the table row of a case."""
     all_positions, labelled, tiled = WAYS
     return [
         f"{found['vocabulary']:,}",
@@ -32,7 +32,7 @@ def row_of(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure every case and print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 151_936])
     parser.add_argument("--slots", type=int, nargs="+", default=[2048, 8192])

@@ -1,10 +1,10 @@
-"""Training steps of a small Llama on packed rows, one way beside another, each time in a fresh process.
+"""Compare implementations ("ways") of training steps of a small Llama on packed rows, in a new process.
 
     python -m tests.benchmarks.step CASE    (started by head.py and attention.py)
 
-A step is forward, backward and AdamW in float32 on two threads, with what is prepared from the batch. Ways
-share the model, the weights and the rows, and take turns; before any is timed their losses and gradients are
-compared. Nothing but the step is measured: the rows are packed before.
+A step is forward, backward and AdamW in float32 on two threads, including the preparation of model inputs
+from the batch. The ways share model, weights and rows, and alternate; their losses and gradients are compared
+before they are timed. Packing of the rows is not included.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from orchestrator.model.loss import ModelInputs, TiledHead, loss_sum
 from tests.benchmarks.environment import ROOT, describe, say
 from tests.benchmarks.packing import lengths_of
 
-# Attention of the framework (a block mask that transformers builds) or of documents; LM head at all positions
-# with labels of -100, at labelled positions, or there by tiles.
+# Attention of the framework (a block mask that transformers builds) or per document; LM head at all positions
+# with -100 as ignored label, at labelled positions only, or at these in tiles.
 WAYS = {
     "framework": ("sdpa", "all"),
     "framework's attention": ("sdpa", "labelled"),
@@ -46,7 +46,7 @@ WAYS = {
 }
 TILE_TOKENS = 1024
 _THREADS = 2
-_LOSS_TOLERANCE = 1e-5  # relative, as that of gradients
+_LOSS_TOLERANCE = 1e-5  # both tolerances are relative
 _GRADIENT_TOLERANCE = 1e-4
 _ROWS = 4
 _WARM_UP_SLOTS = 128
@@ -57,14 +57,14 @@ _LEFT_FREE_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """What a process measures.
+    """Parameters of one measurement.
 
     Attributes:
-        vocabulary: Tokens that the model knows.
-        slots: Tokens of a row.
-        ways: Names of `WAYS`; the first is what the others are compared with.
-        seconds: How long steps are repeated; each way has two at least.
-        alone: Measure one step of the first way, its peak memory above all, and compare nothing.
+        vocabulary: Vocabulary size.
+        slots: Token positions of a row.
+        ways: Names of `WAYS`; the others are compared with the first.
+        seconds: Seconds during which steps are repeated; each way runs at least two.
+        alone: Measure time and peak memory of one step of the first way, without a comparison.
     """
 
     vocabulary: int
@@ -76,7 +76,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Documents with Alpaca's lengths and random tokens; the answer is a fifth to three fifths of each."""
+    """Documents with Alpaca-like lengths and random tokens; the answer is 20 % to 60 % of each."""
 
     lengths: Int64Array
     prompts: Int64Array
@@ -99,7 +99,7 @@ class Drawn:
 
 
 def rows_of(vocabulary: int, slots: int) -> list[MicroBatch]:
-    """Return some packed rows."""
+    """Return up to `_ROWS` packed rows of `slots` token positions."""
     documents = Drawn.of(_ROWS * max(1, slots // 100), slots, vocabulary)
     packs = best_fit(documents.lengths, slots, seed=0)
     loader = PackLoader(documents, packs, BatchShape(slots, 1, 1, 1), SamplerConfig(seed=0))
@@ -107,7 +107,7 @@ def rows_of(vocabulary: int, slots: int) -> list[MicroBatch]:
 
 
 class Trainer:
-    """A model of 6 layers and 256 hidden units with its optimizer, which takes steps in any of the ways."""
+    """A Llama with 6 layers and hidden size 256, and its optimizer; runs steps in any of the ways."""
 
     def __init__(self, vocabulary: int, lr: float) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -136,7 +136,7 @@ class Trainer:
 
     def _framework_loss(self, row: MicroBatch, kind: str) -> Tensor:
         labels = np.full(len(row.input_ids), -100)
-        labels[row.label_positions + 1] = row.labels  # transformers moves them by one itself
+        labels[row.label_positions + 1] = row.labels  # transformers shifts labels by one position itself
         boundaries = {}
         if kind == attention.IMPLEMENTATION:
             boundaries["documents"] = attention.VarlenMetadata.from_lengths(
@@ -146,20 +146,20 @@ class Trainer:
             input_ids=torch.from_numpy(row.input_ids)[None],
             position_ids=torch.from_numpy(row.position_ids)[None],
             labels=torch.from_numpy(labels)[None],
-            use_cache=False,  # with a cache transformers does not look for documents in position_ids
+            use_cache=False,  # with a cache, transformers does not detect documents from position_ids
             **boundaries,
         ).loss
         return loss
 
     def backward(self, way: str, row: MicroBatch) -> float:
-        """Compute gradients afresh and return the loss."""
+        """Zero the gradients, run forward and backward, and return the loss."""
         self._optimizer.zero_grad(set_to_none=True)
         loss = self.loss(way, row)
         loss.backward()
         return loss.item()
 
     def step(self, way: str, row: MicroBatch) -> tuple[float, float]:
-        """Take a training step and return its loss and its seconds."""
+        """Run a training step and return its loss and its seconds."""
         started = time.perf_counter()
         loss = self.backward(way, row)
         self._optimizer.step()
@@ -167,15 +167,16 @@ class Trainer:
 
 
 def compare(trainer: Trainer, case: Case, row: MicroBatch) -> dict[str, dict[str, float]]:
-    """Return by how much losses and gradients differ from the first way's, relative.
+    """Return the relative differences of losses and gradients between the first way and the others.
 
     Raises:
-        AssertionError: By more than is allowed: the ways do not compute the same. Or by no more where the row
-            is one document, so that a mask that is never built would not be noticed.
+        AssertionError: A difference exceeds its tolerance. Or the loss does not change if the row is treated
+            as one document, in which case a missing mask would not be detected.
     """
     first, *others = case.ways
     expected = trainer.backward(first, row)
     slots = len(row.input_ids)
+    # The same row as one document: attention without boundaries has to give a different loss.
     joined = replace(row, position_ids=np.arange(slots), document_lengths=(slots,))
     with torch.no_grad():
         joined_off = abs(trainer.loss(case.ways[-1], joined).item() / expected - 1)
@@ -193,7 +194,7 @@ def compare(trainer: Trainer, case: Case, row: MicroBatch) -> dict[str, dict[str
 
 
 def seconds_of_steps(trainer: Trainer, case: Case, rows: list[MicroBatch]) -> dict[str, list[float]]:
-    """Time steps: in each round every way has its turn on the same row, in turned order every other round."""
+    """Time steps: each round runs every way on the same row, in reversed order every other round."""
     seconds: dict[str, list[float]] = {way: [] for way in case.ways}
     began, number = time.perf_counter(), 0
     while number < 2 or time.perf_counter() - began < case.seconds:
@@ -204,10 +205,10 @@ def seconds_of_steps(trainer: Trainer, case: Case, rows: list[MicroBatch]) -> di
 
 
 def one_step(case: Case) -> dict[str, float]:
-    """Take one step and return its loss, its seconds, and the most memory that it held above what stays.
+    """Run one step and return its loss, its seconds, and its peak memory in MiB.
 
-    What stays are weights, gradients and the optimizer's state. Weights do not change, so that losses of
-    several processes can be compared.
+    Weights, gradients and optimizer states, which a warm-up step allocates, are not included. The learning
+    rate is 0, so that the losses of several processes can be compared.
     """
     trainer = Trainer(case.vocabulary, lr=0.0)
     trainer.step(case.ways[0], rows_of(case.vocabulary, _WARM_UP_SLOTS)[0])
@@ -219,16 +220,16 @@ def one_step(case: Case) -> dict[str, float]:
 
 
 def turns(case: Case) -> dict[str, Any]:
-    """Compare the ways and let them take turns."""
+    """Compare losses and gradients of the ways, then time them alternating."""
     rows, trainer = rows_of(case.vocabulary, case.slots), Trainer(case.vocabulary, lr=1e-4)
     return {"off": compare(trainer, case, rows[0]), "seconds": seconds_of_steps(trainer, case, rows)}
 
 
 def measure(case: Case, time_limit_seconds: float) -> dict[str, Any]:
-    """Measure the ways of a case: memory of each alone, then time of all in turn.
+    """Measure the ways of a case: memory of each in its own process, then time of all, alternating.
 
-    A way that finds too little memory or time says so. One that takes long, or that is left without another
-    to take turns with, has only the step that it took alone.
+    A way that exceeds memory or the time limit has a text instead of numbers. One whose step takes more than
+    `_REPEATED_UP_TO_SECONDS`, or that has no other way to alternate with, has only its single step.
     """
     alone = {
         way: in_fresh_process(replace(case, ways=(way,), alone=True), time_limit_seconds) for way in case.ways
@@ -254,7 +255,7 @@ def measure(case: Case, time_limit_seconds: float) -> dict[str, Any]:
 
 
 def seconds_cell(found: dict[str, Any], way: str) -> str:
-    """Return what a table says of a way's time: the median, or in brackets its one step, or what hindered."""
+    """Return the table cell of a way's seconds: the median, its single step in brackets, or the failure."""
     alone = found["ways"][way]
     if isinstance(alone, str):
         return alone
@@ -263,13 +264,16 @@ def seconds_cell(found: dict[str, Any], way: str) -> str:
 
 
 def memory_cell(found: dict[str, Any], way: str) -> str:
-    """Return what a table says of a way's peak memory, in MiB."""
+    """Return the table cell of a way's peak memory in MiB, or the failure."""
     alone = found["ways"][way]
     return alone if isinstance(alone, str) else f"{alone['mib']:,.0f}"
 
 
 def ratio(found: dict[str, Any], slow: str, fast: str) -> float | None:
-    """Return how many times as fast one way is as another: the median of the rounds, or of their one step."""
+    """Return the speedup of one way over another: the median over rounds, or that of single steps.
+
+    None if one of the two exceeded its limits.
+    """
     repeated = found.get("seconds", {})
     if slow in repeated and fast in repeated:
         return median(a / b for a, b in zip(repeated[slow], repeated[fast], strict=True))
@@ -279,7 +283,7 @@ def ratio(found: dict[str, Any], slow: str, fast: str) -> float | None:
 
 
 def ratio_cell(found: dict[str, Any], slow: str, fast: str) -> str:
-    """Return what a table says of a ratio."""
+    """Return the table cell of a speedup."""
     value = ratio(found, slow, fast)
     return "-" if value is None else f"{value:.2f}"
 
@@ -290,7 +294,7 @@ def tell(
     row_of: Callable[[dict[str, Any]], list[str]],
     as_json: bool,
 ) -> None:
-    """Print what was measured as a table in Markdown, or as JSON, and where."""
+    """Print the results as a Markdown table or as JSON, with the environment."""
     environment = describe("torch", "transformers")
     if as_json:
         say(json.dumps({"cases": cases, "tile_tokens": TILE_TOKENS, "environment": environment}))
@@ -301,10 +305,13 @@ def tell(
 
 
 def in_fresh_process(case: Case, time_limit_seconds: float) -> dict[str, Any] | str:
-    """Measure in a process of its own, which may take all memory that is free now but two GiB.
+    """Measure in a new process, which may use the available memory except `_LEFT_FREE_BYTES`.
 
     Returns:
-        What it printed, or in words what hindered it.
+        The JSON object that it printed, or a text if it exceeded the memory or time limit.
+
+    Raises:
+        RuntimeError: The process failed for another reason.
     """
     command = [sys.executable, "-m", "tests.benchmarks.step", json.dumps(asdict(case))]
     limit = _available_bytes() - _LEFT_FREE_BYTES
@@ -329,13 +336,13 @@ def _available_bytes() -> int:
 
 
 def _limit_memory(further_bytes: int) -> None:
-    """Let an allocation fail here rather than have the kernel end a process of its choice."""
+    """Limit the address space, so that an allocation fails here before the kernel's OOM killer acts."""
     held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (held + further_bytes, held + further_bytes))
 
 
 def main() -> None:
-    """Measure one case and print it."""
+    """Measure one case and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", help="the fields of `Case`, as JSON")
     parser.add_argument("limit", type=int, help="bytes that may be taken")
