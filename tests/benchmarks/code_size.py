@@ -2,23 +2,23 @@
 
     python -m tests.benchmarks.code_size [--revision GITREV ...] [--json]
 
-Files are read through `git archive`, so the checkout is not touched, and parsed, not imported, so that any
-layout and any revision can be measured. Definitions, where a word could mean several things:
+Files are read with `git archive`, so the checkout is not changed, and parsed without importing them, so that
+any layout and any revision can be measured. Definitions:
 
 - lines: physical lines of every `.py` file under `orchestrator`, `launch` and `cluster`, tests excluded.
 - function length: from `def` to the last line of the body, docstring included; nested functions and methods
   count as functions of their own.
-- Any: uses of `Any` in annotations and expressions; imports of the name are not uses.
+- Any: uses of `Any` in annotations and expressions; its imports are not counted.
 - comments: `#` comments, except directives to a tool (`noqa`, `type:`, `fmt:`, `pragma`, `shellcheck`).
 - logger calls: `<logger>.debug/info/warning/error/exception/critical/log(...)`, where `<logger>` is a name
   that ends in `logger` or `log`, or the module `logging`.
-- room: a first-level package of `orchestrator` (`orchestrator.data`); `orchestrator` itself for the modules
-  directly in it; `launch`; `cluster`. Imports between rooms are counted as pairs of modules, and imports
-  inside functions are included.
-- driver calls: calls written in functions of `orchestrator/train/driver.py` to names imported from another
-  module of the product, by that module. `x.f()` and `x.y.f()` count for the module that `x` came from.
-- driver crossings: the same calls in the order in which a run reaches them in the source, local functions
-  expanded where they are first called; a crossing is a call to another module than the call before.
+- room: a first-level package of `orchestrator` (`orchestrator.data`); `orchestrator` itself for its
+  top-level modules; `launch`; `cluster`. Imports between rooms are counted as pairs of modules, including
+  imports inside functions.
+- driver calls: calls in functions of `orchestrator/train/driver.py` to names imported from another module of
+  the product, by that module. `x.f()` and `x.y.f()` count for the module that `x` was imported from.
+- driver crossings: the same calls in source order, with local functions expanded at their first call; a
+  crossing is a call to a different module than the previous call.
 """
 
 from __future__ import annotations
@@ -44,14 +44,22 @@ BASELINE = "f6d72b9"
 PACKAGES = ("orchestrator", "launch", "cluster")
 DRIVER = "orchestrator.train.driver"
 ENTRY_POINTS = ("run", "train")
-"""Functions of the driver that a run starts at; the first that is there is followed."""
+"""Candidate entry points of the driver; the first one that exists is followed."""
 _LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 _DIRECTIVES = ("noqa", "type:", "fmt:", "pragma", "shellcheck", "mypy:", "ruff:", "!")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def measure_revision(revision: str, root: Path = ROOT) -> dict[str, Any]:
-    """Return the figures of the product at a git revision of the repository in `root`."""
+    """Return the metrics of the product at a git revision.
+
+    Args:
+        revision: Any git revision of the repository.
+        root: The repository's working tree.
+
+    Raises:
+        ValueError: The revision has none of the product's packages.
+    """
     listed = _git(root, "ls-tree", "--name-only", revision).decode().split()
     packages = [name for name in PACKAGES if name in listed]
     if not packages:
@@ -63,7 +71,7 @@ def measure_revision(revision: str, root: Path = ROOT) -> dict[str, Any]:
 
 
 def measure(tree: Path) -> dict[str, Any]:
-    """Return the figures of the product in a folder that holds `orchestrator`, `launch` and `cluster`."""
+    """Return the metrics of the packages `orchestrator`, `launch` and `cluster` in a folder."""
     sources = {module_name(file, tree): file.read_text("utf-8") for file in python_files(tree)}
     packages = {module_name(file, tree) for file in python_files(tree) if file.name == "__init__.py"}
     parsed = {name: ast.parse(text) for name, text in sources.items()}
@@ -94,18 +102,18 @@ def measure(tree: Path) -> dict[str, Any]:
 
 
 def python_files(tree: Path) -> list[Path]:
-    """Return the product's Python files in a folder, sorted."""
+    """Return the product's Python files in a folder, sorted by path."""
     return sorted(file for package in PACKAGES for file in (tree / package).rglob("*.py"))
 
 
 def module_name(file: Path, tree: Path) -> str:
-    """Return the dotted name of a file's module."""
+    """Return the dotted module name of a file below `tree`."""
     parts = file.relative_to(tree).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def room(module: str) -> str:
-    """Return the room that a module is in."""
+    """Return the room of a module, as the module docstring defines it."""
     parts = module.split(".")
     if parts[0] != "orchestrator":
         return parts[0]
@@ -113,13 +121,13 @@ def room(module: str) -> str:
 
 
 def imports(module: ast.Module, name: str, is_package: bool, known: Mapping[str, Any]) -> dict[str, str]:
-    """Return the names that a module imports from other modules of the product, and the module of each.
+    """Return the names that a module imports from the product, mapped to the modules they come from.
 
     Args:
         module: The parsed module.
         name: Its dotted name.
         is_package: Whether it is an `__init__.py`.
-        known: All modules of the product.
+        known: All modules of the product, by dotted name.
     """
     found: dict[str, str] = {}
     for node in ast.walk(module):
@@ -128,9 +136,11 @@ def imports(module: ast.Module, name: str, is_package: bool, known: Mapping[str,
                 if alias.name in known:
                     found[alias.asname or alias.name] = alias.name
         elif isinstance(node, ast.ImportFrom):
+            # A relative import drops `level` parts of the name; in a package, one part fewer.
             base = name.split(".")[: -node.level + is_package or None] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
+                # `from package import module` imports a module, `from module import name` a name of it.
                 target = f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in known else origin
                 if target in known:
                     found[alias.asname or alias.name] = target
@@ -188,7 +198,7 @@ def _driver(module: ast.Module, imported: Mapping[str, str]) -> dict[str, Any]:
 def _path(
     function: _Function, local: Mapping[str, _Function], imported: Mapping[str, str], seen: set[str]
 ) -> Iterator[str]:
-    """Yield the modules that a function calls in source order, local functions expanded once."""
+    """Yield the modules that a function calls, in source order; each local function is expanded once."""
     seen.add(function.name)
     for call in _calls(function):
         target = _target(call, imported)
@@ -205,7 +215,7 @@ def _calls(function: _Function) -> list[ast.Call]:
 
 
 def _target(call: ast.Call, imported: Mapping[str, str]) -> str | None:
-    """Return the module that a call goes to: that of the longest imported name that it starts with."""
+    """Return the module that a call goes to: the module of the longest imported prefix of its dotted name."""
     parts = (_dotted(call.func) or "").split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((imported[prefix] for prefix in prefixes if prefix in imported), None)
@@ -236,7 +246,7 @@ def _git(root: Path, *arguments: str) -> bytes:
 
 
 def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the figures as text, one column per revision; what a revision does not have is a dash."""
+    """Return the metrics as a text table, one column per revision; a missing value is a dash."""
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
     rows: list[Sequence[str]] = [("", *columns)]
     for name in names:
@@ -262,7 +272,7 @@ def _cell(value: Mapping[str, int] | None, key: str) -> str:
 
 
 def main() -> None:
-    """Print the figures of the revisions asked for."""
+    """Print the metrics of the requested revisions as a table, or as JSON."""
     parser = argparse.ArgumentParser(description="Size and shape of the product's code at git revisions.")
     parser.add_argument("--revision", action="append", help=f"any git revision; default {BASELINE} and HEAD")
     parser.add_argument("--json", action="store_true", help="print JSON")

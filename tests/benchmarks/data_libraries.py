@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.data_libraries [--rows 20000] [--file ALPACA.json]
 
-One core. The encoder is measured with and without the token positions that the loss mask needs:
-`encode_batch_fast` returns none, so `encode_batch` is measured as well. ijson is measured if it is installed.
+Everything runs on one core. The loss mask needs the token positions of character offsets, which
+`encode_batch_fast` does not return, so `encode_batch` is measured as well. ijson is measured if installed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from tests.benchmarks.environment import say
 
 
 def median_seconds(run: Callable[[], object], rounds: int = 5) -> float:
-    """Return the median CPU time of several calls, in seconds: other processes may use the cores
-    meanwhile."""
+    """Return the median CPU time of `rounds` calls, in seconds.
+
+    CPU time, because wall time would include the load of other processes.
+    """
     seconds = []
     for _ in range(rounds):
         started = time.process_time()
@@ -33,7 +35,7 @@ def median_seconds(run: Callable[[], object], rounds: int = 5) -> float:
 
 
 def compare_encoders(rows: list[dict[str, str]], rounds: int) -> dict[str, float]:
-    """Return texts per second of each way to encode rows, in blocks of 4096 as tokenization does."""
+    """Return the texts per second of each encoder, in blocks of 4096 rows as in tokenization."""
     from orchestrator.config.schema import ModelSpec
     from orchestrator.data.encoder import Encoder
     from orchestrator.data.tokenize import load_tokenizer
@@ -65,7 +67,7 @@ def compare_encoders(rows: list[dict[str, str]], rounds: int) -> dict[str, float
 
 
 def compare_json(path: Path, rounds: int) -> dict[str, float]:
-    """Return MB per second of each reader of a JSON array of rows."""
+    """Return the MB per second of each reader of a JSON array of rows."""
     from orchestrator.data import json_stream
 
     def own() -> None:
@@ -97,7 +99,7 @@ def compare_json(path: Path, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure encoders and JSON readers, and print their rates and their ratio to the own code."""
     from tests.benchmarks.tokenise import write_rows
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,4 +1,4 @@
-"""Where a figure was measured, and the peers that are measured in the same run."""
+"""Describes the machine of a measurement, and runs the peers that a benchmark compares with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("trl==1.16.0", "torch==2.13.0", "datasets==5.2.0", "transformers==5
 
 
 def describe(*packages: str) -> dict[str, Any]:
-    """Return the machine and the versions that a figure depends on."""
+    """Return the CPU, cores, memory and versions of `packages` on this machine."""
     models = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
     ]
@@ -31,14 +31,17 @@ def describe(*packages: str) -> dict[str, Any]:
 
 
 def run_peer(script: str, *arguments: str) -> dict[str, Any]:
-    """Run a script of tests/benchmarks/peers in the peers' own environment, made at first use.
+    """Run a script of tests/benchmarks/peers in a virtual environment of its own, created at first use.
 
     Args:
-        script: Its name, without ending; it prints one JSON object as its last line.
-        *arguments: For the script.
+        script: Name of the script, without `.py`; its last line of output is one JSON object.
+        *arguments: Arguments of the script.
 
     Returns:
-        What it printed.
+        The JSON object that it printed.
+
+    Raises:
+        RuntimeError: The script failed.
     """
     python = _PEERS / "bin" / "python"
     ready = _PEERS / ".ready"
@@ -55,6 +58,6 @@ def run_peer(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """Print a line."""
+    """Print a line to stdout and flush."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -1,12 +1,12 @@
-"""What thousands of ranks cost: a scrape of the endpoint, a step in the recorder, and a step in the loop.
+"""Cost of thousands of ranks: a scrape of the endpoint, a step in the recorder, and a step in the loop.
 
     python -m tests.benchmarks.exporter [--ranks 4096] [--json]
 
-The recorder is an actor of its own, so the training loop waits only for what rank 0 does before its message
-has left: taking the gathered numbers, the loss of the step, and serialising. That is measured with Ray's own
-serialiser and a copy of the buffers, which is what handing them to the object store takes; the call of the
-actor itself is not in it, nor is the collective. The recorder's own work on a step must take less than the
-step, or rank 0 will wait for it after eight steps. Ratios above 1 are over the limit.
+The recorder is a separate actor, so the training loop waits only for the work of rank 0 before it sends its
+message: reading the gathered values, computing the loss of the step, and serialization. This is measured with
+Ray's serializer and a copy of the buffers, which is the cost of a put into the object store; the actor call
+and the collective are not included. The recorder must process a step in less time than the step takes,
+otherwise rank 0 waits for it after eight steps. Ratios above 1 exceed the limit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _INFO = {"zero_stage": 3, "sequence_parallel_size": 1, "dtype": "bf16", "device"
 
 
 def workers(ranks: int) -> list[WorkerInfo]:
-    """Return ranks on nodes of eight devices."""
+    """Return the workers of `ranks` ranks on nodes with eight devices."""
     return [
         WorkerInfo(
             rank,
@@ -59,13 +59,13 @@ def workers(ranks: int) -> list[WorkerInfo]:
 
 
 def gathered(ranks: int) -> torch.Tensor:
-    """Return what the collective of a step leaves on every rank, with other numbers for each rank."""
+    """Return a gathered tensor of step metrics, shape [ranks, fields of RankStep], with random values."""
     drawn = np.random.default_rng(0).uniform(0.5, 1.5, (ranks, len(fields(RankStep))))
     return torch.from_numpy(drawn * 1e4)
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Return the median seconds of some rounds, after one that warms up."""
+    """Return the median seconds of `_TIMES` calls, after one warm-up call."""
     work()
     seconds = []
     for _ in range(_TIMES):
@@ -76,7 +76,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def loop_seconds(ranks: int) -> float:
-    """Return the seconds that rank 0 spends on a step's numbers."""
+    """Return the seconds that rank 0 spends on the metrics of a step."""
     from ray import cloudpickle
 
     buffer = gathered(ranks)
@@ -95,7 +95,7 @@ def loop_seconds(ranks: int) -> float:
 
 
 def recorder_seconds(recorder: Recorder, attempt: int, ranks: int) -> float:
-    """Return the seconds that the recorder works on a step."""
+    """Return the seconds that the recorder spends on a step."""
     steps, number = RankSteps(gathered(ranks).numpy()), iter(range(1, 10**6))
 
     def work() -> None:
@@ -106,7 +106,7 @@ def recorder_seconds(recorder: Recorder, attempt: int, ranks: int) -> float:
 
 
 def scrape(port: int, encoding: str) -> bytes:
-    """Return the body of a scrape as it came over the wire."""
+    """Return the response body of a scrape, still compressed if `encoding` is gzip."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/metrics", headers={"Accept-Encoding": encoding}
     )
@@ -116,7 +116,7 @@ def scrape(port: int, encoding: str) -> bytes:
 
 
 def measure(ranks: int) -> dict[str, Any]:
-    """Measure all three."""
+    """Measure scrape, recorder and loop, in seconds, MiB and ratios to their limits."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         recorder = Recorder(run_dir, "benchmark", RunLock.acquire(run_dir), "127.0.0.1", 0)
@@ -147,7 +147,7 @@ def measure(ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print one value per line, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4096)
     parser.add_argument("--json", action="store_true")
