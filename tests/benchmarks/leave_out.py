@@ -1,8 +1,8 @@
-"""Predictions of published rows: as they are, and with two constants a stack from all rows but some.
+"""Leave-one-out predictions of published rows, with calibration parameters fitted per software stack.
 
-A stack's constants are fitted to its own rows and start from those of its page (of memory, from those for
-full parameters or for adapters), which start from none. The row that is predicted is in neither fit, nor, in
-stricter checks, is any row of its page with the same model, length or method.
+The parameters of a stack are fitted to its own rows, with a prior fitted to all rows of its page (for memory,
+to the rows with full parameters or with adapters). Neither fit includes the row that is predicted; stricter
+checks also leave out all rows of its page with the same model, length or method.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _WITHIN_A_PAGE = PriorStd(offset_bytes=3 * GIB, log_factor=0.06)
 
 @dataclass(frozen=True)
 class Case:
-    """A row with all that its prediction needs, made once.
+    """A row with the inputs of its prediction, computed once.
 
     Attributes:
-        row: As read.
-        work: What it trained.
-        device: On what.
-        memory: Its memory by part.
-        steps: Its time by part.
-        step_tokens: Tokens of a GPU's optimizer step that its TGS counts.
+        row: The row as read from the CSV.
+        work: The workload that it trained.
+        device: Its GPU.
+        memory: Predicted memory by part, in bytes.
+        steps: Predicted micro-step time by part, in seconds.
+        step_tokens: Tokens of one optimizer step per GPU, as counted by the page's TGS.
         spans_nodes: Whether any row of its stack has workers on several nodes.
-        seconds: What a fit of time tries.
+        seconds: The step time as a function of the parameters, evaluated by the fit.
     """
 
     row: Measurement
@@ -54,15 +54,15 @@ class Case:
 
     @property
     def measured_seconds(self) -> float:
-        """Seconds of a step that its TGS stands for."""
+        """Seconds of an optimizer step, computed from the published TGS; NaN without one."""
         return self.step_tokens / (self.row.tgs or float("nan"))
 
 
 def case_of(row: Measurement, spans_nodes: bool) -> Case:
-    """Return what a row's prediction needs.
+    """Return the case of a row.
 
     Raises:
-        ValueError: Its model, GPU or settings are not known.
+        ValueError: The model, GPU or settings of the row are unknown.
     """
     work, gpu = workload_of_row(row), device(row.text("gpu") or "")
     timed, tokens = timed_workload_of_row(row)
@@ -80,27 +80,28 @@ def case_of(row: Measurement, spans_nodes: bool) -> Case:
 
 
 def itself(case: Case, other: Case) -> bool:
-    """Leave out the row that is predicted."""
+    """Select only the predicted row itself, so that the fit leaves out one row."""
     return case is other
 
 
 def alike(field: str) -> Same:
-    """Leave out the rows of a page that have the same value in a field."""
+    """Return a predicate for rows of the same page with the same value of a field."""
     return lambda case, other: (
         case.row.source == other.row.source and case.row.text(field) == other.row.text(field)
     )
 
 
 def memory_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> MemoryParams:
-    """Return the constants of a case's stack, from the cases that are not left out."""
+    """Return the memory parameters of a case's stack, fitted to the cases that `same` does not exclude."""
     rows = [each for each in cases if each.row.memory_gib and not same(case, each)]
+    # First the page, then the stack with the page's parameters as its prior.
     page = fit_memory([_measured(each) for each in rows if _related(each, case)])
     own = [_measured(each) for each in rows if each.row.stack == case.row.stack]
     return fit_memory(own, page, _WITHIN_A_PAGE)
 
 
 def time_constants(case: Case, cases: Sequence[Case], same: Same = itself) -> TimeParams:
-    """Return the constants of a case's stack, from the cases that are not left out."""
+    """Return the time parameters of a case's stack, fitted to the cases that `same` does not exclude."""
     rows = [
         each
         for each in cases

@@ -1,8 +1,8 @@
-"""Published measurements in one CSV schema, and what has to be assumed where a page does not say.
+"""Published measurements in one CSV schema, and the assumptions for values that a page does not state.
 
-What is assumed follows from the software behind a page (`STACKS`), never from a row: whether DeepSpeed ran,
-which number format the loss has, what of lengths is known, and whether memory was read from torch or from
-nvidia-smi, which has CUDA's own on top.
+Assumptions depend on the software stack behind a page (`STACKS`), never on a row: whether DeepSpeed was used,
+the dtype of the loss, the distribution of lengths, and whether memory was reported by torch or by nvidia-smi,
+which includes the CUDA context.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _ATTENTION_IN = {"qwen": ("c_attn",), "chatglm": ("query_key_value",), "baichuan
 
 @dataclass(frozen=True)
 class Stack:
-    """What the software behind a page does where its rows do not say.
+    """Defaults of the software behind a page, for values that its rows do not state.
 
     Attributes:
-        full_stage: Stage of ZeRO for full parameters where it is not stated; adapters run without DeepSpeed.
-        full_masters: Whether full parameters have fp32 copies.
-        mean_tokens: Mean length of rows before they are cut; None where every row is as long as can be.
-        cut_tokens: Mean length of rows after they are cut, where that is stated.
-        quantized_dtype: Number format beside a quantised base, where it is not the stated one.
-        has_context: Whether memory figures have what CUDA itself takes.
-        rank: Of adapters where it is not stated.
-        targets: Of adapters where they are not stated.
-        whole_rows_attend: Whether tokens attend to the whole row: so in all of these pages.
+        full_stage: ZeRO stage for full parameters; adapters run without DeepSpeed.
+        full_masters: Whether full parameters have fp32 master weights.
+        mean_tokens: Mean row length in tokens before truncation; None if every row has the maximum length.
+        cut_tokens: Mean row length in tokens after truncation, if stated.
+        quantized_dtype: Compute dtype with a quantized base model, if it differs from the stated dtype.
+        has_context: Whether memory values include the CUDA context.
+        rank: Rank of adapters.
+        targets: Target modules of adapters.
+        whole_rows_attend: Whether tokens attend to the whole row, as in all of these pages.
     """
 
     full_stage: int = 3
@@ -55,20 +55,20 @@ class Stack:
 
 
 STACKS: Mapping[str, Stack] = {
-    # peft and transformers, on one GPU; memory as nvidia-smi shows it.
+    # peft and transformers on one GPU; memory reported by nvidia-smi.
     "llama2-lora-3090": Stack(targets=("q_proj", "v_proj")),
-    # transformers' Trainer; Q-LoRA runs in fp16, as the page says.
+    # transformers' Trainer; the page states that Q-LoRA runs in fp16.
     "qwen-finetune": Stack(quantized_dtype="fp16"),
-    # 16-bit AdamW without fp32 copies; rows of 3,200 tokens on average; torch's max reserved.
+    # 16-bit AdamW without fp32 master weights; rows of 3,200 tokens on average; torch's max_memory_reserved.
     "ms-swift-benchmark": Stack(full_stage=0, full_masters=False, mean_tokens=3200.0, has_context=False),
-    # Rows of 725 tokens after a cut at 1,024; QLoRA's own targets.
+    # Mean row length 725 tokens after truncation to 1,024; QLoRA's default target modules.
     "llm-action-throughput": Stack(mean_tokens=800.0, cut_tokens=725.0, targets="all-linear"),
     "xtuner-speed-benchmark": Stack(),
-    # Pages that no constant was chosen with (docs/benchmarks.md). AdamW in 16 bits, and torch's figures.
+    # Held-out pages, not used to choose any parameter (docs/benchmarks.md). 16-bit AdamW; memory from torch.
     "litgpt-resource-tables": Stack(full_masters=False, has_context=False, targets="all-linear"),
     "torchtune-readme": Stack(full_masters=False, has_context=False, targets="all-linear"),
     "peft-method-comparison": Stack(full_masters=False, has_context=False, targets="all-linear"),
-    # Adapters, or throughput only.
+    # Adapters, or pages that publish throughput only.
     "fsdp-qlora-benchmarks": Stack(has_context=False, targets="all-linear"),
     "hf-ulysses-blog": Stack(has_context=False),
     "fms-fsdp": Stack(full_masters=False),
@@ -79,7 +79,7 @@ STACKS: Mapping[str, Stack] = {
 
 
 class UnusableRow(ValueError):
-    """A row cannot be predicted: its model, GPU or settings are not known."""
+    """A row cannot be predicted because its model, GPU or settings are unknown."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,21 @@ class Measurement:
     """A row of the CSV.
 
     Attributes:
-        fields: The row as it is written.
+        fields: The raw cells by column name.
     """
 
     fields: Mapping[str, str]
 
     def text(self, name: str) -> str | None:
-        """Return a field; None where it is empty or unknown."""
+        """Return a field, or None if it is empty or `unknown`."""
         found = (self.fields.get(name) or "").strip()
         return None if found in _UNKNOWN else found
 
     def number(self, name: str) -> float | None:
-        """Return a field as a number; None where it is empty or unknown.
+        """Return a field as a number, or None if it is empty or `unknown`.
 
         Raises:
-            UnusableRow: It is no number.
+            UnusableRow: The field is not a number.
         """
         found = self.text(name)
         try:
@@ -110,42 +110,42 @@ class Measurement:
             raise UnusableRow(f"{name}={found!r} is no number") from error
 
     def whole(self, name: str, default: int) -> int:
-        """Return a field as a whole number."""
+        """Return a field as an integer, or `default` if it is empty or `unknown`."""
         found = self.number(name)
         return default if found is None else int(found)
 
     @property
     def name(self) -> str:
-        """The row's id."""
+        """Id of the row."""
         return self.text("id") or "?"
 
     @property
     def source(self) -> str:
-        """The page."""
+        """Name of the page that published the row."""
         return self.text("source") or "?"
 
     @property
     def memory_gib(self) -> float | None:
-        """Memory of a GPU."""
+        """Peak memory per GPU in GiB."""
         return self.number("memory_per_gpu_gib")
 
     @property
     def tgs(self) -> float | None:
-        """Tokens a GPU and second."""
+        """Tokens per GPU and second."""
         return self.number("tgs")
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether it did not run for want of memory."""
+        """Whether the configuration ran out of memory."""
         return self.text("out_of_memory") == "yes"
 
     @property
     def stack(self) -> str:
-        """The software that two constants belong to: the page, and what holds its weights."""
+        """Key of the software stack that calibration parameters belong to: page, quantization and method."""
         kind = self.text("quantization") or "none"
         quantized = kind if kind == "none" else kind.split("-")[0]
         copies = " with embeddings" if self.text("trains_embeddings") == "yes" else ""
-        # DeepSpeed's launcher over several nodes and its ZeRO-3, where a page has runs without them as well.
+        # A page may have adapters with and without a multi-node launch or ZeRO-3; each is a separate stack.
         apart = ""
         if self.text("method") != "full":
             apart = (" between nodes" if self.spans_nodes else "") + (
@@ -155,21 +155,21 @@ class Measurement:
 
     @property
     def spans_nodes(self) -> bool:
-        """Whether its workers are on several nodes."""
+        """Whether the workers are on several nodes."""
         return self.whole("num_nodes", 1) > 1
 
 
 def read(path: Path) -> list[Measurement]:
-    """Return the rows of a file in the schema."""
+    """Return the rows of a CSV file in the schema."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         return [Measurement(row) for row in csv.DictReader(lines)]
 
 
 def workload_of_row(row: Measurement) -> Workload:
-    """Return what a row trained, with what is assumed where it does not say.
+    """Return the workload of a row, with the defaults of its stack for values that it does not state.
 
     Raises:
-        UnusableRow: Its model, quantisation or sizes are not known.
+        UnusableRow: The model, quantization or sizes of the row are unknown.
     """
     stack = STACKS.get(row.source, Stack(targets="all-linear"))
     config = _config(row)
@@ -184,7 +184,7 @@ def workload_of_row(row: Measurement) -> Workload:
     world = row.whole("num_nodes", 1) * per_node
     full = row.text("method") == "full"
     stage = row.whole("zero_stage", stack.full_stage if full else 0)
-    rows = row.whole("micro_batch_size", 1)  # padded to the longest of them
+    rows = row.whole("micro_batch_size", 1)  # rows of a micro-batch, padded to the longest
     work = Workload(
         model=model,
         length_tokens=length,
@@ -210,22 +210,22 @@ def workload_of_row(row: Measurement) -> Workload:
         length_variation=length_variation(stack.mean_tokens, length) ** rows,
     )
     dtype = (stack.quantized_dtype if quantization != "none" else None) or row.text("dtype")
-    # DeepSpeed's fp16 engine has no autocast: logits, a shifted copy, log-softmax and gradient in 2 bytes, of
-    # which the copy goes before the gradient comes: between 6 and 8.
+    # DeepSpeed's fp16 engine has no autocast: logits, shifted copy, log-softmax and gradient have 2 bytes per
+    # element; the copy is freed before the gradient is allocated, so the peak is between 6 and 8 bytes.
     if stage and dtype == "fp16":
         return replace(work, logit_bytes=7.0)
-    # A head in fp32, as peft prepares models for bitsandbytes, makes all four of them 4 bytes.
+    # With bitsandbytes, peft casts the head to fp32, so each of the four has 4 bytes per element.
     return replace(work, logit_bytes=16.0) if quantization in ("nf4", "int8") else work
 
 
 def timed_workload_of_row(row: Measurement) -> tuple[Workload, float]:
-    """Return what a row computed on, and the tokens of a worker's micro-batch that its TGS counts.
+    """Return the workload with padded length, and the tokens per micro-batch that the page's TGS counts.
 
-    Rows of a batch are padded to the longest of them. Of b rows below a limit, the longest is taken to be as
-    near to it as a b-th of what the mean lies below.
+    Rows of a micro-batch are padded to the longest. For b rows with mean m below a limit L, the longest is
+    estimated as L - (L - m) / b tokens.
 
     Raises:
-        UnusableRow: As for `workload_of_row`.
+        UnusableRow: See `workload_of_row`.
     """
     work, mean = workload_of_row(row), STACKS.get(row.source, Stack()).cut_tokens
     if mean is None or mean >= work.length_tokens:
@@ -235,20 +235,21 @@ def timed_workload_of_row(row: Measurement) -> tuple[Workload, float]:
 
 
 def context_bytes(row: Measurement) -> float:
-    """Return what CUDA takes, where a row's figure has it."""
+    """Return the bytes of the CUDA context, or 0 if the memory values of the page exclude it."""
     return CONTEXT_BYTES if STACKS.get(row.source, Stack()).has_context else 0.0
 
 
 def length_variation(mean_tokens: float | None, limit: int) -> float:
-    """Return the share of rows shorter than a limit, if lengths are log-normal and spread by a half.
+    """Return the share of rows shorter than a limit, for log-normal lengths with sigma 0.5.
 
     Args:
-        mean_tokens: Their mean before they are cut; None where all are as long as the limit.
-        limit: Where they are cut.
+        mean_tokens: Mean length in tokens before truncation; None if all rows have the length `limit`.
+        limit: Length in tokens to which rows are truncated.
     """
     if mean_tokens is None:
         return 0.0
     spread = 0.5
+    # P(length < limit) with log(length) ~ N(log(mean) - spread^2 / 2, spread^2).
     above = math.log(limit / mean_tokens) / spread + spread / 2
     return 0.5 * (1.0 + math.erf(above / math.sqrt(2.0)))
 

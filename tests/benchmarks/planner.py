@@ -1,30 +1,31 @@
-"""The planner's predictions beside published measurements.
+"""Compare the planner's predictions with published measurements.
 
     python -m tests.benchmarks.planner --measurements FILE [--json] [--no-peers]
 
-Errors are |predicted - measured| / measured. The keys on top are with two constants a software stack, each
-row predicted by constants from the other rows (leave-one-out); `uncalibrated` has the same without any, and
-`left_out` with all rows of a page left out that share the row's model, length or method. A row that ran is
-refused where more than its GPU has is predicted as needed; one that ran out of memory is missed where not.
-Beside them are DeepSpeed's estimators on the same rows, and XTuner's column of TFLOPs from that of TGS.
+Errors are |predicted - measured| / measured. The top-level keys use two calibration parameters per software
+stack, fitted to the other rows (leave-one-out); `uncalibrated` uses none, and `left_out` also excludes all
+rows of the page with the same model, length or method. `fits_refused` counts rows that ran although the
+planner predicts more memory than the GPU has, `oom_missed` rows that ran out of memory although it predicts
+that they fit. The same rows are predicted with DeepSpeed's estimators, and XTuner's TFLOPs column is
+recomputed from its TGS column.
 
-On 120 rows of five pages (tests/benchmarks/measurements.py says what they are), as errors of median and p90:
+Median and p90 errors on 120 rows of five pages (described in tests/benchmarks/measurements.py):
 
 | | memory | TGS | out of memory missed | ran and refused |
 |---|---|---|---|---|
-| two constants a stack, leave-one-out | 2.6 %, 7.4 % | 4.2 %, 16.2 % | 0 of 2 | 0 of 118 |
+| two parameters per stack, leave-one-out | 2.6 %, 7.4 % | 4.2 %, 16.2 % | 0 of 2 | 0 of 118 |
 | uncalibrated | 4.6 %, 24.1 % | 10.8 %, 29.5 % | 1 | 0 |
 | rows of the same model left out | 2.6 %, 14.8 % | 10.9 %, 34.3 % | 1 | 0 |
 | rows of the same length left out | 2.7 %, 12.5 % | 4.9 %, 14.8 % | 1 | 0 |
 | rows of the same method left out | 4.6 %, 24.1 % | 24.1 %, 40.5 % | 1 | 0 |
 
-Of 60 rows drawn from these (20 draws) leave-one-out gives 2.6 % and 8.8 %, 6.5 % and 23.7 % on
-average: with fewer rows a stack less is learned, and a row within 3 % of its GPU's memory may be
-called wrongly.
+On random subsets of 60 rows (20 draws), leave-one-out errors are 2.6 % and 8.8 % for memory and 6.5 % and
+23.7 % for TGS on average: with fewer rows per stack the fit is worse, and the verdict of a row within 3 % of
+its GPU's memory may be wrong.
 
-The general constants of orchestrator/planner were chosen with these rows in sight, which leaving rows out
-does not undo. Pages of one model (two of the five) are uncalibrated where that model is left out. Pages that
-no constant was chosen with, uncalibrated: docs/benchmarks.md.
+The general constants of orchestrator/planner were chosen with these rows, so leave-one-out errors are
+optimistic. Two of the five pages have one model, so they are uncalibrated if that model is left out.
+docs/benchmarks.md has uncalibrated errors of pages that were not used to choose any constant.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ Predictor = Callable[[Case], tuple[MemoryParams, TimeParams]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is said of a row.
+    """Predicted memory and throughput of a row.
 
     Attributes:
         case: The row.
-        memory_gib: Of a GPU.
-        tgs: Tokens a GPU and second.
-        refused: Whether it is said not to fit.
+        memory_gib: Peak memory per GPU in GiB.
+        tgs: Tokens per GPU and second.
+        refused: Whether the verdict is "does not fit".
     """
 
     case: Case
@@ -70,19 +71,19 @@ class Prediction:
 
     @property
     def memory_error(self) -> float | None:
-        """Relative, with its sign; None where nothing was measured."""
+        """Signed relative error of memory; None if memory was not measured."""
         measured = self.case.row.memory_gib
         return None if not measured else self.memory_gib / measured - 1.0
 
     @property
     def tgs_error(self) -> float | None:
-        """Relative, with its sign; None where nothing was measured."""
+        """Signed relative error of TGS; None if TGS was not measured."""
         measured = self.case.row.tgs
         return None if not measured else self.tgs / measured - 1.0
 
 
 def predict(case: Case, memory: MemoryParams, time: TimeParams) -> Prediction:
-    """Return a row's prediction by constants of its stack."""
+    """Return the prediction of a row with the parameters of its stack."""
     return Prediction(
         case=case,
         memory_gib=memory.peak(case.memory) / GIB,
@@ -92,7 +93,7 @@ def predict(case: Case, memory: MemoryParams, time: TimeParams) -> Prediction:
 
 
 def cases_of(rows: Sequence[Measurement]) -> tuple[list[Case], list[dict[str, str]]]:
-    """Return the rows that can be predicted, and the others with the reason."""
+    """Return the cases of rows that can be predicted, and id, source and reason of the others."""
     spanning = {row.stack for row in rows if row.spans_nodes}
     found, unusable = [], []
     for row in rows:
@@ -104,17 +105,17 @@ def cases_of(rows: Sequence[Measurement]) -> tuple[list[Case], list[dict[str, st
 
 
 def uncalibrated(_case: Case) -> tuple[MemoryParams, TimeParams]:
-    """Return the constants of no stack."""
+    """Return the default parameters, for a predictor without calibration."""
     return MemoryParams(), TimeParams()
 
 
 def calibrated(cases: Sequence[Case], same: Same = itself) -> Predictor:
-    """Return what fits constants to the cases that are not left out."""
+    """Return a predictor that fits parameters to the cases that `same` does not exclude."""
     return lambda case: (memory_constants(case, cases, same), time_constants(case, cases, same))
 
 
 def figures(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Return the medians and nine-in-ten errors, and the verdicts that are wrong."""
+    """Return median and p90 errors, and the counts of wrong verdicts."""
     memory = [abs(each.memory_error) for each in predictions if each.memory_error is not None]
     tgs = [abs(each.tgs_error) for each in predictions if each.tgs_error is not None]
     failed = [each for each in predictions if each.case.row.out_of_memory]
@@ -133,13 +134,13 @@ def figures(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def by_source(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
-    """Return the figures of each page."""
+    """Return the errors per page."""
     sources = sorted({each.case.row.source for each in predictions})
     return {name: figures([each for each in predictions if each.case.row.source == name]) for name in sources}
 
 
 def worst(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Return the rows with the largest errors."""
+    """Return the `WORST` rows with the largest absolute errors."""
     found = []
     for each in predictions:
         row = each.case.row
@@ -157,7 +158,7 @@ def worst(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
 
 
 def constants(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
-    """Return each stack's constants, from all of its rows."""
+    """Return the parameters of each stack, fitted to all of its rows."""
     found = {}
     nobody: Same = lambda _case, _other: False  # noqa: E731
     for stack in sorted({case.row.stack for case in cases}):
@@ -175,8 +176,8 @@ def constants(cases: Sequence[Case]) -> dict[str, dict[str, float]]:
 
 
 def deepspeed_estimators(cases: Sequence[Case]) -> dict[str, Any] | None:
-    """Return the errors of DeepSpeed's own estimators on the same rows; None where it is not installed."""
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs there, from its import on
+    """Return the errors of DeepSpeed's estimators on the same rows, or None if DeepSpeed is not installed."""
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout, which may have to be JSON
         return _deepspeed_estimators(cases)
 
 
@@ -215,7 +216,7 @@ def _deepspeed_estimators(cases: Sequence[Case]) -> dict[str, Any] | None:
 
 
 def xtuner(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Return XTuner's TFLOPs column beside that from its TGS column by its formula, and the true MFU."""
+    """Return XTuner's published TFLOPs, the TFLOPs by its formula from its TGS, and the actual MFU."""
     found = []
     for case in cases:
         printed, tgs, shape = case.row.number("tflops_as_printed"), case.row.tgs, case.work.model.shape
@@ -236,11 +237,11 @@ def xtuner(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def compare(path: Path, peers: bool = True) -> dict[str, Any]:
-    """Return all figures for a file of measurements.
+    """Return all errors for a file of measurements.
 
     Args:
-        path: The file.
-        peers: Whether DeepSpeed's estimators are run too.
+        path: CSV file.
+        peers: Whether to run DeepSpeed's estimators as well.
     """
     rows = read(path)
     cases, unusable = cases_of(rows)
@@ -276,7 +277,7 @@ def _quantile(values: Sequence[float], percent: float) -> float | None:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Return the figures as lines to read."""
+    """Return the errors as a text table."""
     lines = [f"{'':34}{'memory: rows  median    p90':>30}{'TGS: rows  median    p90':>30}  missed refused"]
     parts: list[tuple[str, Mapping[str, Any]]] = [
         ("two constants a stack", found),
@@ -305,7 +306,7 @@ def _percent(value: float | None) -> str:
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the errors as a table, or as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

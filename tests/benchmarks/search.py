@@ -1,10 +1,9 @@
-"""What a plan costs: the search over all ways to spread a job, and the whole command, against their limits.
+"""Time of `orchestrator plan`: the search over all configurations, and the whole command, against limits.
 
     python -m tests.benchmarks.search [--json]
 
-The search is to stay under a second for 10,000 GPUs, and the command under two with Python's start. What it
-is set beside in the same run is a plain import of torch, which planning does without. Ratios above 1 are over
-the limit.
+The search has a limit of 1 s for 10,000 GPUs, and the command of 2 s including the start of Python. The same
+run measures `import torch`, which planning avoids, for comparison. Ratios above 1 exceed the limit.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ CASES = (
     (SMALL, "64x8xH100-80G-SXM"),
     (SMALL, "1250x8xH100-80G-SXM"),
 )
-"""The smaller a model, the more ways to spread it fit, and are looked at."""
+"""Jobs and clusters; of a smaller model more configurations fit, so the search predicts more of them."""
 PACKS = 10_000
-"""Of a step: a multiple of what the largest cluster deals out, so that no number of workers is left out."""
+"""Global batch size: the GPUs of the largest cluster, so that it is divisible by every number of workers."""
 _TIMES = 5
 
 
 def searches() -> list[dict[str, Any]]:
-    """Return the seconds of a search for each job and cluster, and how many plans it predicted."""
+    """Return the seconds of a search and the number of predicted plans, for each job and cluster."""
     rows = []
     for name, text in CASES:
         job, cluster = loader.load(JOBS / f"{name}.yaml"), ClusterSpec.parse(text)
@@ -68,7 +67,7 @@ def searches() -> list[dict[str, Any]]:
 
 
 def commands() -> list[dict[str, Any]]:
-    """Return the seconds of the whole command for each, beside those of importing torch."""
+    """Return the seconds of the whole command for each case, and their ratio to `import torch`."""
     torch = _median_seconds(partial(_run, "-c", "import torch"))
     rows = []
     for name, text in CASES:
@@ -103,7 +102,7 @@ def _median_seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure searches and commands, and print one line per case, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
