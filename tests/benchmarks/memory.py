@@ -1,11 +1,11 @@
-"""Memory of a training step per worker, against sequence parallelism, tiling, checkpointing and offloading.
+"""Peak memory of a training step per worker: sequence parallelism, tiling, checkpointing and offloading.
 
     python -m tests.benchmarks.memory [--lengths 4096,...] [--no-table] [--no-limit] [--plot FILE] [--json]
 
-Each cell is a process group of its own that trains one step of a small Llama, in float32 under ZeRO-3 over
-gloo, on one packed row of Alpaca-like documents. Memory is the high-water mark of a worker's resident set
-over what it held before the step, and of the workers the largest. Where a GPU would move activations to the
-host, these go to disk, since here both are the same memory.
+Each cell runs a separate process group that trains one step of a small Llama, in float32 with ZeRO-3 over
+gloo, on one packed row of Alpaca-like documents. Memory is the increase of a worker's peak resident set size
+during the step, maximized over the workers. Offloaded activations are written to disk instead of host memory,
+because on CPU device and host memory are the same.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 BUDGET_BYTES = 384 * 2**20
 _STEP_TOKENS = 1024
-_RESOLUTION = 24  # the longest pack is found to a part of so much
+_RESOLUTION = 24  # the longest pack is found with a relative error of 1 / _RESOLUTION
 _LARGEST_TOKENS = 262_144
 _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "MemoryError", "Cannot allocate memory")
 
 
 def write_data(folder: Path, tokens: int) -> None:
-    """Write documents of Alpaca's lengths, a little more than so many tokens; half are trained on."""
+    """Write documents with Alpaca-like lengths, about 1.2 x `tokens` tokens; the second half is trained."""
     lengths = lengths_of("alpaca-like", tokens // 100)
     count = int(np.searchsorted(np.cumsum(lengths), tokens * 1.2)) + 2
     generator = np.random.default_rng(0)
@@ -80,7 +80,15 @@ def write_data(folder: Path, tokens: int) -> None:
 
 
 def task_of(home: Path, name: str, length: int, size: int, setting: dict[str, Any]) -> dict[str, Any]:
-    """Return the task of a cell."""
+    """Return the task of a cell.
+
+    Args:
+        home: Folder with `model` and `data`.
+        name: Name of the task.
+        length: Pack length in tokens.
+        size: Number of workers, which all share one sequence.
+        setting: Fields of `model`; `offload` enables offloading of activations.
+    """
     model = {key: value for key, value in setting.items() if key != "offload"}
     parallel = {"offload_activations": "cpu"} if setting.get("offload") else {}
     return {
@@ -102,7 +110,7 @@ def task_of(home: Path, name: str, length: int, size: int, setting: dict[str, An
 def cell(
     home: Path, length: int, size: int, setting: dict[str, Any], budget_bytes: int | None = None
 ) -> dict[str, Any] | None:
-    """Run a cell; None where its memory did not do."""
+    """Run a cell and return its peak memory, or None if it ran out of memory."""
     task = task_of(home, "cell", length, size, setting) | {"budget_bytes": budget_bytes}
     try:
         outcome = run_group(
@@ -128,7 +136,12 @@ def cell(
 
 
 def table(home: Path, lengths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the cells of the table, and check that no setting changes the loss."""
+    """Yield the cells of the table.
+
+    Raises:
+        MemoryError: A cell needs more memory than this machine has.
+        AssertionError: A setting changes the loss.
+    """
     losses: dict[int, float] = {}
     for name, (size, setting) in SETTINGS.items():
         for length in lengths:
@@ -142,7 +155,14 @@ def table(home: Path, lengths: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 
 
 def longest(home: Path, size: int, budget_bytes: int) -> int:
-    """Return the longest pack that trains a step in a memory per worker, with everything saved."""
+    """Return the longest pack in tokens that trains within a memory budget, with all savings enabled.
+
+    Args:
+        home: Folder with `model` and `data`.
+        size: Number of workers, which all share one sequence.
+        budget_bytes: Memory per worker in addition to weights and optimizer states.
+    """
+    # Binary search over multiples of _STEP_TOKENS; the guess doubles until a pack fails.
     able, unable = 0, _LARGEST_TOKENS // _STEP_TOKENS + 1
     guess = 20 * size
     while unable - able > max(1, able // _RESOLUTION):
@@ -156,7 +176,7 @@ def longest(home: Path, size: int, budget_bytes: int) -> int:
 
 
 def as_markdown(cells: list[dict[str, Any]]) -> str:
-    """Return the table, a row a setting and a column a length."""
+    """Return the table in Markdown, one row per setting and one column per length."""
     lengths = sorted({found["length"] for found in cells})
     lines = [
         "| MiB a worker | " + " | ".join(f"{length // 1024}k" for length in lengths) + " |",
@@ -169,7 +189,7 @@ def as_markdown(cells: list[dict[str, Any]]) -> str:
 
 
 def plot(cells: list[dict[str, Any]], path: Path) -> None:
-    """Draw memory over length, a line a setting."""
+    """Plot memory over length, one line per setting."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -178,7 +198,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8.5, 5.2), layout="constrained")
     styles = {1: "-", 2: "--", 4: ":"}
-    colours: dict[str, str] = {}  # one a setting, however many workers share the row
+    colours: dict[str, str] = {}  # one colour per setting, for all sequence parallel sizes
     for name in dict.fromkeys(found["setting"] for found in cells):
         row = [found for found in cells if found["setting"] == name]
         axes.plot(
@@ -210,7 +230,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    # Give freed memory back at once, so that the resident set is what is in use.
+    # Make malloc return freed memory at once, so that the resident set size is the memory in use.
     os.environ |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     lengths = tuple(int(each) for each in arguments.lengths.split(","))
     results: dict[str, Any] = {"environment": describe("torch", "deepspeed", "transformers")}

@@ -1,6 +1,6 @@
-"""One process of a cell of the memory table: a training step on a pack, and the memory that it took.
+"""One worker of a cell of the memory benchmark: trains a step on a pack and measures its peak memory.
 
-Started by `group.run_group` as `python -m tests.benchmarks.memory_cell FOLDER`.
+`group.run_group` starts it as `python -m tests.benchmarks.memory_cell FOLDER`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.invariant.worker import Answer, Task, engine_of, main, train_context
 
 
 class _Quiet:
-    """A callback that only remembers losses."""
+    """A callback that records losses only."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -41,7 +41,7 @@ class _Quiet:
 
 
 class OnDisk(torch.autograd.graph.saved_tensors_hooks):
-    """Stands for `save_on_cpu` where the device's memory is the host's: what would go there goes to disk."""
+    """Replaces `save_on_cpu` on CPU, where device and host memory are the same: saves tensors to disk."""
 
     moved_bytes = 0
     _folder = Path(tempfile.gettempdir())
@@ -68,7 +68,7 @@ class OnDisk(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _status(field: str) -> int:
-    """Return a quantity of /proc/self/status in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -76,16 +76,16 @@ def _status(field: str) -> int:
 
 
 def measure(task: Task) -> Answer:
-    """Train as a task says and return the most memory that this took on top of what the engine holds.
+    """Train a task and return its peak memory on top of the memory that the engine holds before, in bytes.
 
-    With `budget_bytes` the kernel grants no more than that on top, so that a pack which needs more fails as
-    it would on a device that is full.
+    With `budget_bytes` in the task, RLIMIT_DATA limits further allocations, so that a larger pack runs out of
+    memory as on a device.
     """
     activation_memory.save_on_cpu = OnDisk  # type: ignore[misc, assignment]
     engine = engine_of(task)
     context, callback = train_context(task, engine.module), _Quiet()
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak resident set size
     if budget := task.get("budget_bytes"):
         limit = _status("VmData") + budget
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

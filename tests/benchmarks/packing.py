@@ -1,10 +1,9 @@
-"""Planning ten million rows, and packing beside TRL's packers on the same rows.
+"""Measure packing of ten million rows, and compare with TRL's packers on the same rows.
 
     python -m tests.benchmarks.packing [--rows 10000000] [--peer-rows 200000] [--no-peers] [--json]
 
-Planning means deciding for every row in which pack it stands. It reads lengths and no tokens; TRL's packers
-move the tokens as well. The first line of each corpus pays for memory that the process touches for the first
-time.
+Packing here assigns every row to a pack and reads only lengths; TRL's packers copy the tokens as well. The
+first measurement of each corpus includes page faults of memory that the process touches for the first time.
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ _TIMES = 5
 
 
 def lengths_of(corpus: str, rows: int) -> np.ndarray:
-    """Draw the lengths of a corpus, log-normal: Alpaca's, or a mixture with documents up to 262,144
-    tokens."""
+    """Draw log-normal row lengths in tokens, shape [rows]: Alpaca-like, or long-tailed up to 262,144."""
     mean, sigma, longest = CORPORA[corpus]
     drawn = np.random.default_rng(0).lognormal(mean, sigma, rows)
     return np.clip(drawn, 10, longest).astype(np.int64)
 
 
 def plan(corpus: str, rows: int) -> list[dict[str, Any]]:
-    """Plan a corpus at each capacity, several times; rows longer than a pack are truncated."""
+    """Pack a corpus `_TIMES` times at each capacity; rows longer than the capacity are truncated."""
     lengths = lengths_of(corpus, rows)
     results = []
     for capacity in CAPACITIES:
@@ -65,13 +63,13 @@ def plan(corpus: str, rows: int) -> list[dict[str, Any]]:
 
 
 def cost_cv(packs: Packs, lengths: np.ndarray) -> float:
-    """Return the coefficient of variation of the packs' attention cost."""
+    """Return the coefficient of variation of attention cost, a pack's sum of squared document lengths."""
     squares = packs.sums(lengths**2).astype(float)
     return float(squares.std() / squares.mean())
 
 
 def peak_memory_gib(corpus: str, rows: int) -> float:
-    """Return the most memory that a fresh process holds which does nothing but plan, lengths included."""
+    """Return the peak memory in GiB of a new process that draws lengths and packs them."""
     code = (
         f"import resource; from tests.benchmarks.packing import *; best_fit(lengths_of({corpus!r}, "
         f"{rows}).clip(max=8192), 8192, 0); say(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
@@ -81,7 +79,7 @@ def peak_memory_gib(corpus: str, rows: int) -> float:
 
 
 def beside_trl(corpus: str, rows: int) -> list[dict[str, Any]]:
-    """Pack the same rows with TRL and here, one after the other."""
+    """Pack the same rows with TRL and with this project, and return fill and rows per second of both."""
     lengths = lengths_of(corpus, rows)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lengths.npy"
@@ -110,7 +108,7 @@ def beside_trl(corpus: str, rows: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both and print one line per corpus and capacity, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--peer-rows", type=int, default=200_000)
