@@ -1,9 +1,9 @@
-"""Step, packing and tokenising at two revisions of this repository, in turns in one run.
+"""Compare step, packing and tokenization at two revisions of this repository, alternating in one run.
 
     python -m tests.benchmarks.revisions --before REVISION [--after HEAD] [--rounds 5] [--json]
 
-Each round starts one process for each revision and benchmark, in alternating order, so that a slow moment of
-the machine hits both. Printed is the ratio of the medians, after / before: below 1 is faster.
+Each round starts one process per revision and benchmark, in alternating order, so that load of the machine
+affects both. The output is the ratio of the medians, after / before; below 1 is faster.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Benchmark:
     """A script of tests/benchmarks that every revision has.
 
     Attributes:
-        arguments: Module and arguments; the last line of its output is one JSON object.
-        seconds: Returns from that object the seconds that are compared.
+        arguments: Module and its arguments; the last line of its output is one JSON object.
+        seconds: Extracts the seconds to compare from that object.
     """
 
     arguments: tuple[str, ...]
@@ -63,7 +63,7 @@ BENCHMARKS = {
 
 
 def checked_out(revision: str, folder: Path) -> Path:
-    """Write the files of a revision to a folder."""
+    """Extract the files of a revision to a folder, and return the folder."""
     archive = subprocess.run(["git", "archive", revision], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=BytesIO(archive)) as files:
         files.extractall(folder, filter="data")
@@ -71,7 +71,11 @@ def checked_out(revision: str, folder: Path) -> Path:
 
 
 def seconds_of(benchmark: Benchmark, tree: Path) -> float:
-    """Run a benchmark with the code of a tree, in a process of its own."""
+    """Run a benchmark with the code of a tree in a new process, and return its seconds.
+
+    Raises:
+        RuntimeError: The benchmark failed.
+    """
     done = subprocess.run(
         [sys.executable, "-m", *benchmark.arguments],
         cwd=tree,
@@ -88,7 +92,7 @@ def seconds_of(benchmark: Benchmark, tree: Path) -> float:
 
 
 def compare(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, Any]]:
-    """Return by benchmark the seconds at each revision, and the ratio of their medians."""
+    """Return the seconds of each benchmark at each revision, and the ratio of the medians."""
     results: dict[str, dict[str, Any]] = {}
     for name, benchmark in BENCHMARKS.items():
         seconds: dict[str, list[float]] = {revision: [] for revision in trees}
@@ -102,7 +106,7 @@ def compare(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both revisions and print one line per benchmark, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", required=True, help="revision to compare with")
     parser.add_argument("--after", default="HEAD")

@@ -1,9 +1,9 @@
-"""Rows tokenised per second beside TRL and `datasets.map` on the same rows, and memory when the corpus grows.
+"""Compare tokenization in rows per second with TRL and `datasets.map`, and measure memory by corpus size.
 
     python -m tests.benchmarks.tokenise [--rows 200000] [--json]
 
-Rows are made of the words of the embedded sample, with Alpaca's lengths. Everything is timed from the rows on
-disk (peers: in memory) to the last token written, with the start of the processes; Ray itself is up before.
+Rows consist of words of the bundled sample, with Alpaca-like lengths. Times run from the rows on disk (peers:
+in memory) to the last token written, including the start of processes; Ray is started before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.benchmarks.environment import describe, run_peer, say
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> None:
-    """Write rows whose words are drawn from the embedded sample and whose lengths are Alpaca's."""
+    """Write Alpaca rows with words drawn from the bundled sample and Alpaca-like lengths, as JSON lines."""
     sample = [json.loads(line) for line in resolve("builtin/alpaca_sample").read_text().splitlines()]
     words = np.array(" ".join(row["instruction"] + " " + row["output"] for row in sample).split())
     generator = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
 
 
 def ours(path: Path, cache: Path) -> dict[str, Any]:
-    """Tokenise with Ray tasks on all cores of a local Ray."""
+    """Tokenize with Ray tasks on all cores of a local Ray, and return rows per second, seconds and tokens."""
     from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
     from orchestrator.data.tokenize import tokenize_sources
 
@@ -56,8 +56,7 @@ def ours(path: Path, cache: Path) -> dict[str, Any]:
 
 
 class PeakMemory:
-    """The most memory that this process and all that it started held at once, less shared pages (PSS), in
-    MiB."""
+    """Samples the peak memory of this process and its descendants in MiB, as proportional set size (PSS)."""
 
     def __enter__(self) -> PeakMemory:
         self.mib = 0.0
@@ -98,7 +97,7 @@ def _pss_kib(pid: int) -> int:
 
 
 def measure(rows: int, with_peers: bool) -> dict[str, Any]:
-    """Return all figures of a run."""
+    """Return throughput and peak memory of this project, and throughput of the peers if requested."""
     import ray
 
     from orchestrator.cluster.auth import choose_auth_mode
@@ -136,7 +135,7 @@ def measure(rows: int, with_peers: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print one line per tokenizer, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--no-peers", action="store_true", help="measure only this project")

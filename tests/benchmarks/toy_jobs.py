@@ -1,9 +1,9 @@
-"""Twelve small jobs predicted and measured on this machine, each by constants from the other eleven.
+"""Predict and measure twelve small jobs on this machine, each with parameters fitted to the other eleven.
 
     python -m tests.benchmarks.toy_jobs [--json]
 
-Runs the sweep toy_jobs.yaml (some ten minutes on two cores; a second call uses the rows that are there),
-measures the speed of the processors, and fits the planner's two constants for memory and two for time.
+Runs the sweep toy_jobs.yaml (about ten minutes on two cores; a second call reuses existing results), measures
+the speed of the CPU, and fits the planner's two parameters for memory and two for time.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Cell:
-    """A job, its parts, and what was measured.
+    """Predicted parts and measurements of one job.
 
     Attributes:
-        name: What it differs by.
-        memory: Its memory by part.
-        beside: Bytes of what is offloaded, which lie in the same memory here.
-        steps: Its time by part.
-        peak_bytes: Measured: the fullest worker's resident memory.
-        seconds: Measured: the median step.
+        name: The fields that differ between cells, with their values.
+        memory: Predicted memory by part, in bytes.
+        beside: Bytes of offloaded tensors, which are in the same memory on CPU.
+        steps: Predicted micro-step time by part, in seconds.
+        peak_bytes: Measured peak resident memory, maximum over workers.
+        seconds: Measured median step time.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Cell:
 
 
 def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping[int, Device]) -> Cell:
-    """Return a cell with its parts."""
+    """Return the cell of a sweep row, with its predicted parts."""
     job = loader.parse(job_text)
     config = load_config_json(job.model.path)
     model = Model.from_config(config)
@@ -75,14 +75,14 @@ def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping
 
 
 def predicted(cell: Cell, others: list[Cell]) -> tuple[float, float]:
-    """Return bytes and seconds of a cell, by constants from others."""
+    """Return the predicted bytes and seconds of a cell, with parameters fitted to the others."""
     memory = fit_memory([(each.memory, each.peak_bytes - each.beside) for each in others])
     time = fit_time([(predicted_seconds(each.steps, False), each.seconds) for each in others], False)
     return memory.peak(cell.memory) + cell.beside, cell.steps.step(time).total
 
 
 def compare(cells: list[Cell]) -> dict[str, Any]:
-    """Return each cell's figures and the errors, each cell left out of its own fit."""
+    """Return measurement, prediction and error of each cell, each left out of its own fit."""
     rows = []
     for cell in cells:
         size, seconds = predicted(cell, [each for each in cells if each is not cell])
@@ -107,7 +107,7 @@ def compare(cells: list[Cell]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is missing, and print."""
+    """Run the missing cells of the sweep and print predictions and errors, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

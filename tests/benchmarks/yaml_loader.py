@@ -1,9 +1,10 @@
-"""Time to read job files with line numbers: `yaml_loader` on PyYAML, and ruamel.yaml's round-trip loader.
+"""Compare the time to read job files with line numbers: `yaml_loader` on PyYAML, and ruamel.yaml.
 
     python -m tests.benchmarks.yaml_loader
 
-Both read every job and sweep file under `launch/jobs` and a sweep of 500 cells, alternating, and the medians
-are compared. Ratios above 1 mean that ruamel.yaml is slower. ADR 13 uses the result.
+Both loaders (of ruamel.yaml, the round-trip loader) read every file under `launch/jobs` and a sweep of 500
+cells, alternating; the medians are compared. With ratios above 1, ruamel.yaml is slower. ADR 13 uses the
+result.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _own(text: str) -> object:
 
 
 def main() -> int:
-    """Print seconds of both loaders and their ratio."""
+    """Print the seconds of both loaders and their ratio; return 1 if ruamel.yaml is not installed."""
     try:
         from ruamel.yaml import YAML
     except ImportError:
