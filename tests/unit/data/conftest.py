@@ -1,4 +1,4 @@
-"""Tokenizers that the tests of data share."""
+"""Tokenizer fixtures for the tests of `orchestrator.data`."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def unmarked(tokenizer: Any) -> Any:
-    """The tokenizer with the same template, which says nowhere what is to be learnt."""
+    """The tokenizer with its template stripped of `{% generation %}` marks."""
     return with_template(tokenizer, without_marks(tokenizer.chat_template))
 
 
 @pytest.fixture(scope="module")
 def tool_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer with the tool template, marks and all."""
+    """The tokenizer with TOOL_TEMPLATE, including its `{% generation %}` marks."""
     own = with_template(tokenizer, TOOL_TEMPLATE)
     own.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     return own
@@ -31,7 +31,7 @@ def tool_tokenizer(tokenizer: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def metaspace_tokenizer() -> Any:
-    """A tokenizer that writes spaces as sentencepiece does, and begins every text with <s> if it may."""
+    """A SentencePiece-like tokenizer: Unigram, Metaspace, and a post-processor that prepends <s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

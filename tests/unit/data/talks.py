@@ -1,4 +1,4 @@
-"""Conversations, tokenizers' templates and what tests ask of them."""
+"""Sample conversations, chat templates and helpers for the tests of chat templates."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ PLAIN = Instruction("Name a colour.", "", "Blue.")
 WITH_INPUT = Instruction("Translate.", "bleu", "Blue {sic}.")
 WITH_SYSTEM = Instruction("Name a colour.", "", "Blue.", "Be brief.")
 WITH_HISTORY = Instruction("And one more.", "", "Red.", "Be brief.", (("Name a colour.", "Blue."),))
-# In the style of Qwen and Hermes: calls and results are JSON and text between tags, results are user's turns.
+# In the style of Qwen and Hermes: calls are JSON and results are text between tags; results are user turns.
 TOOL_TEMPLATE = r"""
 {%- if tools -%}
     {{- '<|im_start|>system\n' -}}
@@ -93,7 +93,7 @@ TOOL_ROWS = {
 
 
 class NoChat:
-    """Stands for a base model's tokenizer."""
+    """The tokenizer of a base model, without a chat template."""
 
     chat_template = None
     bos_token = None
@@ -111,7 +111,7 @@ def without_marks(template: str) -> str:
 
 
 def talk(*turns: str, system: str = "") -> Conversation:
-    """Return a conversation whose turns are a question, an answer, a question and so on."""
+    """Return a conversation of alternating user and assistant turns, starting with the user."""
     messages = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(turns):
         messages.append({"role": "assistant" if number % 2 else "user", "content": turn})
@@ -125,7 +125,7 @@ def encoded(row: Row, tokenizer: Any, template: Template = "chat") -> Encoded:
 
 
 def parts(row: Row, tokenizer: Any, template: Template = "chat") -> tuple[str, str, str]:
-    """Return the decoded tokens of a row, of its earlier answers and of its last one."""
+    """Return the decoded text of all tokens of a row, of its earlier answers and of its last answer."""
     result = encoded(row, tokenizer, template)
     return (
         tokenizer.decode(result.tokens),

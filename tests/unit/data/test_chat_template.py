@@ -1,4 +1,4 @@
-"""Rows become text as models know it, and every token knows whether it is an answer, and whether the last."""
+"""Rows are rendered like transformers renders them, and tokens of answers are labelled."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ def test_which_template_is_used(tokenizer: Any) -> None:
         choose("chat", NoChat())
 
 
-# Text, and what of it is learnt
+# Rendered text and the answers in it
 
 
 def test_chat_prompt_of_the_builtin_tokenizer(tokenizer: Any) -> None:
@@ -116,7 +116,8 @@ def test_the_rows_that_ship_are_learnt_exactly(tokenizer: Any) -> None:
         assert isinstance(result, Encoded)
         assert tokenizer.decode(result.tokens[result.turn > CONTEXT]) == row.output + "</s>"
         assert result.tokens[-1] == tokenizer.eos_token_id
-        assert (np.diff(result.turn.astype(int)) >= 0).all()  # once an answer, an answer to the end
+        # The labels never decrease: context first, then the answer up to the last token.
+        assert (np.diff(result.turn.astype(int)) >= 0).all()
 
 
 def test_history_is_turns_of_which_the_last_is_the_output(tokenizer: Any) -> None:
@@ -208,7 +209,7 @@ def test_tokens_and_mask_are_those_of_transformers(
     reference = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    # As transformers does, and `empty_answers: skip` does not, answers of white space alone are marked too.
+    # learn_ends=True, because transformers also marks answers that are only white space.
     (by_marks,), (by_comparison,) = (
         encode([row], own, "chat", learn_ends=True) for own in (tokenizer, unmarked)
     )
@@ -238,7 +239,7 @@ def test_a_template_without_marks_is_not_asked_for_any(
 
     monkeypatch.setattr(template_module, "render_jinja_template", watched)
     encoded(PLAIN, unmarked)
-    assert asked == [False, False]  # the whole, and what stands before the answer
+    assert asked == [False, False]  # renders the conversation, then the prompt before the answer
 
 
 @pytest.mark.parametrize("marks", [True, False])

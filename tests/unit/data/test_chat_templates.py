@@ -1,4 +1,4 @@
-"""Chat templates of others: tools, thinking, and what cannot be learnt from and is refused."""
+"""Third-party chat templates: tool calls, reasoning, and templates that are rejected."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def test_calls_and_answers_are_learnt_and_what_tools_return_is_not(tool_tokenize
     by_comparison = encoded(row, with_template(tool_tokenizer, without_marks(TOOL_TEMPLATE)))
     assert by_comparison.tokens.tolist() == ids.tolist()
     learnt = by_comparison.turn > CONTEXT
-    # All that the reference learns, and the one line break that the template writes after each answer's end.
+    # The tokens of the reference mask, plus the line break that the template writes after each <|im_end|>.
     ends = mask & (ids == tool_tokenizer.convert_tokens_to_ids("<|im_end|>"))
     assert ends.sum() == sum(message["role"] == "assistant" for message in row.messages)
     after = np.append(False, ends[:-1])
@@ -97,7 +97,7 @@ def test_a_tool_that_is_none_refuses_its_row_only(tool_tokenizer: Any, function:
     assert isinstance(kept, Encoded)
 
 
-# What is refused
+# Rejected rows and templates
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_conversation_needs_a_chat_template(tokenizer: Any, template: Template
     )
 
 
-# Tokens, and many rows at once
+# Tokenized rows, and batches of rows
 
 
 def test_tokens_pass_through(tokenizer: Any) -> None:
@@ -224,7 +224,7 @@ def test_a_sentencepiece_tokenizer_writes_the_text_as_one(metaspace_tokenizer: A
     whole = metaspace_tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
     assert result.tokens.tolist() == whole["input_ids"]
     assert result.tokens.tolist().count(metaspace_tokenizer.bos_token_id) == 1
-    # A token is learnt if the text that it stands for lies in an answer.
+    # A token is trained if its characters lie within an answer.
     in_answer = [
         any(start <= begin and stop <= end for start, end in rendered.answers)
         for begin, stop in whole["offset_mapping"]

@@ -1,4 +1,4 @@
-"""Answers without text: what is learnt of them, and what becomes of their rows and counts in a store."""
+"""Empty answers: their trained tokens, and the rows and counts of a store by `data.empty_answers`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.errors import SpecError
 from tests.unit.data.talks import TOOL_TEMPLATE, talk, with_template, without_marks
 
 MODEL = ModelSpec(path="builtin/tiny-llama")
-# As Qwen3's: thinking is written with the last answer and taken out of those before it.
+# Like Qwen3's template: reasoning is kept in the last answer and removed from earlier ones.
 THINKING = """{{- bos_token -}}
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}{{- '<|user|>' + message.content -}}
@@ -32,7 +32,7 @@ THINKING = """{{- bos_token -}}
 
 
 def learnt(row: Any, tokenizer: Any, ends: bool, template: Template = "chat") -> tuple[str, str, str]:
-    """Return the text of a row, and of it what is learnt: the earlier answers, and the last."""
+    """Return the decoded text of a row, of its trained earlier answers and of its trained last answer."""
     (result,) = encode([row], tokenizer, template, learn_ends=ends)
     assert isinstance(result, Encoded), result
     whole, turn = result.tokens, result.turn
@@ -50,7 +50,7 @@ def test_of_an_empty_turn_nothing_is_learnt_or_its_end(tokenizer: Any, unmarked:
     assert learnt(first, mine, ends=True) == (text, " </s>", "Blue.</s>")
     last = talk("Hi.", "Hello!", "A colour?", "")
     text = "<s><|user|>Hi.<|assistant|>Hello!</s><|user|>A colour?<|assistant|></s>"
-    assert learnt(last, mine, ends=False) == (text, "", "Hello!</s>")  # the last that there is
+    assert learnt(last, mine, ends=False) == (text, "", "Hello!</s>")  # the last answer with text
     assert learnt(last, mine, ends=True) == (text, "Hello!</s>", "</s>")
 
 
@@ -119,7 +119,7 @@ def line(number: int) -> str:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> TokenStore:
-    """The rows as a store for what is learnt, made as a Ray task makes a shard but without Ray."""
+    """A store of ROWS for the parametrized `Learnt`, written by the task function without Ray."""
     mode: Learnt = request.param
     monkeypatch.setattr(tokenize, "_held", lambda _: None)
     values = tuple(json.dumps(row).encode() for row in ROWS)
@@ -265,7 +265,7 @@ def test_skipped_rows_are_logged_again_for_a_cached_store(rows: Path, logged: li
 
 
 def test_empty_answers_are_refused_as_malformed_rows_are_where_the_job_says_so(rows: Path) -> None:
-    for _ in range(2):  # the second time from the store
+    for _ in range(2):  # the second time from the cached store
         with pytest.raises(SpecError) as problem:
             _tokenized(rows, empty_answers="error")
         sentences = problem.value.problems

@@ -1,4 +1,4 @@
-"""Formats: what each kind of row becomes, and every row that is none with its field and a remedy."""
+"""Parsing and detection of every data format, and the errors for values that are not rows."""
 
 import json
 from typing import Any
@@ -78,7 +78,7 @@ def test_alpaca_rows(value: dict[str, Any], row: Instruction) -> None:
             ({"role": "system", "content": "s"}, user(), assistant("a"), user("b"), assistant("c")),
             (),
         ),
-        (  # fields that a table fills with nulls are none
+        (  # nulls in table columns count as missing fields
             {
                 "messages": [user() | {"tool_calls": None, "name": None}, assistant(weight=None)],
                 "tools": None,
@@ -244,7 +244,7 @@ def test_rows_of_tokens() -> None:
     assert parse({"input_ids": ids, "completion_mask": [0, 0, 1]}, "tokens") == last
     assert parse({"input_ids": ids, "completion_mask": [False, False, True]}, "auto") == last
     both = {"input_ids": ids, "labels": ids, "completion_mask": [0, 0, 1], "attention_mask": [1, 1, 1]}
-    assert parse(both, "auto") == every  # labels say it all
+    assert parse(both, "auto") == every  # labels take precedence over completion_mask
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows that are none: each is refused in one sentence that names its field and a remedy."""
+"""Malformed rows: each gives an error that names the field and the fix."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from orchestrator.data.formats import Malformed, parse
 from orchestrator.data.rows import Conversation, Instruction, Text, Tokens
 from tests.unit.data.test_formats import CALL, HALF, assistant, reason_of, turn, user
 
-# Rows that are none; the sentence they give names the field and what to do.
+# (format, malformed row, reason, fix)
 BROKEN: list[tuple[str, Any, str, str]] = [
     ("alpaca", {}, "field instruction is missing (found: nothing)", "add it"),
     (
@@ -245,7 +245,7 @@ def test_half_a_surrogate_pair_is_refused_in_every_format(field: str, value: dic
     assert reason_of(value) == sentence
     assert reason_of(json.dumps(value).encode()) == sentence
     assert reason_of(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")) == sentence
-    parse(json.dumps(value).replace("ud83d", "u00e9").encode(), "auto")  # a whole character is taken
+    parse(json.dumps(value).replace("ud83d", "u00e9").encode(), "auto")  # a valid character is accepted
 
 
 def test_a_reason_can_be_printed_though_a_name_holds_half_a_pair() -> None:

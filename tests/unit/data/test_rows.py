@@ -1,4 +1,4 @@
-"""Rows with nothing to learn, in every format: told from rows that have something and from malformed ones."""
+"""Rows without trained tokens, in every format, as opposed to trainable and malformed rows."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.unit.data.test_formats import CALL, assistant, turn, user
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 
-# A row whose only answers are empty: what follows the question can be learnt, the answer's end.
+# Rows whose answers are all empty; only the end of an answer can be trained (`learn_end`).
 NO_ANSWER: list[tuple[Any, str]] = [
     ({"instruction": "a", "output": ""}, "field output is empty"),
     ({"instruction": "a", "output": " \n\t"}, "field output is empty"),
@@ -38,7 +38,7 @@ NO_ANSWER: list[tuple[Any, str]] = [
     ({"prompt": [user()], "completion": [assistant("")]}, "the answer is empty"),
     ({"prompt": [assistant("b"), user()], "completion": [assistant(None)]}, "the answer is empty"),
 ]  # fmt: skip
-# A row that has tokens, and no answer of which even the end could be learnt.
+# Rows with tokens, but without an answer whose end could be trained.
 NOT_ASKED: list[tuple[Any, str]] = [
     ({"messages": [user()]}, "no message of the assistant is to be learnt"),
     ({"messages": [user(), assistant("b", weight=0)]}, "no message of the assistant is to be learnt"),
@@ -49,10 +49,11 @@ NOT_ASKED: list[tuple[Any, str]] = [
     ({"prompt": [user()], "completion": None}, "no message of the assistant is to be learnt"),
     ({"prompt": [assistant("b")], "completion": [user()]}, "no message of the assistant is to be learnt"),
     ({"input_ids": [5, 6], "labels": [-100, -100]}, "none of its tokens is to be learnt"),
-    ({"input_ids": [5, 6], "labels": [5, -100]}, "none of its tokens is to be learnt"),  # the first never is
+    # The first token is never a target, even with a label.
+    ({"input_ids": [5, 6], "labels": [5, -100]}, "none of its tokens is to be learnt"),
     ({"input_ids": [5, 6], "completion_mask": [0, 0]}, "none of its tokens is to be learnt"),
 ]
-# A row without anything.
+# Rows without any text.
 NOTHING: list[tuple[Any, str]] = [
     ({"instruction": "", "input": " ", "output": ""}, "field output is empty"),
     ({"instruction": None, "output": None}, "field output is empty"),
