@@ -1,4 +1,4 @@
-"""Files that are damaged, gone or somewhere else: one clear problem that names them."""
+"""Damaged, missing and misplaced files: each gives one error that names the file."""
 
 import gzip
 import os
@@ -108,7 +108,7 @@ def test_paths_that_cannot_be_looked_at_are_named(tmp_path: Path, monkeypatch: p
     long = "a" * 5000 + ".json"
     assert problem_of(long).startswith(f"data file {long} cannot be read (File name too long)")
     assert source_problem(source(long)) is not None
-    nul = source("a").model_copy(update={"path": "a\0b.json"})  # which a job file cannot say
+    nul = source("a").model_copy(update={"path": "a\0b.json"})  # a job file cannot contain NUL
     with pytest.raises(SpecError) as caught:
         locate(nul)
     assert caught.value.problems[0].startswith("data file a\0b.json ")

@@ -1,4 +1,4 @@
-"""Remembered words change no token: the tokens of a text are those that the tokenizer gives it whole."""
+"""The word cache does not change tokens: `Encoder` returns what the tokenizer returns for the whole text."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ WORDS = [
 
 
 def trained(split: str | None, normalizer: Any = None) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the sample, split as GPT-2 does or by a regular expression."""
+    """Train a byte-level BPE tokenizer on SAMPLE; `split` is its pre-tokenizer pattern, None for GPT-2's."""
     backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     stages = [] if split is None else [pre_tokenizers.Split(Regex(split), "isolated")]

@@ -1,4 +1,4 @@
-"""JSON text in chunks: the same rows whatever the chunks, every break named by its row, little in memory."""
+"""Incremental JSON reading: rows do not depend on chunk sizes, errors name the row, memory is bounded."""
 
 import io
 import json
@@ -32,7 +32,7 @@ LAYOUTS: list[dict[str, Any]] = [{}, {"indent": 2}, {"separators": (",", ":")}, 
 
 
 def chunks_of(data: bytes, *sizes: int) -> Callable[[], bytes]:
-    """Return a reader that gives as many bytes as the sizes say, over and over."""
+    """Return a reader of `data` in chunks of the given sizes in bytes, repeated cyclically."""
     stream, number = io.BytesIO(data), 0
 
     def read() -> bytes:
@@ -198,7 +198,7 @@ def test_the_rows_before_a_break_are_given() -> None:
 
 
 def endless(start: bytes, row: bytes, rows: int) -> tuple[Callable[[], bytes], list[int]]:
-    """Return a reader of a text that is made while it is read, and what it counts: bytes that were read."""
+    """Return a reader that generates its text on demand, and a list with the number of bytes read so far."""
     count = [0]
 
     def parts() -> Iterator[bytes]:
@@ -238,7 +238,7 @@ def test_a_long_text_is_never_whole_in_memory(array: bool) -> None:
     tracemalloc.start()
     try:
         _, entries = json_stream.rows(read)
-        with pytest.raises(JsonTextError) if array else nullcontext():  # the array has no end
+        with pytest.raises(JsonTextError) if array else nullcontext():  # the array is not closed
             for number, _, _ in entries:
                 assert number <= 20_001
         _, peak = tracemalloc.get_traced_memory()

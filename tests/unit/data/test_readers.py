@@ -1,4 +1,4 @@
-"""Files with rows: every kind and place is read back as it was written, and every broken one is named."""
+"""Data files: every format and location is read back as written, and errors name the file."""
 
 import gzip
 import json
@@ -40,7 +40,8 @@ def write_gzipped_json(path: Path, rows: list[Any]) -> None:
 
 
 def write_gzipped_lines(path: Path, rows: list[Any]) -> None:
-    path.write_bytes(gzip.compress(lines_of(rows[:2])) + gzip.compress(lines_of(rows[2:])))  # as cat joins
+    # Two gzip members in one file, as from `cat a.gz b.gz`.
+    path.write_bytes(gzip.compress(lines_of(rows[:2])) + gzip.compress(lines_of(rows[2:])))
 
 
 def write_zstandard(path: Path, rows: list[Any]) -> None:
@@ -178,7 +179,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path, file_uri: bo
 def test_a_folder_of_several_splits_is_read_only_if_one_is_named(
     tmp_path: Path, train: str, test: str, file_uri: bool
 ) -> None:
-    folder = tmp_path / "train-data"  # the folder's own name says nothing
+    folder = tmp_path / "train-data"  # the folder's own name does not select a split
     for name, rows in ((train, ROWS[:3]), (test, ROWS[3:])):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_parquet(folder / name, rows)
@@ -238,7 +239,7 @@ def test_a_saved_dictionary_of_data_sets_needs_a_split(tmp_path: Path) -> None:
         ("dataset_dict.json", "nonsense", "train"),
         ("dataset_dict.json", "{}", "train"),
         ("dataset_dict.json", '{"splits": 3}', "train"),
-        ("dataset_dict.json", '{"splits": ["train"]}', "train"),  # and the folder of the split is gone
+        ("dataset_dict.json", '{"splits": ["train"]}', "train"),  # the folder of the split is missing
         ("state.json", "nonsense", None),
         ("state.json", "{}", None),
         ("state.json", '{"_data_files": [1]}', None),
@@ -284,7 +285,7 @@ def test_blocks_are_bounded_in_bytes(
         parquet.write_table(table, path)
     elif write is write_arrow_file:
         with ipc.new_file(str(path), table.schema) as writer:
-            writer.write_table(table)  # one batch
+            writer.write_table(table)  # one record batch
     else:
         write(path, rows)
     blocks = blocks_of(locate(source(path)))

@@ -1,4 +1,4 @@
-"""A store gives back what was written, shard by shard, counts without reading, and tells what is damaged."""
+"""Token stores: rows are read back as written, counts come from the index, and damaged files are named."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -162,12 +162,12 @@ def test_more_shards_than_are_held_open_are_read_right(
     assert store.trained(every, every * 0, every * 0 + 2, "response").tolist() == [1] * 12
 
 
-# What is trained
+# Trained tokens
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[list[list[list[int]]], list[tuple[int, int, int]]]:
-    """Draw shards of rows, given by their turns, and parts of rows as row, first token and length."""
+    """Draw shards of rows given by their turn labels, and parts of rows as (row, first token, length)."""
     turns = st.lists(st.integers(0, 2), max_size=9)
     shards = draw(st.lists(st.lists(turns, max_size=4), min_size=1, max_size=4))
     rows = [each for shard in shards for each in shard]
@@ -223,7 +223,7 @@ def test_a_first_token_is_never_trained_and_the_turns_stay_as_they_are() -> None
 
 
 def flip(at: float) -> Callable[[Path], None]:
-    """Return what turns round one byte of a file, at a share of its length."""
+    """Return a function that flips one bit of a file, at a fraction `at` of its length."""
 
     def damage(file: Path) -> None:
         data = bytearray(file.read_bytes())
@@ -261,7 +261,7 @@ def assert_damaged(problem: pytest.ExceptionInfo[ClusterError], folder: Path, na
 def test_a_damaged_shard_is_named_when_it_is_read(tmp_path: Path, damage: str) -> None:
     store = write(tmp_path, *four_rows())
     DAMAGES[damage](tmp_path / "shard-00001.arrow")
-    assert_same(store.row(1), four_rows()[0][1])  # the other shard is whole
+    assert_same(store.row(1), four_rows()[0][1])  # the other shard is intact
     with pytest.raises(ClusterError) as problem:
         store.row(2)
     assert_damaged(problem, tmp_path, "shard-00001.arrow")
