@@ -35,7 +35,7 @@ def test_an_epoch_holds_every_pack_once(packs: int, batch: int, window: int, epo
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    """These numbers may never change: a run that is resumed under a later version depends on them."""
+    """The order is frozen: a run that resumes with a later version must read the same packs."""
     costs = (np.arange(24) * 7 % 24).astype(np.float64)
     assert epoch_order(costs, 1024, 0, 4, 1).tolist() == FROZEN_SHUFFLED
     assert epoch_order(costs, 1024, 1, 4, 3).tolist() == FROZEN_BALANCED

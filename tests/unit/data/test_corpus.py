@@ -1,4 +1,4 @@
-"""The documents of an epoch: every token is kept, cut off or left out, and each is counted once."""
+"""Documents of an epoch: every token is kept, truncated or dropped, and counted once."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Turns = Sequence[int]
 def store_of(
     folder: Path, rows: Sequence[Turns], shards: int = 2, malformed: int = 0, empty: int = 0
 ) -> TokenStore:
-    """Write rows, given by their turns; their tokens are 1000 times the row's number, and counted on."""
+    """Write a store of rows given by their turn labels; token k of row n has the id 1000 n + k."""
     folder.mkdir(parents=True, exist_ok=True)
     encoded = [
         Encoded(np.arange(len(turns), dtype=np.uint32) + 1000 * number, np.array(turns, dtype=np.uint8))
@@ -60,7 +60,7 @@ def corpus_of(folder: Path, rows: Sequence[Turns], **settings: Any) -> Corpus:
 
 
 def spans(corpus: Corpus) -> list[tuple[int, int, int]]:
-    """Return row, first token and length of each document."""
+    """Return (row, first token, length) of each document."""
     return list(zip(corpus.row.tolist(), corpus.start.tolist(), corpus.lengths.tolist(), strict=True))
 
 
@@ -68,12 +68,12 @@ def answer(context: int, response: int) -> list[int]:
     return [CONTEXT] * context + [LAST_RESPONSE] * response
 
 
-# All of it at once, against the plainest way to do it
+# The vectorized implementation against a loop over rows
 
 
 @dataclass
 class Expected:
-    """What is read off row after row."""
+    """Documents and counts, computed row by row."""
 
     documents: list[tuple[int, int, int, list[bool]]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -110,7 +110,7 @@ class Expected:
 
 @st.composite
 def rows_of_turns(draw: st.DrawFn) -> list[list[int]]:
-    """Draw rows of runs of tokens of one kind, some of them far longer than a pack."""
+    """Draw rows as runs of equal turn labels, some of them much longer than a pack."""
     runs = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 24)), max_size=5)
     return [[turn for turn, count in row for _ in range(count)] for row in draw(st.lists(runs, max_size=7))]
 
@@ -193,7 +193,7 @@ def test_what_fits_is_not_touched(tmp_path: Path, truncation: Truncation, length
     ("truncation", "context", "first", "trained"),
     [
         ("right", 4, 0, [False] * 4 + [True] * 12),
-        ("left", 2, 4, [False] + [True] * 15),  # the first that is kept has nothing before it
+        ("left", 2, 4, [False] + [True] * 15),  # the first kept token is never a target
     ],
 )
 def test_right_keeps_the_start_and_left_the_end(
@@ -247,7 +247,7 @@ def test_split_goes_on_with_a_row_and_leaves_nothing_out(tmp_path: Path) -> None
 
 def test_of_a_split_row_parts_without_an_answer_are_left_out(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [answer(20, 13)], truncation="split")
-    assert spans(corpus) == [(0, 16, 16)]  # the last part is one token, which has nothing before it
+    assert spans(corpus) == [(0, 16, 16)]  # the last part is one token, never a target
     assert corpus.counts == TokenCounts(
         rows=1,
         documents=1,
@@ -287,7 +287,7 @@ def test_a_corpus_of_nothing_says_why(tmp_path: Path) -> None:
     assert "raise data.max_length" in str(problem.value)
 
 
-# Which rows, and how often
+# Sampling and repetition of rows
 
 
 @settings(max_examples=200, deadline=None)
@@ -309,7 +309,7 @@ def test_every_row_is_read_as_often_as_repeat_and_weight_say(
     assert abs(len(rows) - distinct * repeat * weight) <= 0.5 + 1e-9
     times = Counter(rows.tolist())
     assert set(times) <= set(range(count))
-    # No row is read twice more than another, and those that are not in the sample not at all.
+    # Read counts of the sampled rows differ by at most one; all other rows are never read.
     often = [times[row] for row in range(count) if times[row]] if repeat * weight >= 1 else [*times.values()]
     if repeat * weight >= 1:
         assert len(times) == distinct

@@ -26,7 +26,7 @@ def document(number: int, length: int) -> Document:
 
 
 class Listed:
-    """Documents in a list; records which ones are read."""
+    """A list of documents that records which ones are read."""
 
     def __init__(self, documents: list[Document]) -> None:
         self.documents = documents
@@ -76,7 +76,7 @@ def loader(
 
 
 def step_batches(reader: PackLoader, step: int, ranks: int, last: int | None = None) -> list[MicroBatch]:
-    """Return all micro-batches of a step, by rank."""
+    """Return the micro-batches of all ranks in a step, ordered by rank."""
     return [batch for rank in range(ranks) for batch in reader.micro_batches(step, rank, last)]
 
 
@@ -209,7 +209,7 @@ def test_resuming_with_another_world_size_reads_exactly_the_remaining_packs(
 
 
 def test_each_epoch_is_a_different_permutation(store: Listed, packs: Packs) -> None:
-    reader = loader(store, packs, global_batch_size=7)  # steps that span the boundary between epochs
+    reader = loader(store, packs, global_batch_size=7)  # some steps span two epochs
     count = len(packs)
     stream = [pack for step in range(-(-3 * count // 7)) for pack in reader.pack_numbers(step)]
     epochs = [stream[count * n : count * (n + 1)] for n in range(3)]
@@ -296,9 +296,8 @@ def test_a_label_is_the_next_token_of_the_same_document(store: Listed, packs: Pa
     for step in range(reader.steps(1.0)):
         for batch in step_batches(reader, step, 1):
             assert (np.diff(batch.label_positions) > 0).all()
-            assert (
-                batch.input_ids[batch.label_positions] + 1 == batch.labels
-            ).all()  # also: never from padding
+            # Token k of a document is followed by token k + 1; this fails for a label at a padding position.
+            assert (batch.input_ids[batch.label_positions] + 1 == batch.labels).all()
             assert (batch.input_ids[batch.label_positions] // 1000 == batch.labels // 1000).all()
             assert (batch.position_ids[batch.label_positions] + 1 == (batch.labels - 1) % 1000).all()
             checked += len(batch.labels)
@@ -326,7 +325,7 @@ def test_every_rank_has_all_micro_batches_in_the_last_partial_step(
     store: Listed, packs: Packs, ranks: int
 ) -> None:
     reader = loader(store, packs, ranks)
-    last = 19  # two steps of 8, and 3 packs more
+    last = 19  # two full steps of 8 packs and a partial step of 3
     assert reader.pack_numbers(1, last) == reader.pack_numbers(1)
     assert reader.pack_numbers(2, last) == [*reader.pack_numbers(2)[:3], *[None] * 5]
     for rank in range(ranks):
@@ -342,7 +341,7 @@ def test_steps_and_epochs(store: Listed, packs: Packs) -> None:
     count = len(packs)
     assert reader.steps(1.0) == -(-count // 8)
     assert reader.steps(3.0) == -(-3 * count // 8)
-    assert reader.steps(8.0) == count  # exactly, in spite of floating point
+    assert reader.steps(8.0) == count  # exact despite floating-point rounding
     assert reader.steps(1e-9) == 1
     assert reader.packs(0.5) == -(-count // 2)
     assert reader.steps(8 / count) == 1

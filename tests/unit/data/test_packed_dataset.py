@@ -265,13 +265,13 @@ def test_concat_keeps_every_token_once_and_fills_all_packs_but_the_last(
     pieces = [corpus.document(number) for number in range(len(corpus))]
     stream = [token for piece in pieces for token in piece.tokens.tolist()]
     assert sorted(stream) == sorted(kept)
-    assert packs.documents.tolist() == list(range(len(corpus)))  # packs hold pieces in their order
+    assert packs.documents.tolist() == list(range(len(corpus)))  # packs contain the pieces in order
     loads = packs.sums(corpus.lengths).tolist()
     assert all(load == limit for load in loads[:-1])
     assert 0 < loads[-1] <= limit
     assert corpus.lengths.min() > 0
 
-    # A document is one run of the stream, whatever cuts go through it.
+    # The tokens of a document are contiguous in the stream, even if it is cut into pieces.
     at = {token: position for position, token in enumerate(stream)}
     for number in range(len(whole)):
         positions = [at[token] for token in whole.document(number).tokens.tolist()]

@@ -1,4 +1,4 @@
-"""Packing: every document exactly once, no pack over capacity, and close to what is possible at all."""
+"""Packing: every document exactly once, no pack over capacity, and a pack count close to the optimum."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ Lengths = npt.NDArray[np.int64]
 
 @st.composite
 def problems(draw: st.DrawFn, largest: int = 64, most: int = 120) -> tuple[Lengths, int]:
-    """Draw a capacity, and lengths that fit into it, among them many equal ones."""
+    """Draw a capacity and document lengths up to it, many of them equal."""
     capacity = draw(st.integers(1, largest))
     pool = draw(st.lists(st.integers(1, capacity), min_size=1, max_size=8))
     drawn = draw(st.lists(st.one_of(st.integers(1, capacity), st.sampled_from(pool)), max_size=most))
@@ -35,7 +35,7 @@ def loads(packs: Packs, lengths: Lengths) -> list[int]:
 
 
 def fewest(lengths: list[int], capacity: int) -> int:
-    """Return the least number of packs, by trying every assignment that is not a mirror image of another."""
+    """Return the optimal number of packs by exhaustive search, skipping symmetric assignments."""
     best = len(lengths)
 
     def place(index: int, rooms: list[int]) -> None:
@@ -78,13 +78,13 @@ def test_the_lower_bound_is_one(problem: tuple[Lengths, int]) -> None:
     optimum = fewest(sorted(lengths.tolist(), reverse=True), capacity)
     assert lower_bound(lengths, capacity) <= optimum
     packed = len(best_fit(lengths, capacity, 0))
-    assert optimum <= packed <= 1.5 * optimum  # best-fit-decreasing's proven worst case
+    assert optimum <= packed <= 1.5 * optimum  # proven worst-case ratio of best-fit-decreasing
 
 
 @settings(max_examples=100, deadline=None)
 @given(problems())
 def test_each_document_goes_where_it_leaves_the_least_room(problem: tuple[Lengths, int]) -> None:
-    """The histogram gives as many packs, and as full ones, as best-fit-decreasing one document at a time."""
+    """The histogram-based implementation fills packs like best-fit-decreasing document by document."""
     lengths, capacity = problem
     rooms: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
@@ -102,9 +102,9 @@ def test_each_document_goes_where_it_leaves_the_least_room(problem: tuple[Length
     [
         ([], 10, 0),
         ([10], 10, 1),
-        ([6, 6, 6], 10, 3),  # none above half shares a pack, although the sum would fit into two
+        ([6, 6, 6], 10, 3),  # two documents above half the capacity never share a pack
         ([5, 5, 5], 10, 2),
-        ([7, 7, 4, 4], 10, 3),  # 4 fits beside no 7
+        ([7, 7, 4, 4], 10, 3),  # 7 + 4 exceeds the capacity
         ([7, 7, 3, 3], 10, 2),
         ([7, 7, 7, 4], 10, 4),
         ([9, 9, 9, 2, 2, 2], 10, 4),
@@ -142,7 +142,7 @@ def spread(packs: Packs, lengths: Lengths) -> float:
 
 @pytest.mark.parametrize("capacity", [8192, 32768, 262144])
 def test_packs_are_random_samples_of_the_corpus(capacity: int) -> None:
-    """As many packs as best-fit-decreasing makes, whose first packs hold all the long documents."""
+    """Almost as few packs as best-fit-decreasing, which puts all long documents into the first packs."""
     drawn = np.random.default_rng(7).lognormal(5.0, 0.65, 100_000)
     lengths = np.clip(drawn, 10, 2000).astype(np.int64)
     packs, decreasing = best_fit(lengths, capacity, 3), best_fit_decreasing(lengths, capacity, 3)
@@ -154,7 +154,7 @@ def test_packs_are_random_samples_of_the_corpus(capacity: int) -> None:
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_concat_cuts_one_stream_at_every_capacity(problem: tuple[Lengths, int], seed: int) -> None:
     lengths, capacity = problem
-    lengths = lengths * 3  # documents longer than a pack among them
+    lengths = lengths * 3  # some documents are longer than a pack
     pieces, packs = concat(lengths, capacity, seed)
     assert loads(packs, pieces.length)[:-1] == [capacity] * max(0, len(packs) - 1)
     assert len(packs) == -(-int(lengths.sum()) // capacity)
@@ -162,7 +162,7 @@ def test_concat_cuts_one_stream_at_every_capacity(problem: tuple[Lengths, int], 
     assert (pieces.length > 0).all()
     for document in range(len(lengths)):
         mine = pieces.document == document
-        assert np.diff(np.flatnonzero(mine)).tolist() == [1] * (int(mine.sum()) - 1)  # one after another
+        assert np.diff(np.flatnonzero(mine)).tolist() == [1] * (int(mine.sum()) - 1)  # consecutive pieces
         ends = pieces.start[mine] + pieces.length[mine]
         assert pieces.start[mine].tolist() == [0, *ends[:-1].tolist()]
         assert ends[-1] == lengths[document]
@@ -203,7 +203,7 @@ def test_a_large_shuffle_is_a_random_order(count: int) -> None:
     assert (order != _shuffle(count, 6)).mean() > 0.99
     assert np.abs(np.diff(order)).mean() / count == pytest.approx(1 / 3, rel=0.01)
     assert (np.diff(order) > 0).mean() == pytest.approx(0.5, abs=0.01)
-    for period in (2, 3, 7, 64, 1000):  # neighbours in a pack are no more alike than drawn ones
+    for period in (2, 3, 7, 64, 1000):  # packs of neighbours vary like random samples
         groups = (order % period)[: count // 11 * 11].reshape(-1, 11)
         assert groups.mean(axis=1).var() == pytest.approx(groups.var() / 11, rel=0.1)
     for lag in (1, 2, 64):

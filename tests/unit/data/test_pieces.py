@@ -1,4 +1,4 @@
-"""Pieces of documents, as concat cuts them, are documents."""
+"""`Corpus.cut`: pieces of documents, as `packing: concat` cuts them, are documents themselves."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_pieces_of_documents_are_documents(tmp_path: Path) -> None:
         TokenCounts(1, 1, 8, 8, trained_tokens=6, rows_in_files=1),
         TokenCounts(1, 3, 30, 16, 14, rows_truncated=1, rows_split=1, trained_tokens=13, rows_in_files=1),
     )
-    assert corpus.counts.documents == 2  # the corpus itself is as it was
+    assert corpus.counts.documents == 2  # cut does not modify the corpus
 
 
 def test_a_row_that_is_split_and_cut_again_counts_as_split_once(tmp_path: Path) -> None:
