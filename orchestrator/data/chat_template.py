@@ -288,6 +288,8 @@ class _Writer:
             prompt = self._until_answer(row.messages, at, answered)
             if not (answered.startswith(prompt) and whole.startswith(prompt)):
                 raise _hidden(len(answers) + 1)
+            # The usual case: rendering does not change when messages are appended, so the answer ends with
+            # its prefix of the conversation.
             end = len(answered) if whole.startswith(answered) else None
             end = end or _end_when_rewritten(whole, prompt, answered, message["content"].strip())
             if end is None:
@@ -326,6 +328,8 @@ def _end_when_rewritten(whole: str, prompt: str, answered: str, content: str) ->
     if not content:  # only the end-of-turn text remains: find the longest suffix of `answered` in `whole`
         ends = (answered[at:] for at in range(len(prompt), len(answered)))
         return next((len(prompt) + len(end) for end in ends if whole.startswith(end, len(prompt))), None)
+    # `tail` is the end-of-turn text after the content; its first occurrence in `whole` after the prompt ends
+    # the answer. `left` is what the template kept of the content, so it must be a suffix of the content.
     _, found, tail = answered[len(prompt) :].rpartition(content)
     end = whole.find(tail, len(prompt)) if content and found and tail else -1
     left = whole[len(prompt) : end].strip() if end >= 0 else ""

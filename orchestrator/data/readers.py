@@ -229,6 +229,7 @@ def _at_uri(source: SourceSpec) -> list[DataFile]:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(source.path, error) from None
     folder = path.rstrip("/") + "/"
+    # Relative paths, so that names of parent folders do not count as hidden or as names of splits.
     found = sorted(
         entry.path.removeprefix(folder)
         for entry in entries
