@@ -1,7 +1,7 @@
-"""What a user chooses, in every combination: how weights are trained, stored, optimized and shared.
+"""Combinations of job settings: method, quantization, optimizer, dtype, ZeRO stage, offloading and others.
 
-Which combinations are allowed is asked of the rules themselves; what a refusal says to do is read from its
-text, as a user does.
+The validation rules themselves decide which combinations are allowed. Remedies are parsed from the text of an
+error, as a user would read them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.invariant import material
 
 Document = dict[str, Any]
 Choice = tuple[str, ...]
-"""The name of a value for each factor, in their order."""
+"""Names of the chosen values, one per factor, in the order of `FACTORS`."""
 Pair = tuple[tuple[str, str], tuple[str, str]]
 
 LORA = {"type": "lora", "rank": 8, "alpha": 16.0}
@@ -73,13 +73,13 @@ FACTORS: dict[str, dict[str, Document]] = {
         "tiles": {"model": {"loss_tile_tokens": 16, "mlp_tile_tokens": 40}},
     },
 }
-"""What each value writes into the job; two workers share the work in all of them."""
+"""Sections of the job that each value of each factor sets. All jobs have two workers."""
 WORKERS = 2
 STEPS = 2
 
 
 def document_of(choice: Choice, model: Path) -> Document:
-    """Return the job file of a choice."""
+    """Return the job document of a choice."""
     document = material.job(
         model, WORKERS, {}, global_batch_size=2, max_steps=STEPS, lr=1e-2, warmup_ratio=0.0,
         eval={"every_steps": None},
@@ -96,12 +96,17 @@ def _write(document: Document, section: str, choice: Choice) -> None:
 
 
 def spec_of(document: Document) -> JobSpec:
-    """Return the job of a job file."""
+    """Return the validated job of a document."""
     return JobSpec.model_validate_json(json.dumps(document))
 
 
 def refusals(document: Document, device: Literal["cuda", "cpu"] = "cuda") -> tuple[str, ...]:
-    """Return why a job is refused before a worker is started; fp16 is on CPU."""
+    """Return the errors with which a job is rejected before workers start, in one sentence each.
+
+    Args:
+        document: The job document.
+        device: Device to resolve the dtype for; fp16 is rejected on CPU.
+    """
     job = spec_of(document)
     problems = tuple(sentence for _, sentence in broken_rules(job))
     if problems:
@@ -115,10 +120,10 @@ def refusals(document: Document, device: Literal["cuda", "cpu"] = "cuda") -> tup
 
 
 def allowed(model: Path) -> list[Choice]:
-    """Return every combination that is not refused.
+    """Return every combination that is not rejected.
 
-    A job is put together from sections, each made once, and the model is looked at once for all jobs that
-    say the same of it.
+    The product of all factors is large, so sections and the result of `require_supported` are cached:
+    sections by the values that set them, support by the sections that it depends on.
     """
     plain = spec_of(document_of(tuple(next(iter(values)) for values in FACTORS.values()), model))
     writers = {section: _writers(section) for section in ("model", "data", "method", "parallel", "optim")}
@@ -151,17 +156,17 @@ def allowed(model: Path) -> list[Choice]:
 
 
 def _writers(section: str) -> list[str]:
-    """Return the factors that write into a section."""
+    """Return the factors that set fields of a section."""
     return [name for name, values in FACTORS.items() if any(section in each for each in values.values())]
 
 
 def pairs_of(choice: Choice) -> Iterator[Pair]:
-    """Yield the pairs of values that meet in a choice."""
+    """Yield all pairs of values in a choice."""
     return combinations(zip(FACTORS, choice, strict=True), 2)
 
 
 def every_pair() -> set[Pair]:
-    """Return all pairs of values of two factors."""
+    """Return all pairs of values of two different factors."""
     return {
         ((one, value), (other, another))
         for one, other in combinations(FACTORS, 2)
@@ -170,11 +175,11 @@ def every_pair() -> set[Pair]:
 
 
 def cover(choices: Collection[Choice] | None = None, begun: Sequence[Choice] = ()) -> list[Choice]:
-    """Return combinations in which every two values meet that meet in any.
+    """Return a pairwise cover: combinations that contain every pair of values that occurs in `choices`.
 
     Args:
-        choices: Those to choose from; None for all.
-        begun: Combinations that are part of the answer in any case.
+        choices: Combinations to choose from; None for all.
+        begun: Combinations that the cover always includes.
     """
     values = [list(each) for each in FACTORS.values()]
     if choices is None:
@@ -183,7 +188,7 @@ def cover(choices: Collection[Choice] | None = None, begun: Sequence[Choice] = (
     before = [list(row) for row in begun]
     found = AllPairs(values, filter_func=lambda row: tuple(row) in beginnings, previously_tested=before)
     rows = [*begun, *(tuple(row) for row in found)]
-    # AllPairs ends where a combination that it comes upon next brings nothing new.
+    # AllPairs stops when its next combination adds no new pair; the loop below adds the pairs that are left.
     missing = {pair for choice in choices for pair in pairs_of(choice)}
     missing -= {pair for row in rows for pair in pairs_of(row)}
     while missing:
@@ -193,7 +198,7 @@ def cover(choices: Collection[Choice] | None = None, begun: Sequence[Choice] = (
 
 
 def remedies(sentence: str) -> list[tuple[str, Any]]:
-    """Return what a refusal says to write: dotted fields and values, and None for a field to remove."""
+    """Return the remedies in an error text as dotted fields and values; None means to remove the field."""
     found = [
         (_dotted(name), yaml_loader.value_of(value))
         for name, value in re.findall(r"\b([a-z]\w*(?:\.[a-z]\w*)?): ([\w.+-]*\w)", sentence)
@@ -204,7 +209,7 @@ def remedies(sentence: str) -> list[tuple[str, Any]]:
 
 
 def _dotted(name: str) -> str:
-    """Return the one field of that name."""
+    """Return the dotted name of the only field with that name."""
     found = [field for field in _every_field() if field == name or field.endswith(f".{name}")]
     assert len(found) == 1, f"{name} could be any of {found}"
     return found[0]
@@ -221,7 +226,7 @@ def _every_field() -> tuple[str, ...]:
 
 
 def remedied(document: Document, dotted: str, value: Any) -> Document:
-    """Return a job file in which a field is written as a remedy says."""
+    """Return a copy of a document with a remedy applied to one field."""
     changed = deepcopy(document)
     section, _, name = dotted.partition(".")
     changed[section].pop(name, None)
@@ -231,21 +236,21 @@ def remedied(document: Document, dotted: str, value: Any) -> Document:
 
 
 def follow(document: Document, device: Literal["cuda", "cpu"] = "cuda") -> tuple[list[str], Document]:
-    """Do what refusals say, as a user would, until the job is accepted.
+    """Apply the remedies of errors until the job is accepted.
 
-    Of several remedies the first is taken, of those whose field has not been changed before.
+    Of several remedies, the first one for a field that was not changed before is applied.
 
     Returns:
-        The fields that were changed, and the accepted job.
+        The changed fields, and the accepted document.
 
     Raises:
-        AssertionError: A refusal names no remedy, or only such as undo what was done before.
+        AssertionError: An error names no remedy, or only remedies for fields that were already changed.
     """
     changed: list[str] = []
     while problems := refusals(document, device):
         for sentence in problems:
             if sentence not in refusals(document, device):
-                continue  # another remedy has done
+                continue  # an earlier remedy of this round already fixed it
             new = [(field, value) for field, value in remedies(sentence) if field not in changed]
             assert new, f"after {changed} nothing is left to do of: {sentence}"
             document = remedied(document, *new[0])

@@ -1,7 +1,7 @@
-"""Every way to share training among workers, against one plain process.
+"""Compares every parallel layout with single-process training.
 
     python -m tests.invariant.matrix                       all cells
-    python -m tests.invariant.matrix --stage 3 --sample 50 fifty cells of ZeRO-3, drawn evenly
+    python -m tests.invariant.matrix --stage 3 --sample 50 fifty random cells of ZeRO-3
 
 `test_sequence_parallel.py` runs a pairwise cover of the same cells.
 """
@@ -36,15 +36,15 @@ AXES: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 3),
     "labels": ("everywhere", "late"),
 }
-"""ZeRO's stages, also with reduce_scatter off (stage 0 has none), and what is combined with them. Late labels
-leave the workers with the first half of a row without any."""
+"""Values of each axis. ZeRO stages 1 to 3 run with reduce_scatter and with all-reduce. With `late` labels,
+the workers with the first half of a row have no label."""
 LIMITS = {"loss": 1e-5, "gradient": 1e-4, "gradient_norm": 1e-4, "parameter": 1e-4, "evaluation": 1e-5}
-"""Largest relative errors; of a tensor, that of the norm of its difference."""
+"""Largest relative errors; for tensors, of the L2 norm."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of the axes' values, and how many labels are scored at a time."""
+    """One combination of the axes' values, and the loss tile in tokens."""
 
     zero: str
     sequence_parallel_size: int
@@ -61,7 +61,7 @@ class Cell:
 
     @property
     def stage(self) -> int:
-        """Stage of ZeRO."""
+        """ZeRO stage, 0 to 3."""
         return int(self.zero[0])
 
     @property
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def global_batch_size(self) -> int:
-        """Packs in a step."""
+        """Packs of one optimizer step."""
         return self.data_parallel_size * self.accumulation
 
 
@@ -84,7 +84,7 @@ EXTRA = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a cell is from the reference, by kind, and what is wrong with it."""
+    """Relative errors of a cell by kind, and the problems found."""
 
     cell: Cell
     errors: dict[str, float]
@@ -92,12 +92,12 @@ class Verdict:
 
 
 def all_cells() -> list[Cell]:
-    """Return every combination, and the extra cells."""
+    """Return every combination of the axes, and the extra cells."""
     return [*(Cell(*values) for values in product(*AXES.values())), *EXTRA]
 
 
 class Bench:
-    """A folder with models and documents, where cells are run and compared."""
+    """Runs cells and compares them with the reference; keeps models and documents in one folder."""
 
     def __init__(self, home: Path) -> None:
         self._home = home
@@ -110,7 +110,7 @@ class Bench:
         material.write_documents(home / "held-out", 6, seed=2)
 
     def verdicts(self, cells: Iterable[Cell]) -> Iterator[Verdict]:
-        """Run cells, those of one world size together, and compare each."""
+        """Run cells in groups of the same world size, and yield a verdict for each."""
         by_size: dict[int, list[Cell]] = {}
         for cell in cells:
             by_size.setdefault(cell.workers, []).append(cell)
@@ -119,7 +119,7 @@ class Bench:
                 yield from self._run(alike[start : start + CELLS_IN_A_GROUP])
 
     def _run(self, cells: Sequence[Cell]) -> Iterator[Verdict]:
-        """Run cells of one world size in a group; go on in a new one behind a cell that fails or hangs."""
+        """Run cells of one world size in one group; after a failing or hanging cell, start a new group."""
         workers, names = cells[0].workers, [str(cell) for cell in cells]
         folder = self._home / f"group-{self._groups}"
         self._groups += 1
@@ -129,7 +129,7 @@ class Bench:
         except AssertionError as error:
             failure = str(error)
         done = [has_outcome(folder, name, workers) for name in names]
-        # A group that fails behind its last cell fails that one.
+        # If the group fails after its last cell, that cell counts as failed.
         finished = [*done[:-1], False].index(False) if failure else len(cells)
         for cell in cells[:finished]:
             yield self._judge(cell, outcome_of(folder, str(cell), workers))
@@ -157,7 +157,7 @@ class Bench:
         }
 
     def _reference(self, cell: Cell) -> reference.Reference:
-        """Return what one process gives; it depends neither on ZeRO nor on who holds which part of a row."""
+        """Return the cached single-process result, which depends on neither ZeRO nor sequence parallelism."""
         key = (cell.packing, cell.kv_heads, cell.global_batch_size, cell.labels)
         if key not in self._references:
             held_out = self._home / "held-out"
@@ -178,7 +178,7 @@ class Bench:
         problems = [
             f"{kind} is off by {error:.2e}, and {LIMITS[kind]:.0e} is allowed"
             for kind, error in errors.items()
-            if not error <= LIMITS[kind]  # also where it is no number
+            if not error <= LIMITS[kind]  # true for NaN as well
         ]
         trained = [step["trained_tokens"] for step in steps]
         if not all(map(sum, trained)):
@@ -193,13 +193,13 @@ class Bench:
 
 
 def _worst(found: Sequence[float], expected: Sequence[float]) -> float:
-    """Return the largest relative error, NaN where there is one."""
+    """Return the largest relative error, or NaN if one of them is NaN."""
     errors = [abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)]
     return max(errors, key=lambda error: (error != error, error))
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """Return the worst error of each kind by each value of each axis."""
+    """Return a table of the largest error of each kind, for each value of each axis."""
     lines = [f"{'axis':24}{'value':>14}{'cells':>7}{'failed':>7}" + "".join(f"{kind:>15}" for kind in LIMITS)]
     for axis in ("all", *(field.name for field in fields(Cell))):
         choose: Callable[[Verdict], Any] = lambda each, axis=axis: getattr(each.cell, axis, "")  # noqa: E731
@@ -218,7 +218,7 @@ def _environment() -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the cells that the command line asks for; return 1 if one fails."""
+    """Run the cells that the arguments select; return 1 if one fails, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.invariant.matrix", description=__doc__)
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="only cells of this ZeRO stage")
     parser.add_argument("--sample", type=int, help="only so many cells, drawn at random")

@@ -1,6 +1,6 @@
-"""Allowed combinations of `choices.py` in earnest: each trains with two workers, against one plain process.
+"""Trains allowed combinations of `choices.py` with two workers, and compares them with a single process.
 
-    python -m tests.invariant.methods --sample 200 --seed 1    so many combinations, drawn evenly
+    python -m tests.invariant.methods --sample 200 --seed 1    200 random combinations
 
 `test_methods.py` runs a pairwise cover of the same combinations.
 """
@@ -34,18 +34,18 @@ LIMITS = {
     "fp16": {"first loss": 1e-2, "loss": 2e-2, "gradient norm": 2e-2},
     "bf16": {"first loss": 2e-2, "loss": 5e-2, "gradient norm": 5e-2},
 }
-"""Largest relative errors by number format: of the loss before the first update, of those after it, also on
-held-out rows, and of the first gradient's norm."""
+"""Largest relative errors by dtype: of the loss before the first update, of the losses after it and of the
+evaluation, and of the norm of the first gradient."""
 LIMIT_OF_8_BITS = 2e-3
-"""Smallest limit of a loss behind an update by an optimizer of 8 bits, and with int8 weights: in evaluation
-those round activations as well, which they do not in training, as the reference does throughout."""
+"""Minimum limit for losses after an update by an 8-bit optimizer, and with int8 weights: on CPU these quantize
+activations only in evaluation mode, and the reference evaluates in training mode."""
 TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".modules_to_save.")
 CHOICES_IN_A_GROUP = 40
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a choice is from the reference, by kind, and what is wrong with it."""
+    """Relative errors of a choice by kind, and the problems found."""
 
     choice: Choice
     errors: dict[str, float]
@@ -53,7 +53,7 @@ class Verdict:
 
 
 class Bench:
-    """A folder with a model and documents, where choices are trained and compared."""
+    """Trains choices and compares them with the reference; keeps model and documents in one folder."""
 
     def __init__(self, home: Path) -> None:
         self.model = home / "model"
@@ -65,13 +65,13 @@ class Bench:
         material.write_documents(home / "held-out", 4, seed=2)
 
     def verdicts(self, chosen: Iterable[Choice]) -> Iterator[Verdict]:
-        """Train choices and compare each."""
+        """Train choices in groups, and yield a verdict for each."""
         every = list(chosen)
         for start in range(0, len(every), CHOICES_IN_A_GROUP):
             yield from self._run(every[start : start + CHOICES_IN_A_GROUP])
 
     def _run(self, chosen: Sequence[Choice]) -> Iterator[Verdict]:
-        """Train choices in a group; go on in a new one behind one that fails or hangs."""
+        """Train choices in one group; after a failing or hanging one, continue in a new group."""
         folder = self._home / f"group-{self._groups}"
         self._groups += 1
         failure = ""
@@ -80,7 +80,7 @@ class Bench:
         except AssertionError as error:
             failure = str(error)
         done = [has_outcome(folder, name_of(choice), WORKERS) for choice in chosen]
-        # A group that fails behind its last task fails that one.
+        # If the group fails after its last task, that task counts as failed.
         finished = [*done[:-1], False].index(False) if failure else len(chosen)
         for choice in chosen[:finished]:
             yield self._judge(choice, outcome_of(folder, name_of(choice), WORKERS))
@@ -106,7 +106,7 @@ class Bench:
         }
 
     def _reference(self, choice: Choice) -> reference.Reference:
-        """Return what one process gives; it depends on what is computed, not on where that is kept."""
+        """Return the cached single-process result, which is independent of ZeRO, offloading and dtype."""
         job = choices.spec_of(choices.document_of(choice, self.model))
         optimizer = "muon" if job.optim.optimizer == "muon" else "adamw"
         key = f"{job.method} {optimizer} {job.data.packing}"
@@ -137,7 +137,7 @@ class Bench:
         problems = [
             f"{kind} is off by {error:.2e}, and {limits[kind]:.0e} is allowed"
             for kind, error in errors.items()
-            if not error <= limits[kind]  # also where it is no number
+            if not error <= limits[kind]  # true for NaN as well
         ]
         problems += outcome.answer.get("problems", [])
         if any(step["skipped"] for step in steps):
@@ -146,7 +146,11 @@ class Bench:
         return Verdict(choice, errors, tuple(problems))
 
     def _problems_of_weights(self, choice: Choice, outcome: Outcome) -> list[str]:
-        """Tell whether what is trained changed, and nothing else to the bit, and whether it was saved."""
+        """Return the problems of weights and checkpoint.
+
+        Every trainable weight must have changed, every frozen one must be bitwise equal, and the checkpoint
+        must hold the trained weights.
+        """
         before, after = outcome.kind("initial"), outcome.kind("parameter")
         changed = {name for name in after if after[name].tobytes() != before[name].tobytes()}
         wanted = {name for name in after if "full" in choice or any(mark in name for mark in TRAINED)}
@@ -156,7 +160,7 @@ class Bench:
         try:
             weights = fp32_weights(saved, only_trained="full" not in choice)
             found = {name: weights[name].contiguous().detach().float().numpy() for name in wanted}
-            # Those of the run are rounded to its number format.
+            # The run's weights are rounded to its dtype, the checkpoint holds fp32.
             off = [name for name in wanted if not np.allclose(found[name], after[name], 1e-2, 1e-5)]
         except Exception as error:
             return [f"the checkpoint cannot be read: {error!r}"]
@@ -164,12 +168,12 @@ class Bench:
 
 
 def name_of(choice: Choice) -> str:
-    """Return a choice as one word, which is also the name of its files."""
+    """Return the name of a choice, which is also used for its files."""
     return "-".join(choice)
 
 
 def plain(model: Any, job: JobSpec) -> Any:
-    """Return what transformers and peft alone make of a model for a job's method."""
+    """Return the model for a job's method, built with transformers and peft only."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -194,7 +198,7 @@ def plain(model: Any, job: JobSpec) -> Any:
 
 
 def _off(found: Sequence[float], expected: Sequence[float | None]) -> float:
-    """Return the largest relative error, NaN where there is one or a number is missing."""
+    """Return the largest relative error, or NaN if one is NaN or a value is missing."""
     if len(found) != len(expected):
         return math.nan
     errors = [abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True) if other]
@@ -202,7 +206,7 @@ def _off(found: Sequence[float], expected: Sequence[float | None]) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train the choices that the command line asks for; return 1 if one fails."""
+    """Train the choices that the arguments select; return 1 if one fails, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.invariant.methods", description=__doc__)
     parser.add_argument("--sample", type=int, default=200, help="how many are drawn")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
