@@ -1,4 +1,4 @@
-"""Groups of processes for tests: started together, ended together, and heard when they fail."""
+"""Process groups for tests: starts the workers, waits for them, and reports the output of failed ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task left behind: its answer on every rank, and the arrays that rank 0 wrote."""
+    """Result of a task.
+
+    Attributes:
+        ranks: The JSON answer of every rank.
+        arrays: The arrays that rank 0 wrote, by `KIND NAME`.
+    """
 
     ranks: list[dict[str, Any]]
     arrays: Arrays
@@ -40,7 +45,7 @@ class Outcome:
         return self.ranks[0]
 
     def kind(self, kind: str) -> Arrays:
-        """Return the arrays of one kind (gradient, parameter, initial), by the parameter's name."""
+        """Return the arrays of one kind (gradient, parameter, initial) by parameter name."""
         prefix = f"{kind} "
         return {
             name.removeprefix(prefix): array for name, array in self.arrays.items() if name.startswith(prefix)
@@ -48,13 +53,13 @@ class Outcome:
 
 
 def assert_close(found: Arrays, expected: Arrays, relative: float) -> None:
-    """Compare each tensor by the norm of its difference, which is off where direction or length is."""
+    """Assert that |found - expected| <= relative x |expected| for each tensor, with the L2 norm."""
     worst, off = worst_difference(found, expected)
     assert off <= relative, f"{worst} is off by {off:.2e}"
 
 
 def worst_difference(found: Arrays, expected: Arrays) -> tuple[str, float]:
-    """Return the tensor that is off most, and the norm of its difference relative to its own."""
+    """Return the name of the tensor with the largest relative L2 error, and that error."""
     assert found.keys() == expected.keys()
     off = {
         name: float(np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name]))
@@ -72,21 +77,22 @@ def run_group(
     module: str = "tests.invariant.worker",
     forked: bool = True,
 ) -> dict[str, Outcome]:
-    """Run tasks one after another in a group of new processes that talk over gloo.
+    """Run tasks one after another in a new group of processes that communicate over gloo.
 
     Args:
-        folder: Where the group leaves what it finds out.
+        folder: New folder for tasks, logs and results of the group.
         workers: Number of processes.
         tasks: Arguments of the module's functions; `name` is the key of the outcome, `action` the function.
-        timeout_seconds: When the group is killed.
-        module: What each process runs.
-        forked: From a process that has imported torch and others, which saves seconds; else started afresh.
+        timeout_seconds: Seconds after which the group is killed.
+        module: The module that each process runs.
+        forked: Fork processes from a template that has already imported torch and others, which saves
+            seconds; otherwise start new interpreters.
 
     Returns:
-        The outcomes by name.
+        The outcomes by name of the task.
 
     Raises:
-        AssertionError: A process failed or the time ran out; the message ends with what they wrote to stderr.
+        AssertionError: A process failed, or the timeout expired; the message includes the end of every log.
     """
     folder.mkdir(parents=True)
     (folder / "tasks.json").write_text(json.dumps(tasks), encoding="utf-8")
@@ -110,7 +116,7 @@ def run_group(
 
 
 def _environment(rank: int, workers: int, port: int) -> dict[str, str]:
-    # The interpreter's folder has ninja, with which DeepSpeed compiles its operators.
+    # ninja, with which DeepSpeed compiles its operators, is in the folder of the interpreter.
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -135,7 +141,8 @@ def _start(module: str, folder: Path, environment: dict[str, str], log: Path) ->
 
 
 def _fork(module: str, folder: Path, environment: dict[str, str], log: Path) -> Forked:
-    # Two templates, so that neighbouring ranks differ in the seed of their hashes, as on two nodes.
+    # Two templates, so that neighbouring ranks have different hash seeds, as on different nodes: code that
+    # depends on the order of a set then differs between ranks and is detected.
     return _template(int(environment["RANK"]) % 2).fork(module, str(folder), environment, log)
 
 
@@ -145,7 +152,11 @@ def _template(number: int) -> Template:
 
 
 def _wait(processes: Sequence[Process], deadline: float) -> str | None:
-    """Wait until all have ended well, or one has not; the others might wait for that one for ever."""
+    """Wait until all processes succeed or the first one fails, since the others may block in a collective.
+
+    Returns:
+        A description of the failure, or None.
+    """
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
@@ -167,13 +178,13 @@ def _let_say_where_they_are(processes: Sequence[Process]) -> None:
 
 
 def has_outcome(folder: Path, name: str, workers: int) -> bool:
-    """Tell whether every rank has finished a task; rank 0 writes its answer before its arrays."""
+    """Return whether every rank has finished a task; rank 0 writes its arrays after its answer."""
     later = folder / f"{name}.npz"
     return later.exists() and all((folder / f"{name}.{rank}.json").exists() for rank in range(workers))
 
 
 def outcome_of(folder: Path, name: str, workers: int) -> Outcome:
-    """Read what a finished task left behind."""
+    """Read the outcome of a finished task."""
     answers = [
         json.loads((folder / f"{name}.{rank}.json").read_text(encoding="utf-8")) for rank in range(workers)
     ]

@@ -1,8 +1,8 @@
-"""A process that has imported torch, DeepSpeed and transformers, and forks processes of groups from itself.
+"""A template process that has imported torch, DeepSpeed and transformers, and forks the workers of groups.
 
-Importing takes five seconds of a core, and there are some sixty such processes. `Template` starts one as
-`python -X faulthandler -m tests.invariant.template`: it reads one order a line, answers with the process id,
-and writes the exit code to a file when the process has ended.
+Importing takes 5 s of CPU time, and the tests start about sixty workers. `Template` starts the process as
+`python -X faulthandler -m tests.invariant.template`: it reads one JSON order per line, replies with the
+process id, and writes the exit code to a file when the worker has ended.
 """
 
 from __future__ import annotations
@@ -31,32 +31,36 @@ _IMPORTED = (
     "deepspeed", "transformers.models.llama.modeling_llama", "peft", "orchestrator.model.build",
     "orchestrator.model.adapters", "orchestrator.parallel.ulysses", "orchestrator.train.loop",
 )  # fmt: skip
-_SECONDS = 0.02  # between looks at what has ended
+_SECONDS = 0.02  # polling interval for ended processes
 
 
 @dataclass(frozen=True)
 class Forked:
-    """A process forked from a template, with the methods of Popen that groups use."""
+    """A process forked from a template, with the subset of Popen's methods that groups use."""
 
     pid: int
     exit_file: Path
 
     def poll(self) -> int | None:
-        """Return its exit code, the negative number of the signal that ended it, or None while it runs."""
+        """Return the exit code, negative if a signal ended the process, or None while it runs."""
         return int(self.exit_file.read_text()) if self.exit_file.exists() else None
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal, unless the process has ended."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float = 60.0) -> int:
-        """Wait for its end; after `timeout` seconds raise TimeoutExpired."""
+        """Wait until the process ends, and return its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: The process still runs after `timeout` seconds.
+        """
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -66,7 +70,7 @@ class Forked:
 
 
 class Template:
-    """The process to fork from; it ends with this one."""
+    """A handle of the template process, which is killed when this process exits."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -76,7 +80,7 @@ class Template:
         atexit.register(self._process.kill)
 
     def fork(self, module: str, argument: str, environment: Mapping[str, str], log: Path) -> Forked:
-        """Run a module in a forked process as `python -m MODULE ARGUMENT > LOG 2>&1` would."""
+        """Run a module in a forked process, equivalent to `python -m MODULE ARGUMENT > LOG 2>&1`."""
         exit_file = log.with_suffix(".exit")
         order = {
             "module": module,
@@ -94,7 +98,7 @@ class Template:
 
 
 def _become(order: dict[str, Any]) -> NoReturn:
-    """Run the module of an order; what it does to this process stays in this process."""
+    """Turn the forked process into the ordered one: redirect output, set the environment, run the module."""
     for number, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY)):
         name = order["log"] if number else os.devnull
         os.dup2(os.open(name, flags | os.O_CREAT, 0o644), number)
@@ -127,14 +131,15 @@ def _reap(children: dict[int, Path]) -> None:
 
 
 def main() -> None:
-    """Import, then fork as ordered, until the orders end."""
+    """Import the modules, then fork one process per order until stdin is closed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # imports print too
+    os.dup2(2, 1)  # imports print to stdout, which is reserved for replies
     for name in _IMPORTED:
         import_module(name)
     children: dict[int, Path] = {}
     while True:
-        # An order comes only after the answer to the one before, so that no line waits in a buffer.
+        # The next order comes only after the reply to the previous one, so stdin's buffer is empty here and
+        # select() sees every line.
         if select.select([sys.stdin], [], [], _SECONDS if children else None)[0]:
             line = sys.stdin.readline()
             if not line:

@@ -1,6 +1,6 @@
-"""What one process of a group does: the tasks of tasks.json, one after another, each in an engine of its own.
+"""A worker of a process group: runs the tasks of tasks.json one after another, each with a new engine.
 
-Started by `group.run_group` as `python -m tests.invariant.worker FOLDER`.
+`group.run_group` starts it as `python -m tests.invariant.worker FOLDER`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ Answer = tuple[dict[str, Any], dict[str, Any]]
 
 
 class _End(Exception):
-    """Ends training in the middle of a run, as a lost machine would."""
+    """Raised to interrupt training in the middle of a run, like the loss of a machine."""
 
 
 class _Recorder:
-    """Takes note of what the loop says, and saves where the task asks for it."""
+    """A callback that records steps and evaluations, and saves checkpoints if the task has `save_to`."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -88,7 +88,7 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
     if job.optim.optimizer == "muon":
         _choose_newton_schulz_dtype(task.get("newton_schulz", "bf16"))
     ds_config["fp16"].update(task.get("fp16", {}))
-    if job.parallel.zero_stage == 3:  # DeepSpeed would keep all of a model this small on every rank
+    if job.parallel.zero_stage == 3:  # by default DeepSpeed does not partition parameters this small
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
     ds_config["zero_optimization"].get("offload_param", {}).update(task.get("offload_param", {}))
@@ -96,7 +96,7 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
 
 
 def _allow_fp16() -> None:
-    """Let DeepSpeed take fp16 on any CPU: it offers that only where oneDNN is fast, torch everywhere."""
+    """Enable fp16 in DeepSpeed's CPU accelerator, which offers it only on CPUs with fast oneDNN support."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -105,7 +105,7 @@ def _allow_fp16() -> None:
 
 
 def _choose_newton_schulz_dtype(dtype: str) -> None:
-    """Let Muon compute its steps in bf16, as it does, or in fp32, so that they can be compared closely."""
+    """Set the dtype of Muon's Newton-Schulz iteration: bf16 (the default), or fp32 for exact comparisons."""
     from deepspeed.runtime.zero.muon import original_muon
 
     original_muon.ns_compute_dtype = lambda _: torch_dtype(dtype)
@@ -133,7 +133,12 @@ def train_context(task: Task, model: Any) -> TrainContext:
 
 
 def run_training(task: Task) -> Answer:
-    """Train from the start or from a checkpoint; arrays are first gradients and last parameters."""
+    """Train from scratch or from a checkpoint.
+
+    Returns:
+        Steps, evaluations and optimizer state, and arrays: the gradients of the first step, and the
+        parameters before and after training if the task requests them.
+    """
     resumed = "resume" in task
     engine = engine_of(task, load_weights=not resumed)
     context, recorder = train_context(task, engine.module), _Recorder(task)
@@ -162,7 +167,7 @@ def run_training(task: Task) -> Answer:
 
 
 def refuse_to_load(task: Task) -> Answer:
-    """Try to load each of several checkpoints that must be refused."""
+    """Try to load several checkpoints, and return the problems of each, None if it was loaded."""
     engine = engine_of(task)
     found = {}
     for path in task["checkpoints"]:
@@ -175,7 +180,7 @@ def refuse_to_load(task: Task) -> Answer:
 
 
 def fail_to_save(task: Task) -> Answer:
-    """Save to each of several folders, with something going wrong on the way."""
+    """Save a checkpoint for each case, with an injected failure, and return the error of each or None."""
     engine = engine_of(task)
     writer, copy_script = engine.checkpoint_engine.save, engine._copy_recovery_script
     found = {}
@@ -208,7 +213,7 @@ def _sabotaged(writer: Callable[[Any, str], None], case: Task) -> Callable[[Any,
 
 @contextmanager
 def _file_limit(size_bytes: int | None) -> Iterator[None]:
-    """Let the kernel refuse to write beyond a size, as it does on a full disk."""
+    """Limit the size of written files, so that writes fail as on a full disk; None keeps the limit."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes or before[0], before[1]))
     try:
@@ -227,7 +232,7 @@ def _permit(case: Task) -> None:
 
 
 def build_partitioned(task: Task) -> Answer:
-    """Build a model under ZeRO-3 and tell what this rank holds of it, and where its weights were read to."""
+    """Build a model with ZeRO-3; return the elements on this rank, and the devices weights were loaded to."""
     from transformers import modeling_utils
 
     read, places = modeling_utils.load_state_dict, []
@@ -252,7 +257,10 @@ def build_partitioned(task: Task) -> Answer:
 
 
 def refuse_to_build(task: Task) -> Answer:
-    """Try to build each of several models; `{rank}` in a path stands for this process's own folder."""
+    """Try to build several models, and return the problems of each, None if it was built.
+
+    `{rank}` in a model path is replaced by the rank of this process.
+    """
     found = {}
     for name, document in task["jobs"].items():
         document["model"]["path"] = document["model"]["path"].format(rank=dist.get_rank())
@@ -275,7 +283,7 @@ ACTIONS: dict[str, Callable[[Task], Answer]] = {
 
 
 def main(folder: Path, actions: dict[str, Callable[[Task], Answer]]) -> None:
-    """Run the tasks of a folder, and write the answers beside them."""
+    """Run the tasks of a folder, and write answers and arrays to the same folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     join_process_group(120)
@@ -284,7 +292,7 @@ def main(folder: Path, actions: dict[str, Callable[[Task], Answer]]) -> None:
         rank = dist.get_rank()
         (folder / f"{task['name']}.{rank}.json").write_text(json.dumps(answer), encoding="utf-8")
         if rank == 0 and arrays:
-            # Renamed when it is whole: another rank's failure may end this process at any time.
+            # Published by rename: a failure of another rank may end this process at any time.
             draft = folder / f"{task['name']}.partial.npz"
             np.savez(draft, **arrays)
             draft.rename(folder / f"{task['name']}.npz")
@@ -293,7 +301,7 @@ def main(folder: Path, actions: dict[str, Callable[[Task], Answer]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), ACTIONS)
-    # Everything is written. On a busy machine the end of the interpreter can meet a native thread that still
-    # runs, and abort the process.
+    # All results are written. Skip interpreter shutdown, which on a busy machine can abort the process if a
+    # native thread still runs.
     sys.stdout.flush()
     os._exit(0)
