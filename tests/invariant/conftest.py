@@ -10,7 +10,7 @@ from tests.invariant import material
 
 @dataclass(frozen=True)
 class Material:
-    """Where the tiny model and the documents lie."""
+    """Folders of the tiny models (untied and tied embeddings) and of the token stores."""
 
     model: Path
     tied: Path

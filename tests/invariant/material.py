@@ -1,4 +1,4 @@
-"""What every process of a test builds for itself: a tiny model, documents of odd lengths, and a job."""
+"""Builds the inputs of the invariant tests: a tiny model, a token store of documents, and a job."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONFIG = {
 
 
 def write_model(folder: Path, **changes: Any) -> None:
-    """Write a tiny random Llama with 8 heads and 2 KV heads, in Hugging Face format."""
+    """Write a tiny random Llama with 8 attention heads and 2 KV heads, in Hugging Face format."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
@@ -58,7 +58,7 @@ def write_model(folder: Path, **changes: Any) -> None:
 
 
 def write_model_of(family: str, folder: Path, **changes: Any) -> None:
-    """Write a tiny random model of any family, with the sizes of the tiny Llama."""
+    """Write a tiny random model of any architecture, with the dimensions of the tiny Llama."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(SEED)
@@ -68,7 +68,7 @@ def write_model_of(family: str, folder: Path, **changes: Any) -> None:
 
 
 def write_tokenizer(folder: Path, tokens: int) -> None:
-    """Write a tokenizer of so many words beside a model."""
+    """Write a word-level tokenizer with `tokens` tokens into the folder of a model."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +77,10 @@ def write_tokenizer(folder: Path, tokens: int) -> None:
 
 
 def write_documents(folder: Path, count: int, seed: int, vocabulary: int = VOCABULARY) -> None:
-    """Write a store of random documents; every ninth has nothing to train on, as a cut-off prompt has."""
+    """Write a token store of random documents with odd lengths below MAX_LENGTH.
+
+    Every ninth document has no trained token, like a prompt whose answer was truncated.
+    """
     generator = np.random.default_rng(seed)
     documents = []
     for number in range(count):
@@ -90,9 +93,9 @@ def write_documents(folder: Path, count: int, seed: int, vocabulary: int = VOCAB
 
 
 def write_documents_with_late_labels(folder: Path, count: int, seed: int) -> None:
-    """Write a store in which the first half of every row of MAX_LENGTH has nothing to train on.
+    """Write a token store in which the first half of every pack of MAX_LENGTH tokens has no label.
 
-    Long documents, with one label at their end, and short ones without any that fit beside them.
+    Long documents have one label at their end; short ones have none and fit into the same pack.
     """
     generator = np.random.default_rng(seed)
     documents = []
@@ -116,24 +119,25 @@ def _write_store(folder: Path, documents: list[Encoded]) -> None:
 
 
 def job_with(model: ModelSpec, max_length: int = MAX_LENGTH) -> JobSpec:
-    """Return a job that says nothing but which model, and how long its packs are."""
+    """Return a job with a model and a pack length, and defaults otherwise."""
     data = DataSpec(train=(SourceSpec(path="unused"),), max_length=max_length)
     return JobSpec(name="test", model=model, data=data)
 
 
 def planned(job: JobSpec, folder: Path) -> tuple[Corpus, Packs]:
-    """Return the documents of a store and their packs, as a job says."""
+    """Return the documents of a token store and their packs, with the data settings of a job."""
     return packed_dataset.make([TokenStore(folder)], [SourceSpec(path="unused")], job.data, job.run.seed)
 
 
 def job(folder: Path, workers: int, parallel: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return a job file on the tiny model, with clipping that takes effect.
+    """Return a job document on the tiny model, with gradient clipping that takes effect.
 
     Args:
         folder: The model's folder.
         workers: World size.
-        parallel: ZeRO stage and offloading.
-        **changes: Sections or single values of `optim`, which replace what stands here.
+        parallel: Fields of `parallel`, such as ZeRO stage and offloading.
+        **changes: Fields of other sections, as dictionaries, or single fields of `optim`; these replace
+            the defaults below.
     """
     sections = {
         name: changes.pop(name, {}) for name in ("data", "model", "method", "run", "eval", "checkpoint")

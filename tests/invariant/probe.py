@@ -1,6 +1,6 @@
-"""Looking into a DeepSpeed engine: whole parameters and whole gradients, whichever way they are partitioned.
+"""Inspects a DeepSpeed engine: full parameters, full gradients and optimizer state under any ZeRO stage.
 
-Both functions are collective: every rank calls them, and every rank gets the result.
+`full_parameters` and `full_gradients` are collective: every rank calls them and gets the result.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 
 def full_parameters(model: nn.Module) -> Arrays:
-    """Return a copy of every parameter of a model that an engine trains, in float32."""
+    """Return a float32 copy of every parameter of an engine's model, gathered from all ranks."""
     import deepspeed
 
     whole = {}
     for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter):  # does nothing where it is not partitioned
+        with deepspeed.zero.GatheredParameters(parameter):  # a no-op for parameters that are not partitioned
             whole[name] = parameter.detach().float().cpu().numpy().copy()
     return whole
 
 
 def full_gradients(model: nn.Module) -> Arrays:
-    """Return the reduced gradient of every parameter, between the last backward pass and the update."""
+    """Return the reduced float32 gradient of every trainable parameter.
+
+    Valid between the last backward pass and the optimizer step.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     return {
-        # A copy: without partitions this is the gradient itself, which clipping changes in place.
+        # A copy, because without partitioning this is the gradient tensor, which clipping changes in place.
         name: safe_get_full_grad(parameter).float().cpu().numpy().copy()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
@@ -40,8 +43,8 @@ def full_gradients(model: nn.Module) -> Arrays:
 
 
 def optimizer_elements(engine: Any) -> int:
-    """Return how many numbers this rank's optimizer keeps state for."""
-    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 keeps them apart
+    """Return the number of elements for which this rank's optimizer keeps state."""
+    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 only
     if partitions is not None:
         return sum(part.numel() for part in partitions)
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -49,7 +52,7 @@ def optimizer_elements(engine: Any) -> int:
 
 
 def optimizer_state(engine: Any) -> dict[str, Any]:
-    """Return the class of the optimizer that steps, and size, number formats and devices of its moments."""
+    """Return the class of the inner optimizer, and bytes, dtypes and devices of its moments."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     moments = [
         value
@@ -67,7 +70,7 @@ def optimizer_state(engine: Any) -> dict[str, Any]:
 
 @contextmanager
 def first_gradients(engine: Any) -> Iterator[Arrays]:
-    """Catch the gradients of the first optimizer step that an engine makes inside the block."""
+    """Yield a dictionary that receives the gradients of the first optimizer step inside the block."""
     caught: Arrays = {}
     step = engine.step
 

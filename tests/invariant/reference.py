@@ -1,7 +1,7 @@
-"""What training is: one process, one document at a time, and nothing but PyTorch and transformers.
+"""Reference training: one process, one document per forward pass, with PyTorch and transformers only.
 
-No DeepSpeed, no packing, no padding, no attention of ours. Only which documents form a step is taken from the
-project, together with the schedule of the learning rate.
+It uses no DeepSpeed, packing, padding or own attention. The project decides only which documents form a step,
+and the learning rate schedule.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Reference:
-    """Figures by step, the gradients of the first step before clipping, and the parameters at the end."""
+    """Results of reference training.
+
+    Attributes:
+        losses: Mean loss per trained token, by step.
+        gradient_norms: Global L2 norm before clipping, by step.
+        learning_rates: Learning rate, by step.
+        evaluation: Mean loss per trained token of the held-out documents after the last step.
+        gradients: Gradients of the first step before clipping.
+        parameters: Parameters after the last step.
+    """
 
     losses: list[float]
     gradient_norms: list[float]
@@ -47,13 +56,13 @@ def train(
     held_out: Path | None = None,
     adapt: Callable[[Any], Any] | None = None,
 ) -> Reference:
-    """Train as a job says, with `workers`, `parallel` and `method` left aside.
+    """Train a job in one process; `workers`, `parallel` and `method` are ignored.
 
     Args:
-        document: The job.
-        data: The store of its documents.
-        held_out: The store of documents to evaluate.
-        adapt: Makes the model one with adapters.
+        document: The job document.
+        data: Token store of the training documents.
+        held_out: Token store of the documents to evaluate.
+        adapt: Adds adapters to the model.
     """
     job = JobSpec.model_validate_json(json.dumps(document))
     model = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +98,7 @@ def train(
 
 @contextmanager
 def muon_in_fp32() -> Iterator[None]:
-    """Let PyTorch's Muon compute its steps in fp32 instead of bf16."""
+    """Make PyTorch's Muon run the Newton-Schulz iteration in fp32 instead of bf16."""
     from torch.optim import _muon
 
     def orthogonal(
@@ -112,7 +121,10 @@ def muon_in_fp32() -> Iterator[None]:
 
 
 def _optimizers(optim: OptimSpec, trained: dict[str, Any]) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Return PyTorch's own optimizers with their peak learning rates."""
+    """Return PyTorch's AdamW, and Muon if the job uses it, with their peak learning rates.
+
+    Muon gets the 2-D weights inside layers, AdamW everything else.
+    """
     in_layers = [weight for name, weight in trained.items() if ".layers." in name and weight.ndim == 2]
     matrices = in_layers if optim.optimizer == "muon" else []
     others = [weight for weight in trained.values() if not any(weight is matrix for matrix in matrices)]
@@ -144,8 +156,9 @@ def _evaluate(model: nn.Module, corpus: Corpus) -> float:
 
 
 def loss_sum(model: nn.Module, document: Document) -> torch.Tensor:
-    """Return the cross-entropy of a document's trained tokens, summed."""
-    tokens = torch.from_numpy(document.tokens.astype(np.int64))
+    """Return the sum of the cross-entropy over a document's trained tokens."""
+    tokens = torch.from_numpy(document.tokens.astype(np.int64))  # [length]
+    # Logits [length - 1, vocabulary]: position t predicts token t + 1.
     logits = model(input_ids=tokens[None]).logits[0, :-1]
     losses = functional.cross_entropy(logits, tokens[1:], reduction="none")
     return losses[torch.from_numpy(document.trained[1:].copy())].sum()

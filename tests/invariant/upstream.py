@@ -1,7 +1,7 @@
-"""What one process of a group does with DeepSpeed's own sequence parallelism for transformers, and with ours.
+"""A worker that scores rows with DeepSpeed's sequence parallelism for transformers, and with this project's.
 
-Started by `group.run_group` in a group of its own, since `register_with_transformers` replaces the attention
-of every model of the process.
+`group.run_group` starts it in a separate group, since `register_with_transformers` replaces the attention of
+every model of the process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Drawn:
-    """Documents of given lengths with random tokens; two thirds of each are trained."""
+    """Documents of given lengths with random tokens; the last two thirds of each are trained."""
 
     lengths: Int64Array
 
@@ -52,21 +52,21 @@ class Drawn:
 
 
 def row_of(lengths: list[int], shard: int = 0, shards: int = 1) -> MicroBatch:
-    """Return one sequence-parallel shard of a full row of documents with these lengths."""
+    """Return one sequence-parallel shard of a row without padding, with documents of these lengths."""
     packs = Packs(np.arange(len(lengths)), np.array([0, len(lengths)]))
     batch_shape = BatchShape(sum(lengths), 1, 1, 1, sequence_parallel_size=shards)
     return PackLoader(Drawn.of(lengths), packs, batch_shape, SamplerConfig(seed=0)).assemble([0], shard)
 
 
 def block_mask(lengths: list[int]) -> torch.Tensor:
-    """Return which tokens of a row may see which: earlier ones of their document, shape [1, 1, T, T]."""
+    """Return a boolean attention mask, causal within each document, shape [1, 1, T, T]."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return (document[:, None] == document[None]).tril()[None, None]
 
 
 @torch.no_grad()
 def score_with_ours(task: worker.Task) -> worker.Answer:
-    """Return the mean loss of each row, shared by the group as the project shares it."""
+    """Return the mean loss of each row, with this project's sequence parallelism over all ranks."""
     layout = ParallelDims(dist.get_world_size(), dist.get_world_size())
     sequence = ulysses.create_sequence_group(layout, 60)
     spec = ModelSpec(path=task["model"], gradient_checkpointing=False)
@@ -80,7 +80,7 @@ def score_with_ours(task: worker.Task) -> worker.Answer:
 
 @torch.no_grad()
 def score_with_upstream(task: worker.Task) -> worker.Answer:
-    """Return the mean loss of each row, shared by the group as DeepSpeed's wrapper shares it."""
+    """Return the mean loss of each row, with DeepSpeed's wrapper over all ranks."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
     from transformers import LlamaForCausalLM
 
@@ -100,7 +100,7 @@ def score_with_upstream(task: worker.Task) -> worker.Answer:
             input_ids=torch.from_numpy(part.input_ids)[None],
             position_ids=torch.from_numpy(part.position_ids)[None],
             attention_mask=block_mask(row["lengths"]) if row.get("mask") else None,
-            use_cache=False,  # with a cache transformers does not look for documents in position_ids
+            use_cache=False,  # with a cache, transformers does not detect documents from position_ids
         ).logits[0, torch.from_numpy(part.label_positions)]
         labels = torch.from_numpy(part.labels)
         losses[name] = _mean(functional.cross_entropy(logits, labels, reduction="sum"), part)
@@ -118,4 +118,4 @@ ACTIONS = {"ours": score_with_ours, "upstream": score_with_upstream}
 if __name__ == "__main__":
     worker.main(Path(sys.argv[1]), ACTIONS)
     sys.stdout.flush()
-    os._exit(0)  # as worker.py does
+    os._exit(0)  # see worker.py
