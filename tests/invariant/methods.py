@@ -37,8 +37,8 @@ LIMITS = {
 """Largest relative errors by dtype: of the loss before the first update, of the losses after it and of the
 evaluation, and of the norm of the first gradient."""
 LIMIT_OF_8_BITS = 2e-3
-"""Minimum limit for losses after an update by an 8-bit optimizer, and with int8 weights: on CPU these quantize
-activations only in evaluation mode, and the reference evaluates in training mode."""
+"""Minimum limit for losses after an update by an 8-bit optimizer, and with int8 weights: on CPU these
+quantize activations only in evaluation mode, and the reference evaluates in training mode."""
 TRAINED = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.", ".modules_to_save.")
 CHOICES_IN_A_GROUP = 40
 

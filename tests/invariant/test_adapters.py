@@ -1,4 +1,4 @@
-"""LoRA under every layout is what peft does in one plain process, and touches nothing else."""
+"""LoRA under every parallel layout equals peft in a single process, and changes no frozen weight."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"rank": 4, "alpha": 8.0, "use_dora": True},
     "embeddings": {"rank": 4, "alpha": 8.0, "train_embeddings": True},
 }
-# Method, policy, sequence_parallel_size, and what else may not change anything.
+# Method, ZeRO policy, sequence_parallel_size, and fields of `model` that must not change the result.
 CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "lora-zero0": ("lora", "zero0", 1, {}),
     "lora-zero2": ("lora", "zero2", 1, {}),
@@ -70,7 +70,7 @@ def task_of(tiny: Material, name: str) -> dict[str, Any]:
 
 
 def plain_peft(model: Any, method: dict[str, Any]) -> Any:
-    """Adapt a model with peft alone."""
+    """Add adapters to a model with peft only."""
     from peft import LoraConfig, get_peft_model
 
     chosen = method.get("target_modules", "all-linear")
@@ -96,7 +96,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcomes(tiny: Material, home: Path) -> dict[str, Outcome]:
-    """Train each case; some once more, stopped after the second step and started again."""
+    """Train every case; also interrupt those in `RESUMED` after step 2 and resume them."""
     tasks = [task_of(tiny, name) for name in CASES]
     for name in RESUMED:
         folder = str(home / "checkpoints" / name)
@@ -122,7 +122,7 @@ def expected(tiny: Material) -> dict[str, reference.Reference]:
 
 
 def without_zeros(arrays: Arrays) -> Arrays:
-    """Leave out what is zero: at first the second matrices are, and so are the gradients of the first."""
+    """Drop arrays that are all zero: lora_B starts at zero, so the first gradient of lora_A is zero."""
     return {name: array for name, array in arrays.items() if np.any(array)}
 
 
@@ -135,7 +135,7 @@ def test_adapters_train_as_peft_does_in_one_plain_process(
     assert [step["loss"] for step in steps] == pytest.approx(plain.losses, rel=1e-5)
     assert [step["gradient_norm"] for step in steps] == pytest.approx(plain.gradient_norms, rel=1e-4)
     assert_close(without_zeros(outcome.kind("gradient")), without_zeros(plain.gradients), 1e-4)
-    # Adam divides the first steps of matrices that start at zero by roots of numbers close to zero.
+    # lora_B starts at zero, so Adam divides by square roots close to zero in the first steps.
     assert_close(outcome.kind("parameter"), plain.parameters, 5e-4)
     assert outcome.answer["evaluations"][-1][1] == pytest.approx(plain.evaluation, rel=1e-5)
 
@@ -216,7 +216,7 @@ def test_an_adapter_is_not_merged_into_another_base(
 def test_an_adapter_is_gone_on_from(
     tiny: Material, home: Path, outcomes: dict[str, Outcome], tmp_path: Path
 ) -> None:
-    """The first loss of a new run is the loss that the old one would have had, under any ZeRO stage."""
+    """A new run with `method.adapter` starts with the trained adapter weights, under any ZeRO stage."""
     document = task_of(tiny, "embeddings-zero3")["job"]
     first = JobSpec.model_validate_json(json.dumps(document))
     saved = home / "checkpoints" / "embeddings-zero3" / "step-00000004"

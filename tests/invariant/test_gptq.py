@@ -1,4 +1,4 @@
-"""Adapters beside a GPTQ checkpoint: learning, resuming, and a faithful merge."""
+"""Adapters of a GPTQ-quantized base model: training, resuming and merging."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ STEPS, HALF = 8, 4
 
 
 def write_gptq(folder: Path, bits: int) -> None:
-    """Write a tiny Llama in GPTQ's format, its weights rounded to the nearest, and beside it them whole."""
+    """Write a tiny Llama in GPTQ format, quantized by rounding to nearest, and its dequantized copy.
+
+    Per linear layer with `weight.T` of shape [inner, outer]: qweight [inner x bits / 32, outer] int32, qzeros
+    [inner / GROUP, outer x bits / 32] int32, scales [inner / GROUP, outer] fp16, g_idx [inner] int32. The
+    dequantized model is in the subfolder `whole`.
+    """
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,14 +49,14 @@ def write_gptq(folder: Path, bits: int) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
-        weight = module.weight.detach().T
+        weight = module.weight.detach().T  # [inner, outer]
         inner, outer = weight.shape
         groups = weight.reshape(inner // GROUP, GROUP, outer)
         scales = (groups.abs().amax(1) * 2 / (2**bits - 1)).half()
         zero = 2 ** (bits - 1)
         codes = (groups / scales.float()[:, None]).round().add(zero).clamp(0, 2**bits - 1)
         module.weight.data = ((codes - zero) * scales.float()[:, None]).reshape(inner, outer).T.contiguous()
-        zeros = torch.full((inner // GROUP, outer), zero - 1)  # the format keeps them less one
+        zeros = torch.full((inner // GROUP, outer), zero - 1)  # the format stores zero points minus one
         tensors[f"{name}.qweight"] = packed(codes.reshape(inner, outer).T, bits).T.contiguous()
         tensors[f"{name}.qzeros"] = packed(zeros, bits)
         tensors[f"{name}.scales"] = scales
@@ -66,7 +71,7 @@ def write_gptq(folder: Path, bits: int) -> None:
 
 
 def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Put codes along the last dimension into 32-bit words, the first into the lowest bits."""
+    """Pack codes along the last dimension into int32, [..., n] to [..., n x bits / 32], lowest bits first."""
     each = codes.to(torch.int64).numpy().astype(np.uint32).reshape(*codes.shape[:-1], -1, 32 // bits)
     shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
     words = np.bitwise_or.reduce(each << shifts, axis=-1)
@@ -110,7 +115,7 @@ def test_it_trains_as_beside_the_weights_that_the_bits_stand_for(
     name: str, outcomes: dict[str, Outcome]
 ) -> None:
     steps, whole = (outcomes[each].answer["steps"] for each in (name, f"{name} whole"))
-    # gptqmodel computes products in less than fp32, and Adam's first steps depend on signs of gradients.
+    # gptqmodel's matmuls have less than fp32 precision, and Adam's first steps depend on gradient signs.
     assert steps[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-3)
     assert steps[1]["loss"] == pytest.approx(whole[1]["loss"], rel=1e-2)
     assert steps[0]["gradient_norm"] == pytest.approx(whole[0]["gradient_norm"], rel=3e-2)

@@ -1,4 +1,4 @@
-"""Bases of few bits: the losses of peft in one plain process, learning, resuming, and a faithful merge."""
+"""Adapters of quantized base models: losses equal to peft's in one process, training, resuming, merging."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def task_of(tiny: Material, home: Path, name: str) -> dict[str, Any]:
 
 
 def plain_peft(path: Path, bits: str) -> Any:
-    """Load a base in few bits and adapt it, with transformers and peft alone."""
+    """Load a quantized base model and add adapters, with transformers and peft only."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -128,7 +128,7 @@ def test_it_learns(name: str, outcomes: dict[str, Outcome]) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_adapters_have_optimizer_state(name: str, outcomes: dict[str, Outcome]) -> None:
-    """The parts of the ranks are of equal size, so some numbers may stand at their ends."""
+    """Partitions of all ranks have the same size, so they may end with padding."""
     trained = sum(array.size for array in outcomes[name].kind("gradient").values())
     held = sum(answer["optimizer_elements"] for answer in outcomes[name].ranks)
     assert trained <= held <= trained + 64
@@ -161,7 +161,7 @@ def test_the_merged_model_computes_what_the_run_did(
     ids = torch.arange(3, 50)[None]
     with torch.no_grad():
         off = (merged(ids).logits - trained(ids).logits).norm() / trained(ids).logits.norm()
-    # int8 rounds activations as well, which a merged model does not.
+    # int8 quantizes activations as well; the merged model does not.
     assert off < (1e-4 if CASES[name][0] == "nf4" else 3e-2)
 
 
