@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that was not; a damaged checkpoint is refused."""
+"""An interrupted and resumed run equals an uninterrupted one; a damaged checkpoint is rejected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.invariant.material import POLICIES, job
 
 pytestmark = pytest.mark.distributed
 
-BF16 = "zero0-bf16"  # DeepSpeed has an optimizer of its own for it
+BF16 = "zero0-bf16"  # DeepSpeed uses a separate optimizer class for bf16 without ZeRO
 NAMES = [*(policy for policy in POLICIES if policy != "zero1-optimizer-cpu"), BF16]
 DAMAGES = {
     "flipped": "does not match its manifest",
@@ -37,13 +37,13 @@ FAILURES = {
     "full-on-rank-0": "rank 0: [Errno 28] No space left on device",
     "full-on-rank-1": "rank 1: [Errno 28] No space left on device",
     "no-room-for-script": "rank 0: [Errno 28] No space left on device",
-    "short-write": "; rank 1: ",  # what torch makes of it differs between its file formats
+    "short-write": "; rank 1: ",  # torch's error differs between its file formats
 }
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What the groups of this file did, and where."""
+    """Outcomes of the process groups of this module, and their folder."""
 
     home: Path
     outcomes: dict[str, Outcome]
@@ -53,7 +53,7 @@ class Runs:
 
 
 def task_of(name: str, home: Path, policy: str, workers: int = 2, **more: Any) -> dict[str, Any]:
-    """Return six steps over 2.4 epochs of 20 packs, with dropout; step 4 begins inside the second epoch."""
+    """Return a task of six steps over 2.4 epochs of 20 packs, with dropout; step 4 is in the second epoch."""
     dtype = "bf16" if policy == BF16 else "fp32"
     document = job(
         home / "model", workers, POLICIES[policy.removesuffix("-bf16")], epochs=2.4, micro_batch_size=2,
@@ -72,7 +72,7 @@ def task_of(name: str, home: Path, policy: str, workers: int = 2, **more: Any) -
 
 
 def damaged(saved: Path, damage: str) -> Path:
-    """Return a copy of a checkpoint with a certain damage."""
+    """Return a damaged copy of a checkpoint."""
     copy = saved.with_name(damage)
     shutil.copytree(saved, copy)
     shard = sorted((copy / checkpoint_dir.SHARDS).glob("*optim_states.pt"))[1]

@@ -1,4 +1,4 @@
-"""What a run exports is what it trained: any user of transformers finds the loss that the run reported."""
+"""The exported model has, with transformers, the evaluation loss that the run reported."""
 
 from __future__ import annotations
 

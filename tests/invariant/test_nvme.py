@@ -1,7 +1,7 @@
-"""Offloading to a disk changes nothing, also not for a run that was interrupted and goes on.
+"""NVMe offloading does not change training, including runs that were interrupted and resumed.
 
-DeepSpeed writes only what fills a mebibyte, so the model is wider here than elsewhere. Its sub-groups are
-small, so that there are several, and one that stays in memory.
+DeepSpeed swaps only tensors of at least 1 MiB, so the model is wider than in other tests. Sub-groups are
+small, so that there are several, one of which stays in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ needs_async_io = pytest.mark.skipif(
     "python -m orchestrator.engine.deepspeed_ops nvme",
 )
 pytestmark = [pytest.mark.distributed, needs_async_io]
-SIZES = {"hidden_size": 512, "intermediate_size": 1024}  # MLP matrices of two mebibytes in fp32
+SIZES = {"hidden_size": 512, "intermediate_size": 1024}  # an MLP weight has 2 MiB in fp32
 ON_CPU = "zero3-all-cpu"
 POLICIES = {
     "zero3-optimizer-nvme": {"offload_optimizer": "nvme"},
@@ -35,16 +35,17 @@ POLICIES = {
     "zero3-param-nvme-optimizer-cpu": {"offload_optimizer": "cpu", "offload_param": "nvme"},
 }
 TILED = {"gradient_checkpointing": True, "mlp_tile_tokens": 16, "loss_tile_tokens": 8}
-# What Adam's rounding after a resumption makes of later steps, in few bits and of weights that begin at zero.
+# Relative error of later steps due to Adam's rounding after a resume; larger in 16 bits, and for lora_B, which
+# starts at zero.
 TOLERANCE = {"bf16": 1e-3, "fp16": 1e-3, "lora": 1e-5}
 LORA = {"type": "lora", "rank": 64, "dropout": 0.0}
 SAVED = "step-00000002"
 STEPS = 4
-ROUNDED = {"bf16": 4e-3, "fp16": 5e-4}  # how far the weights that the model computes with may be off
+ROUNDED = {"bf16": 4e-3, "fp16": 5e-4}  # largest relative error between fp32 weights and 16-bit parameters
 
 
 def task_of(name: str, home: Path, policy: str, disk: str = "", **more: Any) -> dict[str, Any]:
-    """Return a run of four steps in two workers that swap to a folder of the task, or to another's."""
+    """Return a task of four steps with two workers that swap to its own folder, or to that of task `disk`."""
     swapped = home / f"disk of {disk or name}"
     parallel: dict[str, Any] = {"zero_stage": 3, **material.POLICIES.get(policy, POLICIES.get(policy, {}))}
     if policy in POLICIES:
@@ -81,7 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {"policy": "zero3-all-nvme", "dtype": "bf16"},
     "fp16": {"policy": "zero3-all-nvme", "dtype": "fp16"},
 }
-# What goes on in memory from a checkpoint that was written there.
+# Runs without NVMe that resume from a checkpoint written without NVMe.
 IN_MEMORY = {
     f"{name} in memory": {**VARIANTS[name], "policy": ON_CPU} for name in ("zero3-all-nvme", "bf16", "fp16")
 }
@@ -101,7 +102,7 @@ def outcomes(home: Path) -> dict[str, Outcome]:
 
 @pytest.fixture(scope="module")
 def resumed(home: Path, outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
-    """Go on in an empty swap folder, and in one that holds what a longer run left there."""
+    """Resume with an empty swap folder, and with one that contains files of a longer run."""
     tasks = []
     for name, variant in {**VARIANTS, **IN_MEMORY}.items():
         saved = str(home / name / SAVED)
@@ -161,9 +162,10 @@ def test_a_resumed_run_is_the_undisturbed_one(
 
 
 def assert_goes_on(whole: Outcome, begun: Outcome, rest: Outcome, relative: float) -> None:
-    """Compare a run in two parts with the run in one.
+    """Assert that an interrupted and resumed run equals the uninterrupted one.
 
-    DeepSpeed's Adam computes the powers of its betas otherwise after a resumption, in memory as on a disk.
+    After a resume DeepSpeed's CPU Adam computes the powers of its betas differently, with and without NVMe,
+    so the last step has a larger tolerance.
     """
     together = begun.answer["steps"] + rest.answer["steps"]
     assert [step["step"] for step in together] == list(range(1, STEPS + 1))
@@ -190,7 +192,7 @@ def test_a_checkpoint_is_the_one_of_a_run_in_memory(task: str, resumed: dict[str
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:
-    """Compare two runs to the bit."""
+    """Assert that two runs are bitwise equal."""
     for figure in ("loss", "gradient_norm"):
         assert [step[figure] for step in one.answer["steps"]] == [
             step[figure] for step in other.answer["steps"]
