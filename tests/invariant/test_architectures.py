@@ -1,6 +1,6 @@
-"""Every family of models is trained as it is by one plain process, with its windows, caps and tied weights.
+"""Training of every architecture equals a single process, with sliding windows, soft caps and tied weights.
 
-The plain process runs transformers' own eager attention on one document at a time.
+The single process runs transformers' eager attention on one document at a time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tests.invariant.group import Outcome, assert_close, run_group
 from tests.invariant.material import job
 
 pytestmark = pytest.mark.distributed
-WINDOW = 16  # a third of the documents' mean length, so that it takes effect in most of them
+WINDOW = 16  # tokens; a third of the documents' mean length, so that most documents are longer
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family, what its configuration adds to the sizes of the tiny model, and how it is trained."""
+    """An architecture, the changes to the tiny model's configuration, and how it is trained."""
 
     family: str
     config: dict[str, Any] = field(default_factory=dict)

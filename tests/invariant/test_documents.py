@@ -1,4 +1,4 @@
-"""Documents of one pack stay apart in every architecture that is let in; the others are refused."""
+"""Packed documents do not attend to each other in any supported architecture; the others are rejected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LET_IN = [
     "olmo2", "granite", "smollm3", "cohere2", "starcoder2",
 ]  # fmt: skip
 WINDOW = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}
-# With some of these, only the mask knows the window of a layer, and the layer itself does not pass it on.
+# In some of these, a layer's window is only in the attention mask; the layer does not pass it to attention.
 WINDOWED = [
     "mistral",
     "mixtral",
@@ -98,6 +98,7 @@ def test_attention_is_that_of_each_document_alone(heads: tuple[int, int], value_
         for count, size in ((heads[0], 8), (heads[1], 8), (heads[1], value_dim))
     )
     documents = VarlenMetadata.from_lengths(lengths, "sdpa", CPU)
+    # query, key, value: [1, heads, tokens, head_dim]; packed: [1, tokens, heads, value_dim].
     packed, _ = document_attention(torch.nn.Module(), query, key, value, None, documents=documents)
     parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
     alone = torch.cat([_by_hand(*part) for part in zip(*parts, strict=True)], dim=2).transpose(1, 2)
@@ -143,7 +144,7 @@ def test_an_architecture_that_is_not_computed_is_refused_by_driver_and_worker(
 ) -> None:
     family, changes, reason = REFUSED[case]
     config = {"model_type": family, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
-    if family not in ("musicgen", "falcon"):  # whose configurations do not take these sizes
+    if family not in ("musicgen", "falcon"):  # their configurations have other fields for these sizes
         config = AutoConfig.for_model(family, **SIZES, **changes).to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     with pytest.raises(SpecError, match=reason):
@@ -173,6 +174,7 @@ def _packed(documents: list[np.ndarray]) -> MicroBatch:
     lengths = [len(tokens) for tokens in documents]
     first = np.cumsum([0, *lengths[:-1]])
     tokens = np.concatenate(documents)
+    # Every position but the last of each document predicts the next token.
     scored = np.setdiff1d(np.arange(len(tokens)), first + np.array(lengths) - 1)
     return MicroBatch(
         input_ids=tokens,

@@ -1,5 +1,4 @@
-"""Packing changes where documents stand and never what is learnt from them: any format, truncation and
-packing."""
+"""Packing does not change the loss of the documents, for every format, truncation and packing."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ SAMPLE = [json.loads(line) for line in resolve("builtin/alpaca_sample").read_tex
 
 
 def _rows(kind: str) -> list[dict[str, Any]]:
-    """Write the sample in a format."""
+    """Return 24 rows of the sample in a format."""
     talks = [
         [
             {"role": "user", "content": row["instruction"]},
@@ -83,7 +82,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _planned(home: Path, kind: str, **data: Any) -> tuple[Corpus, PackLoader, int]:
-    """Return a plan, its loader with one pack a step, and how many packs it has."""
+    """Return a corpus, its loader with one pack per step, and the number of packs."""
     source = SourceSpec(path=str(home / f"{kind}.jsonl"))
     settings = DataSpec(train=(source,), max_length=MAX_LENGTH, **data)
     job = JobSpec(name="parity", model=ModelSpec(path=str(home / "model")), data=settings)
@@ -143,7 +142,7 @@ def test_what_is_trained_is_what_the_job_says(home: Path, kind: str, loss_on: st
 
 
 def test_attention_across_a_whole_pack_is_one_long_document(home: Path) -> None:
-    """XTuner's published profile: concatenated, cut, and attended across everything in the pack."""
+    """XTuner's published profile: documents are concatenated and cut, and attention spans the whole pack."""
     model = _model(home)
     plain = AutoModelForCausalLM.from_pretrained(home / "model", attn_implementation="eager").eval()
     corpus, batches, packs = _planned(home, "alpaca", packing="concat", cross_document_attention=True)
