@@ -1,4 +1,4 @@
-"""Every way to lay out a run gives the losses and gradients of the plainest one."""
+"""Every ZeRO policy, batch shape and memory saving gives the losses and gradients of a single process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.invariant.material import POLICIES, job, planned
 pytestmark = pytest.mark.distributed
 
 
-# One worker: 1 x 8 accumulation steps, 2 x 4 and 8 x 1; two workers: 1 x 4 and 4 x 1.
+# Workers and micro_batch_size; the global batch is 8. Names are micro_batch_size x accumulation steps.
 SHAPES = {"1x8": (1, 1), "8x1": (1, 8), "2x4": (1, 2), "2w-1x4": (2, 1), "2w-4x1": (2, 4)}
 
 EVERY_POLICY_AND_SHAPE = [
@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""Name, policy, shape and changes that must not change anything."""
+"""ZeRO policy, batch shape and job changes that must not change the training result, by name."""
 
 
 def task_of(name: str, tiny: Material, policy: str, shape: str, **changes: Any) -> tuple[int, dict[str, Any]]:
@@ -215,7 +215,10 @@ def test_random_weights_depend_on_the_seed_only(outcomes: dict[str, Outcome]) ->
 def test_packing_does_not_change_a_step_of_the_same_documents(
     tiny: Material, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """All documents form each step: alone in packs of their own, packed together, and one after another."""
+    """Each step consists of all documents, once with a pack per document and once packed.
+
+    Both equal the reference, which runs one document at a time.
+    """
     home = tmp_path_factory.mktemp("packing")
     material.write_documents(home / "documents", 63, seed=1)
     corpus, packed = planned(

@@ -1,4 +1,4 @@
-"""Optimizers other than AdamW train as they do in one plain process, and go on after an interruption."""
+"""Optimizers other than AdamW equal a single process, and resume after an interruption."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from tests.invariant.test_equivalence import assert_same_training, task_of
 
 pytestmark = pytest.mark.distributed
 
-# Steps of 0.01 differ by rounding where they are made in bf16, by more than the comparison allows; those of
-# 0.001 do not.
+# In bf16, rounding of the updates exceeds the tolerances with a learning rate of 0.01, but not with 0.001.
 MUON: dict[str, dict[str, Any]] = {
     "fp32": {"optimizer": "muon", "muon_lr": 0.01},
     "bf16": {"optimizer": "muon", "muon_lr": 0.001},
 }
-# Every optimizer meets every stage in test_methods.py, for two steps; here some run for longer.
+# test_methods.py runs every optimizer with every ZeRO stage for two steps; here some run longer.
 MUON_CELLS = ("muon zero2", "muon zero3", "muon-bf16 zero2")
 PAGED = ("paged_adamw zero0", "paged_adamw zero3")
 EIGHT_BITS = ("adamw_8bit zero2", "paged_adamw_8bit zero3")
@@ -37,7 +36,7 @@ def train_task(tiny: Material, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes(tiny: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """Train each case; some once more, stopped after the third step and started again."""
+    """Train every case; also interrupt those in `RESUMED` after step 3 and resume them."""
     home = tmp_path_factory.mktemp("optimizers")
     tasks = [train_task(tiny, name) for name in (*MUON_CELLS, *PAGED, *EIGHT_BITS)]
     for name in RESUMED:

@@ -1,4 +1,4 @@
-"""ZeRO-3 builds a model in parts from its first tensor, also when it loads weights: no rank has it whole."""
+"""ZeRO-3 partitions a model while it is built and while weights are loaded: no rank holds all of it."""
 
 from __future__ import annotations
 

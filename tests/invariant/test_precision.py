@@ -1,4 +1,4 @@
-"""Number formats other than fp32, and numbers that are none."""
+"""Training in bf16 and fp16, and the error for a NaN or infinite loss."""
 
 from __future__ import annotations
 
