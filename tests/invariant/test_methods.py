@@ -1,7 +1,7 @@
-"""Every combination of what a user chooses trains, or is refused by a message that names a working choice.
+"""Every combination of job settings trains, or is rejected with an error that names a working remedy.
 
-Pairwise covers, of all combinations and of the allowed ones: every two values of two factors meet.
-`methods.py` trains as many of the allowed ones as are asked for.
+The tests use pairwise covers of all combinations and of the allowed ones: every pair of values of two factors
+occurs. `methods.py` trains a random sample of the allowed combinations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.invariant.methods import Bench, Verdict, name_of
 pytestmark = pytest.mark.distributed
 
 EVERYTHING = choices.cover()
-# What went wrong once, and takes more than two values to meet.
+# Regressions that depend on more than two values, so that a pairwise cover may miss them.
 THREE = [
     ("dora", "nf4", "adamw", "fp32", "zero3", "on-device", "sp1", "best_fit", "keep-inputs"),
     ("dora", "int8", "adamw", "bf16", "zero2", "on-device", "sp1", "best_fit", "keep-all"),
@@ -43,13 +43,13 @@ def verdicts(bench: Bench, allowed: list[Choice]) -> list[Verdict]:
 
 
 def with_pair(pair: Pair) -> Choice:
-    """Return the plainest combination with two values."""
+    """Return the combination with two values, and the first value of every other factor."""
     chosen = dict(pair)
     return tuple(chosen.get(factor, next(iter(values))) for factor, values in FACTORS.items())
 
 
 def never(allowed: list[Choice]) -> set[Pair]:
-    """Return the pairs that no allowed combination has."""
+    """Return the pairs of values that occur in no allowed combination."""
     return every_pair() - set(chain.from_iterable(map(pairs_of, allowed)))
 
 
@@ -102,7 +102,7 @@ def test_remedies_lead_to_a_job_that_is_accepted(bench: Bench, allowed: list[Cho
 
 
 def test_a_pair_that_never_trains_is_refused_by_itself(bench: Bench, allowed: list[Choice]) -> None:
-    """Nothing else in these jobs is refused, so what is refused is about the two values."""
+    """All other values of these jobs are defaults, so the errors concern the two values."""
     for pair in sorted(never(allowed)):
         sentences = choices.refusals(choices.document_of(with_pair(pair), bench.model))
         assert sentences, f"{pair} trains nowhere and is not refused"

@@ -1,4 +1,4 @@
-"""The numbers of a run agree with what somebody outside sees of it."""
+"""The metrics that a run reports agree with measurements by an outside process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each job of XTuner's table trains at toy scale, and sharing its sequences changes no loss."""
+"""Each job of XTuner's table trains with a tiny model; sequence parallelism does not change its losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = [(name, "published") for name in ROWS] + [
 
 
 def toy(name: str, profile: str, model: Path, workers: int) -> dict[str, Any]:
-    """Return a job with a tiny model, short packs and few workers, and all else as published."""
+    """Return a published job with a tiny model, short packs and few workers."""
     changes = [
         f"model.path={model}",
         "model.dtype=fp32",
@@ -43,7 +43,7 @@ def toy(name: str, profile: str, model: Path, workers: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def outcomes(tiny: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Outcome]]:
-    """Train every case as it shares sequences, with up to four workers, and once alone."""
+    """Train every case with sequence parallelism over up to four workers, and with one worker."""
     home = tmp_path_factory.mktemp("published")
     tasks: dict[int, list[dict[str, Any]]] = {}
     for name, profile in CASES:

@@ -1,4 +1,4 @@
-"""A model that grows for its tokenizer trains as one that was grown, and saved, before the run."""
+"""A model with resized embeddings trains like one that was resized and saved before the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 TOKENS = VOCABULARY + 5
 LORA = {"type": "lora", "rank": 4, "train_embeddings": True}
-# How weights are trained, the ZeRO stage, and whether embedding and head are one.
+# Fields of `method`, the ZeRO stage, and whether embedding and LM head are tied.
 CASES: dict[str, tuple[dict[str, Any], int, bool]] = {
     "full-zero0": ({}, 0, False),
     "full-zero2": ({}, 2, False),
@@ -37,7 +37,10 @@ RESUMED = ("full-zero3", "lora-zero3")
 
 
 def write_grown(folder: Path, is_tied: bool) -> None:
-    """Write the tiny model as transformers reads it, with the mean of their rows at the end of its tables."""
+    """Write the tiny model with embedding and head extended from VOCABULARY to TOKENS rows.
+
+    New rows are the mean of the old ones.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     old = LlamaForCausalLM.from_pretrained(folder / "small")
@@ -100,7 +103,7 @@ def test_it_starts_and_learns_as_a_model_that_was_grown_before(
     before, wanted = found.kind("initial"), expected.kind("initial")
     tables = [name for name, array in before.items() if len(array) == TOKENS]
     assert len(tables) >= (1 if CASES[case][2] else 2)
-    for name in before if case != "nf4-zero3" else tables:  # codes of few bits are no numbers to compare
+    for name in before if case != "nf4-zero3" else tables:  # packed nf4 codes cannot be compared as numbers
         np.testing.assert_allclose(before[name], wanted[name], rtol=1e-6, atol=1e-7)
     steps, of_grown = found.answer["steps"], expected.answer["steps"]
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in of_grown], rel=1e-5)

@@ -1,7 +1,6 @@
-"""Sharing a row among workers changes nothing: losses, gradients and their norm are those of one plain
-process, whatever it is combined with.
+"""Sequence parallelism gives the losses, gradients and gradient norms of a single process.
 
-These cells are a pairwise cover: every two values of two axes meet. `matrix.py` runs all combinations.
+The cells are a pairwise cover: every pair of values of two axes occurs. `matrix.py` runs all combinations.
 """
 
 from __future__ import annotations

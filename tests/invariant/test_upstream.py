@@ -1,4 +1,7 @@
-"""Why sequence parallelism is our own: DeepSpeed's wrapper for transformers mixes the documents of a pack."""
+"""Shows that DeepSpeed's Ulysses wrapper for transformers lets packed documents attend to each other.
+
+This is the reason for this project's own sequence parallelism; a strict xfail reports when it is fixed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tests.invariant.group import run_group
 
 pytestmark = pytest.mark.distributed
 
-# The middle of the packed row lies inside its third document, so that one has tokens on both workers.
+# The middle of the packed row is inside its third document, so both workers hold tokens of it.
 ROWS: dict[str, dict[str, Any]] = {
     "one document": {"lengths": [96]},
     "packed": {"lengths": [17, 9, 33, 37]},
@@ -33,13 +36,13 @@ UPSTREAM = (
 
 @pytest.fixture(scope="module")
 def losses(tiny: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """Mean loss of each row in two processes, by `ours` or `upstream` and by the name of the row."""
+    """Return the mean loss of each row with two workers, by implementation (`ours`, `upstream`) and row."""
     tasks = [{"name": who, "action": who, "model": str(tiny.model), "rows": ROWS} for who in upstream.ACTIONS]
     folder = tmp_path_factory.mktemp("upstream") / "group"
     try:
         outcomes = run_group(folder, 2, tasks, timeout_seconds=120, module="tests.invariant.upstream")
     except AssertionError as error:
-        # A crash is not the failure that is expected below, and must not pass for it.
+        # A crash must not count as the AssertionError that the xfail below expects.
         raise RuntimeError(str(error)) from None
     found: dict[str, dict[str, float]] = {name: each.answer["losses"] for name, each in outcomes.items()}
     if not all(math.isfinite(loss) for each in found.values() for loss in each.values()):
@@ -54,7 +57,7 @@ def plain(tiny: Material) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def alone(plain: LlamaForCausalLM, name: str) -> float:
-    """Return the mean loss of a row's documents, each on its own in one process."""
+    """Return the mean loss of a row's documents, each in a forward pass of its own in one process."""
     lengths = ROWS[name]["lengths"]
     documents = upstream.Drawn.of(lengths)
     total = sum(
@@ -101,5 +104,5 @@ def test_what_upstream_computes_is_a_row_whose_documents_see_each_other(
 
 
 def _additive(mask: torch.Tensor) -> torch.Tensor:
-    """Return a mask as eager attention takes it."""
+    """Convert a boolean mask to the additive mask of eager attention: 0 or -inf."""
     return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)

@@ -1,4 +1,4 @@
-"""Weights that are not the model's are refused on every rank, under every ZeRO stage."""
+"""Weight files that do not match the model are rejected on every rank, under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WORDS = {
     "reshaped": f"has 1 tensor of another shape than LlamaForCausalLM ({UP} is",
     "lost-on-1": f"lacks 1 of the tensors of LlamaForCausalLM ({UP})",
 }
-"""What each kind of files is refused for; of the last, only rank 1 has files that lack a tensor.
+"""Expected error by kind of weight files, or None if they load; in `lost-on-1` only rank 1 lacks a tensor.
 
-Those of experts are stored one by one and joined, bare ones lack the prefix of the model inside its head, and
-hold a buffer that is computed nowadays.
+`experts` stores the experts of a layer as separate tensors, which loading merges. `bare` lacks the prefix
+`model.` and contains `inv_freq`, a buffer that current versions compute.
 """
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
