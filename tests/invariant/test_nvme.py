@@ -35,8 +35,8 @@ POLICIES = {
     "zero3-param-nvme-optimizer-cpu": {"offload_optimizer": "cpu", "offload_param": "nvme"},
 }
 TILED = {"gradient_checkpointing": True, "mlp_tile_tokens": 16, "loss_tile_tokens": 8}
-# Relative error of later steps due to Adam's rounding after a resume; larger in 16 bits, and for lora_B, which
-# starts at zero.
+# Relative error of later steps due to Adam's rounding after a resume; larger in 16 bits, and for lora_B,
+# which starts at zero.
 TOLERANCE = {"bf16": 1e-3, "fp16": 1e-3, "lora": 1e-5}
 LORA = {"type": "lora", "rank": 64, "dropout": 0.0}
 SAVED = "step-00000002"
