@@ -1,4 +1,4 @@
-"""What `auto` stands for."""
+"""Resolution of `auto` for device and dtype."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An unknown field is answered with the field that it corresponds to, whichever trainer its name is from."""
+"""The error for an unknown field that another trainer has names the equivalent field of this project."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Job files: what YAML means, all errors at once with their place, overrides, and the way back to text."""
+"""Job files: YAML values, errors with line numbers, overrides, and the round trip to text."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def test_the_example_job_is_valid() -> None:
     assert job.name == "quickstart"
 
 
-# What YAML means
+# YAML values
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_learning_rate_must_be_a_positive_number(written: str) -> None:
     assert problem_of(MINIMAL + f"optim: {{lr: {written}}}").startswith("job.yaml:4: optim.lr=")
 
 
-# Problems and their places
+# Errors and their line numbers
 
 
 def test_six_kinds_of_errors_are_reported_at_once_with_their_lines() -> None:

@@ -1,4 +1,4 @@
-"""Job files changed at random: each is a job or a SpecError, never anything else."""
+"""Randomly mutated job files: each one loads or raises SpecError, and no other exception."""
 
 import random
 
@@ -47,7 +47,7 @@ _ODD_SCALARS = [
 
 
 def mutated(text: str, chance: random.Random) -> str:
-    """Return the text with one to four random changes of its lines."""
+    """Return the text with one to four random mutations of its lines."""
     lines = text.split("\n")
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(lines))
@@ -76,7 +76,7 @@ def outcome(text: str) -> JobSpec | BaseException:
         return error
 
 
-@pytest.mark.timeout(300)  # over all files; a single one that blows up would not end at all
+@pytest.mark.timeout(300)  # for all files; a text with exponential expansion would never finish
 def test_mutated_job_files() -> None:
     chance = random.Random(20260701)
     valid = 0
@@ -90,4 +90,4 @@ def test_mutated_job_files() -> None:
             assert isinstance(found, SpecError), (number, found, text)
             assert found.problems, (number, text)
             assert all(len(problem) < 2000 for problem in found.problems), (number, text)
-    assert 100 < valid < 1000  # both outcomes are really exercised
+    assert 100 < valid < 1000  # both outcomes occur often

@@ -1,4 +1,4 @@
-"""The jobs of published tables are valid, ask for what the tables state, and render."""
+"""The jobs of published tables are valid, match the tables, and render to a DeepSpeed configuration."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from orchestrator.parallel.parallel_dims import ParallelDims, sequence_parallel_
 
 FOLDER = Path(__file__).parents[3] / "launch" / "jobs" / "published" / "xtuner"
 K = 1024
-# GPUs, max_length, sequence_parallel_size of every row of the table.
+# Number of GPUs, max_length and sequence_parallel_size of every row of the table.
 ROWS = {
     "llama2-7b-8k": (8, 8 * K, 1),
     "llama2-7b-32k": (8, 32 * K, 1),

@@ -1,4 +1,7 @@
-"""Every rule of the job's fields, and every rule between them, can be broken and says what to do."""
+"""Every validation rule of a job, for single fields and between fields, has a test that violates it.
+
+The error has to say what to change.
+"""
 
 from typing import Any
 
@@ -20,7 +23,7 @@ MINIMAL: dict[str, Any] = {"name": "a", "model": {"path": "m"}, "data": {"train"
 
 
 def merged(base: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """Return a copy of `base` with one dotted field set."""
+    """Return a copy of `base` with one field, given as a dotted name, set."""
     first, _, rest = dotted.partition(".")
     return {**base, first: merged(base.get(first, {}), rest, value) if rest else value}
 
