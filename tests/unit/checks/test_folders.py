@@ -1,4 +1,4 @@
-"""Folders that cannot be made or written, and runs of other jobs, are found without leaving a trace."""
+"""The checks find folders that cannot be created or written, and runs of other jobs, and leave no files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_storage_and_the_disk_of_offloading_are_looked_at(tmp_path: Path) -> Non
     assert elsewhere == ["checkpoint.storage"]
     sentences = [sentence for _, sentence in folder_problems(wanted)]
     assert all("cannot be written" in sentence and "is a file" in sentence for sentence in sentences)
-    assert list(spec_problems(wanted)) == []  # the machine's fault alone: exit code 3, and not the file's
+    assert list(spec_problems(wanted)) == []  # an error of this machine, exit code 3, and not of the job file
     assert len(list(spec_problems(job(tmp_path / "file", data={"train": [{"path": "absent.json"}]})))) == 2
 
 
@@ -92,7 +92,7 @@ def test_a_run_of_another_job_is_found(tmp_path: Path) -> None:
     assert recorder.ATTEMPTS == ATTEMPTS
     record(tmp_path / "run", job(tmp_path))
     assert list(run_problems(job(tmp_path))) == []
-    assert list(run_problems(job(tmp_path, metrics={"port": None}))) == []  # no number depends on it
+    assert list(run_problems(job(tmp_path, metrics={"port": None}))) == []  # does not affect training
     ((fields, sentence),) = run_problems(job(tmp_path, optim={"lr": 1e-4}))
     assert fields == ("name", "optim.lr")
     assert "contains a run of another job: optim.lr=0.0001 (the run has 2e-05)" in sentence

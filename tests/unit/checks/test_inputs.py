@@ -1,4 +1,4 @@
-"""What a job names and this machine does not have is found before anything is started, each with its line."""
+"""Missing files, models and adapters of a job are found before workers start, each with its line number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROW = '{"instruction": "a", "output": "b"}\n'
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a file of rows."""
+    """Return a working directory with a file of rows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(ROW)
     return tmp_path
@@ -133,7 +133,7 @@ def _sharded(folder: Path) -> None:
         (_without("tokenizer*"), "model.path=model has no tokenizer"),
         (_without("model.safetensors"), "model.path=model has no weights (model.safetensors, pytorch_model."),
         (_sharded, "lacks 1 of the 2 weight files in model.safetensors.index.json (model-2.safe"),
-        (shutil.rmtree, None),  # a hub name, as far as anybody can tell
+        (shutil.rmtree, None),  # without the folder, the path may be a hub name
     ],
 )
 def test_a_model_folder_that_train_could_not_load(
@@ -186,7 +186,7 @@ def test_an_adapter_needs_its_two_files(here: Path) -> None:
     assert found(wanted) == []
 
 
-# All at once
+# All errors at once
 
 
 def test_files_and_fields_are_refused_together_each_with_its_line(here: Path) -> None:
@@ -211,7 +211,7 @@ checkpoint:
         loader.load(here / "job.yaml", (), all_problems)
     places = [sentence.split(": ")[0] for sentence in problem.value.problems]
     assert sorted(places) == sorted(f"job.yaml:{line}" for line in (3, 7, 8, 9, 11, 13))
-    with pytest.raises(SpecError) as problem:  # of a section that is wrong, nothing is said twice
+    with pytest.raises(SpecError) as problem:  # an invalid section is not checked for missing inputs as well
         loader.load(here / "job.yaml", ["data.train=5"], all_problems)
     assert not any("absent.jsonl" in sentence for sentence in problem.value.problems)
 

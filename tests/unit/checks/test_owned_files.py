@@ -1,4 +1,4 @@
-"""What a run removes is what it wrote; files of others stay, and stay where they are."""
+"""A run removes only files that it wrote; all other files stay in place."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from orchestrator.run.run_dir import open_run, record_job
 
 
 def plant(*folders: Path) -> dict[Path, str]:
-    """Put a file into each folder."""
+    """Write a file into each folder, and return the texts by path."""
     planted = {folder / "notes.txt": f"mine, in {folder.name}" for folder in folders}
     for file, text in planted.items():
         file.parent.mkdir(parents=True, exist_ok=True)

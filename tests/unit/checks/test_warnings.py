@@ -1,4 +1,4 @@
-"""Warnings: each value that is out of all custom gives one, and no job that ships gives any."""
+"""Every unusual value gives a warning, and no bundled job gives any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELD_OUT = {"data": [{"path": "builtin/alpaca_sample_eval"}]}
 
 
 def warned(**sections: Any) -> list[str]:
-    """Return the fields of a quickstart job, with sections changed, that are warned of."""
+    """Return the fields with a warning of a quickstart job with replaced sections."""
     values = {
         "name": "job",
         "model": {"path": "builtin/tiny-llama", "weights": "random"},
