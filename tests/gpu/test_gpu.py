@@ -42,6 +42,7 @@ def test_flash_equals_dense_in_output_and_gradient(kv_heads: int, window: int | 
     device, tokens = torch.device("cuda"), sum(LENGTHS)
     generator = torch.Generator(device).manual_seed(0)
     make = lambda heads: torch.randn(1, heads, tokens, 64, generator=generator, device=device)  # noqa: E731
+    # query [1, 8, tokens, 64]; key and value [1, kv_heads, tokens, 64]. fp32 SDPA is the reference.
     base = [make(8), make(kv_heads), make(kv_heads)]
     results = {}
     for kernel, dtype in (("sdpa", torch.float32), ("flash", torch.bfloat16)):

@@ -105,6 +105,7 @@ def muon_in_fp32() -> Iterator[None]:
         gradient: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
     ) -> torch.Tensor:
         a, b, c = coefficients
+        # Transpose tall matrices, so that the Gram matrix [rows, rows] is the smaller one.
         wide = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
         wide = wide / wide.norm().clamp(min=eps)
         for _ in range(steps):
@@ -125,6 +126,7 @@ def _optimizers(optim: OptimSpec, trained: dict[str, Any]) -> list[tuple[torch.o
 
     Muon gets the 2-D weights inside layers, AdamW everything else.
     """
+    # Embedding and head are matrices as well, but are outside the layers and trained with AdamW.
     in_layers = [weight for name, weight in trained.items() if ".layers." in name and weight.ndim == 2]
     matrices = in_layers if optim.optimizer == "muon" else []
     others = [weight for weight in trained.values() if not any(weight is matrix for matrix in matrices)]

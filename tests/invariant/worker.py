@@ -88,7 +88,8 @@ def engine_of(task: Task, load_weights: bool = True) -> Any:
     if job.optim.optimizer == "muon":
         _choose_newton_schulz_dtype(task.get("newton_schulz", "bf16"))
     ds_config["fp16"].update(task.get("fp16", {}))
-    if job.parallel.zero_stage == 3:  # by default DeepSpeed does not partition parameters this small
+    # By default ZeRO-3 keeps parameters below a threshold on every rank; all parameters here are below it.
+    if job.parallel.zero_stage == 3:
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     ds_config["zero_optimization"].update(task.get("zero_optimization", {}))
     ds_config["zero_optimization"].get("offload_param", {}).update(task.get("offload_param", {}))
