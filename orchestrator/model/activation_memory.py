@@ -1,4 +1,4 @@
-"""Trading work for memory: which activations a layer keeps, where they wait, and how much runs at once."""
+"""Activation memory: gradient checkpointing, offload of layer inputs to host memory, and tiled MLPs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from orchestrator.errors import SpecError
 
-# What costs most to compute again: matrix products, and attention in each of its kernels. An entry is an
-# operator's namespace and name; those of packages that are not installed are never met.
+# Operators whose outputs `selective` saves, because they are the most expensive to recompute: matmuls, and
+# the attention operator of every backend. Entries are "namespace::operator"; operators of packages that are
+# not installed never match.
 _KEPT_OPERATORS = frozenset(
     {
         "aten::mm",
@@ -30,20 +31,20 @@ _KEPT_OPERATORS = frozenset(
         "flash_attn::_flash_attn_varlen_forward",
     }
 )
-_MLP = "mlp"  # what transformers calls it in each decoder layer
+_MLP = "mlp"  # attribute name of the MLP in the decoder layers of transformers
 
 
 def checkpoint_layers(model: nn.Module, keep: Literal["full", "selective", "none"], offload: bool) -> None:
-    """Let each decoder layer keep less than all its activations for the backward pass.
+    """Enable gradient checkpointing in every decoder layer.
 
     Args:
-        model: A causal LM of transformers.
-        keep: `full` recomputes the whole layer from its input; `selective` keeps the results of matrix
-            products and of attention, and recomputes what lies between them; `none` keeps everything.
-        offload: Whether the layers' inputs wait in host memory (with `full`).
+        model: A causal LM of transformers; changed in place.
+        keep: `full` saves only the input of each layer and recomputes the layer; `selective` saves matmul and
+            attention outputs and recomputes the rest; `none` saves all activations.
+        offload: Whether to keep the saved layer inputs in host memory (with `full`).
 
     Raises:
-        SpecError: The architecture cannot recompute its layers.
+        SpecError: The architecture does not support gradient checkpointing.
     """
     if keep == "none":
         return
@@ -64,49 +65,52 @@ def checkpoint_layers(model: nn.Module, keep: Literal["full", "selective", "none
 
 
 def _waiting_in_host_memory(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Recompute a layer as `run` does, from inputs that wait in host memory, pinned where CUDA reads it.
+    """Call the checkpoint function `run` with its saved tensors offloaded to host memory.
 
-    transformers has this as well, and pins memory on machines without an accelerator, which torch refuses.
+    The memory is pinned if CUDA is available. transformers has the same feature, but always pins memory,
+    which torch rejects on machines without an accelerator.
     """
     with save_on_cpu(pin_memory=torch.cuda.is_available()):
         return run(*args, **kwargs)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # operator.name() is "namespace::operator.overload"; the overload does not matter.
     kept = operator.name().split(".")[0] in _KEPT_OPERATORS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class TiledMLP:
-    """An MLP that runs on a tile of tokens at a time and never holds its inner activations of all.
+    """An MLP forward function that processes the tokens in tiles.
 
-    A tile is computed again in the backward pass instead of being kept, so that memory holds one tile of
-    [tile_tokens, intermediate_size] whatever the number of tokens (Arctic Long Sequence Training, arXiv
-    2506.13996). It stands in the place of the MLP's own forward function, so parameters keep their names.
+    Each tile is recomputed in the backward pass, so peak memory of the inner activations is one tile of
+    [tile_tokens, intermediate_size], independent of the number of tokens (Arctic Long Sequence Training,
+    arXiv 2506.13996). It replaces the `forward` of the MLP module, so parameter names do not change.
 
     Args:
-        forward: The MLP's own forward function, from [1, T, hidden] to [1, T, hidden].
-        tile_tokens: Tokens in a tile.
+        forward: The original forward function of the MLP, from [1, T, hidden] to [1, T, hidden].
+        tile_tokens: Tokens per tile.
     """
 
     def __init__(self, forward: Callable[[Tensor], Tensor], tile_tokens: int) -> None:
         self._forward, self._tile_tokens = forward, tile_tokens
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the MLP's output, shape [1, T, hidden]."""
+        """Return the output of the MLP, shape [1, T, hidden], for hidden states of the same shape."""
         tiles = torch.split(hidden, self._tile_tokens, dim=1)
         return torch.cat([checkpoint(self._forward, tile, use_reentrant=False) for tile in tiles], dim=1)
 
 
 def tile_mlps(model: nn.Module, tile_tokens: int) -> None:
-    """Let every MLP of a model run by tiles.
+    """Replace the forward function of every MLP of a model by a tiled one.
 
     Args:
-        model: A causal LM of transformers.
-        tile_tokens: Tokens in a tile.
+        model: A causal LM of transformers; changed in place.
+        tile_tokens: Tokens per tile.
 
     Raises:
-        SpecError: The architecture has no MLP that treats each token by itself and can be found.
+        SpecError: The model has no module named `mlp`, or its MLPs are mixtures of experts, which do not
+            process each token independently.
     """
     found = [module for name, module in model.named_modules() if name.split(".")[-1] == _MLP]
     if not found or any(name == "experts" for mlp in found for name, _ in mlp.named_children()):
@@ -119,5 +123,5 @@ def tile_mlps(model: nn.Module, tile_tokens: int) -> None:
 
 
 def tiled_mlps(model: nn.Module) -> list[nn.Module]:
-    """Return the MLPs that run by tiles; their weights must be at hand as long as one of them runs."""
+    """Return the tiled MLPs; under ZeRO-3 their weights must stay gathered while any tile runs."""
     return [module for module in model.modules() if isinstance(module.__dict__.get("forward"), TiledMLP)]

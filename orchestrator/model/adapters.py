@@ -1,4 +1,4 @@
-"""LoRA: training two narrow matrices beside each chosen weight, through peft."""
+"""LoRA adapters through peft: add them to target modules, check them against a job, and load them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from orchestrator.model.weights import UnreadableError, WeightsMismatch, shapes_
 
 WEIGHTS = "adapter_model.safetensors"
 _SAME = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-_ATTENTION = ("attn", "attention")  # a part of what transformers calls the attention of a layer
+_ATTENTION = ("attn", "attention")  # substrings of the names of attention modules in transformers
 
 
 def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
-    """Return a causal LM whose weights are frozen, with adapters that are trained (LoRA, arXiv 2106.09685).
+    """Freeze a causal LM and add trainable LoRA adapters to it (arXiv 2106.09685).
 
-    Adapters start as nothing: the second matrix of each is zero, so the model computes what it did.
+    The B matrix of every adapter is initialized with zeros, so the adapted model first computes the same
+    outputs as the base model.
 
     Args:
-        model: A causal LM of transformers; under ZeRO-3 it may be partitioned already.
-        method: Which adapters.
-        dtype: Number format of the adapters; the optimizer keeps its own copy in fp32.
-        seed: Of their first matrices; the same on every rank and for every ZeRO stage.
+        model: A causal LM of transformers; under ZeRO-3 it may already be partitioned.
+        method: Rank, alpha, target modules and other options of the adapters.
+        dtype: dtype of the adapters; the optimizer keeps its own copy in fp32.
+        seed: Seed of the random A matrices; must be the same on every rank. The values do not depend on the
+            ZeRO stage.
 
     Returns:
         The model inside peft's wrapper.
 
     Raises:
-        SpecError: No module has the name of a target, or peft cannot adapt one of them.
+        SpecError: No module matches a target name, or peft does not support one of the target modules.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -63,18 +65,21 @@ def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
         ) from None
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)  # beside weights of few bits peft makes them fp32
+            parameter.data = parameter.data.to(dtype)  # peft creates them in fp32 if the base is quantized
     if method.use_dora:
         patch_dora(adapted)
     return adapted
 
 
 def adapter_problem(model: Any, job: JobSpec) -> str | None:
-    """Return why an adapted model cannot start from the adapter that its job names, with the remedy.
+    """Return why training cannot start from `method.adapter` of a job, with the remedy; None if it can.
+
+    Compares the adapter's configuration, tensor shapes and base model with those of the job; reads headers
+    only.
 
     Args:
-        model: As `adapt` returns it; its weights need no memory.
-        job: Names the adapter, and what it is to be loaded beside.
+        model: The adapted model, as `adapt` returns it; it may be on the meta device.
+        job: Names the adapter and the base model.
     """
     from peft import PeftConfig, get_peft_model_state_dict
 
@@ -117,11 +122,13 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Let adapters start from those in a folder, which `adapter_problem` has found to fit.
+    """Copy adapter weights from a folder into a model; `adapter_problem` must have returned None for it.
+
+    A collective call under ZeRO-3: every rank must make it.
 
     Args:
-        model: As `adapt` returns it, whole or partitioned by ZeRO-3; the same call on every rank.
-        folder: In peft's format.
+        model: The adapted model, as `adapt` returns it; may be partitioned by ZeRO-3.
+        folder: An adapter in peft's format.
     """
     from deepspeed import zero
     from peft import get_peft_model_state_dict
@@ -133,13 +140,14 @@ def load_adapter(model: Any, folder: Path) -> None:
     )
     for name, parameter in kept.items():
         partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+        # Rank 0 writes the gathered parameter; leaving the context broadcasts and partitions it again.
         with torch.no_grad(), zero.GatheredParameters(partitioned, modifier_rank=0):
             if not partitioned or dist.get_rank() == 0:
                 parameter.copy_(stored[name])
 
 
 def num_adapter_params(model: nn.Module) -> int:
-    """Return the number of weights in LoRA's matrices, also of those that ZeRO-3 has partitioned away."""
+    """Return the number of elements of all LoRA matrices, at full size even if ZeRO-3 partitions them."""
     return sum(
         int(getattr(parameter, "ds_numel", parameter.numel()))
         for name, parameter in model.named_parameters()
@@ -148,22 +156,22 @@ def num_adapter_params(model: nn.Module) -> int:
 
 
 def adapts_last_matmul(model: nn.Module) -> bool:
-    """Tell whether adapters stand beside the product that ends each layer, the MLP's way back."""
+    """Tell whether the last matmul of each layer, the MLP's `down_proj`, has an adapter."""
     return any(".down_proj.lora_A." in name for name, _ in model.named_parameters())
 
 
 def targets(model: nn.Module, method: MethodSpec) -> str | list[str]:
-    """Return which modules get adapters, as peft takes it.
+    """Return the target modules in the format of peft's `LoraConfig.target_modules`.
 
     Raises:
-        SpecError: A name that no linear layer has, with those that there are.
+        SpecError: No linear layer has a name in `method.target_modules`; the error lists the existing names.
     """
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if method.target_modules == "all-linear":
         quantized = [name for name, module in linear.items() if is_quantized(module)]
-        return quantized or "all-linear"  # peft takes only PyTorch's for linear
+        return quantized or "all-linear"  # peft's "all-linear" matches only torch.nn.Linear and Conv1D
     if method.target_modules == "attention":
-        # By their full names: some models call a layer of their MLP as one of their attention.
+        # Match parent modules, not the last component: some models use the same name in attention and MLP.
         found = [
             name
             for name in linear
@@ -198,7 +206,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _embeddings(model: Any) -> list[str]:
-    """Return the names of the embedding and the LM head, the last part of each."""
+    """Return the last name component of the embedding and of the LM head."""
     wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
     by_module = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     return [by_module[id(module)] for module in wanted if module is not None]

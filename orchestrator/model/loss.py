@@ -1,4 +1,4 @@
-"""The loss: a sum over labelled positions, so that whoever knows the whole window can normalise it."""
+"""Cross-entropy loss, summed over labelled positions; the caller divides by the label count of the step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _CHANGES_OF_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale"
 
 
 class PackedRow(Protocol):
-    """Packs laid end to end, or a worker's part of them, of T slots, as `orchestrator.data` makes them."""
+    """Interface of a micro-batch of `orchestrator.data`: its packs concatenated to one row of T tokens.
+
+    Under sequence parallelism T is the slice that this worker holds.
+    """
 
     @property
     def input_ids(self) -> Int64Array:
@@ -31,24 +34,32 @@ class PackedRow(Protocol):
 
     @property
     def position_ids(self) -> Int64Array:
-        """Position of each token in its own document, shape [T]."""
+        """Position of each token within its document, shape [T]."""
 
     @property
     def document_lengths(self) -> tuple[int, ...]:
-        """Tokens of each document and each piece of padding in the whole row."""
+        """Length in tokens of each document and each run of padding, of the whole row on every worker."""
 
     @property
     def label_positions(self) -> Int64Array:
-        """Positions whose output is scored, shape [trained tokens]."""
+        """Indices into [T] of the positions at which logits are computed, shape [trained_tokens]."""
 
     @property
     def labels(self) -> Int64Array:
-        """The token that should follow each of them, shape [trained tokens]."""
+        """Target token id of each label position (already shifted by one), shape [trained_tokens]."""
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """A micro-batch on its device, as the model takes it."""
+    """Tensors of one micro-batch on the device of the model.
+
+    Attributes:
+        input_ids: Token ids, shape [1, T].
+        position_ids: Position of each token within its document, shape [1, T].
+        documents: Document boundaries for the attention backend.
+        label_positions: Indices into [T], shape [trained_tokens].
+        labels: Target token ids, shape [trained_tokens].
+    """
 
     input_ids: Tensor
     position_ids: Tensor
@@ -64,7 +75,14 @@ class ModelInputs:
         device: torch.device,
         sequence: SequenceGroup | None = None,
     ) -> ModelInputs:
-        """Move a micro-batch to a device; shapes [1, T] for tokens, [trained_tokens] for labels."""
+        """Copy a micro-batch to a device.
+
+        Args:
+            batch: The micro-batch as NumPy arrays.
+            attn_backend: Decides the format of the document boundaries.
+            device: Target device.
+            sequence: Sequence-parallel group; None if each worker holds whole rows.
+        """
 
         def move(array: Any) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
@@ -79,18 +97,19 @@ class ModelInputs:
 
 
 class TiledHead:
-    """An LM head that scores labels a tile at a time and gives their loss, never all logits at once.
+    """An LM head that computes the loss in tiles of labels and never materializes all logits.
 
-    Logits of a tile are computed again in the backward pass instead of being kept, so that memory holds one
-    tile of [tile_tokens, vocabulary] whatever the number of labels. It stands in the place of the head's own
-    forward function, so parameters keep their names, and ZeRO-3 gathers the head's weight once for all tiles.
+    The logits of a tile are recomputed in the backward pass, so peak memory is one tile of
+    [tile_tokens, vocab_size], independent of the number of labels. It replaces the `forward` of the head
+    module: parameter names do not change, and ZeRO-3 gathers the head's weight once for all tiles.
 
     Args:
         model: A causal LM of transformers.
-        tile_tokens: Labels scored at once.
+        tile_tokens: Labels per tile.
 
     Raises:
-        SpecError: The architecture changes logits after its head, where this one no longer has any.
+        SpecError: The architecture transforms logits after its head (softcapping, scaling), where a tiled
+            head returns a loss instead of logits.
     """
 
     def __init__(self, model: nn.Module, tile_tokens: int) -> None:
@@ -103,30 +122,38 @@ class TiledHead:
                     f"changes its logits afterwards ({name}={value}); use loss_tile_tokens: null"
                 )
         head = model.get_output_embeddings()  # type: ignore[operator]
-        # A trained copy beside the frozen head (peft's modules_to_save) is a module inside another. Were the
-        # outer one tiled, ZeRO-3 would gather the copy for each tile, and ranks differ in how many they have.
+        # peft's modules_to_save wraps the frozen head and its trained copy in an outer module. Tiling that
+        # outer module would make ZeRO-3 gather the copy once per tile, and ranks have different numbers of
+        # tiles, so their collectives would not match. Tile the inner module instead.
         head = getattr(head, "modules_to_save", {"default": head})["default"]
         self._plain, self._tile_tokens = head.forward, tile_tokens
         self._labels: Tensor | None = None
         head.forward = self
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return logits, or inside `scoring` the loss of the labels, shape [1, 1, 1]."""
+        """Return logits of shape [1, T, vocab_size], or inside `scoring` the summed loss, shape [1, 1, 1].
+
+        Args:
+            hidden: Hidden states, shape [1, T, hidden]; inside `scoring` only those at label positions,
+                shape [1, trained_tokens, hidden].
+        """
         if self._labels is None:
             logits: Tensor = self._plain(hidden)
             return logits
         total = hidden.new_zeros((), dtype=torch.float32)
+        # Tiles of [tile_tokens, hidden] with their labels [tile_tokens]; the last tile may be shorter.
         rows_of, labels_of = (
             torch.split(each, self._tile_tokens) for each in (hidden.squeeze(0), self._labels)
         )
         tiles = zip(rows_of, labels_of, strict=True)
         for rows, labels in tiles:
             total = total + checkpoint(self._tile, rows, labels, use_reentrant=False)
+        # The rank of logits, [1, tokens, vocab_size], in whose place transformers returns it.
         return total.view(1, 1, 1)
 
     @contextmanager
     def scoring(self, labels: Tensor) -> Iterator[None]:
-        """Give losses of these labels inside the block."""
+        """Make calls inside the block return the loss of these labels, shape [trained_tokens]."""
         self._labels = labels
         try:
             yield
@@ -140,16 +167,16 @@ class TiledHead:
 def loss_sum(model: Callable[..., Any], inputs: ModelInputs, head: TiledHead | None = None) -> Tensor:
     """Return the cross-entropy summed over the labelled positions, in float32.
 
-    The LM head runs at labelled positions only. A batch without any gives 0 and still takes part in the
-    backward pass, as ZeRO-3 needs of every rank.
+    The LM head runs at labelled positions only. A batch without labels has loss 0 that is still connected to
+    the graph: under ZeRO-3 every rank must run the backward pass and its collectives.
 
     Args:
-        model: A causal LM of transformers, or the engine around it.
+        model: A causal LM of transformers, or the DeepSpeed engine that wraps it.
         inputs: The micro-batch.
-        head: The model's head, where it scores labels by tiles.
+        head: The tiled head of the model; None if the model returns logits.
 
     Returns:
-        A scalar.
+        A scalar tensor.
     """
     with head.scoring(inputs.labels) if head else nullcontext():
         output = model(
@@ -161,4 +188,5 @@ def loss_sum(model: Callable[..., Any], inputs: ModelInputs, head: TiledHead | N
         )
     if head:
         return output.logits.squeeze()  # type: ignore[no-any-return]
+    # logits: [1, trained_tokens, vocab_size], cast to float32 before the log-softmax.
     return functional.cross_entropy(output.logits.squeeze(0).float(), inputs.labels, reduction="sum")
