@@ -1,4 +1,4 @@
-"""Building the model, partitioned from its first tensor where ZeRO-3 is used."""
+"""Build the model of a job: load or initialize weights, quantize, add adapters, partition under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ _CANNOT_BUILD = (OSError, ValueError, KeyError)
 
 
 def torch_dtype(dtype: Literal["bf16", "fp16", "fp32"]) -> torch.dtype:
-    """Return torch's name of a number format."""
+    """Return the `torch.dtype` of a dtype name of job files."""
     return _DTYPES[dtype]
 
 
 def load_config(model: ModelSpec) -> Any:
-    """Return the configuration of the model that is trained, with its resized vocabulary where it has one.
+    """Return the configuration of the trained model, with `vocab_size` after model.resize_embeddings.
 
     Raises:
-        SpecError: The path is no model that transformers can read, or the tokenizer cannot be read.
+        SpecError: transformers cannot load the configuration or the tokenizer.
     """
     return with_tokenizer_rows(stored_config(model), model)
 
 
 def stored_config(model: ModelSpec) -> Any:
-    """Return the configuration that lies beside the model's weights.
+    """Return the configuration as stored with the model's weights.
 
     Raises:
-        SpecError: The path is no model that transformers can read.
+        SpecError: The path is an adapter, or transformers cannot load its configuration.
     """
     from transformers import AutoConfig
 
@@ -88,21 +88,22 @@ def stored_config(model: ModelSpec) -> Any:
 def require_supported(
     job: JobSpec, reads_weights: bool = True, config: PretrainedConfig | None = None
 ) -> ParameterCount | None:
-    """Refuse a model that a job's packed documents cannot be trained with, or not as the job says.
+    """Check before training that this version can train a job's model as the job asks.
 
-    The model is built without memory for its weights, so that this can be asked before anything is paid for.
-    Its files are compared with it by the headers alone; those of a hub model only where they are cached.
+    The model is built on the meta device, so the check needs no memory for weights. Only the headers of
+    weight files are read; files of a hub model are checked only if they are cached.
 
     Args:
         job: The job.
-        reads_weights: False where a checkpoint replaces every weight, so that the model's files may be gone.
-        config: As `load_config` returns it; loaded here if not given.
+        reads_weights: False if a checkpoint replaces every weight, so the model's files need not exist.
+        config: The result of `load_config`; loaded here if None.
 
     Returns:
-        How many parameters it has, with its adapters; None where only the workers can tell.
+        The parameter count including adapters; None if the model cannot be built on the meta device, in which
+        case the workers check it.
 
     Raises:
-        SpecError: What stands in the way, and the remedy.
+        SpecError: The reason why the model is not supported, and the remedy.
     """
     model = job.model
     config = config or load_config(model)
@@ -112,8 +113,8 @@ def require_supported(
     try:
         built = _without_memory(model, config)
     except RuntimeError:
-        return None  # code of its own that needs real memory; the workers will tell
-    except Exception as error:  # whatever a configuration that does not fit its model leads to
+        return None  # remote code that needs real tensors; the workers check it
+    except Exception as error:  # an inconsistent configuration can raise any class
         raise _refusal(model, _not_built(error)) from None
     problem = model_unsupported_reason(built) or position_problem(built, job.data.max_length)
     if problem := problem or resize_problem(built, model):
@@ -139,19 +140,19 @@ def require_supported(
 
 
 def build_on_meta(job: JobSpec) -> Any:
-    """Return a job's model with its adapters, but without memory for any weight."""
+    """Return the model of a job with its adapters, on the meta device."""
     with torch.device("meta"):
         bare = _without_memory(job.model, load_config(job.model))
         return adapt(bare, job.method, torch.bfloat16, job.run.seed)
 
 
 def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
-    """Return the model that a job's adapters stand beside, whole and in one process.
+    """Return the base model of a job's adapters, unpartitioned, in one process.
 
-    Weights that the job quantised are what their few bits stand for, in the number format.
+    Quantized weights are dequantized to `dtype`: adapters were trained on these values.
 
     Raises:
-        SpecError: The model's files do not hold its weights.
+        SpecError: The model's files do not match its architecture.
     """
     config = load_config(job.model)
     _require_readable(job.model, config)
@@ -183,17 +184,17 @@ def _built(
 
 
 def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -> Any:
-    """Return the model with the weights in its files, and with_tokenizer_rows to the configuration's tokens.
+    """Load a model's weights, then resize embedding and LM head to `vocab_size` of `config`.
 
     Raises:
-        SpecError: Weights are missing, are left over, or have another shape.
+        SpecError: Weights are missing or unexpected, or have a different shape.
     """
     stored = stored_config(model)
     built, info = loader.from_pretrained(
         str(resolve(model.path)),
         config=stored,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told of below, with all that else is wrong
+        ignore_mismatched_sizes=True,  # reported below, together with missing and unexpected weights
         **options,
     )
     mismatch = WeightsMismatch.of(info)
@@ -207,7 +208,7 @@ def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -
 
 
 def _require_readable(model: ModelSpec, config: Any) -> None:
-    """Refuse files that do not hold a model's weights, before any is read.
+    """Check that the weight files match the architecture, before any tensor is loaded.
 
     Raises:
         SpecError: What is wrong with the files, and the remedy.
@@ -216,18 +217,18 @@ def _require_readable(model: ModelSpec, config: Any) -> None:
         return
     try:
         bare = _without_memory(model, config)
-    except Exception:  # it is built with memory next, which either works or says what is wrong
+    except Exception:  # the caller builds the model with memory next; that either works or raises
         return
     _require_weights(model, bare, download=True)
 
 
 def _require_weights(model: ModelSpec, bare: Any, download: bool) -> None:
-    """Refuse files that do not hold a model's weights; on every rank where any finds that.
+    """Check that the weight files match the architecture; if one rank finds a problem, every rank raises.
 
     Args:
-        model: The model.
-        bare: The same on the meta device.
-        download: Whether files of a hub model may be fetched.
+        model: The model section of the job.
+        bare: The model on the meta device.
+        download: Whether files of a hub model may be downloaded.
 
     Raises:
         SpecError: What is wrong with the files, and the remedy.
@@ -239,14 +240,14 @@ def _require_weights(model: ModelSpec, bare: Any, download: bool) -> None:
 
 
 def _loading_quantization(job: JobSpec, config: Any, dtype: torch.dtype) -> Any:
-    """Return how transformers is to load weights in few bits; None where they are whole."""
+    """Return the quantization configuration for `from_pretrained`; None if weights are not quantized."""
     return (
         stored_quantization(config) if quantization_method(config) else quantization_config(job.method, dtype)
     )
 
 
 def _random_source(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int) -> Any:
-    """Return the random model whose weights are to be quantised; None where they are read."""
+    """Return a random model whose weights are to be quantized; None if weights are loaded from files."""
     if model.weights == "pretrained":
         return None
     return _random(config, _options(model, dtype), seed, partitioned=False)
@@ -261,7 +262,7 @@ def _built_quantized(
     if random_source is None:
         built = _read(AutoModelForCausalLM, model, config, options)
     else:
-        del options["trust_remote_code"]  # the class is known
+        del options["trust_remote_code"]  # accepted only by Auto classes; this is the model class itself
         built = type(random_source).from_pretrained(
             None, config=config, state_dict=random_source.state_dict(), **options
         )
@@ -280,7 +281,8 @@ def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _not_built(error: BaseException) -> str:
-    if error.args == (attention.IMPLEMENTATION,):  # looked up among attention classes of the model's own
+    # A KeyError of a model that looks the implementation up in its own table of attention classes.
+    if error.args == (attention.IMPLEMENTATION,):
         return "has no attention that can be replaced, so packed documents would see each other"
     reason = " ".join(str(error).split())[:300]
     return f"cannot be built as a causal LM ({reason})"
@@ -293,20 +295,22 @@ def _refusal(model: ModelSpec, problem: str) -> SpecError:
 def build_model(
     job: JobSpec, dtype: torch.dtype, ds_config: dict[str, Any], load_weights: bool = True
 ) -> nn.Module:
-    """Return the causal LM of a job, with its adapters if it trains any, ready for `deepspeed.initialize`.
+    """Return the causal LM of a job, with adapters for method.type=lora, ready for `deepspeed.initialize`.
 
-    Under ZeRO-3 transformers builds it inside `deepspeed.zero.Init`: each parameter is partitioned as it is
-    made, and only rank 0 reads weights. torch.distributed must be initialised then.
+    Under ZeRO-3 transformers builds it inside `deepspeed.zero.Init`: each parameter is partitioned when it is
+    created, and only rank 0 reads weights. torch.distributed must then be initialized, and every rank must
+    make this call.
 
     Args:
-        job: Says what to build, and how it is trained.
-        dtype: Number format of the parameters.
-        ds_config: The rendered DeepSpeed configuration; decides whether the model is partitioned.
-        load_weights: False where a checkpoint will overwrite all trained ones at once.
+        job: The model, method and parallel settings.
+        dtype: dtype of the parameters.
+        ds_config: The rendered DeepSpeed configuration; stage 3 partitions the model.
+        load_weights: False if a checkpoint will overwrite all trained weights. The frozen base of adapters is
+            loaded in any case.
 
     Raises:
-        SpecError: No causal LM, or an architecture whose attention cannot keep documents apart, or that
-            cannot be adapted or save memory as the job says.
+        SpecError: The path is not a causal LM, its attention cannot separate packed documents, or it does not
+            support the adapters, quantization or memory options of the job.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -319,7 +323,7 @@ def build_model(
         _require_readable(model, config)
     quantization = _loading_quantization(job, config, dtype)
     random_source = None if quantization is None else _random_source(model, config, dtype, seed)
-    # transformers and peft read this through a weak reference, only while the model is built.
+    # transformers and peft find this object through a weak reference: it must live until the model is built.
     partitioned = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     try:
         if quantization is None:
@@ -347,10 +351,11 @@ def _save_memory(built: nn.Module, model: ModelSpec, offload_activations: bool) 
 
 
 def _random(config: Any, options: dict[str, Any], seed: int, partitioned: bool) -> Any:
-    """Return a model with random weights: the same on CPU for every ZeRO stage and number of workers.
+    """Return a model with random weights; on CPU they do not depend on the ZeRO stage or number of workers.
 
-    Where transformers partitions a model it draws weights only after the whole model is built. Without ZeRO-3
-    it also draws while it builds, so that the same seed would lead elsewhere.
+    Under ZeRO-3 transformers initializes weights only after the whole model is built. Otherwise it also draws
+    random numbers during construction, and the same seed would give different weights; so this skips the
+    initialization during construction and runs it afterwards.
     """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights

@@ -1,7 +1,7 @@
-"""What a model may be made of for its packed documents to stay apart, and what is refused, with the reason.
+"""Checks whether an architecture supports packed documents, and the reason if it does not.
 
-Most reasons stand in the configuration, and so come before a worker is started. Layers that only show what
-they need while they run are refused by `orchestrator.model.attention`.
+Most checks need only the configuration, so they run before any worker starts. Options that layers pass only
+in their forward pass are checked by `orchestrator.model.attention`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import nn
 
 from orchestrator.config.schema import ModelSpec
 
-# In these kinds of layer all that passes between tokens is attention; others carry a state across documents.
+# Layer types that mix tokens only by attention, which the document boundaries mask. Other types (SSM, linear
+# attention, convolutions) carry state from one document into the next.
 _SEPARABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 _ANOTHER_MODEL = (
     "use a decoder-only transformer that is part of transformers, such as Llama, Mistral, Qwen, Gemma or Phi"
@@ -22,7 +23,7 @@ _ANOTHER_MODEL = (
 
 
 def config_unsupported_reason(config: Any) -> str | None:
-    """Return why a configuration describes no model that can be trained here, with the remedy."""
+    """Return why a model with this configuration cannot be trained, with the remedy; None if it can."""
     if _is_composite(config):
         return (
             f"is a model of more than text (model_type={config.model_type}); use a text-only model, such as "
@@ -47,17 +48,17 @@ def config_unsupported_reason(config: Any) -> str | None:
 
 
 def _is_composite(config: Any) -> bool:
-    """Tell whether a model takes images or sound, or is made of several models."""
+    """Tell whether a model has vision or audio parts, or consists of several text models."""
     if any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config")):
         return True
     try:
         return config.get_text_config() is not config
-    except ValueError:  # more than one of its parts reads text
+    except ValueError:  # several text configurations, as in encoder-decoder models
         return True
 
 
 def model_unsupported_reason(model: Any) -> str | None:
-    """Return why documents could not be kept apart in a model, or their loss not computed, and the remedy.
+    """Return why a model cannot separate packed documents or compute their loss, with the remedy; else None.
 
     Args:
         model: A causal LM of transformers; it may be on the meta device.
@@ -76,9 +77,11 @@ def model_unsupported_reason(model: Any) -> str | None:
 
 
 def muon_unsupported_reason(model: Any) -> str | None:
-    """Return why DeepSpeed would not choose the right weights of a model for Muon, and the remedy.
+    """Return why DeepSpeed would apply Muon to wrong weights of a model, with the remedy; else None.
 
-    It takes every weight of two or more dimensions whose name has neither embed nor lm_head in it.
+    DeepSpeed applies Muon to every weight with two or more dimensions whose name contains neither `embed`
+    nor `lm_head`. Muon is meant for the two-dimensional weights of layers, so embeddings or heads with other
+    names and weights of three dimensions (such as fused experts) are a problem.
     """
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
     outside = {id(weight) for module in ends for weight in module.parameters()}
@@ -93,10 +96,10 @@ def muon_unsupported_reason(model: Any) -> str | None:
 
 
 def length_problem(config: Any, max_length: int) -> str | None:
-    """Return why documents of up to `max_length` tokens cannot be packed with this model.
+    """Return why documents of up to `max_length` tokens cannot be packed with this model, with the remedy.
 
-    Llama 4's chunks are not computed. Position embeddings that stretch with the longest sequence of a row
-    would let a long document change its neighbours.
+    Two causes: chunked attention (Llama 4) is not implemented; and RoPE types `dynamic` and `longrope` scale
+    frequencies by the longest sequence of a row, so a long document would change others in its pack.
     """
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk is not None and chunk < max_length:
@@ -119,18 +122,18 @@ def length_problem(config: Any, max_length: int) -> str | None:
 
 
 def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
-    """Return the parameters of rotary embeddings; some models have several, by the kind of layer."""
+    """Return the RoPE parameters of a configuration; some models have one set per layer type."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [entry for entry in parameters.values() if isinstance(entry, Mapping)]
     return nested or [parameters]
 
 
 def position_problem(built: nn.Module, max_length: int) -> str | None:
-    """Return which table of learnt positions is shorter than a document may be, with the remedy.
+    """Return which learned position embedding is shorter than `max_length`, with the remedy; else None.
 
     Args:
-        built: The causal LM; its weights need no memory.
-        max_length: Tokens in the longest document.
+        built: The causal LM; it may be on the meta device.
+        max_length: Maximum tokens of a document.
     """
     for name, module in built.named_modules():
         if isinstance(module, nn.Embedding) and is_positions(name):
@@ -144,17 +147,17 @@ def position_problem(built: nn.Module, max_length: int) -> str | None:
 
 
 def is_positions(name: str) -> bool:
-    """Tell by its name whether an embedding is one of positions, and not of tokens."""
+    """Tell from a module's name whether it is a position embedding rather than a token embedding."""
     last = name.rpartition(".")[2]
     return last == "wpe" or "position" in last
 
 
 def length_note(config: Any, max_length: int) -> str | None:
-    """Return that rotary embeddings are used beyond what the model was made for; None where they are not.
+    """Return a warning if `max_length` exceeds `max_position_embeddings` of a model with RoPE, else None.
 
     Args:
         config: The model's configuration.
-        max_length: Tokens in the longest document.
+        max_length: Maximum tokens of a document.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -171,9 +174,9 @@ _BALANCE = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def balance_note(config: Any, path: str) -> str | None:
-    """Return that a configuration asks for a balance loss, which is left out; None where it asks for none.
+    """Return a warning if the configuration enables the MoE load-balancing loss, which is not computed.
 
-    transformers adds the loss where `output_router_logits` is true.
+    transformers adds this loss if `output_router_logits` is true.
 
     Args:
         config: The model's configuration.
@@ -193,6 +196,6 @@ def balance_note(config: Any, path: str) -> str | None:
 
 
 def model_notes(model: ModelSpec, config: Any, max_length: int) -> Sequence[str]:
-    """Return what a user should be told of a model at the start of a run, a sentence each."""
+    """Return warnings about a model to show at the start of a run, one sentence each."""
     found = (length_note(config, max_length), balance_note(config, model.path))
     return [note for note in found if note is not None]

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits: quantised while they are loaded, or already in the checkpoint."""
+"""Quantized base weights: bitsandbytes quantization at load time, and checkpoints quantized with GPTQ."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PACKAGE_OF = {"bitsandbytes": ("bitsandbytes", "qlora"), "gptq": ("gptqmodel", 
 
 
 def quantization_config(method: MethodSpec, dtype: torch.dtype) -> Any:
-    """Return how transformers is to quantise the weights that it loads, or None.
+    """Return the bitsandbytes configuration for `from_pretrained`; None without `method.quantization`.
 
-    4-bit weights are stored as numbers of the model's format, so that ZeRO-3 can partition them as it does
-    those (bitsandbytes packs bytes otherwise, which it cannot).
+    Packed 4-bit weights are stored in tensors of `dtype`, because ZeRO-3 can partition only floating-point
+    tensors; the default storage of bitsandbytes is uint8.
 
     Args:
         method: nf4 is QLoRA's data type (arXiv 2305.14314), int8 is LLM.int8() (arXiv 2208.07339).
-        dtype: Number format that products are computed in.
+        dtype: dtype in which matmuls are computed.
     """
     if method.quantization == "none":
         return None
@@ -42,11 +42,10 @@ def quantization_config(method: MethodSpec, dtype: torch.dtype) -> Any:
 
 
 def disable_cpu_repacking(model: Any) -> None:
-    """Let evaluation compute with the weights that training has.
+    """Disable the CPU weight layout that bitsandbytes uses for inference.
 
-    On CPUs with AVX-512 BF16 bitsandbytes (0.50) packs 4-bit weights anew at the first call outside
-    training. Their shape is another one then, which neither ZeRO-3 nor a merge expects, and not every size
-    can be packed.
+    On CPUs with AVX-512 BF16, bitsandbytes (0.50) repacks 4-bit weights at the first forward pass in eval
+    mode. That changes their shape, which breaks ZeRO-3 and merging, and fails for some sizes.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -56,7 +55,7 @@ def disable_cpu_repacking(model: Any) -> None:
 
 
 def quantization_method(config: Any) -> str | None:
-    """Return how a checkpoint is quantised already, in transformers' word; None where it is not."""
+    """Return `quant_method` of a quantized checkpoint, such as "gptq"; None if it is not quantized."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -65,7 +64,7 @@ def quantization_method(config: Any) -> str | None:
 
 
 def stored_quantization(config: Any) -> Any:
-    """Return how transformers is to compute with the few bits of a GPTQ checkpoint: so that it can train."""
+    """Return the configuration that loads a GPTQ checkpoint with a backend that supports training."""
     from transformers import GPTQConfig
 
     stored = config.quantization_config
@@ -74,15 +73,16 @@ def stored_quantization(config: Any) -> Any:
 
 
 def is_quantized(module: Any) -> bool:
-    """Tell whether a module is a linear layer of GPTQ, which is none of PyTorch's."""
+    """Tell whether a module is a GPTQ linear layer, which does not subclass `torch.nn.Linear`."""
     return hasattr(module, "qweight")
 
 
 def dequantize(model: Any) -> Any:
-    """Return a model of few bits with what these stand for."""
+    """Return a quantized model with dequantized weights, in the model's dtype."""
     if quantization_method(model.config) != "gptq":
         return model.dequantize()
     for name, module in [each for each in model.named_modules() if is_quantized(each[1])]:
+        # GPTQ stores [inputs, outputs]; torch.nn.Linear expects [outputs, inputs].
         weight = module.dequantize_weight().T.contiguous().to(model.dtype)
         outputs, inputs = weight.shape
         linear = torch.nn.Linear(inputs, outputs, bias=module.bias is not None, dtype=model.dtype)
@@ -95,11 +95,10 @@ def dequantize(model: Any) -> Any:
 
 
 def patch_dora(adapted: nn.Module) -> None:
-    """Let DoRA read quantised weights without making new ones of them.
+    """Make DoRA read dequantized weights without replacing the quantized parameter of its base layer.
 
-    On CPU peft (0.21) puts a copy in the place of the weight at every forward pass, after it has read what
-    the few bits stand for. An int8 copy loses its scales at the second pass, and ZeRO-3 does not know the
-    copies.
+    On CPU, peft (0.21) dequantizes the weight at every forward pass and then assigns a copy to the layer. An
+    int8 copy has lost its scales at the second pass, and ZeRO-3 does not manage the copies.
     """
     from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -115,7 +114,7 @@ def _with_whole_base(
 
 
 def _whole(layer: Any) -> Any:
-    """Return what DoRA reads of a layer, with the weight that its few bits stand for."""
+    """Return an object with the attributes that DoRA reads of a base layer: dequantized weight, and bias."""
     from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
     weight = layer.weight
@@ -126,11 +125,11 @@ def _whole(layer: Any) -> Any:
 
 
 def quantization_problem(config: Any, job: JobSpec) -> str | None:
-    """Return why weights in few bits cannot be trained beside, with the remedy.
+    """Return why a job cannot train with its quantized weights, with the remedy; None if it can.
 
     Args:
-        config: The model's configuration, which says whether its checkpoint is quantised already.
-        job: How it is to be trained.
+        config: The model's configuration; its `quantization_config` describes a quantized checkpoint.
+        job: The method and parallel settings.
     """
     method, kind = job.method, quantization_method(config)
     if kind is not None and (problem := _problem_of_stored(kind, job)):
