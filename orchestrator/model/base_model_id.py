@@ -1,4 +1,4 @@
-"""Which base model an adapter belongs to: told from its configuration and the heads of its weight files."""
+"""Fingerprint of the base model of an adapter: its configuration, and head and tail of its weight files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec
 
-BASE_MODEL_FILE = "base.json"  # where a run and an adapter keep it
-_HEAD_BYTES = 2**20  # names, shapes and places of a safetensors file's tensors stand at its start
+BASE_MODEL_FILE = "base.json"  # file in run directories and adapter folders
+_HEAD_BYTES = 2**20  # a safetensors file begins with the names, shapes and offsets of its tensors
 _NOT_WEIGHTS = frozenset({"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"})
 
 
 def identity(job: JobSpec) -> dict[str, Any]:
-    """Return what tells a base model from another, without reading all of its weights.
+    """Return a fingerprint that identifies the base model of a job without reading all of its weights.
 
     Args:
-        job: Names a folder or a model of the hub.
+        job: Its `model.path` is a folder or a hub name.
 
     Returns:
-        A hash of the configuration; for a folder, size and hash of the head and the tail of each weight file;
-        for a hub name, its commit; for random weights, their seed; where the model is resized, its tokens.
+        JSON object. `config`: SHA-256 of the configuration. `weights`: for a folder, the result of
+        `weight_files`; for random weights, the seed. `commit`: the commit of a hub model. `vocabulary`: rows
+        that the tokenizer needs, if model.resize_embeddings is set.
     """
     from transformers import AutoConfig
 
@@ -46,7 +47,7 @@ def identity(job: JobSpec) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> dict[str, Any]:
-    """Return size and hash of the head and the tail of each weight file of a model's folder, by name."""
+    """Return size in bytes, and SHA-256 of the first and last MiB, of each weight file by its name."""
     files = sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", ".bin"))
     return {each.name: _describe(each) for each in files}
 

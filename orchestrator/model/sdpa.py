@@ -1,8 +1,8 @@
-"""Causal attention over a batch of sequences of one length, where no flash kernel is at hand.
+"""The `sdpa` backend: causal attention over a batch of sequences of equal length T without a flash kernel.
 
-A sliding window and capped scores are computed a block of queries at a time, each with the keys that it can
-see. So a window costs T x window and not T x T, and no mask or matrix of scores grows with the square of the
-length.
+Sliding-window attention and logit softcapping are computed per block of queries, with only the keys that the
+block can see. A window then costs O(T * window) instead of O(T^2), and no mask or score matrix has shape
+[T, T].
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _LEAST_BLOCK = 64
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How a query weighs the keys before it.
+    """Options of causal attention.
 
     Attributes:
-        scaling: Factor of the scores; None means head_dim ** -0.5.
-        dropout: Probability of dropping a weight.
-        window: Tokens that a token sees, itself included; None means all before it.
-        softcap: Scores s become softcap * tanh(s / softcap), after `scaling`; None leaves them.
+        scaling: Factor of the attention scores; None means head_dim ** -0.5.
+        dropout: Dropout probability of attention weights.
+        window: Sliding window in tokens, including the query itself; None means no window.
+        softcap: Scores s become softcap * tanh(s / softcap), after `scaling`; None disables softcapping.
     """
 
     scaling: float | None = None
@@ -36,23 +36,25 @@ class AttentionOptions:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-    """Return causal attention of sequences of one length.
+    """Compute causal attention over sequences of equal length.
 
     Args:
         queries: Shape [sequences, heads, length, head_dim].
         keys: Shape [sequences, kv_heads, length, head_dim]; heads is a multiple of kv_heads.
-        values: As keys; head_dim may differ.
-        options: How keys are weighed.
+        values: Shape [sequences, kv_heads, length, value_dim].
+        options: Scaling, dropout, window and softcap.
 
     Returns:
-        Shape [sequences, heads, length, head_dim of the values].
+        Tensor of shape [sequences, heads, length, value_dim].
     """
     length = queries.shape[2]
     window = length if options.window is None else min(options.window, length)
     if options.softcap is None and window == length:
         return _fused(queries, keys, values, None, options)
+    # Split the queries into blocks [sequences, heads, block, head_dim]; more sequences give smaller blocks,
+    # so that one block has about _QUERIES_AT_ONCE queries in total.
     block = max(_LEAST_BLOCK, _QUERIES_AT_ONCE // len(queries))
-    earlier = -(-(window - 1) // block)  # blocks before its own that a query may see into
+    earlier = -(-(window - 1) // block)  # key blocks before the query's own that its window can reach into
     query_blocks, key_blocks, value_blocks = (
         torch.split(tensor, block, dim=2) for tensor in (queries, keys, values)
     )
@@ -60,7 +62,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, options: AttentionOpti
     for number, chosen in enumerate(query_blocks):
         start = max(0, number - earlier)
         k, v = (torch.cat(blocks[start : number + 1], dim=2) for blocks in (key_blocks, value_blocks))
-        # How far each key lies behind each query.
+        # behind[q, k] is the distance in tokens from key k back to query q, shape [block, keys]; negative for
+        # keys after the query. Both indices count from the first key of k.
         rows = torch.arange(chosen.shape[2], device=chosen.device) + (number - start) * block
         behind = rows[:, None] - torch.arange(k.shape[2], device=chosen.device)
         visible = (behind >= 0) & (behind < window)
@@ -87,7 +90,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, options: Att
 def _capped_again(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: AttentionOptions, cap: float
 ) -> Tensor:
-    """Compute the scores of a block again in the backward pass instead of keeping those of all blocks."""
+    """Checkpoint `_capped`: recompute the scores of a block in the backward pass instead of saving them.
+
+    Without this, all blocks together would save sequences x heads x length x window scores.
+    """
     keeps_noise = options.dropout > 0
     attended: Tensor = checkpoint(
         _capped, q, k, v, visible, options, cap, use_reentrant=False, preserve_rng_state=keeps_noise
@@ -98,10 +104,25 @@ def _capped_again(
 def _capped(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: AttentionOptions, cap: float
 ) -> Tensor:
-    """Attend with capped scores, which no fused kernel of torch computes; softmax is in fp32 at least."""
+    """Compute attention with softcapped scores, which torch's fused kernels do not support.
+
+    Args:
+        q: Queries of one block, shape [sequences, heads, block, head_dim].
+        k: Keys, shape [sequences, kv_heads, keys, head_dim].
+        v: Values, shape [sequences, kv_heads, keys, value_dim].
+        visible: Attention mask, shape [block, keys]; True where a query sees a key.
+        options: Scaling and dropout.
+        cap: The softcap.
+
+    Returns:
+        Tensor of shape [sequences, heads, block, value_dim].
+    """
     scaling = q.shape[3] ** -0.5 if options.scaling is None else options.scaling
-    groups = (q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2])  # third: heads that share keys
+    # Grouped-query attention without repeating keys: fold the query heads that share a KV head into its rows.
+    # groups = (sequences, kv_heads, heads / kv_heads, block); rows: [sequences, kv_heads, group * block, d].
+    groups = (q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
     rows = q.reshape(*groups, q.shape[3]).flatten(2, 3)
+    # The matmul is in q.dtype; scaling, softcap and softmax are in at least fp32.
     scores = (rows @ k.transpose(2, 3)).to(torch.promote_types(q.dtype, torch.float32)) * scaling
     scores = (torch.tanh(scores / cap) * cap).view(*groups, k.shape[2])
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).to(q.dtype)

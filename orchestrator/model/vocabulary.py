@@ -1,4 +1,4 @@
-"""Whether token ids fit the embedding of a model, and growing embedding and LM head."""
+"""Check token ids against the embedding of a model, and resize embedding and LM head."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from orchestrator.model.compatibility import is_positions
 
 
 def with_tokenizer_rows(config: Any, model: ModelSpec) -> Any:
-    """Return a configuration with a row for every token, where model.resize_embeddings asks for that.
+    """Raise `vocab_size` to the tokenizer's size if model.resize_embeddings is set; return the configuration.
 
-    An embedding that is larger than the tokenizer stays as it is.
+    An embedding that is larger than the tokenizer is not shrunk.
 
     Args:
         config: As stored with the model; changed in place.
         model: Names the tokenizer.
 
     Raises:
-        SpecError: There is no tokenizer.
+        SpecError: The tokenizer cannot be loaded.
     """
     if not model.resize_embeddings:
         return config
     try:
         text = config.get_text_config()
-    except ValueError:  # several parts that read text: refused by `orchestrator.model.compatibility`
+    except ValueError:  # several text configurations: rejected by `orchestrator.model.compatibility`
         return config
     rows = getattr(text, "vocab_size", None)
     if rows is not None:
@@ -41,10 +41,10 @@ def with_tokenizer_rows(config: Any, model: ModelSpec) -> Any:
 
 
 def tokenizer_rows(model: ModelSpec) -> int:
-    """Return how many rows an embedding needs for every id of the model's tokenizer.
+    """Return the number of embedding rows that the tokenizer needs: its largest token id plus one.
 
     Raises:
-        SpecError: There is no tokenizer.
+        SpecError: The tokenizer cannot be loaded.
     """
     return _tokenizer_rows(str(resolve(model.path)), model.path, model.trust_remote_code)
 
@@ -55,7 +55,7 @@ def _tokenizer_rows(path: str, name: str, trust_remote_code: bool) -> int:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as many classes as there are tokenizers
+    except Exception as error:  # tokenizers raise errors of many classes
         reason = " ".join(str(error).split())[:200]
         raise SpecError(
             f"model.path={name} has no tokenizer that can be loaded ({reason}), so the size of its "
@@ -65,12 +65,12 @@ def _tokenizer_rows(path: str, name: str, trust_remote_code: bool) -> int:
 
 
 def vocabulary_problem(model: ModelSpec, config: Any, largest: Mapping[str, int]) -> str | None:
-    """Return which token ids of the data the model has no embedding for, with the remedy.
+    """Return which token ids of the data exceed the embedding, with the remedy; None if all fit.
 
     Args:
-        model: As the job has it.
-        config: From `orchestrator.model.build.load_config`, so with_tokenizer_rows where the job asks for it.
-        largest: Largest token id of each data source; -1 for one without tokens.
+        model: The model section of the job.
+        config: From `orchestrator.model.build.load_config`, which applies model.resize_embeddings.
+        largest: Largest token id of each data source; -1 for a source without tokens.
     """
     rows = embedded_tokens(config)
     beyond = {path: token for path, token in largest.items() if rows is not None and token >= rows}
@@ -92,18 +92,21 @@ def vocabulary_problem(model: ModelSpec, config: Any, largest: Mapping[str, int]
 
 
 def embedded_tokens(config: Any) -> int | None:
-    """Return how many token ids every table of tokens has a row for; None where none has a known size."""
+    """Return the smallest row count among the token embedding tables; None if none states its size.
+
+    Some models have a second table for per-layer inputs (`vocab_size_per_layer_input`).
+    """
     text = config.get_text_config()
     sizes = [getattr(text, name, None) for name in ("vocab_size", "vocab_size_per_layer_input")]
     return min((size for size in sizes if isinstance(size, int)), default=None)
 
 
 def vocabulary_notes(model: ModelSpec, config: Any, stored: Any) -> list[str]:
-    """Return what a user should know of the sizes of tokenizer and embedding, in a sentence each.
+    """Return messages about the sizes of tokenizer and embedding to show at the start of a run.
 
     Args:
-        model: As the job has it.
-        config: From `orchestrator.model.build.load_config`, so with_tokenizer_rows where the job asks for it.
+        model: The model section of the job.
+        config: From `orchestrator.model.build.load_config`, which applies model.resize_embeddings.
         stored: From `orchestrator.model.build.stored_config`.
     """
     rows, stored_rows = embedded_tokens(config), embedded_tokens(stored)
@@ -126,11 +129,11 @@ def vocabulary_notes(model: ModelSpec, config: Any, stored: Any) -> list[str]:
 
 
 def resize_problem(built: nn.Module, model: ModelSpec) -> str | None:
-    """Return why a model's embedding cannot be with_tokenizer_rows, with the remedy.
+    """Return why a model's embedding cannot be resized, with the remedy; None if it can.
 
     Args:
-        built: The causal LM; its weights need no memory.
-        model: As the job has it.
+        built: The causal LM; it may be on the meta device.
+        model: The model section of the job.
     """
     if not model.resize_embeddings:
         return None
@@ -158,13 +161,14 @@ def _ends(built: Any) -> tuple[Any, Any]:
 
 
 def resize(built: Any, rows: int) -> None:
-    """Grow embedding and LM head to so many tokens; each new row is the mean of the old ones.
+    """Resize embedding and LM head to `rows` tokens; every new row is the mean of the old rows.
 
-    Computed in fp32 from weights that every rank sees whole, so that ranks and ZeRO stages agree to the bit.
+    The mean is computed in fp32 from the gathered weights, so it is bitwise equal on all ranks and for all
+    ZeRO stages. A collective call under ZeRO-3: every rank must make it.
 
     Args:
-        built: The causal LM with its weights, whole or partitioned by ZeRO-3; the same call on every rank.
-        rows: Tokens afterwards; no fewer than there are.
+        built: The causal LM with its weights, which ZeRO-3 may have partitioned; changed in place.
+        rows: New number of tokens; at least the current number.
     """
     text = built.config.get_text_config()
     if rows == getattr(text, "vocab_size", rows):
@@ -186,16 +190,17 @@ def _with_rows(old: nn.Parameter, rows: int) -> nn.Parameter:
     with torch.no_grad(), _whole(old):
         added = rows - old.shape[0]
         mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
+        # old: [vocab_size, hidden], or [vocab_size] for a bias; mean: [1, hidden] or [1].
         values = torch.cat([old.detach(), mean.expand(added, *old.shape[1:])])
     new = nn.Parameter(values, requires_grad=old.requires_grad)
-    if hasattr(old, "ds_id"):
+    if hasattr(old, "ds_id"):  # set by deepspeed.zero.Init: partition the new parameter in the same way
         old.convert_to_zero_parameters([new])  # type: ignore[attr-defined]
     return new
 
 
 @contextmanager
 def _whole(parameter: nn.Parameter) -> Iterator[None]:
-    """Let every rank see all of a parameter that ZeRO-3 may have partitioned."""
+    """Gather a parameter on every rank inside the block, if ZeRO-3 has partitioned it."""
     from deepspeed import zero
 
     with zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
