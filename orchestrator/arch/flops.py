@@ -1,10 +1,10 @@
-"""Floating-point operations of the work that was asked for, and of the work that was done.
+"""Model FLOPs and hardware FLOPs (with recomputation) of a training step.
 
-A matrix product of [m, k] and [k, n] counts 2 m k n. Attention is causal and stays inside documents, so a
-document of length L costs 2 d heads L^2 a layer for scores and values together, half of the full square; in a
-layer with a sliding window w < L only the band of the square that is seen counts, 2 w L - w^2 for L^2. The
-backward pass costs twice the forward pass (Megatron-LM, arXiv 2104.04473; PaLM's MFU, arXiv 2204.02311),
-and once where a weight is frozen, which needs no gradient of its own.
+A matmul of [m, k] and [k, n] counts 2 m k n. Attention is causal within each document, so a document of L
+tokens costs 2 * head_dim * heads * L^2 per layer for scores and values together, half of full attention. In a
+layer with a sliding window w < L, L^2 is replaced by 2 w L - w^2, the band inside the window. The backward
+pass costs twice the forward pass (Megatron-LM, arXiv 2104.04473; PaLM's MFU, arXiv 2204.02311), and once the
+forward pass for a frozen weight, which needs only the gradient of its input.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from orchestrator.arch.model_dims import ModelDims
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """One forward pass by part.
+    """FLOPs of one forward pass by part.
 
     Attributes:
-        linear: Products with the layers' weights.
-        attention: Scores and values.
+        linear: Matmuls with the linear weights of the decoder layers.
+        attention: Attention scores, and their product with the values.
         head: The LM head.
-        last_matmul: The part of `linear` that ends each layer, the MLP's way back to the hidden size.
-        adapters: Products with the matrices of LoRA.
-        mlp_matmuls: Products of an MLP, each as large as the last.
+        last_matmul: The part of `linear` in the down projection of the MLP, the last matmul of each layer.
+        adapters: Matmuls with LoRA matrices.
+        mlp_matmuls: Matmuls per MLP, each as large as the down projection (3 if gated, else 2).
     """
 
     linear: float
@@ -38,27 +38,27 @@ class ForwardFlops:
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """FLOPs of all parts."""
         return self.linear + self.attention + self.head + self.adapters
 
     @property
     def mlp(self) -> float:
-        """The part of `linear` in the MLPs, whose matrices are of one size."""
+        """The part of `linear` in the MLPs; all matrices of an MLP have the same size."""
         return self.mlp_matmuls * self.last_matmul
 
 
 def square_in_window(length: float, window: int) -> float:
-    """Return how much of the square of a document's length a layer with a sliding window computes.
+    """Return the part of L^2 that a sliding-window layer computes: L^2 if L <= w, else 2 w L - w^2.
 
     Args:
         length: Tokens of the document, L.
-        window: Tokens that a token attends to, itself included, w; 2 w L - w^2 where the document is longer.
+        window: Tokens that a token attends to, including itself, w.
     """
     return length * length if length <= window else 2 * window * length - window * window
 
 
 def squares_in_window(lengths: Iterable[int], window: int) -> float:
-    """Return the part of the documents' squared lengths that a layer with a sliding window computes."""
+    """Return the sum of `square_in_window` over documents of the given lengths."""
     return float(sum(square_in_window(length, window) for length in lengths))
 
 
@@ -73,13 +73,13 @@ def forward_flops(
     """Return the FLOPs of one forward pass.
 
     Args:
-        shape: The model.
-        tokens: Real tokens, T.
-        square_tokens: Sum of squared document lengths.
+        shape: Sizes of the model.
+        tokens: Tokens without padding, T.
+        square_tokens: Sum of squared document lengths, in tokens^2.
         scored_tokens: Positions at which the LM head is computed.
-        window_square_tokens: The same sum for sliding-window layers, from `squares_in_window`; None if no
-            document is longer than the window.
-        num_adapter_params: Weights of all matrices of LoRA in the layers.
+        window_square_tokens: The sum for sliding-window layers, from `squares_in_window`; None if no document
+            is longer than the window.
+        num_adapter_params: Elements of all LoRA matrices in the decoder layers.
     """
     windowed = square_tokens if window_square_tokens is None else window_square_tokens
     full_layers = shape.layers - shape.sliding_window_layers
@@ -96,11 +96,11 @@ def forward_flops(
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """Which weights need no gradient.
+    """Which weights are frozen, so that no weight gradient is computed.
 
     Attributes:
-        layers: Those of the layers.
-        head: That of the LM head.
+        layers: Whether the linear weights of the decoder layers are frozen.
+        head: Whether the weight of the LM head is frozen.
     """
 
     layers: bool = False
@@ -108,22 +108,23 @@ class FrozenWeights:
 
 
 def model_flops(forward: ForwardFlops, frozen: FrozenWeights = FrozenWeights()) -> float:
-    """Return the FLOPs of a training step that the model asks for: `tflops_model` counts these."""
+    """Return the FLOPs of a training step without recomputation; `tflops_model` is computed from these."""
+    # Forward pass, input gradients and weight gradients cost the same each; frozen weights omit the last.
     spared = (forward.linear if frozen.layers else 0.0) + (forward.head if frozen.head else 0.0)
     return 3.0 * forward.total - spared
 
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What a training step computes again instead of keeping it.
+    """What a training step recomputes in its backward pass.
 
     Attributes:
-        checkpointing: `full` recomputes each layer; `selective` no matrix product and no attention.
-        zero_stage: Stage of ZeRO, or 0 without DeepSpeed.
-        tiled_head: Whether the LM head computes its logits again.
-        mlp_tiles: Tiles of a micro-batch that each MLP runs on; 0 where it runs on all at once.
-        adapts_last_matmul: Whether an adapter stands beside the last product of a layer.
-        whole_layers: Whether to count the last product of a recomputed layer even where torch skips it.
+        checkpointing: `full` recomputes each layer; `selective` recomputes no matmul and no attention.
+        zero_stage: ZeRO stage, or 0 without DeepSpeed.
+        tiled_head: Whether the LM head is tiled and recomputes its logits.
+        mlp_tiles: Tiles per micro-batch of each MLP; 0 if MLPs are not tiled.
+        adapts_last_matmul: Whether the last matmul of each layer has an adapter.
+        whole_layers: Whether to count the last matmul of a recomputed layer even if torch skips it.
     """
 
     checkpointing: Literal["full", "selective", "none"] = "none"
@@ -137,23 +138,26 @@ class Recomputation:
 def hardware_flops(
     forward: ForwardFlops, again: Recomputation, frozen: FrozenWeights = FrozenWeights()
 ) -> float:
-    """Return the FLOPs that are done, with those that are done again.
+    """Return the FLOPs of a training step including recomputation; `tflops_hardware` is computed from these.
 
-    Torch stops recomputing as soon as it has all that a gradient needs: before the last product of a layer,
-    or of a tile, whose output no gradient needs; and before the last tile, which its own backward pass
-    recomputes. ZeRO-3 wraps each product in a function that saves its inputs, and so does the last one too;
-    an adapter runs after the product that it stands beside, and needs its input. Where layers are not
-    recomputed, the first one's input needs no gradient if it is frozen; that is counted nevertheless.
+    torch stops a recomputation as soon as every saved tensor is restored. It therefore skips the last matmul
+    of a layer or tile, whose output no gradient needs, and in a checkpointed layer the last tile, which the
+    tile's own backward pass recomputes. Two cases do not skip the last matmul: ZeRO-3 wraps each linear in an
+    autograd function that saves its inputs; and an adapter of the last matmul runs after it and saves its
+    own input. If layers are frozen and not recomputed, the input of the first layer needs no gradient; this
+    function counts that gradient anyway.
 
     Args:
-        forward: One forward pass.
+        forward: FLOPs of one forward pass.
         again: What is recomputed.
-        frozen: Which weights need no gradient.
+        frozen: Which weights are frozen.
     """
     done = model_flops(forward, frozen) + (forward.head if again.tiled_head else 0.0)
     keeps_last = again.zero_stage == 3 or again.adapts_last_matmul or again.whole_layers
     skipped = 0.0 if keeps_last else forward.last_matmul
     if again.mlp_tiles:
+        # Each tile recomputes its MLP; a checkpointed layer around them then skips the last tile, not the
+        # last matmul.
         done += forward.mlp - skipped
         skipped = forward.mlp / again.mlp_tiles
     if again.checkpointing == "full":
@@ -167,18 +171,18 @@ def flops_per_token_xtuner(
     causal: bool = True,
     checkpointing: bool = True,
 ) -> float:
-    """Return the FLOPs of a token by XTuner's formula, only for tables beside those that XTuner printed.
+    """Return the FLOPs per token by XTuner's formula, for comparison with tables published by XTuner only.
 
-    It counts attention over the whole sequence, as many key and value heads as query heads, a recomputed
-    forward pass, and logits everywhere. For a GPU's share of s = S / sp tokens, with r = 1.5 i / h, its
-    ThroughputHook has
-    (3 + ac) l [8 s h^2 + 4 s^2 h sp / (1 + causal) + 4 r s h^2] + 6 s h V; divided by s, sp is in S alone.
+    The formula counts attention over the whole sequence, as many KV heads as query heads, a recomputed
+    forward pass, and logits at every position. For s = S / sp tokens per GPU, with r = 1.5 i / h, its
+    ThroughputHook computes (3 + ac) l [8 s h^2 + 4 s^2 h sp / (1 + causal) + 4 r s h^2] + 6 s h V. Divided by
+    s, this depends on sp only through S.
 
     Args:
-        shape: The model.
+        shape: Sizes of the model.
         sequence_tokens: Tokens of a sequence over all workers that share it, S.
-        causal: Whether only half of the attention is counted.
-        checkpointing: Whether the forward pass of the layers is counted again, ac.
+        causal: Whether to count only half of full attention.
+        checkpointing: Whether to count a recomputed forward pass of the layers, ac.
     """
     hidden = float(shape.hidden_size)
     ratio = 1.5 * shape.intermediate_size / hidden

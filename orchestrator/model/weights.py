@@ -1,9 +1,9 @@
-"""Whether the files of a model hold the weights that its configuration describes: all of them, no others.
+"""Check that weight files hold exactly the tensors of the architecture, by reading only their headers.
 
-`from_pretrained` draws what it does not find at random, leaves out what it has no place for, and only logs
-either. Here both end the run. The comparison is transformers' own: the model is built on the meta device and
-loaded from the names and shapes in the files' headers, so that its renaming, its joining of experts and its
-tied weights count. Nothing is read but headers.
+`from_pretrained` initializes missing weights at random, ignores unexpected ones, and only logs both. Here
+either is an error. The comparison uses transformers itself: it builds the model on the meta device and loads
+meta tensors with the names and shapes from the file headers, so that key renaming, merging of expert weights
+and tied weights are handled as in real loading.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ Shapes = dict[str, torch.Size]
 
 
 class UnreadableError(Exception):
-    """The files of a model cannot be read; the text says which and what to do."""
+    """The files of a model cannot be read; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class WeightsMismatch:
-    """What tells the tensors in a model's files from those of its architecture.
+    """Differences between the tensors in a model's files and those of its architecture.
 
     Attributes:
-        missing: Tensors of the architecture that no file holds, tied ones left out.
-        unexpected: Tensors of the files that the architecture has no place for.
-        reshaped: Name, shape in the files and shape in the architecture of tensors where these differ.
-        unjoined: Tensors that are joined from several, of which one is missing or has another shape.
+        missing: Tensors of the architecture that no file holds, except tied weights.
+        unexpected: Tensors of the files that the architecture does not have.
+        reshaped: Tensors with different shapes: (name, shape in the files, shape in the architecture).
+        unjoined: Tensors that transformers merges from several stored ones (such as experts), where one of
+            these is missing or has a different shape.
     """
 
     missing: tuple[str, ...] = ()
@@ -57,7 +58,7 @@ class WeightsMismatch:
 
     @classmethod
     def of(cls, loading_info: Mapping[str, Any]) -> WeightsMismatch:
-        """Return what `from_pretrained(..., output_loading_info=True)` reports."""
+        """Build it from the loading info of `from_pretrained(..., output_loading_info=True)`."""
         reshaped = [(name, tuple(found), tuple(own)) for name, found, own in loading_info["mismatched_keys"]]
         return cls(
             missing=tuple(sorted(loading_info["missing_keys"])),
@@ -67,7 +68,7 @@ class WeightsMismatch:
 
     @classmethod
     def between(cls, stored: Mapping[str, torch.Size], own: Mapping[str, torch.Size]) -> WeightsMismatch:
-        """Return what tells stored tensors from one's own, both as shapes by name."""
+        """Compare the shapes of stored tensors with those of a model, both by name."""
         shared = sorted(stored.keys() & own.keys())
         return cls(
             missing=tuple(sorted(own.keys() - stored.keys())),
@@ -76,7 +77,7 @@ class WeightsMismatch:
         )
 
     def explain(self, architecture: str) -> str:
-        """Return the mismatch in words, whose subject is what was stored."""
+        """Return a clause that describes the mismatch; its subject is the stored model or adapter."""
         parts = []
         if names := self.missing:
             parts.append(f"lacks {len(names)} of the tensors of {architecture} ({_some(names)})")
@@ -94,15 +95,16 @@ class WeightsMismatch:
 
 
 def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) -> str | None:
-    """Return why the files of `model.path` are not the weights of its architecture, with the remedy.
+    """Return why the files of `model.path` do not match its architecture, with the remedy; None if they do.
 
-    Must not be called while `HfDeepSpeedConfig` is alive, which keeps transformers from the meta device.
+    Must not be called while an `HfDeepSpeedConfig` exists: transformers would then build the model with
+    `deepspeed.zero.Init` instead of on the meta device.
 
     Args:
         model: Names the folder or hub model.
-        bare: The causal LM on the meta device; gives the class.
-        config: The configuration as it is stored with the weights.
-        download: Whether files of a hub model may be fetched; without, only what is cached is looked at.
+        bare: The causal LM on the meta device; only its class is used.
+        config: The configuration as stored with the weights.
+        download: Whether files of a hub model may be downloaded; if False, only cached files are checked.
     """
     try:
         files = weight_files(model, config, download)
@@ -114,7 +116,7 @@ def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) ->
     except UnreadableError as error:
         return str(error)
     if getattr(config, "quantization_config", None) is not None:
-        return None  # names of quantised layers are known only to their package; see `mismatch_problem`
+        return None  # only the quantization package knows its tensor names; checked after loading instead
     return mismatch_problem(_compare(type(bare), config, stored), type(bare).__name__, config)
 
 
@@ -122,7 +124,7 @@ def weight_files(model: ModelSpec, config: Any, download: bool) -> list[Path] | 
     """Return the weight files that transformers reads; None for a hub model that is not cached.
 
     Raises:
-        UnreadableError: There are none, or not all.
+        UnreadableError: There are no weight files, or some are missing.
     """
     explicit = getattr(config, "transformers_weights", None)
     for name in [explicit] if explicit else [*_NAMES, *_OLD_NAMES]:
@@ -152,7 +154,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _file_of(model: ModelSpec, name: str, download: bool) -> Path | None:
-    """Return where a file of a model lies; None where it has none of that name, or it is not cached."""
+    """Return the path of a file of a model; None if it does not exist or is not cached."""
     folder = resolve(model.path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -194,10 +196,10 @@ def _shards(model: ModelSpec, index: Path, download: bool) -> list[Path] | None:
 
 
 def shapes_in(file: Path) -> Shapes:
-    """Return the shape of every tensor in a file, from its header.
+    """Return the shape of every tensor in a weight file, by name, without reading tensor data.
 
     Raises:
-        UnreadableError: It is damaged, cut short, or no file of weights.
+        UnreadableError: The file is damaged or truncated, or is not a weight file.
     """
     try:
         with file.open("rb") as opened:
@@ -228,7 +230,7 @@ def _shapes_of_pickle(file: Path) -> Shapes:
 
 
 def _compare(architecture: Any, config: Any, stored: Shapes) -> WeightsMismatch | None:
-    """Load names and shapes into a model on the meta device; None where transformers cannot do that."""
+    """Load tensors of the stored shapes into a model, all on the meta device; None if that is unsupported."""
     empty = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in stored.items()}
     with _captured() as said:
         try:
@@ -241,21 +243,22 @@ def _compare(architecture: Any, config: Any, stored: Shapes) -> WeightsMismatch 
                 device_map={"": "meta"},
                 dtype=torch.bfloat16,
             )
-        except Exception:  # code of the model's own may not run there; the loading itself will tell
+        except Exception:  # remote code may not run on the meta device; the real loading checks it
             unjoined = sorted({name for line in said for name in _unjoined(line)})
             return WeightsMismatch(unjoined=tuple(unjoined)) if unjoined else None
     return WeightsMismatch.of(info)
 
 
 def _unjoined(report: str) -> list[str]:
-    """Return the tensors whose conversion failed, from the table that transformers logs."""
+    """Return the tensors whose conversion failed, parsed from the table that transformers logs."""
+    # Remove ANSI colors; a row is "name | CONVERSION | ...".
     plain = re.sub(r"\x1b\[[0-9;]*m", "", report)
     return re.findall(r"^(\S.*?) +\| CONVERSION", plain, flags=re.MULTILINE)
 
 
 @contextmanager
 def _captured() -> Iterator[list[str]]:
-    """Keep what transformers says while it loads away from the terminal, and return it."""
+    """Capture the log messages of transformers' loaders inside the block, and hide progress bars."""
     from transformers.utils import logging as loud
 
     said: list[str] = []
@@ -279,20 +282,20 @@ def _captured() -> Iterator[list[str]]:
 
 
 def mismatch_problem(mismatch: WeightsMismatch | None, architecture: str, config: Any) -> str | None:
-    """Return what is wrong with weights, with names, counts and the remedy; None if nothing is."""
+    """Return a description of a mismatch with names, counts and the remedy; None if there is no mismatch."""
     if mismatch is None or mismatch == WeightsMismatch():
         return None
     return f"{mismatch.explain(architecture)}; {_remedy(mismatch, config)}"
 
 
 def without_empty_biases(mismatch: WeightsMismatch, files: Sequence[Path]) -> WeightsMismatch:
-    """Return a mismatch without biases of zero beside quantised matrices, which change nothing.
+    """Remove all-zero biases of quantized linear layers from the unexpected tensors of a mismatch.
 
-    AutoGPTQ stored one for every linear layer, whether or not the architecture has it.
+    AutoGPTQ stores a bias for every linear layer, even if the architecture has none; zeros have no effect.
 
     Args:
-        mismatch: Of a checkpoint in few bits.
-        files: Its weight files, in safetensors' format.
+        mismatch: The mismatch of a GPTQ checkpoint.
+        files: Its weight files, in safetensors format.
     """
     biases = {name for name in mismatch.unexpected if name.endswith(".bias")}
     empty: set[str] = set()
@@ -329,7 +332,10 @@ def _remedy(mismatch: WeightsMismatch, config: Any) -> str:
 
 
 def _prefix(mismatch: WeightsMismatch) -> str:
-    """Return what stands before every name, if without it the names would be those that are missing."""
+    """Return the prefix of all unexpected names, if removing it gives the missing names; else "".
+
+    Wrappers cause this, such as `base_model.model.` of peft or `module.` of DDP.
+    """
     for name in mismatch.unexpected[:1]:
         for own in mismatch.missing:
             prefix = name.removesuffix(own)
@@ -343,7 +349,7 @@ def _prefix(mismatch: WeightsMismatch) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return the first names and how many more there are."""
+    """Return the first few names and the number of the others."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -353,7 +359,10 @@ def _count(names: Sequence[str]) -> str:
 
 
 def first_problem_of_ranks(problem: str | None) -> str | None:
-    """Return the problem of any rank on all of them: a rank that ended alone would leave others waiting."""
+    """Return the first problem found by any rank, on every rank.
+
+    A collective call: if only one rank raised an error, the others would wait in their next collective.
+    """
     if not dist.is_available() or not dist.is_initialized():
         return problem
     found: list[str | None] = [None] * dist.get_world_size()
