@@ -1,4 +1,4 @@
-"""A model's config.json: from a folder, from those that are bundled, or from a hub."""
+"""Load a model's config.json from a folder, the bundled registry, or a hub, without transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SIZE_FIELDS = (
 
 
 def local_config(path: str) -> Mapping[str, Any] | None:
-    """Return the config.json of a model that lies on this machine; None where there is none to read.
+    """Return the config.json of a model folder on this machine; None if there is none that can be read.
 
     Args:
         path: `model.path` of a job.
@@ -36,10 +36,10 @@ def load_config_json(path: str) -> Mapping[str, Any]:
     """Return a model's config.json.
 
     Args:
-        path: `model.path` of a job: a folder, a name that is bundled, or one on the hub, which is asked last.
+        path: `model.path` of a job: a folder, a bundled name, or a hub name, tried in this order.
 
     Raises:
-        SpecError: It is in none of these places, cannot be read, or does not state the model's sizes.
+        SpecError: No config.json is found, it cannot be read, or it lacks a size of the model.
     """
     found = _in_folder(path) or bundled_config(path)
     if found is not None:
@@ -56,9 +56,10 @@ def load_config_json(path: str) -> Mapping[str, Any]:
 
 
 def resized(config: Mapping[str, Any], model: ModelSpec) -> Mapping[str, Any]:
-    """Return a config.json with a row for every token, where model.resize_embeddings asks for that.
+    """Return a config.json with `vocab_size` as model.resize_embeddings will make it.
 
-    It stays as it is where tokenizer.json is not on this machine. `orchestrator.model.vocabulary` does the
+    If the option is set, raises `vocab_size` to the largest token id in tokenizer.json plus one. Returns the
+    configuration unchanged if tokenizer.json is not on this machine. `orchestrator.model.vocabulary` does the
     same with transformers.
     """
     if not model.resize_embeddings:
@@ -74,10 +75,10 @@ def resized(config: Mapping[str, Any], model: ModelSpec) -> Mapping[str, Any]:
 
 
 def _in_folder(path: str) -> Mapping[str, Any] | None:
-    """Return the config.json of a model folder; None where the path has none.
+    """Return the config.json of a model folder; None if the path has none.
 
     Raises:
-        SpecError: The file is there and cannot be read, or is not a JSON object.
+        SpecError: The file exists but cannot be read, or is not a JSON object.
     """
     file = resolve(path) / "config.json"
     if not file.is_file():
@@ -98,10 +99,10 @@ def _in_folder(path: str) -> Mapping[str, Any] | None:
 
 
 def _with_sizes(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a configuration whose sizes, where its family is known, are stated and positive integers.
+    """Check that the configuration of a known family states all sizes as positive integers, and return it.
 
     Raises:
-        SpecError: One of them is missing, or is not a positive integer.
+        SpecError: A size is missing or is not a positive integer.
     """
     if str(config.get("model_type")) not in FAMILIES:
         return config

@@ -1,4 +1,4 @@
-"""The shape of a decoder-only transformer: the few integers that memory and FLOPs depend on."""
+"""Dimensions of a decoder-only transformer that memory and FLOPs depend on."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from orchestrator.arch.families import FAMILIES, Family, sizes
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Sizes of a decoder.
+    """Dimensions of a decoder-only transformer.
 
     Attributes:
-        hidden_size: Width of the residual stream, h.
+        hidden_size: Hidden size (residual stream), h.
         layers: Number of decoder layers, l.
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Width of a head, d.
-        intermediate_size: Width of the MLP, i.
+        heads: Number of query heads.
+        kv_heads: Number of key-value heads.
+        head_dim: Size of a head, d.
+        intermediate_size: Intermediate size of the MLP, i.
         vocab_size: Rows of the embedding and of the LM head, V.
-        sliding_window_layers: Layers whose tokens see `window` tokens only.
-        window: Tokens that a token of such a layer sees, itself included; 0 where there is none.
-        mlp_matrices: Matrices of an MLP: three where it is gated (SwiGLU and its like), else two.
+        sliding_window_layers: Number of layers with sliding-window attention.
+        window: Sliding window of these layers in tokens, including the query itself; 0 if there are none.
+        mlp_matrices: Weight matrices per MLP: 3 if gated (such as SwiGLU), else 2.
     """
 
     hidden_size: int
@@ -39,7 +39,7 @@ class ModelDims:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelDims | None:
-        """Return the shape that a Hugging Face config.json describes; None for a family that is not known."""
+        """Return the dimensions described by a Hugging Face config.json; None for an unknown family."""
         family = FAMILIES.get(str(config.get("model_type")))
         if family is None:
             return None
@@ -58,13 +58,14 @@ class ModelDims:
 
     @property
     def linear_parameters_per_layer(self) -> int:
-        """Weights of one layer's matrices: q and o, k and v, and those of the MLP."""
+        """Elements of the linear weights of one layer: q, k, v and o projections, and the MLP."""
+        # q and o: hidden_size x heads * head_dim each; k and v: hidden_size x kv_heads * head_dim each.
         attention = 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
         return attention + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
 
 def _sliding_window_fields(config: Mapping[str, Any], family: Family, layers: int) -> dict[str, int]:
-    """Return how many layers have a sliding window, and its size, in the form of the fields."""
+    """Return the fields `sliding_window_layers` and `window` of `ModelDims`; empty without such layers."""
     window, types = config.get("sliding_window"), config.get("layer_types")
     if not window:
         return {}
@@ -74,5 +75,5 @@ def _sliding_window_fields(config: Mapping[str, Any], family: Family, layers: in
     elif types:
         count = list(types).count("sliding_attention")
     else:
-        count = layers - layers // pattern if pattern else 0
+        count = layers - layers // pattern if pattern else 0  # every pattern-th layer has full attention
     return {"sliding_window_layers": count, "window": window} if count else {}

@@ -1,7 +1,7 @@
-"""Counting a model's parameters from its config.json alone, for whoever cannot build the model.
+"""Count a model's parameters from its config.json, without building the model.
 
-The counts are exact to the unit: matrices, biases, norms and what is tied, of the families in
-`orchestrator.arch.families`.
+The counts are exact for the families in `orchestrator.arch.families`: weight matrices, biases, norms and tied
+weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from orchestrator.config.schema import MethodSpec
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many parameters a model has, weights that are tied counted once.
+    """Parameter counts of a model; tied weights count once.
 
     Attributes:
-        total: All of them.
-        trained: Those that have a gradient.
-        largest: Those of the largest weight.
+        total: Number of all parameters.
+        trained: Number of trainable parameters.
+        largest: Elements of the largest weight tensor.
     """
 
     total: int
@@ -32,14 +32,14 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix of a layer.
+    """A linear module of a decoder layer, with a weight of shape [outputs, inputs].
 
     Attributes:
-        name: Its module's name.
-        inputs: Width of what enters.
-        outputs: Width of what it gives.
-        part: Where in the layer it is.
-        bias: Whether it has one.
+        name: Name of the module, such as `q_proj`.
+        inputs: Input features.
+        outputs: Output features.
+        part: Whether it belongs to attention or MLP.
+        bias: Whether it has a bias, of shape [outputs].
     """
 
     name: str
@@ -51,16 +51,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class Parameters:
-    """A model's parameters by place, weights that are tied counted once.
+    """Parameter counts of a model by component; tied weights count once.
 
     Attributes:
-        linears: The matrices of one layer.
-        layers: Layers, all alike.
-        norms_per_layer: Parameters of a layer's norms.
-        embedding: Those of the embedding.
-        head: Those of the LM head; 0 where it is the embedding.
-        final_norms: Those of the norms before the first and after the last layer.
-        head_bias: Bias of the LM head.
+        linears: The linear modules of one decoder layer.
+        layers: Number of decoder layers; all have the same shapes.
+        norms_per_layer: Parameters of the norms of one layer.
+        embedding: Parameters of the token embedding.
+        head: Parameters of the LM head weight; 0 if tied to the embedding.
+        final_norms: Parameters of the norms after the embedding and after the last layer.
+        head_bias: Parameters of the LM head bias.
     """
 
     linears: tuple[Linear, ...]
@@ -73,36 +73,36 @@ class Parameters:
 
     @property
     def matrices_per_layer(self) -> int:
-        """Weights of a layer's matrices: what is quantised."""
+        """Elements of the linear weights of one layer, which quantization applies to."""
         return sum(each.inputs * each.outputs for each in self.linears)
 
     @property
     def biases_per_layer(self) -> int:
-        """Biases of a layer's matrices."""
+        """Elements of the linear biases of one layer."""
         return sum(each.outputs for each in self.linears if each.bias)
 
     @property
     def per_layer(self) -> int:
-        """All of a layer: what ZeRO-3 gathers at once."""
+        """Parameters of one layer, the unit that ZeRO-3 gathers at a time."""
         return self.matrices_per_layer + self.biases_per_layer + self.norms_per_layer
 
     @property
     def total(self) -> int:
-        """All of the model."""
+        """Parameters of the whole model."""
         return self.layers * self.per_layer + self.embedding + self.head + self.final_norms + self.head_bias
 
     @property
     def largest(self) -> int:
-        """Those of the largest weight."""
+        """Elements of the largest weight tensor."""
         return max(self.embedding, *(each.inputs * each.outputs for each in self.linears))
 
     def adapters(self, rank: int, targets: Iterable[Linear], use_dora: bool = False) -> int:
-        """Return the parameters of LoRA's matrices beside some linears, in all layers.
+        """Return the number of adapter parameters in all layers.
 
         Args:
-            rank: Width of the two matrices.
-            targets: The linears.
-            use_dora: Whether each output has a length that is learned (DoRA).
+            rank: LoRA rank: A has shape [rank, inputs], B has shape [outputs, rank].
+            targets: The linear modules of one layer that get adapters.
+            use_dora: Whether to add DoRA's magnitude vector, shape [outputs].
         """
         return self.layers * sum(
             rank * (each.inputs + each.outputs) + (each.outputs if use_dora else 0) for each in targets
@@ -110,10 +110,10 @@ class Parameters:
 
 
 def parameters(config: Mapping[str, Any]) -> Parameters | None:
-    """Return the parameters of a model by place; None for a family whose layers are not known.
+    """Return the parameter counts of a model by component; None for an unknown family.
 
     Args:
-        config: Its config.json.
+        config: The model's config.json.
     """
     shape = ModelDims.from_config(config)
     if shape is None:
@@ -121,7 +121,7 @@ def parameters(config: Mapping[str, Any]) -> Parameters | None:
     family = FAMILIES[str(config["model_type"])]
     embedding = shape.vocab_size * shape.hidden_size
     norm = family.norm_vectors * shape.hidden_size
-    # GPT-NeoX and StableLM may run attention and MLP side by side; only the latter then has one norm.
+    # GPT-NeoX and StableLM can compute attention and MLP in parallel; only StableLM then has a single norm.
     norms = 1 if config["model_type"] == "stablelm" and config.get("use_parallel_residual") else family.norms
     return Parameters(
         linears=_linears(shape, family, config),
@@ -135,14 +135,14 @@ def parameters(config: Mapping[str, Any]) -> Parameters | None:
 
 
 def parameter_count(config: Mapping[str, Any], method: MethodSpec) -> ParameterCount | None:
-    """Return how many parameters a model has, with its adapters.
+    """Return the parameter counts of a model including its adapters.
 
     Args:
-        config: Its config.json.
-        method: Which of them are trained.
+        config: The model's config.json.
+        method: Full training, or LoRA with its rank and target modules.
 
     Returns:
-        The count; None for a family whose layers are not known.
+        The counts; None for an unknown family.
     """
     found = parameters(config)
     if found is None:
@@ -151,17 +151,18 @@ def parameter_count(config: Mapping[str, Any], method: MethodSpec) -> ParameterC
         return ParameterCount(found.total, found.total, found.largest)
     chosen = target_linears(found.linears, method.target_modules)
     added = found.adapters(method.rank, chosen, method.use_dora)
+    # peft's modules_to_save adds trainable copies of embedding and head; the frozen originals remain.
     copies = found.embedding + found.head + found.head_bias if method.train_embeddings else 0
     return ParameterCount(found.total + added + copies, added + copies, found.largest)
 
 
 def target_linears(linears: tuple[Linear, ...], targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
-    """Return the linears that adapters stand beside.
+    """Return the linear modules that get adapters.
 
     Args:
-        linears: Those of a layer.
-        targets: `all-linear`, `attention`, or names of modules. A name that is not known may stand for any
-            of them: rather too much memory is planned than too little.
+        linears: The linear modules of one layer.
+        targets: `all-linear`, `attention`, or module names. If a name is unknown, all linear modules are
+            returned, so that memory is overestimated rather than underestimated.
     """
     if targets == "all-linear":
         return linears
@@ -176,6 +177,7 @@ def target_linears(linears: tuple[Linear, ...], targets: str | tuple[str, ...]) 
 def _linears(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> tuple[Linear, ...]:
     h, i = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # Separate q, k and v modules, or one fused module; likewise gate and up may be fused into one.
     widths = (queries, keys, keys) if len(family.qkv) == 3 else (queries + 2 * keys,)
     qkv_bias, mlp_bias = is_set(family.qkv_bias, config), is_set(family.mlp_bias, config)
     inner = (2 if family.gated else 1) * i // len(family.mlp_in)
@@ -193,6 +195,6 @@ def _linears(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> tup
 def _qk_norms(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> int:
     if family.qk_norm == "none" or not is_set(family.qk_norm_flag, config):
         return 0
-    if family.qk_norm == "head":
+    if family.qk_norm == "head":  # one vector [head_dim] for queries and one for keys, shared by all heads
         return 2 * family.norm_vectors * shape.head_dim
     return (shape.heads + shape.kv_heads) * shape.head_dim

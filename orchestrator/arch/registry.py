@@ -1,4 +1,4 @@
-"""Published models whose configuration is bundled, so that a plan needs neither weights nor a hub."""
+"""Registry of bundled model configurations, so that planning needs neither weights nor hub access."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import Any
 
 MODELS = Path(__file__).with_name("registry.toml")
 _NO_SIZE = re.compile(r"hf|chat|base|instruct|it|meta|v0\.1|\d+k|gptq|int[48]|awq")
-"""What names add that changes no parameter: tuning, repository, context length, numbers of bits."""
+"""Parts of model names that do not change parameter counts: tuning, format, context length, quantization."""
 
 
 class UnknownModel(ValueError):
-    """A model's name is not bundled."""
+    """The registry has no model of this name."""
 
 
 def bundled() -> Mapping[str, Mapping[str, Any]]:
-    """Return the facts of each bundled model by its name: `config`, `parameters` and `source`."""
+    """Return the registry entries by model name, with the keys `config`, `parameters` and `source`."""
     return _read()
 
 
 def bundled_config(name: str) -> Mapping[str, Any] | None:
-    """Return the configuration of a published model; None where it is not bundled.
+    """Return the bundled configuration of a published model; None if it is not bundled.
 
     Args:
-        name: As a hub or a table writes it, such as `meta-llama/Llama-2-7b-hf`, `llama2-7b` or
-            `Qwen-7B-Chat`. Case, owner and what says nothing of the sizes do not matter.
+        name: A hub name or an alias, such as `meta-llama/Llama-2-7b-hf`, `llama2-7b` or `Qwen-7B-Chat`. Case,
+            owner and parts that do not affect sizes are ignored.
     """
     found = _names().get(_normal(name))
     return None if found is None else _read()[found]["config"]
 
 
 def require_bundled(name: str) -> Mapping[str, Any]:
-    """Return the configuration of a published model.
+    """Return the bundled configuration of a published model.
 
     Args:
-        name: As for `bundled_config`.
+        name: A hub name or an alias, as for `bundled_config`.
 
     Raises:
-        UnknownModel: It is not bundled.
+        UnknownModel: The model is not bundled.
     """
     found = bundled_config(name)
     if found is None:

@@ -1,4 +1,4 @@
-"""Rendering the DeepSpeed configuration of a job: a policy file with every value filled in."""
+"""Render the DeepSpeed configuration of a job from a policy file in ds_configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.errors import SpecError
 from orchestrator.package_data import resource
 from orchestrator.parallel.parallel_dims import ParallelDims
 
-# DeepSpeed accepts unknown keys in silence; these are the ones that a policy may use.
+# DeepSpeed silently ignores unknown keys, so policies may use only these. The values 0 are placeholders.
 _ADAM = {"lr": 0, "betas": 0, "eps": 0, "weight_decay": 0, "torch_adam": 0, "fused": 0}
 _MUON = {"muon_lr": 0, "momentum": 0, "ns_method": 0}
 _OFFLOAD = {"device": 0, "pin_memory": 0, "buffer_count": 0, "nvme_path": 0}
@@ -20,7 +20,7 @@ BITSANDBYTES = {
     "paged_adamw": "PagedAdamW",
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
-"""Optimizers that DeepSpeed is handed ready-made: name in the job file and class of bitsandbytes."""
+"""Optimizers that are constructed here and passed to DeepSpeed: job file name to class of bitsandbytes."""
 KNOWN_KEYS: Mapping[str, Any] = {
     "train_batch_size": 0,
     "train_micro_batch_size_per_gpu": 0,
@@ -56,7 +56,7 @@ KNOWN_KEYS: Mapping[str, Any] = {
 
 
 def policy_name(parallel: ParallelSpec) -> str:
-    """Return the name of the policy file that a job's parallel section asks for, without its ending."""
+    """Return the name of the policy file for a job's parallel section, without `.json`."""
     where = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
     return (
         f"zero{parallel.zero_stage}_params-{where[parallel.offload_param]}"
@@ -69,7 +69,7 @@ DeepSpeedConfig = dict[str, Any]
 
 
 def load_policy(name: str) -> dict[str, Any]:
-    """Return a policy of ds_configs as it is written, with its "auto" values."""
+    """Return a policy file of ds_configs, unrendered, with its "auto" values."""
     text = resource(f"ds_configs/{name}.json").read_text(encoding="utf-8")
     policy: dict[str, Any] = json.loads(text)
     return policy
@@ -78,20 +78,21 @@ def load_policy(name: str) -> dict[str, Any]:
 def render(
     job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], device: Literal["cuda", "cpu"]
 ) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a job, with every value filled in.
+    """Return the DeepSpeed configuration of a job, with every "auto" value filled in.
 
     Args:
         job: The job.
-        dtype: Number format, already decided.
-        device: Kind of device that it will run on; host memory is pinned for CUDA only.
+        dtype: Resolved dtype of the parameters.
+        device: Device type of the workers; host memory is pinned for CUDA only.
 
     Raises:
-        SpecError: The policy has a key that is not known, or a value that nothing fills.
+        SpecError: The policy has an unknown key, or an "auto" value that this function does not fill.
     """
     name = policy_name(job.parallel)
     optim, layout = job.optim, ParallelDims.from_job(job)
     values = {
-        # DeepSpeed counts every worker as one with a micro-batch of its own (see parallel.ulysses).
+        # DeepSpeed treats every worker as data-parallel (see `ParallelDims.gradient_divisor`), so its batch
+        # size counts each row once per worker that shares it.
         "train_batch_size": optim.global_batch_size * layout.sequence_parallel_size,
         "train_micro_batch_size_per_gpu": optim.micro_batch_size,
         "gradient_accumulation_steps": optim.global_batch_size
@@ -106,7 +107,7 @@ def render(
         "optimizer.params.muon_lr": optim.muon_lr,
         "zero_optimization.offload_optimizer.pin_memory": device == "cuda",
         "zero_optimization.offload_param.pin_memory": device == "cuda",
-        # Each worker has a folder of its own in it (see train.disk).
+        # Each worker uses its own subfolder.
         "zero_optimization.offload_optimizer.nvme_path": job.parallel.offload_path,
         "zero_optimization.offload_param.nvme_path": job.parallel.offload_path,
     }
@@ -130,12 +131,12 @@ def render(
 
 
 def size_nvme_buffers(ds_config: dict[str, Any], largest: int) -> None:
-    """Make the buffers through which parameters pass to and from a disk hold the largest.
+    """Enlarge the buffers for parameter offload to NVMe so that the largest partition fits.
 
-    DeepSpeed ends with an assertion where one does not fit.
+    DeepSpeed fails with an assertion if a partition exceeds the buffer size.
 
     Args:
-        ds_config: As `render` returns it; changed.
+        ds_config: As `render` returns it; changed in place.
         largest: Elements of the largest parameter's partition.
     """
     section = ds_config["zero_optimization"].get("offload_param", {})
@@ -144,17 +145,17 @@ def size_nvme_buffers(ds_config: dict[str, Any], largest: int) -> None:
 
 
 def _with_muon(policy: dict[str, Any]) -> dict[str, Any]:
-    """Return a policy with Muon, in PyTorch's variant, inside the layers, and PyTorch's AdamW elsewhere."""
+    """Return a policy with Muon (PyTorch's variant) for layer weights and PyTorch's AdamW for all others."""
     adam = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
     params = {**adam, "torch_adam": True, "muon_lr": "auto", "momentum": 0.95, "ns_method": "standard"}
     zero = dict(policy["zero_optimization"])
     if zero["stage"] == 3:
-        zero["reduce_scatter"] = False  # DeepSpeed refuses it here with Muon
+        zero["reduce_scatter"] = False  # DeepSpeed rejects Muon with reduce_scatter under ZeRO-3
     return {**policy, "optimizer": {"type": "Muon", "params": params}, "zero_optimization": zero}
 
 
 def unknown_keys(config: Any, known: Any = KNOWN_KEYS, prefix: str = "") -> Iterator[str]:
-    """Yield a sentence for each key that DeepSpeed would accept in silence and never read."""
+    """Yield an error for each key that DeepSpeed would silently ignore."""
     for key, value in config.items():
         dotted = f"{prefix}{key}"
         if key not in known:
