@@ -1,4 +1,4 @@
-"""One whole model that tests copy and damage."""
+"""Fixtures: a complete model folder, shared by the session, and a copy of it that a test may damage."""
 
 from __future__ import annotations
 

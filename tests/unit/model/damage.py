@@ -1,4 +1,4 @@
-"""Models whose files are damaged, each in one way, and jobs that name them."""
+"""Functions that damage the files of a model folder, each in one way, and jobs that use the folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def under(prefix: str) -> Callable[[Path], None]:
 
 
 def shard(folder: Path) -> None:
-    """Spread the weights over two files with an index."""
+    """Split the weights into two safetensors files with an index."""
     tensors = load_file(folder / FILE)
     (folder / FILE).unlink()
     where = {}

@@ -1,4 +1,4 @@
-"""Saving memory changes when things are computed and kept, and never what is computed."""
+"""Checkpointing, offload and tiling change what is saved and recomputed, but not the gradients."""
 
 import copy
 from collections import Counter
@@ -14,7 +14,7 @@ from orchestrator.model import activation_memory, attention
 from orchestrator.model.activation_memory import checkpoint_layers, tile_mlps, tiled_mlps
 from orchestrator.model.attention import VarlenMetadata
 
-LENGTHS = (9, 4, 11)
+LENGTHS = (9, 4, 11)  # documents in one pack of 24 tokens
 LAYERS = 3
 HIDDEN = 32
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -53,7 +53,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
+    """Counts calls of every operator by its name without overload, such as `aten::mm`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Operators(TorchDispatchMode):
 
 
 def run_backward(model: Any) -> Counter[str]:
-    """Return the operators of a backward pass."""
+    """Return the operator counts of a backward pass, including recomputation."""
     loss = loss_of(model)
     with Operators() as operators:
         loss.backward()
@@ -77,7 +77,8 @@ def run_backward(model: Any) -> Counter[str]:
     [
         ("none", {ATTENTION: 0, ACTIVATION: 0}),
         ("selective", {ATTENTION: 0, ACTIVATION: LAYERS}),
-        ("full", {ATTENTION: 2 * LAYERS, ACTIVATION: LAYERS}),  # documents of two lengths, a call each
+        # Two attention calls per layer: sdpa groups documents by rounded length, 8 (4) and 16 (9 and 11).
+        ("full", {ATTENTION: 2 * LAYERS, ACTIVATION: LAYERS}),
     ],
 )
 def test_what_runs_again_in_the_backward_pass(
@@ -147,7 +148,8 @@ def test_no_product_of_an_mlp_sees_more_than_a_tile(plain: Any) -> None:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
     gradients(model)
     assert max(tokens) == 7
-    # Forward, the layer's recomputation but for its last tile, and each tile once more.
+    # 24 tokens in tiles of 7, 7, 7 and 3. Forward: 24. Recomputation of the layer stops before its last tile:
+    # 21. Recomputation of each tile: 24.
     assert sum(tokens) == LAYERS * (24 + 21 + 24)
 
 

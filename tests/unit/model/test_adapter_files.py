@@ -1,4 +1,4 @@
-"""The file of an adapter that a job starts from holds it whole, or the job is refused."""
+"""A job that starts from an adapter is rejected unless the adapter's file holds exactly its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which weights LoRA trains, and how many."""
+"""Target modules and parameter counts of LoRA adapters."""
 
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ def count(model: nn.Module) -> int:
 
 
 class Qwen7B(nn.Module):
-    """The linear layers of Qwen-7B under their published names; its code is not part of transformers."""
+    """The linear layers of Qwen-7B under their published names; transformers does not include its code."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Qwen7B(nn.Module):
         self.h = nn.ModuleList(self.Layer() for _ in range(32))
 
     def prepare_inputs_for_generation(self) -> None:
-        """Stand where peft looks for it."""
+        """Exist because peft reads this attribute of causal LMs."""
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,10 @@ def test_counts_of_qwen_7b_are_the_published_ones(
 
 
 def test_counts_of_llama_2_7b() -> None:
-    """Four matrices of 4096 x 4096 and three of 4096 x 11008 in each of 32 layers."""
+    """Each of 32 layers has four weights of [4096, 4096] and three of [4096, 11008].
+
+    A pair of LoRA matrices has rank * (inputs + outputs) parameters.
+    """
     model = build(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32000,
@@ -99,13 +102,14 @@ def test_a_name_that_the_mlp_has_too_is_adapted_in_attention_only() -> None:
         model = Qwen7B()
     found = adapted(model, target_modules="attention", rank=8)
     assert not any(".mlp." in name for name in trained(found))
+    # Per layer: c_attn has 4096 inputs and 3 * 4096 outputs, c_proj 4096 of each.
     assert count(found) == 32 * 8 * (4 * 4096 + 2 * 4096)
 
 
 def test_all_linear_leaves_the_head_out() -> None:
     found = trained(adapted(small()))
     assert not any("lm_head" in name or "embed" in name for name in found)
-    assert len(found) == 2 * 7 * 2
+    assert len(found) == 2 * 7 * 2  # layers * linear modules * (A and B)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,4 +1,4 @@
-"""Attention of packed documents is the attention of each document alone, forwards and backwards."""
+"""Attention over packed documents equals attention over each document alone, forward and backward."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ LENGTHS = {
 
 
 def tensors(lengths: Sequence[int], heads: int, kv_heads: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return query, key and value of a row, in the form in which transformers hands them over."""
+    """Return q of shape [1, heads, T, HEAD_DIM], k and v of shape [1, kv_heads, T, HEAD_DIM]."""
     generator = torch.Generator().manual_seed(3)
     shape = (sum(lengths), HEAD_DIM)
     return [
@@ -37,7 +37,7 @@ def tensors(lengths: Sequence[int], heads: int, kv_heads: int, dtype: torch.dtyp
 
 
 def alone(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scaling: float) -> Tensor:
-    """Attend eagerly, one document after another, as the formula is written."""
+    """Compute reference attention document by document; returns shape [1, T, heads, HEAD_DIM]."""
     groups = q.shape[1] // k.shape[1]
     outputs = []
     for query, key, value in zip(
@@ -132,7 +132,7 @@ def test_every_position_is_gathered_and_scattered_to_itself(lengths: list[int]) 
     assert documents.max_seqlen == max(lengths)
 
 
-# What is refused
+# Unsupported inputs
 
 
 def refused(**options: Any) -> str:
@@ -204,7 +204,7 @@ def test_a_layer_and_a_mask_that_do_not_agree_on_the_window_are_refused() -> Non
     parts = tensors([6, 3], 2, 2, torch.float32)
     document_attention(
         nn.Identity(), *parts, attention.CausalMask(None), documents=documents, sliding_window=6
-    )  # has no effect on these documents, so there is nothing to disagree about
+    )  # a window of 6 does not affect documents of at most 6 tokens, so mask and layer agree
 
 
 def test_a_model_that_works_on_its_mask_is_told_why_it_cannot() -> None:
@@ -218,7 +218,7 @@ def test_a_mask_that_is_not_plainly_causal_is_refused(mask: dict[str, bool]) -> 
         attention._mask(config=3, **mask)
 
 
-# In a whole model
+# Attention in a complete model
 
 
 @pytest.fixture(scope="module")

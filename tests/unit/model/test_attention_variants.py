@@ -1,4 +1,4 @@
-"""Sliding windows and capped scores are those of the written formula, in both passes and on each kernel."""
+"""Sliding windows and softcapping equal a reference formula, forward and backward, on every backend."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ LENGTHS = [5, 17, 33, 1, 9, 63, 2, 62]
 
 @pytest.fixture(params=[(512, 64), (8, 3)], ids=["whole", "blocks"], autouse=True)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute these short documents as one block of queries, and as many."""
+    """Run every test with all queries in one block, and with blocks of few queries."""
     monkeypatch.setattr(sdpa, "_QUERIES_AT_ONCE", request.param[0])
     monkeypatch.setattr(sdpa, "_LEAST_BLOCK", request.param[1])
 
@@ -45,8 +45,19 @@ def formula(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attend as the formula is written: query i sees the keys i - window < j <= i of its document."""
+    """Compute reference attention: query i sees the keys i - window < j <= i of its document.
+
+    Args:
+        parts: q [1, HEADS, T, HEAD_DIM], and k and v [1, KV_HEADS, T, HEAD_DIM].
+        lengths: Tokens of each document; their sum is T.
+        sliding_window: The window, or None.
+        softcap: The softcap, or None.
+
+    Returns:
+        Tensor of shape [1, T, HEADS, HEAD_DIM].
+    """
     tokens = sum(lengths)
+    # Boolean mask [T, T] of causal attention within documents and the window.
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     behind = torch.arange(tokens)[:, None] - torch.arange(tokens)
     visible = (document[:, None] == document) & (behind >= 0) & (behind < (sliding_window or tokens))
@@ -105,7 +116,8 @@ def test_capped_weights_are_dropped_alike_in_both_passes() -> None:
     assert not torch.allclose(dropped, formula(parts, lengths, softcap=2.0))
     weight = torch.randn_like(dropped)
     (gradient,) = torch.autograd.grad((dropped * weight).sum(), parts[2])
-    # The output is linear in the values, with the very weights of the forward pass.
+    # The output is linear in the values, so sum(grad * values) equals the weighted sum of the output if the
+    # backward pass uses the same dropout mask as the forward pass.
     assert (gradient * parts[2]).sum().item() == pytest.approx((dropped * weight).sum().item())
 
 
@@ -120,14 +132,22 @@ def test_capped_scores_are_not_kept_for_the_backward_pass() -> None:
     parts = tensors(lengths)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         packed(parts, lengths, softcap=2.0, sliding_window=16)
-    assert kept <= HEADS * 256 * 64  # no more than a window for each query, and far from 256 x 256
+    assert kept <= HEADS * 256 * 64  # elements; a full score matrix would have HEADS * 256 * 256
 
 
-# On the flash kernel; the packages need a GPU, so what they are asked for is computed by their own definition
+# Flash backend. The kernels need a GPU, so stand-ins compute attention from the arguments as documented.
 
 
 def varlen(asked: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    """Attend as flash-attn documents it: keys within [i - left, i + right], both ends included."""
+    """Compute attention as flash-attn documents it: keys within [i - left, i + right], both inclusive.
+
+    Args:
+        asked: Keyword arguments of the kernel call; a `window_size` of (-1, 0) means no window.
+        q: Queries, shape [T, HEADS, HEAD_DIM].
+        k: Keys, shape [T, KV_HEADS, HEAD_DIM].
+        v: Values, as keys.
+        bounds: Cumulative document lengths (cu_seqlens), shape [documents + 1].
+    """
     left, right = asked["window_size"]
     assert right == 0
     lengths = bounds.diff().tolist()

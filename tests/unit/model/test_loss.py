@@ -1,4 +1,4 @@
-"""The loss is the plain sum over labelled positions, and a batch without labels still takes part."""
+"""The loss is the sum over labelled positions, and a batch without labels still has a backward pass."""
 
 import copy
 from typing import Any
@@ -32,9 +32,10 @@ def model() -> Any:
 
 
 def batch(trained: list[int]) -> MicroBatch:
-    """Return a batch whose tokens at `trained` are the targets."""
+    """Return a micro-batch whose labels are the tokens at the indices `trained`."""
     ids = np.random.default_rng(1).integers(1, 64, sum(LENGTHS))
     targets = np.array(trained, dtype=np.int64)
+    # The token at index t is predicted at position t - 1.
     return MicroBatch(
         input_ids=ids,
         position_ids=np.concatenate([np.arange(length) for length in LENGTHS]),
@@ -84,7 +85,7 @@ def test_the_head_runs_at_labelled_positions_only(model: Any) -> None:
         loss_sum(model, inputs([3, 12, 20]))
     finally:
         handle.remove()
-    assert seen == [(1, 3, 64)]
+    assert seen == [(1, 3, 64)]  # [1, trained_tokens, vocab_size]
 
 
 def test_a_batch_without_labels_gives_nought_and_a_gradient_of_nought(model: Any) -> None:
@@ -141,7 +142,7 @@ def test_a_model_that_changes_its_logits_afterwards_is_refused(model: Any) -> No
 
 
 def test_of_a_trained_head_beside_a_frozen_one_the_trained_one_is_tiled(model: Any) -> None:
-    """ZeRO-3 gathers a module's weight where it is called, which must not depend on the number of tiles."""
+    """The number of calls of the module must not depend on the number of tiles: ZeRO-3 gathers per call."""
     method = MethodSpec(type="lora", train_embeddings=True)
     adapted = adapt(copy.deepcopy(model), method, torch.float32, seed=0)
     whole = loss_sum(adapted, inputs(EVERY_OTHER))

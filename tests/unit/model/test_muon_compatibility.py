@@ -1,4 +1,4 @@
-"""Muon is refused where DeepSpeed would apply it to weights that are no matrices inside a layer."""
+"""Muon is rejected if DeepSpeed would apply it to weights other than two-dimensional layer weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What stands in the way of weights in few bits is told before they are loaded."""
+"""Unsupported uses of quantized weights are reported before the weights are loaded."""
 
 import importlib.util
 from pathlib import Path

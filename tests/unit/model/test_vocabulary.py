@@ -1,4 +1,4 @@
-"""Token ids and positions fit the tables of a model, or the job is refused, and the tables can grow."""
+"""Token ids and positions are checked against the embeddings of a model, which can be resized."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_resizing_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         require_supported(job(tmp_path, model={"resize_embeddings": True}))
 
 
-# Growing
+# Resizing
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
@@ -192,7 +192,7 @@ def test_a_base_of_adapters_grows_too(quantization: str, model: Path) -> None:
 
 def test_what_is_planned_and_counted_is_the_resized_model(model: Path) -> None:
     plain, resized = job(model), job(model, model={"resize_embeddings": True})
-    added = 2 * 64 * (TOKENS - VOCABULARY)
+    added = 2 * 64 * (TOKENS - VOCABULARY)  # rows of embedding and LM head, hidden size 64
     before, after = require_supported(plain), require_supported(resized)
     assert before is not None
     assert after is not None
@@ -213,7 +213,7 @@ def test_lora_has_to_train_the_rows_that_are_added(model: Path) -> None:
     assert not list(broken_rules(trained))
 
 
-# Positions
+# Position embeddings
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -236,7 +236,7 @@ def test_rotary_positions_beyond_the_models_are_a_line(model: Path) -> None:
     assert length_note(gpt2, 513) is None
 
 
-# Balance loss
+# Load-balancing loss
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "jetmoe"])

@@ -1,4 +1,4 @@
-"""A model's files hold its weights: all of them, no others, in their shapes; or the job is refused."""
+"""A job is rejected unless the model's files hold exactly the tensors of its architecture."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_random_weights_need_no_file(model: Path) -> None:
 
 
 def in_old_names(tensors: Tensors) -> None:
-    """Add what old checkpoints hold: the frequencies of rotary embeddings, a buffer that is computed."""
+    """Add the RoPE frequencies that old checkpoints store, although they are a computed buffer."""
     for layer in (0, 1):
         tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
 
@@ -206,7 +206,9 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_experts_that_are_joined_while_they_are_read_are_not_refused(experts: Path) -> None:
-    assert any(".experts.3." in name for name in load_file(experts / FILE))  # stored one by one
+    assert any(
+        ".experts.3." in name for name in load_file(experts / FILE)
+    )  # one tensor per expert; transformers merges them
     require_supported(job(experts))
     build_model(job(experts), torch.float32, STAGE_2)
 
@@ -231,7 +233,7 @@ def test_a_lost_matrix_of_an_expert_is_refused(experts: Path, tmp_path: Path) ->
 
 
 def test_layers_that_the_class_itself_leaves_out_are_not_refused(tmp_path: Path) -> None:
-    """Qwen, DeepSeek and GLM store layers that predict further tokens, and their classes say so."""
+    """Checkpoints of Qwen, DeepSeek and GLM hold multi-token prediction layers that the classes ignore."""
     from transformers import LlamaForCausalLM
 
     material.write_model(tmp_path)
@@ -245,7 +247,7 @@ def test_layers_that_the_class_itself_leaves_out_are_not_refused(tmp_path: Path)
 
 
 def test_biases_of_zero_beside_quantised_matrices_change_nothing(tmp_path: Path) -> None:
-    """Whole GPTQ checkpoints are loaded in tests/invariant/test_gptq.py, where its package is installed."""
+    """Only the comparison is tested here; tests/invariant/test_gptq.py loads complete GPTQ checkpoints."""
     layer = "model.layers.0.self_attn.q_proj"
     stored = {f"{layer}.qweight": torch.ones(2), f"{layer}.bias": torch.zeros(2), "norm.bias": torch.zeros(2)}
     save_file(stored, tmp_path / FILE)

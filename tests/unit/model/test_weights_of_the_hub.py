@@ -1,4 +1,4 @@
-"""A hub model is looked at where it is cached, and left to the workers where it is not."""
+"""The driver checks a hub model that is cached, and leaves one that is not cached to the workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.model.damage import SECOND, STAGE_2, configure, job, shard
 
 @pytest.fixture
 def hub(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Lay a model out as the hub's cache has it, where the hub itself is out of reach; return its folder."""
+    """Create a model in the hub's cache layout, with the hub offline, and return its snapshot folder."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
