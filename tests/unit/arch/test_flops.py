@@ -1,9 +1,9 @@
-"""Our FLOPs agree with torch's counter on packed documents that run through our own attention.
+"""FLOP formulas agree with torch's FlopCounterMode on packed documents.
 
-torch counts the full square of every dense call, ours half of it (the causal half). So attention is compared
-with exactly twice ours, on document lengths that the attention does not pad: a padded call would count as
-larger. The counter does not know the fused CPU kernel, and sees attention's products where the plain kernel
-runs them.
+torch counts full attention, L^2, and the formulas count the causal half, so torch must count twice the
+formula. All document lengths are ones that the sdpa backend does not pad, because padding would be
+counted. FlopCounterMode does not support the fused CPU attention operator, so attention runs with the math
+kernel, whose batched matmuls are counted.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def inputs() -> ModelInputs:
 
 
 def counted(work: Callable[[], object]) -> ForwardFlops:
-    """Return what torch counts, by part: plain matrix products are linear layers, batched ones attention."""
+    """Return torch's FLOP counts by part: `mm` counts as linear (or head), `bmm` as attention."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     by_module = {
@@ -153,7 +153,7 @@ def test_a_tiled_mlp_runs_again_and_a_checkpointed_layer_stops_before_its_last_t
     model.train()
     found = counted(lambda: loss_sum(model, inputs()).backward())
     total = found.linear + found.head + found.attention / 2
-    # 256 slots are four tiles of equal size.
+    # 256 tokens are four tiles of 64, so every tile has the same FLOPs.
     assert hardware_flops(FORWARD, Recomputation(keep, 2, mlp_tiles=4)) == pytest.approx(total, rel=0.01)
 
 
@@ -181,7 +181,7 @@ def test_frozen_weights_need_no_gradient_and_adapters_do(
 
 
 def test_parts_by_hand() -> None:
-    shape = ModelDims(2, 1, 1, 1, 2, 3, 5)  # 4 x (2 x 2) + 3 x (2 x 3) = 34 weights in a layer
+    shape = ModelDims(2, 1, 1, 1, 2, 3, 5)  # 4 x (2 x 2) + 3 x (2 x 3) = 34 linear weights per layer
     forward = forward_flops(shape, tokens=7, square_tokens=25, scored_tokens=4)
     assert forward == ForwardFlops(
         linear=2 * 34 * 7, attention=2 * 2 * 25, head=2 * 2 * 5 * 4, last_matmul=2 * 6 * 7
@@ -209,7 +209,7 @@ def test_a_window_counts_the_pairs_that_it_lets_see_each_other(window: int) -> N
     for length in LENGTHS:
         within = behind[:length, :length]
         pairs = np.count_nonzero((within >= 0) & (within < window))
-        # A squared length is twice its pairs, but for the diagonal, which it has once.
+        # For L >= w there are w L - w (w - 1) / 2 visible pairs; twice that exceeds 2 w L - w^2 by w.
         assert squares_in_window([length], window) == 2 * pairs - min(length, window)
     assert squares_in_window(LENGTHS, window) == sum(
         squares_in_window([length], window) for length in LENGTHS
@@ -231,7 +231,7 @@ def test_xtuners_formula_by_hand() -> None:
     shape = ModelDims(
         hidden_size=8, layers=2, heads=2, kv_heads=1, head_dim=4, intermediate_size=16, vocab_size=100
     )
-    # r = 1.5 x 16 / 8 = 3; a layer: 8 x 64 + 4 x 10 x 8 / 2 + 4 x 3 x 64 = 512 + 160 + 768 = 1440
+    # r = 1.5 x 16 / 8 = 3; FLOPs per layer: 8 x 64 + 4 x 10 x 8 / 2 + 4 x 3 x 64 = 512 + 160 + 768 = 1440
     assert flops_per_token_xtuner(shape, 10) == 4 * 2 * 1440 + 6 * 8 * 100
     assert flops_per_token_xtuner(shape, 10, checkpointing=False) == 3 * 2 * 1440 + 6 * 8 * 100
     assert flops_per_token_xtuner(shape, 10, causal=False) == 4 * 2 * 1600 + 6 * 8 * 100
@@ -240,7 +240,7 @@ def test_xtuners_formula_by_hand() -> None:
 def test_an_mlp_without_a_gate_is_two_products() -> None:
     shape = ModelDims(
         2, 1, 1, 1, 2, 3, 5, mlp_matrices=2
-    )  # 4 x (2 x 2) + 2 x (2 x 3) = 28 weights in a layer
+    )  # 4 x (2 x 2) + 2 x (2 x 3) = 28 linear weights per layer
     forward = forward_flops(shape, tokens=1, square_tokens=0.0, scored_tokens=0)
     assert forward.linear == 2 * 28
     assert forward.mlp == 2 * 2 * (2 * 3)

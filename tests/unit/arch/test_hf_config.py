@@ -1,4 +1,4 @@
-"""A model's config.json is found in a folder, among the bundled ones, or on a hub, in this order."""
+"""config.json is loaded from a folder, the bundled registry, or a hub, in this order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZES = {
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stand in for a hub that has one model, and return the names it was asked for."""
+    """Replace the hub by one with a single model, and return the list of names requested from it."""
     file = tmp_path / "hub.json"
     file.write_text(json.dumps(SIZES))
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""Shapes read from configurations agree with the models that transformers builds from them."""
+"""Dimensions read from configurations agree with the models that transformers builds from them."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ LLAMA = {
     "num_key_value_heads": 2, "head_dim": 24, "intermediate_size": 96, "vocab_size": 160,
 }  # fmt: skip
 
-# Their code lies beside their weights, and is not in transformers.
+# Families whose code is published with their weights and not included in transformers.
 OUTSIDE = {"baichuan", "chatglm", "internlm", "internlm2", "qwen"}
 
 
@@ -61,7 +61,7 @@ def test_each_family_has_the_matrices_that_are_counted(family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    if family in ("bloom", "gpt_neox", "phi3", "stablelm"):  # have no field for it
+    if family in ("bloom", "gpt_neox", "phi3", "stablelm"):  # no head_dim field: hidden_size / heads
         sizes["head_dim"] = 16
     config = AutoConfig.for_model(family, **sizes, pad_token_id=0)
     shape = ModelDims.from_config(config.to_dict())
@@ -99,7 +99,7 @@ def test_layers_with_a_window_are_those_that_transformers_gives_one(
     shape = ModelDims.from_config(config.to_dict())
     assert shape is not None
     assert (shape.sliding_window_layers, shape.window) == expected
-    if family not in ("llama", "mistral", "phi3"):  # whose layers do not keep it
+    if family not in ("llama", "mistral", "phi3"):  # their layers have no sliding_window attribute
         with torch.device("meta"):
             layers = AutoModelForCausalLM.from_config(config).model.layers
         found = [layer.self_attn.sliding_window for layer in layers]

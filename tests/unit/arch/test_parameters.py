@@ -1,4 +1,4 @@
-"""Parameters counted from config.json alone agree with the model that the driver builds to count them."""
+"""Parameter counts from config.json equal those of the model that the driver builds on the meta device."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ SIZES = {
     "hidden_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
     "intermediate_size": 2816, "vocab_size": 8000,
 }  # fmt: skip
-# Their code ships with their weights, not with transformers: tests/unit/arch/test_registry.py covers them.
+# Families whose code is not included in transformers: tests/unit/arch/test_registry.py covers them.
 OUTSIDE = {"baichuan", "chatglm", "internlm", "internlm2", "qwen"}
 TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
 
@@ -31,7 +31,7 @@ def job_of(folder: Path, method: str) -> JobSpec:
 def saved(family: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    # What is written leaves out what the family has by default, as published models do.
+    # save_pretrained omits fields with default values, as published models do.
     AutoConfig.for_model(family, **SIZES, **TOKENS).save_pretrained(folder)
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
@@ -81,7 +81,7 @@ def test_each_family_is_counted_as_transformers_builds_it(family: str, variant: 
 
 
 def built(family: str, fields: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Return a configuration, and how many parameters transformers' model of it has."""
+    """Return a configuration and the parameter count of the model that transformers builds from it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Bundled models: found by the names that tables give them, and counted as published."""
+"""Bundled models are found by their aliases and have the published parameter counts."""
 
 import warnings
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from orchestrator.arch.parameters import parameters
 from orchestrator.arch.registry import UnknownModel, bundled, bundled_config, require_bundled
 
-# Qwen 1, Baichuan and ChatGLM: transformers has no code for them, so the published count alone holds these.
+# transformers has no code for Qwen 1, Baichuan and ChatGLM; these are checked by their published counts only.
 IN_TRANSFORMERS = [
     name
     for name, facts in bundled().items()

@@ -1,6 +1,6 @@
-"""Each policy renders to the configuration that lies in tests/golden/deepspeed.
+"""Each policy renders to its golden file in tests/golden/deepspeed.
 
-After a change that is meant, write those files anew and read the difference:
+After an intended change, rewrite the golden files and review the diff:
 
     GOLDEN_UPDATE=1 python -m pytest tests/unit/parallel/test_deepspeed_config.py
 """
@@ -56,7 +56,7 @@ each_policy = pytest.mark.parametrize("name", sorted(POLICIES))
 
 
 def job(name: str, workers: int = 4) -> JobSpec:
-    """Return the job that the golden files are rendered from; no value in it is a default."""
+    """Return the job from which golden files are rendered; it sets every value to a non-default."""
     parallel = {"workers": workers, **POLICIES[name]}
     return parse(
         "name: golden\n"
@@ -225,11 +225,11 @@ def test_a_policy_with_unknown_keys_and_open_values_is_refused(monkeypatch: pyte
     ]
 
 
-# DeepSpeed itself: it accepts unknown keys in silence, so that it reads a key has to be shown.
+# DeepSpeed silently ignores unknown keys, so these tests check that it reads every key that is rendered.
 
 
 def known_to(model: Any) -> set[str]:
-    """Return the names by which a pydantic model takes its fields."""
+    """Return the field names and aliases that a pydantic model accepts."""
     return set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
 
 

@@ -1,4 +1,4 @@
-"""Who works on which micro-batch."""
+"""Data-parallel and sequence-parallel ranks, and valid sequence-parallel sizes."""
 
 import pytest
 
