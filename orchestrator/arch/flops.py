@@ -83,6 +83,8 @@ def forward_flops(
     """
     windowed = square_tokens if window_square_tokens is None else window_square_tokens
     full_layers = shape.layers - shape.sliding_window_layers
+    # Sum of L^2 over documents and layers. Per head, the matmuls with keys and with values cost 2 d L^2 each;
+    # the causal half of both together is 2 d L^2.
     seen = full_layers * square_tokens + shape.sliding_window_layers * windowed
     return ForwardFlops(
         linear=2.0 * shape.layers * shape.linear_parameters_per_layer * tokens,
@@ -160,6 +162,7 @@ def hardware_flops(
         # last matmul.
         done += forward.mlp - skipped
         skipped = forward.mlp / again.mlp_tiles
+    # Selective checkpointing saves every matmul and attention output, so it recomputes no counted FLOPs.
     if again.checkpointing == "full":
         done += forward.linear + forward.attention + forward.adapters - skipped
     return done

@@ -67,6 +67,7 @@ def resized(config: Mapping[str, Any], model: ModelSpec) -> Mapping[str, Any]:
     try:
         found = json.loads((resolve(model.path) / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = found["model"]["vocab"]
+        # Unigram models store a list of (piece, score), with the index as id; others map tokens to ids.
         ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
         rows = 1 + max([*ids, *(token["id"] for token in found.get("added_tokens", []))])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -54,6 +54,7 @@ def require_bundled(name: str) -> Mapping[str, Any]:
 
 
 def _normal(name: str) -> str:
+    # "meta-llama/Llama-2-7b-hf" -> "llama27b", which "llama2-7b" gives as well.
     words = re.split(r"[-_ ]", name.rsplit("/", 1)[-1].casefold())
     return "".join(word for word in words if not _NO_SIZE.fullmatch(word))
 

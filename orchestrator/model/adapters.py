@@ -96,6 +96,7 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
     except Exception as error:  # peft raises errors of many classes
         reason = " ".join(str(error).split())[:200]
         return f"{where} is no adapter that can be read ({reason}); name a folder with {WEIGHTS}"
+    # The stored matrices only have their meaning with the same rank, alpha, rsLoRA and DoRA settings.
     mine = model.peft_config["default"]
     differing = [
         f"{field} {getattr(found, attribute, None)}, and method.{field} is {getattr(mine, attribute)}"
@@ -104,6 +105,7 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
     ]
     if differing:
         return f"{where} has {'; '.join(differing)}; write the adapter's in this job"
+    # Names as in adapter files, without the adapter name "default"; shapes only, so meta tensors suffice.
     kept = get_peft_model_state_dict(model, save_embedding_layers=False)
     other = WeightsMismatch.between(stored, {name: weight.shape for name, weight in kept.items()})
     if other != WeightsMismatch():
@@ -148,6 +150,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 def num_adapter_params(model: nn.Module) -> int:
     """Return the number of elements of all LoRA matrices, at full size even if ZeRO-3 partitions them."""
+    # Under ZeRO-3 numel() of a partitioned parameter is 0; DeepSpeed stores the full size in ds_numel.
     return sum(
         int(getattr(parameter, "ds_numel", parameter.numel()))
         for name, parameter in model.named_parameters()

@@ -123,6 +123,7 @@ def require_supported(
         raise _refusal(model, problem)
     if reads_weights or job.method.type == "lora":
         _require_weights(model, built, download=False)
+    # From here on, apply the same options as `build_model`, because each may reject the architecture.
     _save_memory(built, model, offload_activations=False)
     if job.method.type == "lora":
         with torch.device("meta"):
@@ -198,6 +199,7 @@ def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -
         **options,
     )
     mismatch = WeightsMismatch.of(info)
+    # For quantized checkpoints this is the only comparison: the header check lacks their tensor names.
     if quantization_method(stored) == "gptq":
         mismatch = without_empty_biases(mismatch, weight_files(model, stored, download=True) or ())
     if problem := first_problem_of_ranks(mismatch_problem(mismatch, type(built).__name__, stored)):

@@ -83,6 +83,7 @@ def muon_unsupported_reason(model: Any) -> str | None:
     nor `lm_head`. Muon is meant for the two-dimensional weights of layers, so embeddings or heads with other
     names and weights of three dimensions (such as fused experts) are a problem.
     """
+    # Compare by identity: the names of embedding and head differ between architectures.
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
     outside = {id(weight) for module in ends for weight in module.parameters()}
     for name, weight in model.named_parameters():
@@ -137,6 +138,7 @@ def position_problem(built: nn.Module, max_length: int) -> str | None:
     """
     for name, module in built.named_modules():
         if isinstance(module, nn.Embedding) and is_positions(name):
+            # OPT reserves the first `offset` rows of its table, so fewer positions are usable.
             limit = module.num_embeddings - int(getattr(module, "offset", 0) or 0)
             if limit < max_length:
                 return (

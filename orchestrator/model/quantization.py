@@ -118,6 +118,7 @@ def _whole(layer: Any) -> Any:
     from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
     weight = layer.weight
+    # int8 layers keep the scales in `layer.state`; 4-bit weights carry theirs in the parameter itself.
     if not get_bnb_param_type(weight):
         return layer
     values = dequantize_bnb_weight(weight, state=getattr(layer, "state", None))

@@ -126,6 +126,8 @@ def weight_files(model: ModelSpec, config: Any, download: bool) -> list[Path] | 
     Raises:
         UnreadableError: There are no weight files, or some are missing.
     """
+    # The order of transformers: an explicit name in config.json, safetensors, then pickles; a single file
+    # before an index of shards.
     explicit = getattr(config, "transformers_weights", None)
     for name in [explicit] if explicit else [*_NAMES, *_OLD_NAMES]:
         file = _file_of(model, name, download)
@@ -231,6 +233,7 @@ def _shapes_of_pickle(file: Path) -> Shapes:
 
 def _compare(architecture: Any, config: Any, stored: Shapes) -> WeightsMismatch | None:
     """Load tensors of the stored shapes into a model, all on the meta device; None if that is unsupported."""
+    # The dtype is arbitrary: only names and shapes are compared.
     empty = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in stored.items()}
     with _captured() as said:
         try:
@@ -263,6 +266,7 @@ def _captured() -> Iterator[list[str]]:
 
     said: list[str] = []
 
+    # A filter that returns False drops the record for every handler of the logger.
     def keep(record: logging.LogRecord) -> bool:
         said.append(record.getMessage())
         return False
@@ -336,6 +340,7 @@ def _prefix(mismatch: WeightsMismatch) -> str:
 
     Wrappers cause this, such as `base_model.model.` of peft or `module.` of DDP.
     """
+    # The first unexpected name suffices: the prefix must be common to all of them.
     for name in mismatch.unexpected[:1]:
         for own in mismatch.missing:
             prefix = name.removesuffix(own)

@@ -167,6 +167,7 @@ def unknown_keys(config: Any, known: Any = KNOWN_KEYS, prefix: str = "") -> Iter
             yield from unknown_keys(value, known[key], f"{dotted}.")
 
 
+# `dotted` is the path of a value, such as "zero_optimization.stage"; `values` of `render` has the same keys.
 def _fill(value: Any, values: Mapping[str, Any], dotted: str = "") -> Any:
     if isinstance(value, dict):
         return {
