@@ -1,9 +1,9 @@
-"""Memory of a training step by part, on the GPU and on the host, predicted from sizes alone.
+"""Predicts the memory of a training step by component, on the GPU and on the host, from tensor sizes.
 
-Bytes follow ZeRO (arXiv 1910.02054) for states, Korthikanti et al. (arXiv 2205.05198) for activations, with
-the terms of RMSNorm, SwiGLU and grouped heads counted the same way, QLoRA (arXiv 2305.14314) and GPTQ (arXiv
-2210.17323) for bits of weights, and DeepSpeed 0.19 for its buffers. The loss, a layer's backward pass and the
-optimizer's step do not stand at one time: the largest of these three moments is the peak.
+Formulas follow ZeRO (arXiv 1910.02054) for model states, Korthikanti et al. (arXiv 2205.05198) for
+activations, extended to RMSNorm, SwiGLU and grouped-query attention, QLoRA (arXiv 2305.14314) and GPTQ (arXiv
+2210.17323) for quantized weights, and DeepSpeed 0.19 for buffers. The loss, the backward pass of a layer and
+the optimizer step do not overlap, so the peak is the maximum of the three.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from orchestrator.planner.workload import Quantization, Workload
 
 GIB = 2**30
 CONTEXT_BYTES = 0.6 * GIB
-"""What CUDA, cuBLAS and the kernels take before the first tensor: 0.4 to 0.8 GiB as nvidia-smi shows it."""
+"""Memory of the CUDA context, cuBLAS and kernels before the first tensor: 0.4 to 0.8 GiB in nvidia-smi."""
 COLLECTIVES_BYTES = 1.0 * GIB
-"""NCCL's channels, and workspaces of the streams beside them, where there are several workers."""
+"""Memory of NCCL channels and stream workspaces with more than one worker."""
 BITS: dict[Quantization, float] = {
     "none": 16.0,
     "nf4": 4.127,
@@ -26,48 +26,49 @@ BITS: dict[Quantization, float] = {
     "gptq-int4": 4.16,
     "gptq-int8": 8.16,
 }
-"""Of a quantised weight with its scales: nf4 in blocks of 64 with scales quantised again, int8 with one scale
-a row, GPTQ in groups of 128 with a scale of 16 bits and a zero point."""
+"""Bits per weight, including scales: nf4 in blocks of 64 with double quantization, int8 with one scale per
+row, GPTQ in groups of 128 with a 16-bit scale and a zero point."""
 SCORE_BYTES = 17.0
-"""Of a score of eager attention at its softmax's backward: probabilities in fp32 and 16 bits (6), the
-gradients of both (6), and that of the scores in both (6), of which autograd frees a part as it goes."""
+"""Bytes per attention score in the softmax backward pass of eager attention: probabilities in fp32 and 16
+bits (6), their gradients (6) and the gradients of the scores (6), less what autograd frees meanwhile (1)."""
 KEPT_SCORE_BYTES = 3.0
-"""Of a score that is kept for the backward pass: the probability and the mask's bit."""
+"""Bytes per attention score saved for the backward pass: the 16-bit probability and one byte of a mask."""
 REDUCE_BUCKET = 200_000_000
-"""Elements of ds_configs' `reduce_bucket_size`; twice, since communication overlaps."""
+"""Elements of `reduce_bucket_size` in ds_configs; allocated twice because communication overlaps."""
 LIVE_PARAMETERS = 1_000_000_000
-"""Elements of ds_configs' `stage3_max_live_parameters`."""
+"""Elements of `stage3_max_live_parameters` in ds_configs."""
 PREFETCH = 50_000_000
-"""Elements of ds_configs' `stage3_prefetch_bucket_size`."""
+"""Elements of `stage3_prefetch_bucket_size` in ds_configs."""
 SUB_GROUP = 1_000_000_000
-"""Elements of ds_configs' `sub_group_size`: what ZeRO-3 steps at once."""
+"""Elements of `sub_group_size` in ds_configs: the parameters that ZeRO-3 updates at a time."""
 FRAGMENTATION = 0.75
-"""What the allocator wastes of activations where every micro-batch has another length; a fit to the LoRA rows
-of ms-swift's benchmark from 512 to 8192 tokens, whose rows are 3,200 long on average."""
+"""Allocator fragmentation relative to activations when micro-batches vary in length; fitted to the LoRA
+results of ms-swift's benchmark from 512 to 8192 tokens, with rows of 3,200 tokens on average."""
 
 RETAINED = 0.4
-"""What the allocator still holds of the smaller of loss and step, whose blocks the larger cannot use, since
-they have other sizes; a fit to the six rows of full parameters in ms-swift's benchmark."""
+"""Fraction of the smaller of forward/backward and step memory that stays reserved, because the larger phase
+cannot reuse blocks of other sizes; fitted to the six full-parameter results of ms-swift's benchmark."""
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on a worker's GPU by part, each at its own largest.
+    """GPU memory of a worker by component, in bytes, each at its own peak.
 
     Attributes:
-        weights: Weights that stay, quantised ones in their bits.
-        gradients: Gradients that stay.
-        optimizer: The optimizer's state and fp32 copies.
-        gathered_params: Weights that ZeRO-3 has gathered.
-        buffers: Buckets of gradients.
-        activations: What the forward pass keeps for the backward pass.
-        layer: One layer's own, while it is recomputed and differentiated.
-        logits: Logits and what the loss makes of them.
-        step: What the optimizer's step takes for a moment.
-        quantization: The weight that is dequantised for a product.
-        context: CUDA and NCCL.
-        fragmentation: What the allocator wastes of activations where lengths vary.
-        retained: What it still holds of the smaller of loss and step, and of ZeRO-3's gradients.
+        weights: Resident weights; quantized weights in their storage dtype.
+        gradients: Gradients held between micro-batches.
+        optimizer: Optimizer states and fp32 master weights.
+        gathered_params: Parameters gathered by ZeRO-3.
+        buffers: Gradient reduction buckets.
+        activations: Activations saved by the forward pass for the backward pass.
+        layer: Activations of one layer during its recomputation and backward pass.
+        logits: Logits and the temporaries of the loss.
+        step: Temporaries of the optimizer step.
+        quantization: A weight dequantized for a matmul.
+        context: CUDA context and NCCL.
+        fragmentation: Allocator fragmentation when sequence lengths vary.
+        retained: Reserved but unused memory: of the smaller of forward/backward and step, and of ZeRO-3
+            gradients.
     """
 
     weights: float
@@ -86,49 +87,49 @@ class GpuMemory:
 
     @property
     def states(self) -> float:
-        """What is there through forward, backward and step."""
+        """Memory held throughout forward, backward and step, in bytes."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.context
 
     @property
     def loss_peak(self) -> float:
-        """At the loss, when all layers have run."""
+        """Memory during the loss, when the activations of all layers are saved, in bytes."""
         return self.states + self.gathered_params + self.activations + self.logits
 
     @property
     def backward_peak(self) -> float:
-        """In a layer's backward pass."""
+        """Memory during the backward pass of a layer, in bytes."""
         return self.states + self.gathered_params + self.activations + self.layer + self.quantization
 
     @property
     def step_peak(self) -> float:
-        """In the optimizer's step; what ZeRO-3 has gathered last may still be there."""
+        """Memory during the optimizer step, in bytes; the last parameters ZeRO-3 gathered may remain."""
         return self.states + self.gathered_params + self.step
 
     @property
     def required(self) -> float:
-        """The largest of the three moments: where a GPU has less, nothing helps."""
+        """Peak of allocated memory in bytes: a GPU with less memory runs out of memory."""
         return max(self.loss_peak, self.backward_peak, self.step_peak)
 
     @property
     def peak(self) -> float:
-        """What the allocator has reserved at the largest of them."""
+        """Peak of reserved memory in bytes, including fragmentation."""
         forward = max(self.loss_peak, self.backward_peak) + self.fragmentation
         return max(forward, self.step_peak) + self.retained
 
     def by_part(self) -> dict[str, float]:
-        """Return the parts by name."""
+        """Return the bytes of every component by field name."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def gpu_memory(
     work: Workload, context_bytes: float = CONTEXT_BYTES, collectives_bytes: float = COLLECTIVES_BYTES
 ) -> GpuMemory:
-    """Return what a worker needs on its GPU.
+    """Return the GPU memory of a worker.
 
     Args:
-        work: What is trained and how.
-        context_bytes: What CUDA takes; 0 to compare with torch's own figures.
-        collectives_bytes: What collectives take beside it, where there are any.
+        work: The workload.
+        context_bytes: Memory of the CUDA context; 0 to compare with torch's memory statistics.
+        collectives_bytes: Memory of NCCL, added if there is more than one worker and a context.
     """
     kept, layer, logits = kept_bytes(work), layer_bytes(work), loss_bytes(work)
     moment, step = kept + max(layer, logits), _step(work)
@@ -152,10 +153,10 @@ def gpu_memory(
 
 
 def host_memory_of_workload(work: Workload) -> HostMemory:
-    """Return what a worker needs in its node's memory for what is offloaded.
+    """Return the host memory that a worker needs for offloaded states and activations.
 
     Args:
-        work: What is trained and how.
+        work: The workload.
     """
     found = work.model.parameters
     count = ParameterCount(
@@ -169,7 +170,7 @@ def host_memory_of_workload(work: Workload) -> HostMemory:
 
 
 def weight_bytes(work: Workload) -> float:
-    """Return the bytes of all weights that stay on the GPU, adapters among them."""
+    """Return the bytes of weights resident on a worker's GPU, including adapters."""
     found, size = work.model.parameters, float(work.element_bytes)
     linears = float(found.layers * found.matrices_per_layer)
     rest = found.total - linears
@@ -186,7 +187,11 @@ def weight_bytes(work: Workload) -> float:
 
 
 def gradient_bytes(work: Workload) -> float:
-    """Return the bytes of gradients that stay on the GPU between micro-batches."""
+    """Return the bytes of gradients that stay on the GPU between micro-batches.
+
+    ZeRO-1 keeps full gradients; ZeRO-2 and 3 partition them, and with an offloaded optimizer move them to the
+    host after each micro-batch.
+    """
     if work.offload_optimizer and work.zero_stage >= 2:
         return 0.0
     size = work.adapter_bytes * work.num_adapter_params + work.element_bytes * (
@@ -196,23 +201,24 @@ def gradient_bytes(work: Workload) -> float:
 
 
 def optimizer_bytes(work: Workload) -> float:
-    """Return the bytes of the optimizer's state over all workers, wherever it is."""
+    """Return the bytes of optimizer states and master weights over all workers, on GPU or host."""
     wide = work.num_adapter_params if work.adapter_bytes == 4 else 0
     narrow = work.num_trainable_params - wide
-    # ZeRO copies its partition even where the weights are fp32 themselves.
+    # ZeRO keeps a copy of its partition even when the weights are already fp32.
     partition = 4.0 if work.zero_stage >= 1 else 0.0
     copies = 4.0 if work.master_weights else 0.0
-    # Without fp32 copies the moments have the weights' own format.
+    # Without master weights Adam's moments have the dtype of the weights.
     moments = work.optimizer_bytes if copies or work.element_bytes == 4 else work.optimizer_bytes / 2
     copies = partition if work.element_bytes == 4 else copies
     return (moments + copies) * narrow + (work.optimizer_bytes + partition) * wide
 
 
 def kept_bytes(work: Workload) -> float:
-    """Return the bytes that the forward pass keeps on the GPU for the backward pass."""
+    """Return the bytes of activations that the forward pass saves on the GPU for the backward pass."""
     layers = work.model.shape.layers
     if work.checkpointing == "full":
         inputs = _inputs(work)
+        # With offloading the inputs of two layers are on the GPU at a time.
         return 2 * inputs / layers if work.offload_activations else inputs
     scores = 0.0 if work.flash else KEPT_SCORE_BYTES * _scores(work)
     if work.checkpointing == "selective":
@@ -221,15 +227,16 @@ def kept_bytes(work: Workload) -> float:
 
 
 def layer_bytes(work: Workload) -> float:
-    """Return the bytes of one layer's own activations in its backward pass; gradients take their places."""
+    """Return the bytes of one layer's activations in its backward pass; gradients reuse their memory."""
     scores = 0.0 if work.flash else SCORE_BYTES * _scores(work)
     return _layer(work, saves_all=True) + scores
 
 
 def loss_bytes(work: Workload) -> float:
-    """Return the bytes of logits and loss: all at once, or one tile of them and its gradient."""
+    """Return the bytes of logits and loss: of all tokens, or of one tile with `loss_tile_tokens`."""
     scored = work.tokens * work.largest_labelled_share
     tokens = min(scored, work.loss_tile_tokens) if work.loss_tile_tokens else scored
+    # A tiled loss also holds hidden states [tokens, hidden_size] and their gradient.
     tiled = (
         2.0 * work.element_bytes * work.model.shape.hidden_size * work.tokens
         if work.loss_tile_tokens
@@ -239,24 +246,32 @@ def loss_bytes(work: Workload) -> float:
 
 
 def _inputs(work: Workload) -> float:
+    """Return the bytes of the inputs [tokens, hidden_size] of all layers."""
     shape = work.model.shape
     return float(work.element_bytes * shape.hidden_size * shape.layers * work.tokens)
 
 
 def _scores(work: Workload) -> float:
-    """Return the scores of a layer: each token of a worker's share against the whole row, in every head."""
+    """Return the number of attention scores of a layer: [heads, tokens of the worker, length of the row]."""
     return float(work.tokens) * work.model.shape.heads * work.length_tokens
 
 
 def _layer(work: Workload, saves_all: bool) -> float:
-    """Return the bytes of a layer's activations, without scores.
+    """Return the bytes of a layer's activations, without attention scores.
 
-    A token has (18 h + 4 q + 8 kv + 8 i + 4 a) bytes in 16 bits: two norms with their fp32 copies, inputs and
-    outputs of products, queries and keys before and after rotation, the gate, what it lets through, the last
-    product's input, and the softmax's statistics. A frozen product with no adapter saves no input.
+    In a 16-bit dtype a token takes 18 h + 4 q + 8 kv + 8 i + 4 a bytes, with h = hidden_size, q = heads x
+    head_dim, kv = kv_heads x head_dim, i = intermediate_size and a = heads: two norms with fp32 copies,
+    inputs and outputs of matmuls, queries and keys before and after RoPE, the MLP's gate, up projection,
+    activation and input of the down projection, and the softmax statistics of FlashAttention.
+
+    Args:
+        work: The workload.
+        saves_all: Whether every matmul saves its input. If False, a frozen linear layer without an adapter
+            saves none, because its weight has no gradient.
     """
     shape = work.model.shape
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # With a tiled MLP only one tile of the intermediate activations [tokens, intermediate_size] exists.
     part = work.mlp_tile_tokens / work.tokens if 0 < work.mlp_tile_tokens < work.tokens else 1.0
     inner = (8 if shape.mlp_matrices == 3 else 4) * shape.intermediate_size
     outer = 18 * shape.hidden_size + 4 * queries + 8 * keys + 4 * shape.heads
@@ -272,11 +287,11 @@ def _layer(work: Workload, saves_all: bool) -> float:
 
 
 _SHARED_INPUTS = frozenset({"k_proj", "v_proj", "up_proj", "w2", "w3"})
-"""Products whose input another one saves too."""
+"""Linear layers whose input tensor is also the input of another linear layer, so it is counted once."""
 
 
 def _products(work: Workload) -> float:
-    """Return the bytes of what a layer's products and its attention gave."""
+    """Return the bytes of a layer's matmul and attention outputs and its input, as `selective` saves them."""
     outputs = sum(each.outputs for each in work.model.parameters.linears)
     shape = work.model.shape
     return float(
@@ -285,7 +300,7 @@ def _products(work: Workload) -> float:
 
 
 def _gathered_params(work: Workload) -> float:
-    """Return the bytes of weights that ZeRO-3 has gathered, and prefetches."""
+    """Return the bytes of parameters that ZeRO-3 has gathered and prefetched."""
     if work.zero_stage < 3:
         return 0.0
     total = work.model.parameters.total
@@ -296,13 +311,17 @@ def _gathered_params(work: Workload) -> float:
 
 
 def _buffers(work: Workload) -> float:
-    if work.zero_stage == 0:  # PyTorch's DistributedDataParallel copies gradients into buckets
+    """Return the bytes of gradient reduction buckets."""
+    if work.zero_stage == 0:  # DistributedDataParallel copies gradients into buckets
         return gradient_bytes(work) if work.world_size > 1 else 0.0
     return 2.0 * work.element_bytes * min(REDUCE_BUCKET, work.num_trainable_params)
 
 
 def _step(work: Workload) -> float:
-    """Return the bytes that the step takes: fp32 gradients, or the update of an AdamW without fp32 copies."""
+    """Return the bytes of temporaries of the optimizer step.
+
+    These are fp32 gradients of the partition with master weights, and otherwise the update of AdamW.
+    """
     if work.offload_optimizer:
         return 0.0
     share = work.num_trainable_params / (work.world_size if work.zero_stage >= 1 else 1)
@@ -312,10 +331,10 @@ def _step(work: Workload) -> float:
 
 
 def _reserved_gradients(work: Workload) -> float:
-    """Return what ZeRO-3 is seen to hold for gradients beside their 16 bits.
+    """Return the bytes that ZeRO-3 reserves for gradients in addition to 16 bits per parameter.
 
-    DeepSpeed's own estimator counts 18 bytes a parameter, with gradients in fp32. Its code keeps 16; the
-    other two are in what Qwen's runs of full parameters had reserved.
+    DeepSpeed's estimator counts 18 bytes per parameter, with fp32 gradients, while its code allocates 16. The
+    other two bytes appear in the reserved memory of Qwen's full-parameter runs.
     """
     if work.zero_stage < 3 or not work.master_weights or work.offload_optimizer or work.element_bytes == 4:
         return 0.0
@@ -323,4 +342,5 @@ def _reserved_gradients(work: Workload) -> float:
 
 
 def _largest_linear(work: Workload) -> float:
+    """Return the number of weights of the largest linear layer."""
     return float(max(each.inputs * each.outputs for each in work.model.parameters.linears))

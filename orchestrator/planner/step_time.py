@@ -1,9 +1,10 @@
-"""Seconds of an optimizer step by part, predicted from sizes and a device of the catalogue.
+"""Predicts the time of an optimizer step by component, from tensor sizes and a device of the catalogue.
 
-Work follows `orchestrator.arch.flops`'s canon (arXiv 2104.04473) with what is recomputed, and
-FlashAttention-2 (arXiv 2307.08691) for the scores it computes again; traffic follows ZeRO (arXiv 1910.02054)
-and DeepSpeed-Ulysses (arXiv 2309.14509). Products, attention and memory-bound kernels follow one another on a
-GPU and add up; where they are short, launching them takes longer. Communication overlaps in part.
+FLOPs follow `orchestrator.arch.flops` (arXiv 2104.04473) plus recomputation, and FlashAttention-2 (arXiv
+2307.08691) for the scores recomputed in its backward pass. Communication volume follows ZeRO (arXiv
+1910.02054) and DeepSpeed-Ulysses (arXiv 2309.14509). Matmuls, attention and memory-bound kernels run
+sequentially on a GPU, so their times add up; short kernels are bound by launch time. Communication overlaps
+in part.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from orchestrator.planner.memory import weight_bytes
 from orchestrator.planner.workload import Quantization, Workload
 
 MATMUL_SHARE = 0.859
-"""Of the dense peak, that the best product reaches on a device of which nobody measured it: the A100's."""
+"""Fraction of the dense peak that the fastest matmul reaches if the device has no measurement: the A100's."""
 FLASH_SHARE = 0.654
-"""The same of flash attention."""
+"""The same fraction for flash attention."""
 LINEAR_EFFICIENCY = 0.91
-"""Of the best product, that products of thousands of tokens reach. This and the next five are one fit to the
-rows of llama2-lora-3090, qwen-finetune and xtuner-speed-benchmark, held to what such kernels can reach."""
+"""Fraction of the fastest matmul that matmuls over thousands of tokens reach. This constant and the next five
+were fitted jointly to llama2-lora-3090, qwen-finetune and xtuner-speed-benchmark, within plausible bounds."""
 TILE_TOKENS = 128
-"""Tokens that a product takes on top of its own: tiles that are not full, and waves that end early."""
+"""Tokens added to the size of a matmul, for partial tiles and the last wave (tile and wave quantization)."""
 ATTENTION_EFFICIENCY = 0.87
-"""Of the best flash attention, that a model's reaches."""
+"""Fraction of the fastest flash attention that attention in a model reaches."""
 LAYER_TRAFFIC = 25.0
-"""How often what a layer keeps is read or written, much of it in fp32, by norms, rotation, gates and sums
-that are kernels of their own, in a step with recomputation."""
+"""Reads and writes of a layer's activations, many in fp32, by the separate kernels of norms, RoPE, gates and
+residual additions in a step with recomputation."""
 LOSS_TRAFFIC = 6.0
-"""How often what the loss holds is."""
+"""Reads and writes of the logits memory in the loss."""
 ADAPTER_TRAFFIC = 1.0
-"""Bytes that an adapter adds to what a layer keeps, for each of its output's numbers and twice for its
-input's: dropout, copies in the adapter's format, and the sum."""
+"""Bytes that an adapter adds to a layer's activations per output element, and twice that per input element:
+dropout, casts to the adapter's dtype, and the addition."""
 FLASH_PASSES = 2.5
-"""Backward pass of flash attention in forward passes: it computes the scores again."""
+"""FLOPs of the backward pass of flash attention relative to its forward pass; it recomputes the scores."""
 SCORE_TRAFFIC_BYTES = 80.0
-"""Read and written for a score of eager attention: forward, recomputed and backward."""
+"""Bytes read and written per score of eager attention over forward, recomputation and backward."""
 WEIGHT_TRAFFIC: dict[Quantization, float] = {
     "none": 0.0,
     "nf4": 5.0,
@@ -54,40 +55,41 @@ WEIGHT_TRAFFIC: dict[Quantization, float] = {
     "gptq-int4": 20.0,
     "gptq-int8": 20.0,
 }
-"""Bytes moved to dequantise a weight once: nf4 in one kernel; int8 with its activations quantised as well,
-and GPTQ in several kernels, as fits to llm-action's and Qwen's rows."""
+"""Bytes read and written to dequantize a weight once: nf4 in one kernel; int8, which also quantizes
+activations, and GPTQ in several kernels. Fitted to the results of llm-action and Qwen."""
 LAUNCH_SECONDS = 0.0005
-"""To launch a layer's forward pass from Python; the backward pass is two of them."""
+"""Seconds to launch the kernels of a layer's forward pass from Python; a backward pass takes twice that."""
 ADAPTER_LAUNCH_SECONDS = 0.0002
-"""The same for an adapter; a fit to Qwen's LoRA rows of 256 tokens, where 1.8B, 7B and 14B have the same."""
+"""Launch time of an adapter; fitted to Qwen's LoRA results at 256 tokens, equal for 1.8B, 7B and 14B."""
 QUANTIZED_LAUNCH_SECONDS: dict[Quantization, float] = {"nf4": 0.00075, "int8": 0.0001}
-"""The same for a matrix of bitsandbytes, whose nf4 scales are quantised again; a fit to llm-action's rows."""
+"""Launch time of a bitsandbytes linear layer; nf4 also dequantizes its scales. Fitted to llm-action."""
 ZERO_3_LAUNCH_SECONDS = 0.0023
-"""The same for ZeRO-3's hooks about a layer's modules; a fit to Qwen's rows of full parameters."""
+"""Time of the ZeRO-3 hooks on a layer's modules; fitted to Qwen's full-parameter results."""
 NVLINK_EFFICIENCY = 0.78
-"""NCCL's bus bandwidth over one direction of NVLink: 235 of 300 GB/s on A100."""
+"""NCCL bus bandwidth relative to one direction of NVLink: 235 of 300 GB/s on A100."""
 PCIE_EFFICIENCY = 0.4
-"""The same over PCIe through host memory; an assumption."""
+"""NCCL bus bandwidth relative to one direction of PCIe through host memory; an assumption."""
 NETWORK_EFFICIENCY = 0.88
-"""The same over the network: 22 of 25 GB/s."""
+"""NCCL bus bandwidth relative to the network's: 22 of 25 GB/s."""
 EXPOSED = 0.3
-"""Part of ZeRO's traffic that never overlaps."""
+"""Fraction of ZeRO's communication that never overlaps with computation."""
 HOST_LINK_EFFICIENCY = 0.65
-"""Copies between GPU and pinned host memory over one direction of PCIe: 20 to 25 of 32 GB/s."""
+"""Copy bandwidth between GPU and pinned memory relative to one direction of PCIe: 20 to 25 of 32 GB/s."""
 HOST_BANDWIDTH = 40e9
-"""Bytes a second at which CPU Adam passes a node's states; a fit to llm-action's offloaded rows."""
+"""Bytes per second that CPU Adam reads and writes on a node; fitted to llm-action's offloaded results."""
 STEP_BYTES = 32.0
-"""Read and written for a parameter by Adam: weight, gradient and moments in fp32, and the 16-bit weight."""
+"""Bytes that Adam reads and writes per parameter: fp32 weight, gradient and moments, and 16-bit weight."""
 
 
 @dataclass(frozen=True)
 class TimeParams:
-    """What a stack's time differs by.
+    """Calibration parameters of a software stack for step time.
 
     Attributes:
-        efficiency: Of all that the GPU computes.
-        launch_factor: On what launching takes: the speed of the hosts' processors.
-        network_factor: On traffic between nodes: the network is seldom what a GPU's data sheet has.
+        efficiency: Divides the time of all GPU computation.
+        launch_factor: Multiplies kernel launch time; depends on the host CPU.
+        network_factor: Multiplies communication time between nodes, whose network often differs from the
+            catalogue.
     """
 
     efficiency: float = 1.0
@@ -97,19 +99,19 @@ class TimeParams:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step by part.
+    """Time of an optimizer step by component, in seconds.
 
     Attributes:
-        linear: Products with weights.
-        attention: Scores and values.
-        elementwise: Kernels that memory bounds: norms, gates, loss.
-        dequantization: Making 16-bit weights of quantised ones.
-        launch: Waiting for kernels to be launched.
-        zero: ZeRO's and data parallelism's traffic inside nodes that computing does not hide.
-        ulysses: Exchanges of shared sequences inside nodes.
-        network: Both between nodes.
-        fetch: Copies of offloaded parameters that computing does not hide.
-        offload: Copies of gradients and activations, and CPU Adam.
+        linear: Matmuls with weights.
+        attention: Attention scores and their product with values.
+        elementwise: Memory-bound kernels: norms, gates, loss.
+        dequantization: Dequantization of weights to 16 bits.
+        launch: Idle time of the GPU while kernels are launched.
+        zero: Exposed communication of ZeRO and data parallelism within nodes.
+        ulysses: All-to-all of sequence parallelism within nodes.
+        network: Communication of both between nodes.
+        fetch: Exposed copies of offloaded parameters to the GPU.
+        offload: Copies of offloaded gradients and activations, and CPU Adam.
         optimizer: Adam on the GPU.
     """
 
@@ -127,37 +129,37 @@ class StepTime:
 
     @property
     def busy(self) -> float:
-        """What the GPU computes for."""
+        """Time in which the GPU computes, in seconds."""
         return self.linear + self.attention + self.elementwise + self.dequantization + self.optimizer
 
     @property
     def total(self) -> float:
-        """All of the step."""
+        """Time of the whole step, in seconds."""
         return float(sum(getattr(self, each.name) for each in fields(self)))
 
     def by_part(self) -> dict[str, float]:
-        """Return the parts by name."""
+        """Return the seconds of every component by field name."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 @dataclass(frozen=True)
 class MicroSteps:
-    """Seconds of a step's parts before what overlaps is left out, for a stack like none in particular.
+    """Time of a step by component without overlap and without calibration.
 
     Attributes:
-        count: Micro-batches of a step.
-        parts: Of one micro-batch, where nothing is hidden; `offload` and `optimizer` are the step's.
+        count: Micro-batches per step (gradient accumulation steps).
+        parts: Seconds of one micro-batch without overlap; `offload` and `optimizer` are per step.
     """
 
     count: int
     parts: StepTime
 
     def step(self, params: TimeParams = TimeParams()) -> StepTime:
-        """Return the seconds of a step of a stack with these constants."""
+        """Return the time of a step with overlap, for given calibration parameters."""
         parts, steps, work = self.parts, float(self.count), self.count / params.efficiency
         kernels = (parts.linear + parts.attention + parts.elementwise) / params.efficiency
         launches = parts.launch * params.launch_factor
-        # The larger of the two, but near their crossing neither hides the other entirely.
+        # Smooth maximum (4-norm) of kernel and launch time: if both are similar, they overlap only partly.
         waiting = (kernels**4 + launches**4) ** 0.25 - kernels
         return StepTime(
             linear=parts.linear * work,
@@ -175,18 +177,18 @@ class MicroSteps:
 
 
 class MissingDeviceRates(ValueError):
-    """The catalogue has no peak or bandwidth for a device and number format."""
+    """The catalogue has no peak or bandwidth for a device and dtype."""
 
 
 def micro_steps(work: Workload, device: Device) -> MicroSteps:
-    """Return the seconds of a step's parts.
+    """Return the time of a micro-batch by component, before overlap and calibration.
 
     Args:
-        work: What is trained and how.
-        device: Of the catalogue.
+        work: The workload.
+        device: Device of the catalogue.
 
     Raises:
-        MissingDeviceRates: The catalogue lacks what the prediction needs.
+        MissingDeviceRates: The catalogue lacks a rate of the device.
     """
     rates = _rates(work, device)
     zero, ulysses, network = _traffic(work, device)
@@ -210,27 +212,27 @@ def micro_steps(work: Workload, device: Device) -> MicroSteps:
 
 
 def step_time(work: Workload, device: Device, params: TimeParams = TimeParams()) -> StepTime:
-    """Return the seconds of an optimizer step by part.
+    """Return the time of an optimizer step by component, in seconds.
 
     Args:
-        work: What is trained and how.
-        device: Of the catalogue.
-        params: Of the software stack.
+        work: The workload.
+        device: Device of the catalogue.
+        params: Calibration parameters of the software stack.
 
     Raises:
-        MissingDeviceRates: The catalogue lacks what the prediction needs.
+        MissingDeviceRates: The catalogue lacks a rate of the device.
     """
     return micro_steps(work, device).step(params)
 
 
 def tokens_per_gpu_second(work: Workload, seconds: float) -> float:
-    """Return TGS: a GPU's tokens of a step over its seconds; with shared sequences each has its share."""
+    """Return TGS: tokens of a GPU per step divided by step time; sequence parallelism splits the tokens."""
     return work.tokens * work.gradient_accumulation_steps / seconds
 
 
 def micro_batch_forward_flops(work: Workload) -> ForwardFlops:
     """Return the FLOPs of one forward pass over a worker's micro-batch."""
-    seen = work.attended_tokens  # the micro-batch counts as tokens / seen documents of this length
+    seen = work.attended_tokens  # the micro-batch is modelled as tokens / seen documents of this length
     documents = work.tokens / seen
     return forward_flops(
         work.model.shape,
@@ -245,7 +247,7 @@ def micro_batch_forward_flops(work: Workload) -> ForwardFlops:
 def linear_flops(work: Workload) -> float:
     """Return the FLOPs of a worker's micro-batch in matmuls with weights, including recomputation.
 
-    A layer is recomputed as a whole here, its last matmul included: `LINEAR_EFFICIENCY` was fitted so.
+    Recomputation includes the last matmul of a layer, because `LINEAR_EFFICIENCY` was fitted that way.
     """
     matmuls = replace(micro_batch_forward_flops(work), attention=0.0)
     recomputed = Recomputation(work.checkpointing, tiled_head=work.loss_tile_tokens > 0, whole_layers=True)
@@ -269,16 +271,21 @@ def frozen_weights(work: Workload) -> FrozenWeights:
 
 
 def _attention_seconds(work: Workload, rates: _Rates) -> float:
+    """Return the attention time of a micro-batch: compute-bound with flash, else with traffic of scores."""
     forward, again = attention_flops(work), 1.0 if work.checkpointing == "full" else 0.0
     if work.flash:
         return (1.0 + again + FLASH_PASSES) * forward / rates.attention
     scores = float(work.tokens) * work.model.shape.heads * work.length_tokens * work.model.shape.layers
     traffic = SCORE_TRAFFIC_BYTES * (3.0 + again) / 4.0 * scores / rates.bandwidth
-    return traffic + (3.0 + again) * 2.0 * forward / rates.products  # the whole square
+    # Eager attention computes the full [length, length] scores, twice the FLOPs of the causal half. Forward
+    # is one pass, backward two.
+    return traffic + (3.0 + again) * 2.0 * forward / rates.products
 
 
 def _elementwise_bytes(work: Workload) -> float:
+    """Return the bytes that memory-bound kernels read and write in a micro-batch."""
     shape = work.model.shape
+    # The same bytes per token as in `memory._layer`: h = hidden_size, q, kv, i.
     inner = (8 if shape.mlp_matrices == 3 else 4) * shape.intermediate_size
     width = (
         18 * shape.hidden_size
@@ -294,12 +301,15 @@ def _elementwise_bytes(work: Workload) -> float:
 
 
 def _dequantized_bytes(work: Workload) -> float:
+    """Return the bytes read and written to dequantize all linear weights in every pass of a micro-batch."""
     found = work.model.parameters
     passes = 3.0 if work.checkpointing == "full" else 2.0
     return passes * WEIGHT_TRAFFIC[work.quantization] * found.layers * found.matrices_per_layer
 
 
 def _launch_seconds(work: Workload) -> float:
+    """Return the kernel launch time of a micro-batch."""
+    # Forward is one pass, backward two, recomputation one.
     passes = 3.0 if work.checkpointing == "none" else 4.0
     seconds = LAUNCH_SECONDS + ADAPTER_LAUNCH_SECONDS * len(work.adapted_linears)
     if work.zero_stage == 3:
@@ -309,11 +319,12 @@ def _launch_seconds(work: Workload) -> float:
 
 
 def _traffic(work: Workload, device: Device) -> tuple[float, float, float]:
-    """Return seconds of ZeRO and Ulysses inside nodes and of both between nodes, for a micro-batch."""
+    """Return seconds per micro-batch of ZeRO within nodes, Ulysses within nodes, and both between nodes."""
     world, nodes = work.world_size, max(1, work.world_size // work.gpus_per_node)
     if world == 1:
         return 0.0, 0.0, 0.0
     inside, between = _links(device)
+    # A ring over nodes is as slow as its slowest link; between nodes it uses all network cards of a node.
     ring = min(inside, between * work.gpus_per_node) if nodes > 1 else inside
     zero = _zero_bytes(work) * (world - 1) / world / ring
     size = work.sequence_parallel_size
@@ -325,16 +336,17 @@ def _traffic(work: Workload, device: Device) -> tuple[float, float, float]:
 
 
 def _zero_bytes(work: Workload) -> float:
-    """Return what a worker sends and receives in a micro-batch for states that are partitioned."""
+    """Return the bytes that a worker communicates per micro-batch for ZeRO or data parallelism."""
     if work.zero_stage == 3:
-        # Gathered forward and backward, where a recomputed layer is gathered once; gradients are reduced.
+        # All-gather in forward and backward (recomputation shares the latter), reduce-scatter of gradients.
         return 2.0 * _base_bytes(work) + work.element_bytes * work.num_trainable_params
-    once = 2.0 * work.element_bytes * work.num_trainable_params  # a reduction and, at the step, a gather
+    # Reduce-scatter of gradients and all-gather of updated parameters; an all-reduce has the same volume.
+    once = 2.0 * work.element_bytes * work.num_trainable_params
     return once if work.zero_stage == 2 else once / work.gradient_accumulation_steps
 
 
 def _base_bytes(work: Workload) -> float:
-    """Return the bytes of all weights: what ZeRO-3 gathers in a pass."""
+    """Return the bytes of all weights, which ZeRO-3 gathers in each pass."""
     return (
         weight_bytes(work) * work.world_size
         if not work.offload_param
@@ -343,7 +355,10 @@ def _base_bytes(work: Workload) -> float:
 
 
 def _ulysses_bytes(work: Workload) -> float:
-    """Return what a worker exchanges in a micro-batch: queries, keys, values and outputs, three times."""
+    """Return the bytes that a worker exchanges per micro-batch in the all-to-alls of Ulysses.
+
+    Queries, keys, values and attention outputs are exchanged in forward, recomputation and backward.
+    """
     if work.sequence_parallel_size == 1:
         return 0.0
     shape = work.model.shape
@@ -353,14 +368,14 @@ def _ulysses_bytes(work: Workload) -> float:
 
 
 def _fetch_seconds(work: Workload, device: Device) -> float:
-    """Return the seconds of a micro-batch's copies of offloaded parameters: forward, recomputed, backward."""
+    """Return the seconds per micro-batch to copy offloaded parameters in forward, recomputation, backward."""
     if not work.offload_param:
         return 0.0
     return 3.0 * work.element_bytes * work.model.parameters.total / work.world_size / _host_link(device)
 
 
 def _offload_seconds(work: Workload, device: Device) -> float:
-    """Return a step's seconds of CPU Adam and of copies that nothing hides."""
+    """Return the seconds per step of CPU Adam and of exposed copies of gradients and activations."""
     found = 0.0
     if work.offload_optimizer:
         here = min(work.world_size, work.gpus_per_node) / (work.world_size if work.zero_stage else 1)
@@ -373,7 +388,7 @@ def _offload_seconds(work: Workload, device: Device) -> float:
 
 
 def _host_link(device: Device) -> float:
-    """Return bytes a second between GPU and host."""
+    """Return the bandwidth between GPU and host in one direction, in bytes per second."""
     if not device.host_link_gb_per_second:
         raise MissingDeviceRates(
             f"device {device.name} has no host_link_gb_per_second in the catalogue; add it"
@@ -382,13 +397,13 @@ def _host_link(device: Device) -> float:
 
 
 def dtype_of(work: Workload) -> Literal["fp32", "bf16"]:
-    """Return the number format whose peak bounds the work."""
+    """Return the dtype whose peak FLOPS bounds the workload."""
     return "fp32" if work.element_bytes == 4 else "bf16"
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """What a device does in a second: operations of products and of attention, bytes of its memory."""
+    """Achieved rates of a device: FLOPS of matmuls and attention, memory bandwidth in bytes per second."""
 
     products: float
     attention: float
@@ -409,7 +424,7 @@ def _rates(work: Workload, device: Device) -> _Rates:
 
 
 def _links(device: Device) -> tuple[float, float]:
-    """Return bytes a second inside a node and, for each GPU, between nodes."""
+    """Return the bandwidth per GPU within a node and between nodes, in bytes per second."""
     one_way = (device.interconnect_gb_per_second or 0.0) / 2 * 1e9
     inside = one_way * (NVLINK_EFFICIENCY if device.interconnect == "nvlink" else PCIE_EFFICIENCY)
     between = NETWORK_EFFICIENCY * (device.network_gb_per_second or 0.0) * 1e9
