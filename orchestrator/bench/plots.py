@@ -16,8 +16,8 @@ _PHASES = {"data": "#E69F00", "forward": "#56B4E9", "backward": "#0072B2", "opti
 _OTHER = "#CCCCCC"
 _LENGTH, _WORKERS = "data.max_length", "parallel.workers"
 _MOST_BARS = 40
-_LINE_INCHES = 0.18  # of a legend
-_LONGEST_OF_TWO = 48  # letters of a label that leave room for another beside it
+_LINE_INCHES = 0.18  # height of a legend line
+_LONGEST_OF_TWO = 48  # maximum label length, in characters, for a legend with two columns
 Series = Mapping[str, Sequence[Row]]
 
 
@@ -25,9 +25,9 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     """Write the plots for which a sweep has enough cells.
 
     Args:
-        rows: The sweep's results.
-        folder: Where the SVG files go.
-        title: Stands above each.
+        rows: Results of the sweep.
+        folder: Folder for the SVG files.
+        title: Title of every plot.
 
     Returns:
         The files written.
@@ -66,10 +66,10 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
 
 
 def require_matplotlib(otherwise: str = "leave the plots out with --no-plots") -> None:
-    """Find out that plots cannot be drawn before anything is paid for.
+    """Check that matplotlib is installed before cells run.
 
     Args:
-        otherwise: What to do without it.
+        otherwise: The alternative that the error suggests.
 
     Raises:
         SpecError: matplotlib is not installed.
@@ -86,7 +86,7 @@ def _pyplot() -> Any:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "bench"  # the same figures give the same file
+    mpl.rcParams["svg.hashsalt"] = "bench"  # reproducible SVG files
     from matplotlib import pyplot
 
     return pyplot
@@ -97,7 +97,7 @@ def _distinct(rows: Sequence[Row], field: str) -> int:
 
 
 def _series(rows: Sequence[Row], across: str) -> dict[str, list[Row]]:
-    """Return the rows of each line of a plot, ordered by the field that its x axis shows."""
+    """Return the rows of every line of a plot by label, sorted by the field on the x axis."""
     name_of = _names(rows, across)
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -106,13 +106,15 @@ def _series(rows: Sequence[Row], across: str) -> dict[str, list[Row]]:
 
 
 def _names(rows: Sequence[Row], across: str | None) -> Callable[[Row], str]:
-    """Return how rows are told apart, beside the field on the x axis, in as few words as possible.
+    """Return a function that labels rows with the fewest fields that distinguish them.
 
-    A field that follows from those before it, as the batch does from the workers, tells nothing.
+    The field on the x axis is not part of a label. Fields determined by earlier ones are skipped, such as the
+    batch size if it depends on the workers.
     """
     fields = dict.fromkeys(field for row in rows for field in row.fields)
     telling: list[Callable[[Row], str]] = [lambda row: str(row.setting(across)) if across else ""]
     for words in (model_name, method_name, *(_words(field) for field in fields if field != across)):
+        # Keep a field only if it splits rows that the fields so far label equally.
         with_it = {tuple(each(row) for each in (*telling, words)) for row in rows}
         if len(with_it) > len({tuple(each(row) for each in telling) for row in rows}):
             telling.append(words)

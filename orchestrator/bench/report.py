@@ -1,4 +1,4 @@
-"""The report of a sweep: its table as Markdown, CSV and JSON, its plots, all from its results."""
+"""Writes the report of a sweep from its results: a table as Markdown, CSV and JSON, and plots."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _TABLES = ("md", "csv", "json")
 
 
 def is_sweep(folder: Path) -> bool:
-    """Tell whether a folder is one of a sweep."""
+    """Return whether a folder holds the results of a sweep."""
     return (folder / results.RESULTS).exists()
 
 
 def describe(folder: Path, name: str, layout: str, cells: list[str]) -> None:
-    """Record what the report of a sweep is made of: its layout, and its cells in their order."""
+    """Write sweep.json with the sweep's name, table layout and ordered cells."""
     write_json(folder / SWEEP, {"name": name, "layout": layout, "cells": cells})
 
 
 def foreign_file(folder: Path) -> str | None:
-    """Return a file that the first start of a sweep would overwrite in a folder that is none of a sweep."""
+    """Return a file that a sweep would overwrite in a folder of something else; None if there is none."""
     if (folder / SWEEP).exists():
         return None
     written = [results.RESULTS, *(f"table.{kind}" for kind in _TABLES), *(f"{name}.svg" for name in PLOTS)]
@@ -35,14 +35,14 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def load(folder: Path, layout: str | None = None) -> tuple[Table, list[Row]]:
-    """Return the table of a sweep, finished or not, and its rows.
+    """Return the table and rows of a sweep, which may be unfinished.
 
     Args:
-        folder: The sweep's folder.
-        layout: One of the layouts; None takes the sweep's own.
+        folder: Folder of the sweep.
+        layout: Table layout; None uses the layout of the sweep file.
 
     Raises:
-        SpecError: The folder is none of a sweep, or there is no such layout.
+        SpecError: The folder does not belong to a sweep, or the layout is unknown.
     """
     if layout is not None and layout not in LAYOUTS:
         raise SpecError(f"--layout {layout} is not one of the layouts known; use {', '.join(LAYOUTS)}")
@@ -55,17 +55,17 @@ def load(folder: Path, layout: str | None = None) -> tuple[Table, list[Row]]:
 
 
 def write(folder: Path, plots: bool) -> list[Path]:
-    """Write table.md, table.csv, table.json and the plots into a sweep's folder.
+    """Write table.md, table.csv, table.json and the plots to the folder of a sweep.
 
     Args:
-        folder: The sweep's folder.
-        plots: Whether plots are drawn.
+        folder: Folder of the sweep.
+        plots: Whether to draw plots.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        SpecError: The folder is none of a sweep, or plots are wanted and matplotlib is missing.
+        SpecError: The folder does not belong to a sweep, or plots need matplotlib, which is missing.
     """
     found, rows = load(folder)
     files = []

@@ -1,4 +1,4 @@
-"""Results of a sweep: one row a cell, kept as JSON lines, so that a sweep that was killed goes on."""
+"""Results of a sweep: one row per cell in a JSON Lines file, so that a killed sweep can resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.errors import SpecError
 from orchestrator.metrics.meter import PHASES, last_attempt
 
 RESULTS = "results.jsonl"
-STEPS, REPORT, WORKERS = "steps.jsonl", "report.json", "workers.json"  # of a run's folder
+STEPS, REPORT, WORKERS = "steps.jsonl", "report.json", "workers.json"  # files of a run directory
 RATES = ("tgs", "tgs_trained", "tgs_slots", "tflops_model", "tflops_hardware", "mfu", "hfu")
 SAMPLED = (*RATES, "step_seconds", *PHASES)
 PEAKS = ("memory_peak_bytes", "memory_reserved_peak_bytes", "host_memory_peak_bytes")
@@ -24,13 +24,13 @@ Status = Literal["ok", "out_of_memory", "failed"]
 
 @dataclass(frozen=True)
 class Reading:
-    """A quantity over the steps of a cell.
+    """Statistics of a metric over the measured steps of a cell.
 
     Attributes:
-        median: Its median.
-        low: Its lower quartile.
-        high: Its upper quartile.
-        count: Steps.
+        median: Median.
+        low: Lower quartile.
+        high: Upper quartile.
+        count: Number of steps.
     """
 
     median: float
@@ -40,32 +40,32 @@ class Reading:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Reading:
-        """Return the reading of some values, at least one."""
+        """Return the statistics of one or more values."""
         low, median, high = np.quantile(np.asarray(values, dtype=float), [0.25, 0.5, 0.75]).tolist()
         return cls(median, low, high, len(values))
 
     @property
     def spread(self) -> float:
-        """Half of the distance between the quartiles, as a share of the median."""
+        """Half the interquartile range divided by the median; 0 if the median is 0."""
         return (self.high - self.low) / 2.0 / self.median if self.median else 0.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a cell.
+    """Result of a cell.
 
     Attributes:
         cell: Name of its run.
-        fields: The fields that vary over the sweep, and their values here.
-        job: The job as it ran, with every default.
-        status: Whether it ran, ran out of memory, or failed in another way.
-        reason: Why it did not run.
-        samples: Values of every step after warm-up, by name.
-        peaks: Largest memory of the fullest worker, by name, in bytes; over the whole run.
-        packing: What became of the rows; `documents` and `tokens_kept` among others.
-        seconds: Wall seconds by part of the run.
-        shape: The model's sizes, where its architecture is known.
-        environment: What it ran on.
+        fields: Values of the fields that vary over the sweep.
+        job: The job as it ran, including defaults.
+        status: Whether it finished, ran out of memory, or failed for another reason.
+        reason: Why it failed; None if it finished.
+        samples: Values of every step after warm-up, by metric.
+        peaks: Peak memory over the run of the worker with the most, by metric, in bytes.
+        packing: Packing statistics, such as `documents` and `tokens_kept`.
+        seconds: Wall-clock seconds by phase of the run.
+        shape: Model dimensions; None for an unknown architecture.
+        environment: Hardware and software that it ran on.
     """
 
     cell: str
@@ -81,38 +81,38 @@ class Row:
     environment: Mapping[str, Any] = field(default_factory=dict)
 
     def setting(self, name: str) -> Any:
-        """Return a field of the job by its dotted name; None where the job has none of that name."""
+        """Return a field of the job by its dotted name; None if the job does not have it."""
         value: Any = self.job
         for key in name.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     def value(self, name: str) -> Any:
-        """Return a field that varies over the sweep: as written for this cell, or as its job has it."""
+        """Return a field's value as written in the sweep for this cell, or else from the job."""
         return self.fields[name] if name in self.fields else self.setting(name)
 
     def reading(self, name: str) -> Reading | None:
-        """Return a quantity over the measured steps; None where there is none."""
+        """Return the statistics of a metric over the measured steps; None without samples."""
         values = self.samples.get(name)
         return Reading.of(values) if values else None
 
 
 def label(fields: Mapping[str, Any]) -> str:
-    """Return fields as a person reads them: the last part of each name, and its value."""
+    """Format fields as `name=value`, with the last part of each dotted name."""
     return ", ".join(f"{name.rpartition('.')[2]}={shown(value)}" for name, value in fields.items())
 
 
 def shown(value: Any) -> str:
-    """Return the value of a field as a person reads it."""
+    """Format a field's value: strings as they are, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def samples_of(run: Path, warmup_steps: int) -> dict[str, list[float]]:
-    """Return what a run measured in each step after warm-up.
+    """Return the metrics of every step after warm-up, by name; metrics missing in a step are omitted.
 
     Args:
-        run: The run's folder.
-        warmup_steps: Steps at its start that are left out.
+        run: The run directory.
+        warmup_steps: Number of first steps to exclude.
     """
     rows = [row for row in _steps(run) if row["step"] > warmup_steps]
     return {
@@ -123,7 +123,7 @@ def samples_of(run: Path, warmup_steps: int) -> dict[str, list[float]]:
 
 
 def peaks_of(run: Path) -> dict[str, float]:
-    """Return the largest memory that any worker of a run took, by name, in bytes."""
+    """Return the peak memory of the worker with the most, by metric, in bytes."""
     rows = _steps(run)
     return {
         name: max(row[name] for row in rows)
@@ -133,7 +133,7 @@ def peaks_of(run: Path) -> dict[str, float]:
 
 
 def _steps(run: Path) -> list[Mapping[str, Any]]:
-    """Return one row for each step of a run; rows that do not say their step and attempt are no steps."""
+    """Return one row per step, from its last attempt; rows without step or attempt are ignored."""
     rows = [row for row in read_lines(run / STEPS) if _is_number(row.get("step"), row.get("attempt"))]
     return last_attempt(rows)
 
@@ -143,10 +143,10 @@ def _is_number(*values: Any) -> bool:
 
 
 def read(folder: Path) -> list[Row]:
-    """Return the rows of a sweep, of a cell that was run again the last.
+    """Return the latest row of every cell of a sweep.
 
     Raises:
-        SpecError: The folder holds no results, or those of another version.
+        SpecError: The folder has no results, or another version wrote them.
     """
     path = folder / RESULTS
     if not path.exists():
@@ -159,7 +159,7 @@ def read(folder: Path) -> list[Row]:
 
 
 def append(folder: Path, row: Row) -> None:
-    """Add a row; a line that a kill cut short is ended first."""
+    """Append a row, after terminating a line that was truncated when the process was killed."""
     path = folder / RESULTS
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:

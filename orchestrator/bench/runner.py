@@ -1,4 +1,4 @@
-"""Running the cells of a sweep, each in a process of its own, and adding a row for each."""
+"""Runs the cells of a sweep in separate processes and appends one result row per cell."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ Tell = Callable[[str], None]
 
 
 def run_cells(sweep: Sweep, address: str | None, tell: Tell, retry_failed: bool = False) -> list[Row]:
-    """Run every cell that has no row yet, in order, and return the rows of all.
+    """Run every cell without a result, in order, and return the rows of all cells.
 
     Args:
         sweep: The sweep.
-        address: Address of a Ray cluster; None starts a local Ray for each cell.
-        tell: Told in a line what becomes of each cell.
-        retry_failed: Whether cells that failed are run again; those out of memory are not.
+        address: Address of a Ray cluster; None starts a local Ray instance for each cell.
+        tell: Called with a line of progress before and after each cell.
+        retry_failed: Whether to rerun failed cells; cells that ran out of memory are not rerun.
 
     Raises:
-        SpecError: The folder holds files of others that the sweep would overwrite.
-        ClusterError: The storage cannot be written, or the same sweep is at work there.
+        SpecError: The sweep would overwrite files that it did not write.
+        ClusterError: The storage is not writable, or the same sweep is running there.
     """
     folder = sweep.folder
     if name := foreign_file(folder):
@@ -73,12 +73,12 @@ def run_cells(sweep: Sweep, address: str | None, tell: Tell, retry_failed: bool 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
-    """Hold the sweep's folder, and give the lock that a cell's process is to hold as well.
+    """Lock the folder of the sweep and yield the lock's file descriptor, which cell processes inherit.
 
-    After a kill the last cell is still ending: its lock is waited for.
+    If an earlier sweep was killed, its last cell may still be shutting down, so this waits for the lock.
 
     Raises:
-        ClusterError: Another process holds the folder and goes on doing so.
+        ClusterError: Another process still holds the lock after `_SECONDS_TO_STOP`.
     """
     with (folder / _LOCK).open("w", encoding="utf-8") as file:
         deadline = time.monotonic() + _SECONDS_TO_STOP
@@ -101,7 +101,7 @@ def _rows(folder: Path) -> dict[str, Row]:
 
 
 def in_words(row: Row) -> str:
-    """Return what became of a cell in a few words."""
+    """Return a one-line summary of a cell's result."""
     if row.status == "out_of_memory":
         return f"out of memory ({row.reason})"
     tgs, seconds = row.reading("tgs"), row.reading("step_seconds")
@@ -115,7 +115,7 @@ def in_words(row: Row) -> str:
 
 
 def _measure(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
-    """Run a cell and return its row; where it failed for its machines' sake, after one more try."""
+    """Run a cell and return its row; retry once if the cluster failed rather than the job."""
     run_dir = sweep.folder / CELLS / cell.name
     for _ in range(_TRIES):
         outcome = _try(sweep, cell, address, lock)
@@ -125,7 +125,7 @@ def _measure(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> Row:
 
 
 def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, Any]:
-    """Run a cell in a fresh process group, from nothing: what an earlier try wrote is removed."""
+    """Run a cell in a new process group after removing the files of an earlier try; return its outcome."""
     run_dir = sweep.folder / CELLS / cell.name
     remove_own(run_dir, own_files(run_dir))
     run_dir.mkdir(exist_ok=True)
@@ -141,13 +141,13 @@ def _try(sweep: Sweep, cell: Cell, address: str | None, lock: int) -> dict[str, 
 
 
 def own_files(run_dir: Path) -> list[str]:
-    """Return the files that a cell's process wrote into its folder; others are somebody's and stay."""
+    """Return the files in a run directory that a cell process writes; other files are kept."""
     logs = [path.relative_to(run_dir).as_posix() for path in run_dir.glob("logs/**/*.log")]
     return [INSTRUCTIONS, OUTCOME, _LOG, *RUN_FILES, *logs]
 
 
 def _row(sweep: Sweep, cell: Cell, run_dir: Path, outcome: dict[str, Any]) -> Row:
-    """Return a cell's row from its outcome and the files of its run."""
+    """Return the result row of a cell from its outcome and the files of its run directory."""
     samples = results.samples_of(run_dir, sweep.spec.warmup_steps)
     if outcome["status"] == "ok" and not samples:
         outcome |= {"status": "failed", "reason": _no_steps(run_dir, sweep.spec.warmup_steps)}
@@ -182,7 +182,7 @@ def _no_steps(run_dir: Path, warmup_steps: int) -> str:
 
 
 def _run_process(run_dir: Path, timeout_minutes: float | None, lock: int) -> str:
-    """Run the cell's process to its end, and return how it ended, for a row that it did not fill itself."""
+    """Run a cell process until it exits; return how it ended, as the reason if it wrote no outcome."""
     with (run_dir / _LOG).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [*module_command("orchestrator.bench.cell"), str(run_dir)],
@@ -205,7 +205,7 @@ def _run_process(run_dir: Path, timeout_minutes: float | None, lock: int) -> str
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Have a cell end its workers and its Ray; kill what does not end."""
+    """Terminate a cell process, which stops its workers and Ray; kill its process group after a timeout."""
     process.terminate()
     try:
         process.wait(_SECONDS_TO_STOP)
