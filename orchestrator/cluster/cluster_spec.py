@@ -1,4 +1,4 @@
-"""The machines that a plan is made for, named by a short text such as ``4x8xA100-80G-SXM``."""
+"""Parses the cluster to plan for from a specification such as ``4x8xA100-80G-SXM``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_WORKERS = 65_536
-"""More devices than any job file may ask for; the search for a plan grows with their number."""
+"""Maximum number of devices: more than a job file accepts; search time grows with it."""
 _FORM = re.compile(r"(?:(?:(?P<nodes>\d{1,18})x)?(?P<each>\d{1,18})x)?(?P<device>[^x\d].*)")
 
 
 class ClusterSpecError(ValueError):
-    """A text names no machines."""
+    """A cluster specification is malformed or has too many devices."""
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """Nodes that are all alike.
+    """A homogeneous cluster.
 
     Attributes:
-        nodes: How many there are.
-        gpus_per_node: Devices of each.
-        device: The device.
+        nodes: Number of nodes.
+        gpus_per_node: Devices per node.
+        device: Device model.
     """
 
     nodes: int
@@ -36,14 +36,14 @@ class ClusterSpec:
 
     @classmethod
     def parse(cls, text: str, extra: Path | None = None) -> ClusterSpec:
-        """Return the machines that a text names.
+        """Parse a cluster specification.
 
         Args:
             text: ``NODESxGPUSxDEVICE``, ``GPUSxDEVICE`` for one node, or ``DEVICE`` for one GPU.
-            extra: A catalogue of the user's own, beside the one that ships.
+            extra: Catalogue file to use in addition to the built-in one.
 
         Raises:
-            ClusterSpecError: The text has another form, or names no device or more than MAX_WORKERS.
+            ClusterSpecError: The text is malformed, or has no devices or more than MAX_WORKERS.
             UnknownDevice: The device is in no catalogue.
             CatalogueError: A catalogue cannot be read.
         """
@@ -62,25 +62,25 @@ class ClusterSpec:
         return cls(nodes, each, device(found["device"], extra))
 
     def with_network(self, gbit_per_second: float) -> ClusterSpec:
-        """Return the same with another network than the catalogue's.
+        """Return a copy with a different network bandwidth.
 
         Args:
-            gbit_per_second: Of a whole node, in one direction: what its network cards add up to.
+            gbit_per_second: Total bandwidth of a node's network cards, in one direction.
         """
         each = gbit_per_second / 8 / self.gpus_per_node
         return replace(self, device=self.device.model_copy(update={"network_gb_per_second": each}))
 
     @property
     def gpus(self) -> int:
-        """Devices of all nodes."""
+        """Total number of devices."""
         return self.nodes * self.gpus_per_node
 
     @property
     def host_bytes_per_node(self) -> float | None:
-        """Main memory of a node; None where the catalogue does not say."""
+        """Host memory of a node in bytes; None if the catalogue does not list it."""
         each = self.device.host_memory_gib
         return None if each is None else each * self.gpus_per_node * 2**30
 
     def __str__(self) -> str:
-        """Return the text that names them."""
+        """Return the specification, as `parse` accepts it."""
         return f"{self.nodes}x{self.gpus_per_node}x{self.device.name}"

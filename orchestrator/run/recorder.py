@@ -1,8 +1,8 @@
 """The recorder of a run: steps.jsonl, workers.json, attempts.jsonl, the metrics endpoint, and fencing.
 
-One recorder runs as an actor on the driver's node. Rank 0 sends it one message a step with the metrics of
-every rank. It refuses messages of any attempt but the current one (fencing), so that workers of an attempt
-that was given up cannot write.
+One recorder runs as a Ray actor on the driver's node. Rank 0 sends it one message per step with the metrics
+of every rank. It rejects messages from all but the current attempt (fencing), so workers of a superseded
+attempt cannot write.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchestrator.metrics.trackers import Trackers, no_trackers
 from orchestrator.run.failures import Failure, deterministic_failure_error, is_deterministic
 from orchestrator.run.run_lock import RunLock
 
-METRICS = "metrics.json"  # where the endpoint is, while there is one
+METRICS = "metrics.json"  # address of the Prometheus endpoint while it is open
 STEPS, WORKERS, ATTEMPTS, EVALUATIONS = "steps.jsonl", "workers.json", "attempts.jsonl", "evaluations.jsonl"
 REPORT = "report.json"
 
@@ -47,11 +47,11 @@ class WorkerInfo:
 
 @dataclass
 class Status:
-    """Progress of the run, for the driver to show.
+    """Progress of the run, as the driver displays it.
 
     Attributes:
         attempt: Number of the current attempt, from 1; 0 before the first.
-        start: Step that the attempt started from.
+        start: Step of the checkpoint that the attempt resumed from; 0 without one.
         step: Last finished step.
         steps: Steps of the whole run.
         eta_seconds: Estimated time to the last step.
@@ -83,7 +83,7 @@ class Recorder:
         run_lock: The lock of the driver, refreshed whenever the driver asks for the status.
         host: Address of the endpoint.
         port: Port of the endpoint, or auto; None opens none.
-        trackers: Returns the experiment trackers; called with a function that takes their warnings.
+        trackers: Factory of the experiment trackers; its argument receives their warnings.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Recorder:
     def begin_attempt(
         self, workers: Sequence[WorkerInfo], info: Mapping[str, Any], start: int, steps: int
     ) -> int:
-        """Start an attempt, and refuse messages of earlier ones from now on.
+        """Start an attempt; messages of earlier attempts are rejected afterwards.
 
         Args:
             workers: Every worker, by rank.
@@ -254,7 +254,7 @@ class Recorder:
             self.end_attempt()
 
     def report_failure(self, failure: Failure) -> None:
-        """Record an exception of a rank; the run fails if the attempt before failed in the same way."""
+        """Record an exception of a rank; the run fails if the previous attempt failed in the same way."""
         self._failures.append(failure)
         if is_deterministic(self._failures):
             self.report_fatal(deterministic_failure_error(failure), None)
@@ -288,7 +288,7 @@ class Recorder:
         write_text(self._folder / ATTEMPTS, "".join(json.dumps(entry) + "\n" for entry in self._past))
 
     def status(self) -> Status:
-        """Return where the run stands, and refresh the run lock."""
+        """Return the progress of the run with messages since the last call, and refresh the run lock."""
         if self._run_lock.is_held(self._folder):
             self._run_lock.refresh(self._folder)
         if self._exporter:
@@ -308,7 +308,7 @@ class Recorder:
             (self._folder / METRICS).unlink(missing_ok=True)
 
     def _say_where(self, host: str) -> None:
-        """Write metrics.json with the address of the endpoint, and remove that of a killed run."""
+        """Write metrics.json with the address of the endpoint, replacing one that a killed run left."""
         (self._folder / METRICS).unlink(missing_ok=True)
         if self._exporter is None:
             return
@@ -321,7 +321,7 @@ class Recorder:
         self._notes.append(text)
 
     def _announce(self) -> None:
-        """Export the current attempt's metrics, and remove those of the one before."""
+        """Export the metrics of the current attempt and remove those of the previous one."""
         if self._exporter is None:
             return
         labels = [

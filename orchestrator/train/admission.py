@@ -38,7 +38,7 @@ from orchestrator.train import ray_session
 WARM_UP_STEPS = 2
 """Steps excluded from measurement: kernels are selected and buffers allocated in them."""
 FIRST_STEPS = 5
-"""Steps that are measured after those."""
+"""Steps measured after the warm-up steps."""
 _GIB = 2**30
 
 
@@ -110,8 +110,8 @@ class FirstStepsCheck:
 
     Args:
         forecast: The admission with its prediction.
-        run_dir: The run's folder.
-        note: Told what was measured.
+        run_dir: The run directory.
+        note: Called with the measured values as a message.
     """
 
     def __init__(self, forecast: Admission, run_dir: Path, note: Callable[[str], None]) -> None:
@@ -164,10 +164,10 @@ def require_fit(
 
     Args:
         job: The job.
-        device: What it runs on.
-        run_dir: The run's folder.
-        force: Go on whatever is predicted.
-        note: Told what is predicted.
+        device: Device type.
+        run_dir: The run directory.
+        force: Train even if the job is predicted not to fit.
+        note: Called with the prediction as a message.
 
     Returns:
         The admission; None for an unsupported model architecture, and on nodes that report no memory.
