@@ -1,7 +1,7 @@
-"""Tables of a sweep in the layouts of published pages, and a plain one with all that was measured.
+"""Tables of a sweep in the layouts of published benchmarks, and a plain layout with all metrics.
 
-Every layout names the page's columns first, in its order and units. Where a page has no room for it, the
-spread of the steps stands behind the figure.
+Every layout has the columns of its page, in its order and units. Where the page has no column for it, the
+spread over steps follows the value.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def table(layout: str, name: str, rows: Sequence[Row]) -> Table:
     """Return the table of a sweep.
 
     Args:
-        layout: One of the layouts of a sweep file.
+        layout: Key of `LAYOUTS`.
         name: Name of the sweep.
-        rows: Its results.
+        rows: Results of the sweep.
     """
     return LAYOUTS[layout](name, rows)
 
 
 def plain(name: str, rows: Sequence[Row]) -> Table:
-    """Return what varies, and beside it all that was measured."""
+    """Return a table of the fields that vary and all metrics."""
     fields = list(dict.fromkeys(field for row in rows for field in row.fields))
     columns = [
         *(Column(_last_part(field, fields)) for field in fields),
@@ -63,7 +63,7 @@ def plain(name: str, rows: Sequence[Row]) -> Table:
 
 
 def xtuner(name: str, rows: Sequence[Row]) -> Table:
-    """Return the layout of XTuner's speed benchmark: TGS and TFLOPs by its own formula."""
+    """Return a table in the layout of XTuner's speed benchmark: TGS, and TFLOPS by XTuner's formula."""
     columns = [
         Column("Model"),
         Column("GPUs"),
@@ -93,7 +93,7 @@ def xtuner(name: str, rows: Sequence[Row]) -> Table:
 
 
 def tflops_xtuner(row: Row) -> float | None:
-    """Return TFLOPs as XTuner prints them; None where its formula does not describe what was computed."""
+    """Return TFLOPS by XTuner's formula; None without cross-document attention, which it assumes."""
     tgs, shape = _median(row, "tgs"), row.shape
     if tgs is None or shape is None or not row.setting("data.cross_document_attention"):
         return None
@@ -106,7 +106,7 @@ def tflops_xtuner(row: Row) -> float | None:
 
 
 def qwen(name: str, rows: Sequence[Row]) -> Table:
-    """Return the layout of Qwen's finetuning page: memory and seconds an iteration, by length."""
+    """Return a table in the layout of Qwen's finetuning page: memory and seconds per step by length."""
     lead = (Column("Model"), Column("Method"), Column("Nodes"), Column("GPUs"))
 
     def key(row: Row) -> tuple[Value, ...]:
@@ -124,7 +124,7 @@ def qwen(name: str, rows: Sequence[Row]) -> Table:
 
 
 def ms_swift(name: str, rows: Sequence[Row]) -> Table:
-    """Return the layout of ms-swift's benchmark: minutes of a run and MiB."""
+    """Return a table in the layout of ms-swift's benchmark: minutes per run and memory in MiB."""
     columns = [
         Column("Model"),
         Column("Method"),
@@ -165,7 +165,7 @@ def ms_swift(name: str, rows: Sequence[Row]) -> Table:
 
 
 def llm_action(name: str, rows: Sequence[Row]) -> Table:
-    """Return the layout of llm-action's throughput page: samples and tokens a second, hours, MB."""
+    """Return a table in the layout of llm-action's throughput page: samples/s, tokens/s, hours, MB."""
     columns = [
         Column("GPU"),
         Column("GPUs"),
@@ -214,7 +214,7 @@ def llm_action(name: str, rows: Sequence[Row]) -> Table:
 
 
 def llama2_lora(name: str, rows: Sequence[Row]) -> Table:
-    """Return the layout of the page on Llama-2 with LoRA on an RTX 3090: batch size by length."""
+    """Return a table in the layout of the Llama-2 LoRA page for an RTX 3090: batch size by length."""
     lead = (Column("Model"), Column("Method"), Column("Batch size"))
 
     def key(row: Row) -> tuple[Value, ...]:
@@ -251,7 +251,7 @@ def model_name(row: Row) -> str:
 
 
 def method_name(row: Row) -> str:
-    """Return the method as pages name it."""
+    """Return the training method as published pages name it, such as `full, ZeRO-3` or `Q-LoRA nf4`."""
     if not _is_lora(row):
         offloaded = row.setting("parallel.offload_optimizer") == "cpu"
         return f"full, ZeRO-{row.setting('parallel.zero_stage')}" + (" offload" if offloaded else "")
@@ -261,7 +261,7 @@ def method_name(row: Row) -> str:
 
 
 def epoch_seconds(row: Row) -> float | None:
-    """Return the seconds of a pass over the data at the median rate of all workers together."""
+    """Return the seconds of one epoch at the median TGS of all workers; None if it was not measured."""
     tgs, tokens = _median(row, "tgs"), row.packing.get("tokens_kept")
     return tokens / (tgs * row.setting("parallel.workers")) if tgs and tokens else None
 
@@ -274,7 +274,16 @@ def _by_length(
     cell: tuple[Sequence[Column], Callable[[Row], list[Value]]],
     notes: tuple[str, ...],
 ) -> Table:
-    """Return a table with a column for each length; where two rows meet in a cell, the later one counts."""
+    """Return a table with columns per length; of rows with the same key and length, the last is shown.
+
+    Args:
+        name: Title of the table.
+        rows: Results of the sweep.
+        lead: Columns that identify a line.
+        key: Returns the values of the lead columns for a row.
+        cell: Columns for each length, and a function that returns their values.
+        notes: Notes below the table.
+    """
     parts, figures = cell
     lengths = sorted({row.setting("data.max_length") for row in rows})
     columns = [*lead, *(Column(str(size), p.unit, p.part, p.form) for size in lengths for p in parts)]
@@ -297,7 +306,7 @@ def _by_length(
 
 
 def _outcome(row: Row, figures: Callable[[Row], list[Value]]) -> list[Value]:
-    """Return a row's figures; of a row without any, a word for the first of them."""
+    """Return the values of a row; for a failed cell its status followed by empty values."""
     if row.status == "ok":
         return figures(row)
     return [_WORDS[row.status], *([None] * (len(figures(_EMPTY)) - 1))]
@@ -307,7 +316,7 @@ _EMPTY = Row("", {}, {"parallel": {"workers": 1}}, "ok", seconds={"data": 0.0, "
 
 
 def _notes(rows: Iterable[Row]) -> tuple[str, ...]:
-    """Return what all figures need beside them: the device, what failed and why."""
+    """Return notes common to all layouts: the statistics used, the hardware, and the failures."""
     rows = list(rows)
     notes = []
     if any(row.samples for row in rows):
@@ -323,7 +332,7 @@ def _notes(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def _machine(row: Row) -> str:
-    """Return what a row was measured on in a line; the row itself holds all that is known of it."""
+    """Return a line with the hardware, software versions and commit of a row."""
     found = row.environment
     versions = found.get("versions", {})
     parts = [
@@ -350,7 +359,7 @@ def _peak(row: Row, name: str, unit_bytes: float) -> float | None:
 
 
 def _nodes(row: Row, rows: Iterable[Row]) -> int | None:
-    """Return the nodes that a run like this took: one that ran out of memory may not have come so far."""
+    """Return the number of nodes of a row, or of another with equal workers if it failed too early."""
     workers = row.setting("parallel.workers")
     alike = (each for each in (row, *rows) if each.setting("parallel.workers") == workers)
     return next((n for each in alike if (n := each.environment.get("nodes"))), None)
@@ -361,7 +370,7 @@ def _is_lora(row: Row) -> bool:
 
 
 def _last_part(field: str, fields: Sequence[str]) -> str:
-    """Return the last part of a dotted name, or all of it where another field ends in the same."""
+    """Return the last part of a dotted name, or the whole name if another field has the same last part."""
     last = field.rpartition(".")[2]
     return last if [each.rpartition(".")[2] for each in fields].count(last) == 1 else field
 

@@ -1,4 +1,4 @@
-"""The sweep file as values: a job, the fields that vary, and the cells that follow from them.
+"""Loads a sweep file: base jobs, the fields that vary, and the resulting cells.
 
     name: lengths
     base: ../quickstart.yaml          # one job file or a list of them; or `job:` with the job itself
@@ -6,8 +6,8 @@
     warmup_steps: 2
     steps: 10
 
-Every base goes with every entry of `cells` and with every combination of `matrix`. All cells are judged as
-jobs before the first one runs.
+Cells are the Cartesian product of bases, entries of `cells`, and combinations of `matrix`. All of them are
+validated as jobs before the first one runs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from orchestrator.errors import SpecError
 Layout = Literal["plain", "xtuner", "qwen", "ms-swift", "llm-action", "llama2-lora"]
 Values = dict[str, Any]
 _MOST_CELLS = 1000
-_LONGEST_SLUG = 48  # a run's name has 63 characters at most, of which the digest takes nine
+_LONGEST_SLUG = 48  # a run's name has at most 63 characters, and the digest takes 9 of them
 
 
 class SweepSpec(Section):
-    """A sweep file."""
+    """Schema of a sweep file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the sweep; its folder is STORAGE/NAME."""
@@ -68,9 +68,9 @@ class Cell:
     """One job of a sweep.
 
     Attributes:
-        name: Name of its run: the values that set it apart, and a digest of the whole job.
-        fields: The fields that vary over the sweep, and their values here.
-        job: The job as it is run.
+        name: Name of its run: the values that vary, and a digest of the whole job.
+        fields: Values of the fields that vary over the sweep.
+        job: The job that is run.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where its results lie."""
+        """Absolute path of the sweep's results."""
         return Path(self.spec.storage).expanduser().absolute() / self.spec.name
 
 
@@ -96,13 +96,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
     Args:
         path: The YAML file.
-        overrides: Texts such as `parallel.zero_stage=2`, set in the job of every cell.
+        overrides: Settings such as `parallel.zero_stage=2` for the job of every cell.
 
     Returns:
         The sweep.
 
     Raises:
-        SpecError: With every problem of the file, of its bases and of every cell.
+        SpecError: Lists every problem of the file, its bases and its cells.
     """
     data, source_lines, problems = yaml_loader.read(loader.text_of(path, "sweep"), path.name, "sweep")
     spec, broken = _validate(data, source_lines, path.name)
@@ -110,7 +110,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise SpecError(*problems, *broken)
     bases = _bases(spec, data, source_lines, path, overrides)
     cells: dict[str, Cell] = {}
-    found: dict[str, None] = {}  # each problem once, in order: most are the same in many cells
+    found: dict[str, None] = {}  # an ordered set: most problems occur in many cells
     for base, (fields, written) in itertools.product(bases, _combinations(spec, source_lines, path.name)):
         job, broken = _job(base, fields, written)
         if job is None:
@@ -125,7 +125,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 @dataclass(frozen=True)
 class _Base:
-    """A job as it was written, before anything is set in it; `origin` names it in errors."""
+    """A parsed job file before cells set their fields in it; `origin` is its name in errors."""
 
     label: str
     data: dict[str, Any]
@@ -140,7 +140,7 @@ def _validate(
     try:
         spec = SweepSpec.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        # A base may be a text or a list of them, and pydantic says of each why it is not: once will do.
+        # `base` is a union of a string and a list, so pydantic reports an error for each: keep the first.
         first: dict[yaml_loader.Location, ErrorDetails] = {}
         for detail in error.errors(include_url=False):
             first.setdefault(detail["loc"][:1] if detail["loc"][0] == "base" else detail["loc"], detail)
@@ -177,7 +177,7 @@ def _bases(
     path: Path,
     overrides: Sequence[str],
 ) -> list[_Base]:
-    """Read the job files, or the job that stands in the sweep, and set the overrides in each."""
+    """Read the job files, or the job in the sweep file, and apply the overrides to each."""
     problems: list[str] = []
     bases = []
     for name in _base_names(spec):
@@ -206,7 +206,7 @@ def _bases(
 def _combinations(
     spec: SweepSpec, source_lines: yaml_loader.SourceLines, origin: str
 ) -> Iterator[tuple[Values, dict[str, str]]]:
-    """Yield the fields of every cell, and the line that each of them was written on."""
+    """Yield the fields of every cell, and the source line of each field."""
     for index, listed in enumerate(spec.cells):
         for chosen in itertools.product(*(range(len(values)) for values in spec.matrix.values())):
             picked = dict(zip(spec.matrix, chosen, strict=True))
@@ -229,7 +229,7 @@ def _job(base: _Base, fields: Values, written: Mapping[str, str]) -> tuple[JobSp
 
 
 def _cell(spec: SweepSpec, job: JobSpec, fields: Values, base: str | None) -> Cell:
-    """Return a cell, its job changed to one that is measured: no retries, nothing saved on the way."""
+    """Return a cell whose job is changed for measurement: no restarts, checkpoints or metrics endpoint."""
     steps = job.optim.max_steps if spec.steps is None else spec.warmup_steps + spec.steps
     changed = job.model_copy(
         update={
@@ -247,14 +247,14 @@ def _cell(spec: SweepSpec, job: JobSpec, fields: Values, base: str | None) -> Ce
 
 
 def _digest(spec: SweepSpec, job: JobSpec) -> str:
-    """Return eight digits that change with all that the figures depend on, and not with where they are."""
+    """Return 8 hex digits of a hash over all that affects the results, excluding name and storage."""
     content = job.model_dump(mode="json", exclude={"name": True, "checkpoint": {"storage"}})
     content["sweep"] = [spec.warmup_steps, spec.memory_limit_gib]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield fields by their dotted names, those of a whole section one by one."""
+    """Yield fields by dotted name, flattening sections."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")

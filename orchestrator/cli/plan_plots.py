@@ -31,18 +31,19 @@ def draw(
     folder: Path,
     data: DataShape = UNKNOWN_DATA,
 ) -> list[Path]:
-    """Write memory_by_part.svg and tgs_over_length.svg: the best plan at each of some lengths.
+    """Write memory_by_part.svg and tgs_over_length.svg with the best plan at several lengths.
 
     Args:
-        job: The job; lengths are its own, and others by powers of two.
-        config: Its model's config.json.
-        cluster: What there is.
-        calibration: What is known of the stack.
-        folder: Where the files go.
-        data: What is known of the data.
+        job: The job; its max_length is plotted with multiples from 1/8 to 8 by powers of two.
+        config: The model's config.json.
+        cluster: The cluster to plan for.
+        calibration: Calibration parameters of the software stack.
+        folder: Folder for the files.
+        data: Statistics of the data.
 
     Raises:
-        SpecError: matplotlib is not installed, the folder cannot be written, or it has plots of others.
+        SpecError: matplotlib is not installed, the folder is not writable, or it has files of the same names
+            that this command did not write.
     """
     require_matplotlib("leave out --plots")
     files = [folder / f"{name}.svg" for name in ("memory_by_part", "tgs_over_length")]
@@ -88,7 +89,7 @@ def _unwritable(folder: Path, error: OSError) -> SpecError:
 
 
 def _require_ours(files: Sequence[Path]) -> None:
-    """Refuse to overwrite plots of somebody else: a file says who drew it."""
+    """Raise SpecError if a file exists without this command's name in its SVG metadata."""
     foreign = [file for file in files if file.exists() and _CREATOR.encode() not in file.read_bytes()]
     if foreign:
         names = ", ".join(str(file) for file in foreign)
@@ -98,7 +99,7 @@ def _require_ours(files: Sequence[Path]) -> None:
 
 
 def moments(candidate: Candidate) -> dict[str, float]:
-    """Return the parts that make up the required memory, in GiB: states, and the largest of three moments."""
+    """Return the components of the required memory in GiB: states and the largest of three phases."""
     found = candidate.prediction.memory
     parts = {
         name: getattr(found, name)
