@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, against what autograd keeps of transformers' layers."""
+"""Predicted activation memory of a layer matches the tensors that autograd saves in transformers' layers."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ SIZES = {
 
 
 def kept_by_autograd(family: str, attention: str, frozen: bool, **changes: Any) -> tuple[float, Workload]:
-    """Return the bytes that one layer's forward pass keeps, and the work that stands for it."""
+    """Return the bytes that autograd saves in one layer's forward pass, and the corresponding workload."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -31,9 +31,10 @@ def kept_by_autograd(family: str, attention: str, frozen: bool, **changes: Any) 
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        tensors.append(tensor)  # so that no storage is used again
+        tensors.append(tensor)  # keep it alive so that no address is reused
         return tensor
 
+    # hidden: [1, TOKENS, hidden_size]; the additive mask of eager attention: [1, 1, TOKENS, TOKENS].
     hidden = torch.randn(1, TOKENS, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     places = torch.arange(TOKENS)[None]
     angles = model.base_model.rotary_emb(hidden, places)

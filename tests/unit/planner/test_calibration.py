@@ -1,4 +1,4 @@
-"""Two constants of a stack: found where they were planted, and calm where little was measured."""
+"""Calibration recovers known parameters of a stack, and stays near the prior with few measurements."""
 
 import random
 from dataclasses import replace

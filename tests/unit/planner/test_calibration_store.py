@@ -1,4 +1,4 @@
-"""What runs measured is kept, read again, and makes the next prediction of the same stack better."""
+"""Measurements of runs are stored, read back, and improve later predictions for the same software stack."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_place_that_cannot_be_written_costs_nothing(
 
 
 def test_predictions_without_constants_are_what_is_kept() -> None:
-    """Otherwise each run would be fitted against constants of the one before."""
+    """Otherwise each run would be fitted relative to the parameters of the previous one."""
     plain = prediction()
     assert run(4096).memory == plain.memory
     assert predict(plain.work, NODE).memory == plain.memory

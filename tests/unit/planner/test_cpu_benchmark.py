@@ -1,4 +1,4 @@
-"""The speed of this machine's processors, as a device that predictions can be made for."""
+"""The CPU benchmark yields a device with measured rates for predictions."""
 
 from __future__ import annotations
 

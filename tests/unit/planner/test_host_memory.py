@@ -1,4 +1,4 @@
-"""What a worker needs in host memory is its share of what DeepSpeed's own estimators say of a node."""
+"""Predicted host memory of a worker is its share of the node's memory by DeepSpeed's estimators."""
 
 import json
 from typing import Any

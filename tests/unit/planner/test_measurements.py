@@ -1,4 +1,4 @@
-"""The planner's benchmark on made-up rows: what it reads, what it leaves out, and what it says."""
+"""The planner benchmark on synthetic measurements: rows read, rows skipped, and the report."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ def row(**changes: Any) -> Measurement:
 
 
 def planted(**changes: Any) -> Measurement:
-    """Return a row whose figures are those of a stack with constants of its own."""
+    """Return a measurement predicted for a stack with the calibration parameters `SPECIAL`."""
     plain = predict(case_of(row(**changes), False), *SPECIAL)
     return row(**changes, memory_per_gpu_gib=plain.memory_gib, tgs=plain.tgs)
 
@@ -172,6 +172,6 @@ def test_the_command_prints_one_object_with_the_keys(tmp_path: Path) -> None:
     }  # fmt: skip
     assert keys <= set(found)
     assert found["by_source"]["made-up"]["memory_rows"] == len(ROWS)
-    # LoRA in 16 bits has a hundredth of the states that DeepSpeed's estimators count.
+    # 16-bit LoRA has 1/100 of the model states that DeepSpeed's estimators count.
     assert found["deepspeed_estimators"]["memory_median_error"] > 1
     assert len(read(path)) == len(ROWS)

@@ -1,4 +1,4 @@
-"""Memory by part, against numbers made by hand and DeepSpeed's estimators."""
+"""Predicted memory by component matches manual calculations and DeepSpeed's estimators."""
 
 from dataclasses import replace
 from typing import Any
@@ -44,7 +44,7 @@ def test_mixed_precision_is_sixteen_bytes_a_parameter() -> None:
     found = gpu()
     assert (found.weights, found.gradients, found.optimizer) == (2 * P, 2 * P, 12 * P)
     assert found.states == 16 * P
-    assert found.step == 4 * P  # the fp32 gradients that the step makes
+    assert found.step == 4 * P  # fp32 gradients in the optimizer step
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_offloaded_activations_are_on_the_host() -> None:
 def test_eager_attention_pays_for_squares() -> None:
     flash, eager = gpu(), gpu(flash=False)
     assert eager.layer - flash.layer == 17 * 32 * 2048**2
-    shared = gpu(flash=False, sequence_parallel_size=4)  # a quarter of the heads, all of the row
+    shared = gpu(flash=False, sequence_parallel_size=4)  # scores: a quarter of the heads, the whole row
     assert shared.layer == eager.layer / 4
     kept = gpu(flash=False, checkpointing="none").activations - gpu(checkpointing="none").activations
     assert kept == 32 * 3 * 32 * 2048**2
@@ -177,7 +177,7 @@ def test_the_peak_is_the_largest_of_three_moments() -> None:
     assert short.required == short.step_peak > short.loss_peak
     assert long.required == max(long.loss_peak, long.backward_peak) > long.step_peak
     assert short.peak >= short.required
-    assert sum(short.by_part().values()) > short.required  # the parts do not stand at one time
+    assert sum(short.by_part().values()) > short.required  # the parts do not peak at the same time
 
 
 def test_lengths_that_vary_waste_activations() -> None:

@@ -1,4 +1,4 @@
-"""The search proposes jobs that are valid, fit, and are the fastest of those that it looked at."""
+"""The search returns valid jobs that fit and are the fastest of all candidates."""
 
 from __future__ import annotations
 

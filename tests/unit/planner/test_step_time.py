@@ -1,4 +1,4 @@
-"""Seconds of a step by part, against numbers made by hand."""
+"""Predicted step time by component matches manual calculations."""
 
 from dataclasses import replace
 from typing import Any
@@ -71,7 +71,7 @@ def test_flops_are_those_of_the_canon(name: str, checkpointing: Any, method: Any
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("document", [512, 6144, 8192])
 def test_planner_and_metrics_count_the_same_model_flops(name: str, method: Any, document: int) -> None:
-    """The metrics sum over documents; the planner knows their mean squared length and the labelled share."""
+    """Metrics sum over documents; the planner has their mean squared length and the labelled fraction."""
     model, tokens, scored = model_of(name), 24576, 6144
     lengths = [document] * (tokens // document)
     forward = forward_flops(
@@ -101,7 +101,7 @@ def test_products_take_their_flops_over_a_part_of_what_the_best_one_reaches() ->
 
 
 def test_kernels_reach_another_part_of_the_peak_on_another_device() -> None:
-    """From A100 to H100 products scale nearly with the peak, and the same kernels of attention far less."""
+    """From A100 to H100, matmuls scale nearly with the peak, and the same attention kernels far less."""
     here, there = step_time(FULL, A100), step_time(FULL, device("H100-80G-SXM"))
     assert here.linear / there.linear == pytest.approx(794.5 / 267.9)
     assert here.attention / there.attention == pytest.approx(335 / 204)
@@ -158,7 +158,7 @@ def test_offloaded_states_cost_a_step_on_the_host_and_copies() -> None:
     assert there.optimizer == 0
     assert there.offload > 32 * LLAMA.parameters.total / 40e9
     short = seconds(length_tokens=64, offload=Offload("cpu", "cpu"))
-    assert short.fetch > 0  # too little to compute behind the copies
+    assert short.fetch > 0  # too little computation to hide the copies
 
 
 def test_quantised_weights_cost_their_making() -> None:
