@@ -1,4 +1,4 @@
-"""A sweep in earnest: a cell without enough memory is a row, and a sweep that is killed goes on."""
+"""End-to-end sweeps: a cell that runs out of memory yields a row, and a killed sweep resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of sweeps as tests make them up."""
+"""Synthetic rows of sweeps for tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.bench.results import Row
 from orchestrator.config.schema import JobSpec
 
-# The sizes of Llama-2-7B.
+# Model dimensions of Llama-2-7B.
 LLAMA_7B = {
     "hidden_size": 4096,
     "layers": 32,
@@ -20,7 +20,7 @@ LLAMA_7B = {
 
 
 def job(**changes: Any) -> dict[str, Any]:
-    """Return a job as a row holds it; `data__max_length=8` sets a field of a section."""
+    """Return a job as rows store it; `data__max_length=8` sets data.max_length."""
     written: dict[str, Any] = {
         "name": "cell",
         "model": {"path": "meta-llama/Llama-2-7b-hf"},
@@ -33,7 +33,7 @@ def job(**changes: Any) -> dict[str, Any]:
 
 
 def row(cell: str = "cell", fields: dict[str, Any] | None = None, tgs: float = 100.0, **changes: Any) -> Row:
-    """Return a row of a cell that ran: three steps, of which the median has this TGS."""
+    """Return a row of a successful cell with three steps, whose median TGS is `tgs`."""
     return Row(
         cell=cell,
         fields=fields or {},
@@ -61,5 +61,5 @@ def row(cell: str = "cell", fields: dict[str, Any] | None = None, tgs: float = 1
 
 
 def without_figures(status: Any, cell: str, fields: dict[str, Any] | None = None, **changes: Any) -> Row:
-    """Return a row of a cell that did not run to its end."""
+    """Return a row of a failed cell."""
     return Row(cell, fields or {}, job(**changes), status, reason="the reason")

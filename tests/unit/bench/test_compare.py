@@ -1,4 +1,4 @@
-"""A difference is called one where it is more than the steps vary, and only there."""
+"""A comparison reports a difference only if it exceeds the variation between steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables hold the columns of the pages, and figures calculated by hand."""
+"""Tables have the columns of the published pages, and values that match manual calculations."""
 
 from __future__ import annotations
 

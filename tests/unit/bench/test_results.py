@@ -1,4 +1,4 @@
-"""Rows are kept line by line: nothing that was measured is lost, and nothing is measured twice."""
+"""Results are appended per cell: a killed sweep loses no measurement and repeats none."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def sweep(tmp_path: Path) -> Sweep:
 
 
 class Machine:
-    """Stands for the processes of cells: remembers which were run, and ends as it is told."""
+    """A fake of cell processes: records which cells ran and returns the configured status."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run: list[int] = []

@@ -1,4 +1,4 @@
-"""A sweep file becomes valid jobs, or errors that name the place, all at once."""
+"""A sweep file yields valid jobs, or all its errors with their source lines."""
 
 from __future__ import annotations
 
