@@ -1,4 +1,4 @@
-"""Which exception is the root cause, and which one a retry would hit again."""
+"""Failures: selection of the root cause, and detection of deterministic exceptions."""
 
 from dataclasses import replace
 from pathlib import Path

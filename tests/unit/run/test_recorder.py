@@ -1,4 +1,4 @@
-"""What a run's endpoint says of attempts that begin, go on and end."""
+"""The metrics endpoint of a run when attempts begin, continue and end."""
 
 import json
 import time
@@ -55,7 +55,7 @@ def step(recorder: Recorder, attempt: int, number: int, **changes: float) -> Non
 
 
 def shown(recorder: Recorder) -> dict[str, list[float]]:
-    """Return the values of each series of the endpoint, by name."""
+    """Return the values of every series of the endpoint, by name."""
     assert recorder._exporter is not None
     found: dict[str, list[float]] = {}
     for family in text_string_to_metric_families(recorder._exporter.text()):
@@ -153,7 +153,7 @@ def test_a_recorder_that_is_started_anew_goes_on(recorder: Recorder, tmp_path: P
     try:
         assert "tgs" not in shown(again)
         assert shown(again)["step"] == [1.0]
-        step(again, attempt, 1)  # the same message once more
+        step(again, attempt, 1)  # a retried message
         assert shown(again)["processed_tokens_total"] == [0.0, 0.0]
         step(again, attempt, 2)
         assert shown(again)["tgs"] == [30.0, 20.0]

@@ -1,4 +1,4 @@
-"""What workers are told before they start."""
+"""The configuration that workers receive before they start."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A job is planned on the cluster that there is: kept with the run, and refused where it cannot fit."""
+"""Admission predicts a job for the current cluster, writes plan.json, and rejects a job that cannot fit."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
     watch = admission.FirstStepsCheck(planned, tmp_path, notes.append)
     made(tmp_path, 1, 11, 50.0)
     watch(Status(attempt=1, start=10, step=11))
-    # A worker was killed: the attempt that follows is measured from where it begins.
+    # A worker was killed: the next attempt is measured from its own start step.
     for step, seconds in enumerate((60.0, 40.0, 2.0, 2.0, 3.0, 2.0), 11):
         made(tmp_path, 2, step, seconds)
         watch(Status(attempt=2, start=10, step=step))
@@ -149,7 +149,7 @@ def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
     (seen,) = recall(planned.stack)
     assert (seen.run, seen.seconds) == (str(tmp_path), 2.0)
     assert seen.peak_bytes == 2 * GIB
-    planned.remember(tmp_path, report(3 * GIB))  # at its end
+    planned.remember(tmp_path, report(3 * GIB))  # at the end of the run
     assert [each.peak_bytes for each in recall(planned.stack)] == [3 * GIB]
 
 

@@ -1,4 +1,4 @@
-"""What a run says that is told to stop."""
+"""Messages of a run that receives a stop request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orchestrator.train import graceful_stop
 
 
 class Recorder:
-    """An actor whose answers are given, and that a worker reports to as it is asked."""
+    """A fake recorder actor that returns the given statuses in order."""
 
     def __init__(self, *answers: Status, running: bool = True) -> None:
         self.answers, self.running, self.ended_as = list(answers), running, ""

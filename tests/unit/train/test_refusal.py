@@ -1,4 +1,4 @@
-"""A model that cannot be trained exactly is refused by the driver, before data are read."""
+"""The driver rejects a model that cannot be trained exactly, before it reads data."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A job is resolved once: device, dtype and worker resources; too little host memory is refused."""
+"""A job is resolved to device, dtype and worker resources, and rejected with too little host memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def node(memory_bytes: int) -> Node:
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """Return a folder with the configuration of a model of 11,392 parameters."""
+    """Return a folder with the config.json of a model with 11,392 parameters."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -42,7 +42,7 @@ def model(tmp_path: Path) -> str:
 
 # Embedding and head 2 x 64 x 32, attention 4 x 32 x 32, MLP 3 x 32 x 32, three norms of 32.
 PARAMETERS = 4_096 + 4_096 + 3_072 + 96
-NEEDED = int(1.5 * 16 * PARAMETERS / 2)  # bytes of a worker: 16 of a parameter, halved, and 50 % for buffers
+NEEDED = int(1.5 * 16 * PARAMETERS / 2)  # bytes per worker: 16 per parameter over 2 workers, plus 50 %
 
 
 def test_host_memory_for_offload_is_part_of_the_worker_resources(model: str) -> None:

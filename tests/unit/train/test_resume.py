@@ -1,4 +1,4 @@
-"""A finished run answers for its own job only, at once; one that goes on keeps what it has done."""
+"""A finished run returns its report only for the same job, and a resumed run keeps its finished steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.train.resume import finished_before, input_files, require_step
 
 
 def make_job(root: Path, **optim: Any) -> JobSpec:
-    """Return a job on files below a folder, which are made where they are not there."""
+    """Return a job whose model and data are in a folder; creates missing files."""
     if not (root / "model").exists():
         (root / "model").mkdir()
         (root / "model" / "config.json").write_text("{}")
@@ -42,7 +42,7 @@ def make_job(root: Path, **optim: Any) -> JobSpec:
 
 
 def finish(root: Path, job: JobSpec, steps: int) -> Path:
-    """Leave what a run leaves that has done all its steps."""
+    """Write the files of a run that finished all its steps; return the run directory."""
     run_dir = open_run(job)
     require_same_data(run_dir, Path("plan-a"), Path("plan-b"), input_files(job))
     record_job(run_dir, job)
@@ -57,7 +57,7 @@ def test_the_same_job_again_is_answered_with_what_was(tmp_path: Path, logged: li
     assert finished_before(job) is None, "no run yet"
     run_dir = finish(tmp_path, job, 3)
     for file in (tmp_path / "data" / "a.jsonl", tmp_path / "eval.jsonl"):
-        os.utime(file, (1, 1))  # another time is not another file
+        os.utime(file, (1, 1))  # a new mtime does not change the content
     assert finished_before(job) == {"steps": 3, "loss": 1.0}
     (line,) = logged
     assert line.startswith(f"run {run_dir} already finished (20")

@@ -1,4 +1,4 @@
-"""Sequence parallelism that the heads do not allow is refused before anything is paid for."""
+"""Sequence parallelism that does not divide the attention heads is rejected before training."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,13 @@ from orchestrator.train import driver
 
 
 def notes_of(monkeypatch: pytest.MonkeyPatch, size: int, gpus: list[int]) -> list[str]:
-    """Return what is said of a model with 32 heads and 8 KV heads on nodes with so many GPUs."""
+    """Return the notes for a model with 32 heads and 8 KV heads.
+
+    Args:
+        monkeypatch: Replaces the list of nodes.
+        size: Workers, and sequence-parallel size.
+        gpus: Number of GPUs of every node.
+    """
     config: Any = SimpleNamespace(num_attention_heads=32, num_key_value_heads=8)
     nodes = [Node(str(n), f"10.0.0.{n}", f"n{n}", 64.0, float(count), 0) for n, count in enumerate(gpus)]
     monkeypatch.setattr(driver.ray_session, "live_nodes", lambda: tuple(nodes))

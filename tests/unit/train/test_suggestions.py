@@ -1,4 +1,4 @@
-"""Remedies for memory that ran out name only what the job has not done already."""
+"""Suggestions after an out-of-memory error omit settings that the job already has."""
 
 from __future__ import annotations
 
