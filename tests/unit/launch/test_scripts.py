@@ -26,9 +26,14 @@ SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then printf 'node1\\nnode2\\nnode3\\n'; else echo "scontrol $*" >> "$LOG"; fi
 """
 RAY = """#!/bin/bash
-echo "ray $* token=${#RAY_AUTH_TOKEN} mode=$RAY_AUTH_MODE" >> "$LOG"
 trap 'echo "ray stopped" >> "$LOG"; exit 0' TERM
+echo "ray $* token=${#RAY_AUTH_TOKEN} mode=$RAY_AUTH_MODE" >> "$LOG"
 while true; do sleep 0.1; done
+"""
+# Stands for the Python code that waits for the nodes: until the head and the step of the workers run.
+NODES_JOIN = """#!/bin/bash
+echo "${0##*/} $*" >> "$LOG"
+while [[ $(grep -c '^ray ' "$LOG") -lt 2 ]]; do sleep 0.1; done
 """
 TRAIN = """#!/bin/bash
 echo "orchestrator $* RAY_ADDRESS=$RAY_ADDRESS" >> "$LOG"
@@ -90,7 +95,7 @@ SLURM = {
 def slurm(tmp_path: Path) -> Stubs:
     # The port of the head is never opened, so the stub of the worker does not wait for it.
     worker = SRUN.replace('exec "$@"', 'if [[ $1 == */ray-worker.sh ]]; then exec ray "$@"; fi\nexec "$@"')
-    return Stubs(tmp_path, srun=worker, scontrol=SCONTROL, ray=RAY, orchestrator=TRAIN, python3=LOG)
+    return Stubs(tmp_path, srun=worker, scontrol=SCONTROL, ray=RAY, orchestrator=TRAIN, python3=NODES_JOIN)
 
 
 def test_slurm_starts_ray_on_every_node_trains_and_stops_ray(slurm: Stubs) -> None:
