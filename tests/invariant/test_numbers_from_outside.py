@@ -50,4 +50,4 @@ def test_first_steps_are_told_of_and_the_whole_run_calibrates(undisturbed_run: O
     rows = step_rows(undisturbed_run.folder)[2:]
     assert min(row["step_seconds"] for row in rows) <= runs[0]["seconds"]
     assert runs[0]["seconds"] <= max(row["step_seconds"] for row in rows)
-    assert [line["workers"] for line in lines if "processor" in line] == [2]
+    assert [line["workers"] for line in lines if "cpu_host" in line] == [2]
