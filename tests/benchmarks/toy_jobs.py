@@ -25,8 +25,8 @@ from orchestrator.bench.sweep import load
 from orchestrator.cluster.hardware import Device
 from orchestrator.config import loader
 from orchestrator.planner.calibration import MemoryParams, fit_memory, fit_time, predicted_seconds
-from orchestrator.planner.cpu_benchmark import measure, processor
-from orchestrator.planner.estimate import PROCESS_BYTES, workload_of_row
+from orchestrator.planner.cpu_benchmark import cpu_device, measure
+from orchestrator.planner.estimate import PROCESS_BYTES, workload_from_job
 from orchestrator.planner.memory import GpuMemory, gpu_memory, host_memory_of_workload
 from orchestrator.planner.step_time import MicroSteps, micro_steps
 from orchestrator.planner.workload import Model
@@ -63,7 +63,7 @@ def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping
     config = load_config_json(job.model.path)
     model = Model.from_config(config)
     assert model is not None
-    work = workload_of_row(job, config, model, job.parallel.workers, "cpu")
+    work = workload_from_job(job, config, model, job.parallel.workers, "cpu")
     return Cell(
         name=", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in fields.items()),
         memory=gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0),
@@ -113,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = load(SWEEP, [])
     rows = run_cells(wanted, None, _tell, False)
-    devices = {workers: processor(8.0, measure(workers)) for workers in (1, 2)}
+    devices = {workers: cpu_device(8.0, measure(workers)) for workers in (1, 2)}
     found = compare([cell_of(row.fields, yaml.safe_dump(row.job), row, devices) for row in rows])
     rates = {workers: _rates(device) for workers, device in devices.items()}
     if arguments.json:
