@@ -21,15 +21,8 @@ from orchestrator.planner.formatting import (
     format_suggestions,
     format_value,
 )
-from orchestrator.planner.search import (
-    FIELDS,
-    Candidate,
-    Plan,
-    Suggestion,
-    predict_job,
-    search,
-    suggest_changes,
-)
+from orchestrator.planner.plan import FIELDS, Candidate, Plan, Suggestion
+from orchestrator.planner.search import predict_job, search, suggest_changes
 from orchestrator.planner.workload import DataShape
 
 _PARTS = {

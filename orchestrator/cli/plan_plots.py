@@ -12,7 +12,8 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
 from orchestrator.planner.estimate import TIME_RANGE, CalibrationParams
 from orchestrator.planner.formatting import GIB
-from orchestrator.planner.search import Candidate, search
+from orchestrator.planner.plan import Candidate
+from orchestrator.planner.search import search
 from orchestrator.planner.workload import UNKNOWN_DATA, DataShape
 
 _SHORTEST = 512

@@ -18,11 +18,11 @@ from orchestrator.planner.step_time import (
     StepTime,
     TimeParams,
     dtype_of,
-    micro_batch_model_flops,
     step_time,
     tokens_per_gpu_second,
 )
 from orchestrator.planner.workload import Model, Workload
+from orchestrator.planner.workload_flops import micro_batch_model_flops
 
 MEMORY_RANGE = {True: 0.10, False: 0.25}
 """Relative error of the predicted peak that 90 % of published measurements stay within, by whether the stack

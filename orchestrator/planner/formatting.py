@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.planner.estimate import MEMORY_RANGE, TIME_RANGE, Prediction
-from orchestrator.planner.search import Suggestion
+from orchestrator.planner.plan import Suggestion
 
 GIB = 2**30
 

@@ -7,7 +7,7 @@ result (model, method, data, global batch size, optimizer) are not searched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -16,7 +16,8 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
 from orchestrator.parallel.parallel_dims import sequence_parallel_degrees
-from orchestrator.planner.estimate import CalibrationParams, Prediction, predict, workload_from_job
+from orchestrator.planner.estimate import CalibrationParams, predict, workload_from_job
+from orchestrator.planner.plan import Candidate, Plan, Suggestion
 from orchestrator.planner.workload import UNKNOWN_DATA, DataShape, Model
 
 TIE = 0.03
@@ -34,80 +35,6 @@ _STATES = (
     (3, "cpu", "cpu"),
 )
 """(zero_stage, offload_optimizer, offload_param) combinations to search."""
-FIELDS = (
-    "parallel.workers",
-    "parallel.zero_stage",
-    "parallel.offload_optimizer",
-    "parallel.offload_param",
-    "parallel.sequence_parallel_size",
-    "optim.micro_batch_size",
-    "model.gradient_checkpointing",
-    "model.loss_tile_tokens",
-    "parallel.offload_activations",
-)
-"""Job fields that the search sets."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A job with its prediction.
-
-    Attributes:
-        job: The job.
-        prediction: Predicted memory and step time.
-    """
-
-    job: JobSpec
-    prediction: Prediction
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Values of `FIELDS`."""
-        return {name: _value(self.job, name) for name in FIELDS}
-
-    @property
-    def seconds_per_pack(self) -> float:
-        """Step time over packs per step, comparable between batch sizes."""
-        seconds = self.prediction.seconds
-        return float("inf") if seconds is None else seconds / self.job.optim.global_batch_size
-
-    def changes_to(self, other: Candidate) -> dict[str, Any]:
-        """Return the settings in which another candidate differs from this one."""
-        mine = self.settings
-        return {name: value for name, value in other.settings.items() if value != mine[name]}
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """Changes that make a job fit.
-
-    Attributes:
-        changes: New values by field; `--gpus` stands for another cluster.
-        candidate: The changed job with its prediction.
-    """
-
-    changes: Mapping[str, Any]
-    candidate: Candidate
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Result of a search.
-
-    Attributes:
-        cluster: The nodes and devices.
-        asked: The job as written.
-        best: The preferred candidate; None if no candidate fits.
-        others: The best candidate of every other combination of ZeRO stage, offload and sequence parallel
-            size, those that fit first.
-        considered: Number of candidates that were predicted.
-    """
-
-    cluster: ClusterSpec
-    asked: Candidate
-    best: Candidate | None
-    others: tuple[Candidate, ...]
-    considered: int
 
 
 def predict_job(
@@ -395,8 +322,3 @@ def _cost(candidate: Candidate) -> tuple[float, ...]:
         work.loss_tile_tokens > 0,
         candidate.prediction.needed_bytes,
     )
-
-
-def _value(job: JobSpec, dotted: str) -> Any:
-    section, _, name = dotted.partition(".")
-    return getattr(getattr(job, section), name)

@@ -15,7 +15,8 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
 from orchestrator.planner.estimate import CalibrationParams
-from orchestrator.planner.search import FIELDS, TIE, predict_job, search, suggest_changes
+from orchestrator.planner.plan import FIELDS
+from orchestrator.planner.search import TIE, predict_job, search, suggest_changes
 
 
 def job(model: str = "llama2-7b", length: int = 4096, packs: int = 64, **parallel: Any) -> JobSpec:

@@ -22,14 +22,12 @@ from orchestrator.planner.step_time import (
     MissingDeviceRates,
     StepTime,
     TimeParams,
-    attention_flops,
-    linear_flops,
-    micro_batch_model_flops,
     micro_steps,
     step_time,
     tokens_per_gpu_second,
 )
 from orchestrator.planner.workload import Model, Workload
+from orchestrator.planner.workload_flops import attention_flops, linear_flops, micro_batch_model_flops
 
 A100 = device("A100-80G-SXM")
 

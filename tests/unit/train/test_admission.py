@@ -15,7 +15,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.planner.calibration_store import recall
 from orchestrator.planner.cpu_benchmark import CpuRates
 from orchestrator.planner.estimate import CalibrationParams
-from orchestrator.planner.search import FIELDS
+from orchestrator.planner.plan import FIELDS
 from orchestrator.run.recorder import Status
 from orchestrator.run.report import predicted
 from orchestrator.train import admission, ray_session
