@@ -43,7 +43,7 @@ from orchestrator.cli.output import (
     write_message,
     write_result,
 )
-from orchestrator.cli.run_tables import SUMMARY_FIELDS, read_report, side_by_side, summary, table
+from orchestrator.cli.run_tables import packing_table, result_texts, summary
 from orchestrator.config import loader
 from orchestrator.config.auto_values import resolve_device, resolve_dtype
 from orchestrator.console_log import LEVEL_VARIABLE, console_log
@@ -202,12 +202,7 @@ def doctor(
 
 
 @app.command(epilog="Example: orchestrator pack launch/jobs/quickstart.yaml --json")
-def pack(
-    job: JobFile,
-    address: Address = None,
-    overrides: Overrides = [],
-    as_json: AsJson = False,
-) -> None:
+def pack(job: JobFile, address: Address = None, overrides: Overrides = [], as_json: AsJson = False) -> None:
     """Tokenize and pack the data, and print statistics of rows and tokens."""
     with exit_codes():
         from orchestrator.train.environment import apply_submitted_and_job_env
@@ -217,10 +212,7 @@ def pack(
             from orchestrator.train.driver import prepare
 
             figures = prepare(spec, address)
-        sources = figures.pop("sources") if not as_json else []
-        write_result(json.dumps(figures) if as_json else table(figures))
-        for source in sources if len(sources) > 1 else []:
-            write_result(f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}")
+        write_result(json.dumps(figures) if as_json else packing_table(figures))
 
 
 @app.command(epilog="Example: orchestrator train launch/jobs/quickstart.yaml")
@@ -398,31 +390,8 @@ def report(
 ) -> None:
     """Print or compare the results of runs and sweeps."""
     with exit_codes():
-        from orchestrator.bench.report import is_sweep
-
-        if compare:
-            from orchestrator.bench.compare import compare as compare_two
-
-            if len(runs) != 2:
-                raise SpecError(f"--compare requires two folders (got {len(runs)}); pass A and B")
-            comparison = compare_two(runs[0], runs[1], warmup_steps)
-            write_result((comparison.json() if as_json else comparison.markdown()).rstrip())
-            return
-        if any(is_sweep(run) for run in runs):
-            from orchestrator.bench.report import load
-
-            for run in runs:
-                sweep_table, _ = load(run, layout)
-                write_result((sweep_table.json() if as_json else sweep_table.markdown()).rstrip())
-            return
-        fields = SUMMARY_FIELDS if len(runs) == 1 and not as_json else ("name",)
-        reports = [read_report(run, fields) for run in runs]
-        if as_json:
-            write_result(json.dumps(reports))
-        elif len(reports) == 1:
-            write_result(summary(reports[0]))
-        else:
-            write_result(side_by_side(reports))
+        for text in result_texts(runs, compare, warmup_steps, layout, as_json):
+            write_result(text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,50 @@ def table(rows: dict[str, Any]) -> str:
         f"{name.ljust(width)}  {value:.4f}" if isinstance(value, float) else f"{name.ljust(width)}  {value}"
         for name, value in rows.items()
     )
+
+
+def packing_table(figures: Mapping[str, Any]) -> str:
+    """Return packing statistics as a table, with a line for each source if there are several."""
+    rows = {name: value for name, value in figures.items() if name != "sources"}
+    sources = figures["sources"] if len(figures["sources"]) > 1 else []
+    lines = (f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}" for source in sources)
+    return "\n".join([table(rows), *lines])
+
+
+def result_texts(
+    runs: Sequence[Path], compare: bool, warmup_steps: int, layout: str | None, as_json: bool
+) -> Iterator[str]:
+    """Yield what `orchestrator report` prints for runs and sweeps.
+
+    Args:
+        runs: Run directories, or folders of sweeps.
+        compare: Compare the first two.
+        warmup_steps: Initial steps of a run that the comparison ignores.
+        layout: Table layout of a sweep; None takes that of the sweep.
+        as_json: Yield JSON instead of tables.
+
+    Raises:
+        SpecError: A folder has no results, or not two folders are to be compared.
+    """
+    from orchestrator.bench.report import is_sweep
+
+    if compare:
+        if len(runs) != 2:
+            raise SpecError(f"--compare requires two folders (got {len(runs)}); pass A and B")
+        from orchestrator.bench.compare import compare as compare_two
+
+        comparison = compare_two(runs[0], runs[1], warmup_steps)
+        yield (comparison.json() if as_json else comparison.markdown()).rstrip()
+    elif any(is_sweep(run) for run in runs):
+        from orchestrator.bench.report import load
+
+        for run in runs:
+            sweep_table, _ = load(run, layout)
+            yield (sweep_table.json() if as_json else sweep_table.markdown()).rstrip()
+    else:
+        is_single_table = len(runs) == 1 and not as_json
+        reports = [read_report(run, SUMMARY_FIELDS if is_single_table else ("name",)) for run in runs]
+        if as_json:
+            yield json.dumps(reports)
+        else:
+            yield summary(reports[0]) if is_single_table else side_by_side(reports)
