@@ -1,4 +1,4 @@
-"""Earlier name of `orchestrator.submit.submit`, for scripts in a checkout; `launch` is not a package."""
+"""Earlier name of `orchestrator.submit`, for scripts in a checkout; `launch` is not a package."""
 
-from orchestrator.submit.submit import _pack_working_dir as _pack_working_dir
 from orchestrator.submit.submit import submit as submit
+from orchestrator.submit.working_dir import create_working_dir as _pack_working_dir  # noqa: F401 - scripts import it

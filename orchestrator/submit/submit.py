@@ -150,11 +150,6 @@ def _stop_seconds(job: JobSpec) -> int:
     return max(_SECONDS_TO_STOP, job.run.stop_grace_seconds + _SECONDS_TO_END)
 
 
-def _pack_working_dir(job: JobSpec, folder: Path) -> None:
-    """Create the working directory without notes."""
-    working_dir.create_working_dir(job, folder)
-
-
 def _follow(client: JobClient, submission_id: str, address: str, print_line: Callable[[str], None]) -> int:
     """Print the log and return the exit code of the run; Ctrl-C asks once whether to stop the job."""
     log, stopped = JobLog(client, submission_id, print_line), False

@@ -15,7 +15,7 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
 from orchestrator.package_data import ROOT
 from orchestrator.submit import working_dir
-from orchestrator.submit.submit import _pack_working_dir
+from orchestrator.submit.working_dir import create_working_dir
 
 ROWS = ROOT / "orchestrator" / "builtin" / "alpaca_sample.jsonl"
 FOREIGN_PACKAGES = ("orchestrator", "launch", "cluster", "ds_configs")
@@ -67,7 +67,7 @@ def uploaded(tmp_path: Path, spec: JobSpec) -> tuple[set[str], list[str]]:
 
 def problems(spec: JobSpec, tmp_path: Path) -> tuple[str, ...]:
     with pytest.raises(SpecError) as caught:
-        _pack_working_dir(spec, tmp_path / "working_dir")
+        create_working_dir(spec, tmp_path / "working_dir")
     assert not (tmp_path / "working_dir").exists() or not any((tmp_path / "working_dir").iterdir())
     return caught.value.problems
 
