@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import ray
+from transformers import PretrainedConfig
 
 from orchestrator.atomic_files import read_lines, write_json
 from orchestrator.cluster import hardware
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.cluster.hardware import Device
+from orchestrator.config.auto_values import DeviceType
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError
-from orchestrator.model.build import load_config
 from orchestrator.planner.calibration_store import (
     cpu_rates,
     load_calibration,
@@ -35,6 +37,7 @@ from orchestrator.run.recorder import STEPS, Status
 from orchestrator.run.report import PLAN, predicted
 from orchestrator.train import ray_session
 
+_logger = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
 """Steps excluded from measurement: kernels are selected and buffers allocated in them."""
 FIRST_STEPS = 5
@@ -109,13 +112,12 @@ class FirstStepsCheck:
     Other jobs thus benefit from a long run while it is running, and a slow run is reported within minutes.
 
     Args:
-        forecast: The admission with its prediction.
+        admission: The admission with its prediction.
         run_dir: The run directory.
-        note: Called with the measured values as a message.
     """
 
-    def __init__(self, forecast: Admission, run_dir: Path, note: Callable[[str], None]) -> None:
-        self._forecast, self._run_dir, self._note = forecast, run_dir, note
+    def __init__(self, admission: Admission, run_dir: Path) -> None:
+        self._admission, self._run_dir = admission, run_dir
         self._done = False
 
     def __call__(self, status: Status) -> None:
@@ -132,11 +134,11 @@ class FirstStepsCheck:
         seconds = median(row["step_seconds"] for row in rows)
         held = max(row["memory_reserved_peak_bytes"] for row in rows)
         expected = predicted(self._run_dir)
-        self._forecast.remember(
+        self._admission.remember(
             self._run_dir, {"memory_reserved_peak_bytes": held, "medians": {"step_seconds": seconds}}
         )
         if expected:
-            self._note(first_steps_text(len(rows), seconds, held, expected))
+            _logger.info(first_steps_text(len(rows), seconds, held, expected))
 
 
 def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Mapping[str, Any]) -> str:
@@ -158,16 +160,16 @@ def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Ma
 
 
 def require_fit(
-    job: JobSpec, device: Literal["cuda", "cpu"], run_dir: Path, force: bool, note: Callable[[str], None]
+    job: JobSpec, device: DeviceType, config: PretrainedConfig, run_dir: Path, force: bool
 ) -> Admission | None:
     """Predict memory and step time of a job, write plan.json, and reject a job that does not fit.
 
     Args:
         job: The job.
         device: Device type.
+        config: Configuration of its model.
         run_dir: The run directory.
         force: Train even if the job is predicted not to fit.
-        note: Called with the prediction as a message.
 
     Returns:
         The admission; None for an unsupported model architecture, and on nodes that report no memory.
@@ -175,35 +177,35 @@ def require_fit(
     Raises:
         ClusterError: The job does not fit and force is False; suggests changes.
     """
-    config = load_config(job.model).get_text_config().to_dict()
-    if Model.from_config(config) is None:
-        note(f"not planned: the sizes of the family {config.get('model_type')!r} are not known")
+    sizes = config.get_text_config().to_dict()
+    if Model.from_config(sizes) is None:
+        _logger.info(f"not planned: the architecture {sizes.get('model_type')!r} is not supported")
         return None
-    cluster = _machines(job, device)
+    cluster = _cluster(job, device)
     if cluster is None:
-        note("not planned: the nodes do not say how much memory they offer")
+        _logger.info("not planned: the nodes do not report their memory")
         return None
-    stack = software_stack_of(predict_job(job, config, cluster).prediction.work, cluster)
-    forecast = Admission(job, config, cluster, stack)
-    found = forecast.keep(run_dir)
-    said = format_prediction(found)
-    if found.verdict != "does not fit" or force:
-        note(f"planned{', and forced' if found.verdict == 'does not fit' else ''}: {said}")
-        return forecast
-    raise ClusterError(refusal(job, config, cluster, found, load_calibration(stack, str(run_dir))))
+    stack = software_stack_of(predict_job(job, sizes, cluster).prediction.work, cluster)
+    admission = Admission(job, sizes, cluster, stack)
+    prediction = admission.keep(run_dir)
+    fits = prediction.verdict != "does not fit"
+    if not fits and not force:
+        raise ClusterError(refusal(job, sizes, cluster, prediction, load_calibration(stack, str(run_dir))))
+    _logger.info(f"planned{'' if fits else ', and forced'}: {format_prediction(prediction)}")
+    return admission
 
 
-def _machines(job: JobSpec, device: Literal["cuda", "cpu"]) -> ClusterSpec | None:
+def _cluster(job: JobSpec, device: DeviceType) -> ClusterSpec | None:
     """Return the nodes that the job uses, all equal to the smallest; None if they report no memory."""
     nodes, workers = ray_session.live_nodes(), job.parallel.workers
     if device == "cuda":
         return gpu_cluster(job, nodes, _gpu())
-    places = cpu_worker_slots(job, nodes)
-    if places is None:
+    slots = cpu_worker_slots(job, nodes)
+    if slots is None:
         return None
-    each, memory = places
-    rates = cpu_rates(each, job.parallel.cpus_per_worker, measure)
-    return ClusterSpec(-(-workers // each), each, cpu_device(memory / _GIB, rates))
+    per_node, memory = slots
+    rates = cpu_rates(per_node, job.parallel.cpus_per_worker, measure)
+    return ClusterSpec(-(-workers // per_node), per_node, cpu_device(memory / _GIB, rates))
 
 
 def _gpu() -> Device:

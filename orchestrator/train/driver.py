@@ -27,8 +27,8 @@ from orchestrator.model.compatibility import model_notes
 from orchestrator.run import run_dir
 from orchestrator.run.recorder import REPORT
 from orchestrator.run.recorder_handle import RecorderHandle
-from orchestrator.run.report import report as summarise
-from orchestrator.run.resolve import ResolvedJob, offload_reason, resolve
+from orchestrator.run.report import report as summarize
+from orchestrator.run.resolve import ResolvedJob, format_gib, offload_reason, resolve
 from orchestrator.run.run_lock import RunLock
 from orchestrator.run.run_log import driver_log
 from orchestrator.run.worker_config import CHECKPOINTS, BenchmarkRun, WorkerConfig
@@ -115,7 +115,7 @@ def run(
 
 
 def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
-    """Tokenise and pack only.
+    """Tokenize and pack only.
 
     Args:
         job: The job.
@@ -138,7 +138,7 @@ def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
 def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
     resumes = bool(checkpoint_dir.published(start.run_dir / CHECKPOINTS))
     resolved = resolve(job, ray_session.live_nodes(), reads_weights=not resumes)
-    forecast = _admit(resolved, start)
+    admitted = _admit(resolved, start)
     start.end_stage("start")
 
     data = prepare_data(job, resolved.model_config)
@@ -146,12 +146,12 @@ def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
     finished = resume.require_steps_to_go(job, start.run_dir, data.figures["packs"])
     if finished is not None:
         return finished
-    if forecast:
-        forecast = forecast.with_data(start.run_dir, data.figures)
+    if admitted:
+        admitted = admitted.with_data(start.run_dir, data.figures)
     start.end_stage("data")
 
     recorder = _open_records(resolved, start)
-    watches = [admission.FirstStepsCheck(forecast, start.run_dir, _logger.info)] if forecast else []
+    watches = [admission.FirstStepsCheck(admitted, start.run_dir)] if admitted else []
     fit(_worker_config(resolved, data, start), recorder, [start.on_progress, *watches])
     start.end_stage("training")
 
@@ -159,7 +159,7 @@ def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
     if start.benchmark is None:
         exported = export_finished(start.run_dir, job, resolved.dtype)
     start.end_stage("export")
-    return _report(resolved, start, data, exported, recorder, forecast)
+    return _report(resolved, start, data, exported, recorder, admitted)
 
 
 def _admit(resolved: ResolvedJob, start: _Start) -> admission.Admission | None:
@@ -180,7 +180,7 @@ def _admit(resolved: ResolvedJob, start: _Start) -> admission.Admission | None:
         run_dir.require_same_base(start.run_dir, identity(job))
     resources.wait_for_resources(resolved)
     is_forced = start.force or start.benchmark is not None
-    return admission.require_fit(job, resolved.device, start.run_dir, is_forced, _logger.info)
+    return admission.require_fit(job, resolved.device, resolved.model_config, start.run_dir, is_forced)
 
 
 def _sequence_parallel_notes(resolved: ResolvedJob) -> list[str]:
@@ -209,8 +209,8 @@ def _host_memory_notes(resolved: ResolvedJob) -> list[str]:
             "memory is reserved for offload"
         ]
     reason = offload_reason(job, resolved.parameter_count, resolved.host_memory)
-    size = resolved.worker_resources["memory"] / 2**30
-    return [f"each worker reserves {size:.4g} GiB of host memory: {reason}"]
+    size = format_gib(resolved.host_memory.total)
+    return [f"each worker reserves {size} of host memory: {reason}"]
 
 
 def _open_records(resolved: ResolvedJob, start: _Start) -> RecorderHandle:
@@ -243,16 +243,16 @@ def _report(
     data: PreparedData,
     exported: ExportResult | None,
     recorder: RecorderHandle,
-    forecast: admission.Admission | None,
+    admitted: admission.Admission | None,
 ) -> dict[str, Any]:
     """Write report.json, keep what was measured for later plans, and close the records."""
     start.seconds["checkpoints"] = get_result(recorder.checkpoint_seconds.remote())
-    report = summarise(resolved.job, start.run_dir, data.figures, start.seconds)
+    report = summarize(resolved.job, start.run_dir, data.figures, start.seconds)
     if exported is not None:
         report["export"] = str(exported.path)
     write_json(start.run_dir / REPORT, report)
-    if forecast:
-        forecast.remember(start.run_dir, report)
+    if admitted:
+        admitted.remember(start.run_dir, report)
     get_result(recorder.end_run.remote("finished"))
     get_result(recorder.close.remote())
     return report

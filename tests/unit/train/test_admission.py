@@ -12,6 +12,7 @@ from orchestrator.cluster.topology import Node
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError
+from orchestrator.model.build import load_config
 from orchestrator.planner.calibration_store import recall
 from orchestrator.planner.cpu_benchmark import CpuRates
 from orchestrator.planner.estimate import CalibrationParams
@@ -51,15 +52,18 @@ def kept_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCHESTRATOR_CALIBRATION", str(tmp_path / "calibration.jsonl"))
 
 
-def test_what_fits_is_noted_and_kept_with_the_run(tmp_path: Path) -> None:
-    notes: list[str] = []
-    admission.require_fit(job(), "cpu", tmp_path, False, notes.append)
+def admit(spec: JobSpec, run_dir: Path, force: bool = False) -> admission.Admission | None:
+    return admission.require_fit(spec, "cpu", load_config(spec.model), run_dir, force)
+
+
+def test_what_fits_is_noted_and_kept_with_the_run(tmp_path: Path, logged: list[str]) -> None:
+    admit(job(), tmp_path)
     kept = json.loads((tmp_path / "plan.json").read_text())
     assert kept["verdict"] == "fits"
     assert kept["machines"] == "2x1xcpu"
     assert kept["memory_capacity_bytes"] == pytest.approx(8 * GIB, rel=1e-6)
     assert kept["stack"].startswith("cpu between nodes, none full, torch ")
-    assert notes[0].startswith("planned: fits: ")
+    assert logged[0].startswith("planned: fits: ")
     expected = predicted(tmp_path)
     assert expected is not None
     assert expected["memory_reserved_peak_bytes"] == kept["memory_reserved_peak_bytes"]
@@ -68,7 +72,7 @@ def test_what_fits_is_noted_and_kept_with_the_run(tmp_path: Path) -> None:
 
 def test_what_cannot_fit_is_refused_with_the_cheapest_changes(tmp_path: Path) -> None:
     with pytest.raises(ClusterError) as refused:
-        admission.require_fit(job(196_608), "cpu", tmp_path, False, lambda note: None)
+        admit(job(196_608), tmp_path)
     said = str(refused.value)
     assert "planned on 2x1xcpu does not fit: " in said
     assert "of 8.0" in said
@@ -78,20 +82,18 @@ def test_what_cannot_fit_is_refused_with_the_cheapest_changes(tmp_path: Path) ->
     assert json.loads((tmp_path / "plan.json").read_text())["verdict"] == "does not fit"
 
 
-def test_who_forces_it_is_told_and_goes_on(tmp_path: Path) -> None:
-    notes: list[str] = []
-    admission.require_fit(job(196_608), "cpu", tmp_path, True, notes.append)
-    assert notes[0].startswith("planned, and forced: does not fit: ")
+def test_who_forces_it_is_told_and_goes_on(tmp_path: Path, logged: list[str]) -> None:
+    admit(job(196_608), tmp_path, force=True)
+    assert logged[0].startswith("planned, and forced: does not fit: ")
 
 
 def test_nodes_that_do_not_say_what_they_offer_refuse_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     silent = Node(node_id="1", address="10.0.0.1", hostname="n1", cpus=2, gpus=0, memory_bytes=0)
     monkeypatch.setattr(ray_session, "live_nodes", lambda: (silent,))
-    notes: list[str] = []
-    assert admission.require_fit(job(4_194_304), "cpu", tmp_path, False, notes.append) is None
-    assert notes == ["not planned: the nodes do not say how much memory they offer"]
+    assert admit(job(4_194_304), tmp_path) is None
+    assert logged == ["not planned: the nodes do not report their memory"]
 
 
 def report(peak_bytes: float) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def report(peak_bytes: float) -> dict[str, Any]:
 def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
     tmp_path: Path,
 ) -> None:
-    first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    first = admit(job(), tmp_path)
     assert first is not None
     before = predicted(tmp_path)
     assert before is not None
@@ -111,7 +113,7 @@ def test_what_runs_measure_calibrates_the_next_plan_of_their_stack(
     measured = before["memory_reserved_peak_bytes"] * 1.3
     for number in range(3):
         first.remember(tmp_path / str(number), report(measured))
-    admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    admit(job(), tmp_path)
     after = predicted(tmp_path)
     assert after is not None
     assert after["calibrated"]
@@ -127,24 +129,24 @@ def made(run_dir: Path, attempt: int, step: int, seconds: float, held: float = 2
 @pytest.mark.process
 @pytest.mark.usefixtures("kept_runs")
 def test_first_steps_are_measured_without_those_that_warm_up_and_calibrate(
-    tmp_path: Path,
+    tmp_path: Path, logged: list[str]
 ) -> None:
-    planned = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    planned = admit(job(), tmp_path)
     assert planned is not None
-    notes: list[str] = []
-    watch = admission.FirstStepsCheck(planned, tmp_path, notes.append)
+    logged.clear()
+    watch = admission.FirstStepsCheck(planned, tmp_path)
     made(tmp_path, 1, 11, 50.0)
     watch(Status(attempt=1, start=10, step=11))
     # A worker was killed: the next attempt is measured from its own start step.
     for step, seconds in enumerate((60.0, 40.0, 2.0, 2.0, 3.0, 2.0), 11):
         made(tmp_path, 2, step, seconds)
         watch(Status(attempt=2, start=10, step=step))
-    assert notes == []
+    assert logged == []
     assert recall(planned.stack) == []
     for step in (17, 18, 19):
         made(tmp_path, 2, step, 4.0 if step == 17 else 999.0)
         watch(Status(attempt=2, start=10, step=step))
-    (note,) = notes
+    (note,) = logged
     assert note.startswith("the 5 steps after the first 2: 2 s a step, 2.00 GiB held (")
     (seen,) = recall(planned.stack)
     assert (seen.run, seen.seconds) == (str(tmp_path), 2.0)
@@ -158,13 +160,13 @@ def test_a_processor_has_a_predicted_time_once_its_steps_were_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admission, "measure", lambda workers, threads: CpuRates(5e10, 8e9))
-    first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    first = admit(job(), tmp_path)
     assert first is not None
     before = predicted(tmp_path)
     assert before is not None
     assert before["step_seconds"] is None
     first.remember(tmp_path / "earlier", report(before["memory_reserved_peak_bytes"]))
-    admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    admit(job(), tmp_path)
     after = predicted(tmp_path)
     assert after is not None
     assert after["step_seconds"] == pytest.approx(1.5, rel=0.2)
@@ -180,7 +182,7 @@ def test_steps_slower_than_the_range_are_told_of(seconds: float, is_slow: bool) 
 
 
 def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
-    first = admission.require_fit(job(), "cpu", tmp_path, False, lambda note: None)
+    first = admit(job(), tmp_path)
     assert first is not None
     packing = {"mean_square_tokens": 150.0, "labelled_share": 0.4, "largest_labelled_share": 0.8}
     whole = first.prediction(CalibrationParams())
@@ -192,13 +194,12 @@ def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
     assert kept["memory_bytes_by_part"]["logits"] == round(known.memory.logits)
 
 
-def test_a_family_that_is_not_known_is_not_planned_and_not_refused(tmp_path: Path) -> None:
+def test_a_family_that_is_not_known_is_not_planned_and_not_refused(tmp_path: Path, logged: list[str]) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(
         json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
     )
-    notes: list[str] = []
-    admission.require_fit(job(model=str(model)), "cpu", tmp_path, False, notes.append)
-    assert notes == ["not planned: the sizes of the family 'gpt2' are not known"]
+    admit(job(model=str(model)), tmp_path)
+    assert logged == ["not planned: the architecture 'gpt2' is not supported"]
     assert predicted(tmp_path) is None
