@@ -23,7 +23,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; truncated lines and values that are no object are skipped.
+    """Return the objects of a JSON-lines file; truncated lines and values that are not objects are skipped.
 
     Raises:
         OSError: The file exists but cannot be read.

@@ -44,9 +44,9 @@ def load_config_json(path: str) -> Mapping[str, Any]:
     found = _in_folder(path) or bundled_config(path)
     if found is not None:
         return _with_sizes(path, found)
-    asked = "is no folder with a config.json"
+    asked = "is not a folder with a config.json"
     if path.count("/") == 1 and not path.startswith((".", "/", "~", "builtin/")):
-        found, asked = _from_hub(path), "is no folder with a config.json, and no hub could be asked for it"
+        found, asked = _from_hub(path), "is not a folder with a config.json, and no hub could be asked for it"
     if found is None:
         raise SpecError(
             f"model.path={path} {asked}, so the model's sizes are not known; give a folder, or one of the "

@@ -114,7 +114,7 @@ def _head(group: Sequence[Column]) -> str:
 
 
 def _cell(group: Sequence[Column], values: Sequence[Value]) -> str:
-    """Return the text of columns that share a cell; the missing ones beside others are left out."""
+    """Return the text of columns that share a cell; missing values are left out if others are present."""
     shown = [column.show(value) for column, value in zip(group, values, strict=True) if value is not None]
     text = ""
     for each in shown:

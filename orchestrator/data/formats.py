@@ -201,7 +201,7 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     content = message.get("content", "")
     if isinstance(content, Sequence) and not isinstance(content, str):
         if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-            raise Malformed(f"{place}.content has parts that are no text; only text is trained on")
+            raise Malformed(f"{place}.content has parts that are not text; only text is trained on")
         content = "".join(_unicode(part.get("text"), f"{place}.content") for part in content)
     message["content"] = _unicode(content, f"{place}.content")
     if message.get("weight", 1) not in (0, 1):
@@ -303,7 +303,7 @@ def _unicode(text: Any, field: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise Malformed(
-            f"field {field} holds half of a surrogate pair, which is no character; repair the escape"
+            f"field {field} holds half of a surrogate pair, which is not a character; repair the escape"
         ) from None
     return text
 
@@ -317,5 +317,5 @@ def _unicode_inside(value: Any, field: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"field {field} is no JSON value ({error}); correct it") from None
+        raise Malformed(f"field {field} is not a JSON value ({error}); correct it") from None
     _unicode(text, field)

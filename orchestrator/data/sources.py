@@ -80,7 +80,7 @@ def local_files(source: SourceSpec, here: Path) -> list[tuple[str, str]]:
     except OSError as error:
         raise unreadable(source.path, error) from None
     if not here.is_file():
-        raise SpecError(f"data file {source.path} is no regular file; name a file or a folder of files")
+        raise SpecError(f"data file {source.path} is not a regular file; name a file or a folder of files")
     if source.split is not None:
         raise SpecError(f"data file {source.path} is one file and has no splits; remove split={source.split}")
     return [(source.path, str(here))]

@@ -95,7 +95,7 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
         return f"{where} {error}"
     except Exception as error:  # peft raises errors of many classes
         reason = " ".join(str(error).split())[:200]
-        return f"{where} is no adapter that can be read ({reason}); name a folder with {WEIGHTS}"
+        return f"{where} is not an adapter that can be read ({reason}); name a folder with {WEIGHTS}"
     # The stored matrices only have their meaning with the same rank, alpha, rsLoRA and DoRA settings.
     mine = model.peft_config["default"]
     differing = [
@@ -112,12 +112,13 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
         return (
             f"{where} does not match method.target_modules and method.train_embeddings: it "
             f"{other.explain('the adapter of this job')}; write the adapter's targets in this job, or name "
-            "the model that it was trained beside"
+            "its base model"
         )
     known = folder / base_model_id.BASE_MODEL_FILE
     if known.exists() and json.loads(known.read_text(encoding="utf-8")) != base_model_id.identity(job):
         return (
-            f"{where} was trained beside another model than model.path={job.model.path}; name that one, or "
+            f"{where} was trained with another base model than model.path={job.model.path}; name that one, "
+            "or "
             "another adapter"
         )
     return None

@@ -80,7 +80,7 @@ def stored_config(model: ModelSpec) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecError(
-            f"model.path={model.path} is no model that can be loaded ({reason}); name a folder with a "
+            f"model.path={model.path} is not a model that can be loaded ({reason}); name a folder with a "
             "config.json, or a hub model"
         ) from None
 

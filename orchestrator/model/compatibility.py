@@ -90,7 +90,8 @@ def muon_unsupported_reason(model: Any) -> str | None:
         spared = any(keyword in name.lower() for keyword in ("embed", "lm_head"))
         if weight.ndim >= 2 and not spared and (id(weight) in outside or weight.ndim > 2):
             return (
-                f"has the weight {name}, to which DeepSpeed would apply Muon although it is no matrix inside "
+                f"has the weight {name}, to which DeepSpeed would apply Muon although it is not a matrix "
+                "inside "
                 "a layer; use optim.optimizer: adamw"
             )
     return None
@@ -168,7 +169,7 @@ def length_note(config: Any, max_length: int) -> str | None:
         return None
     return (
         f"warning: data.max_length={max_length} is above max_position_embeddings={limit} of the model, "
-        "which may not have seen such distances; longer documents are trained all the same"
+        "which may not have seen such distances; longer documents are still trained"
     )
 
 

@@ -144,26 +144,26 @@ def quantization_problem(config: Any, job: JobSpec) -> str | None:
 
 def _problem_of_stored(kind: str, job: JobSpec) -> str | None:
     if job.method.type != "lora":
-        return f"is quantised already ({kind}), and such weights cannot be trained; use method.type: lora"
+        return f"is already quantized ({kind}), and such weights cannot be trained; use method.type: lora"
     if job.method.quantization != "none":
         return (
-            f"is quantised already ({kind}), so method.quantization={job.method.quantization} cannot be "
+            f"is already quantized ({kind}), so method.quantization={job.method.quantization} cannot be "
             "applied; use quantization: none, or the model that is not quantised"
         )
     if kind != "gptq":
         return (
-            f"is quantised already ({kind}), which this version does not train beside; use a GPTQ "
+            f"is already quantized ({kind}), on which this version does not train adapters; use a GPTQ "
             "checkpoint, or the model that is not quantised with method.quantization: nf4"
         )
     if job.model.weights == "random":
         return (
-            "is quantised already (gptq), and model.weights=random draws none such; use weights: pretrained"
+            "is already quantized (gptq), and model.weights=random draws none such; use weights: pretrained"
         )
     if job.method.use_dora:
-        return "is quantised already (gptq), which peft's DoRA cannot read; use use_dora: false"
+        return "is already quantized (gptq), which peft's DoRA cannot read; use use_dora: false"
     if job.parallel.zero_stage == 3:
         return (
-            "is quantised already (gptq), and parallel.zero_stage=3 does not partition such weights; use "
+            "is already quantized (gptq), and parallel.zero_stage=3 does not partition such weights; use "
             "zero_stage: 2"
         )
     return None

@@ -306,8 +306,8 @@ def without_empty_biases(mismatch: WeightsMismatch, files: Sequence[Path]) -> We
     for file in files if biases else ():
         with safe_open(file, framework="pt") as opened:
             names = set(opened.keys())
-            beside = {name for name in biases & names if f"{name.removesuffix('bias')}qweight" in names}
-            empty |= {name for name in beside if not opened.get_tensor(name).any()}
+            with_weights = {name for name in biases & names if f"{name.removesuffix('bias')}qweight" in names}
+            empty |= {name for name in with_weights if not opened.get_tensor(name).any()}
     return replace(mismatch, unexpected=tuple(n for n in mismatch.unexpected if n not in empty))
 
 
@@ -324,10 +324,11 @@ def _remedy(mismatch: WeightsMismatch, config: Any) -> str:
             "model again, or set tie_word_embeddings: true if the head is the embedding"
         )
     if mismatch.reshaped and not mismatch.missing and not mismatch.unexpected:
-        return "put the config.json of these weights beside them, or name the model that it belongs to"
+        return "put the config.json of these weights in their folder, or name the model that it belongs to"
     if mismatch.unexpected and not mismatch.missing and not mismatch.reshaped:
         return (
-            "put the config.json of these weights beside them, or save the causal LM alone, without heads "
+            "put the config.json of these weights in their folder, or save the causal LM alone, without "
+            "heads "
             "and towers of other tasks, and name that folder"
         )
     layers = getattr(config, "num_hidden_layers", None)

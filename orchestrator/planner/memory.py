@@ -180,10 +180,10 @@ def weight_bytes(work: Workload) -> float:
         bitsandbytes = work.quantization in ("nf4", "int8")
         base = BITS[work.quantization] / 8 * linears
         base += (4.0 if bitsandbytes and work.casts_frozen_to_fp32 else size) * rest
-    beside = work.adapter_bytes * work.num_adapter_params + size * work.num_copied_params
+    adapters = work.adapter_bytes * work.num_adapter_params + size * work.num_copied_params
     if work.zero_stage < 3:
-        return base + beside
-    return 0.0 if work.offload_param else (base + beside) / work.world_size
+        return base + adapters
+    return 0.0 if work.offload_param else (base + adapters) / work.world_size
 
 
 def gradient_bytes(work: Workload) -> float:
@@ -276,9 +276,9 @@ def _layer(work: Workload, saves_all: bool) -> float:
     inner = (8 if shape.mlp_matrices == 3 else 4) * shape.intermediate_size
     outer = 18 * shape.hidden_size + 4 * queries + 8 * keys + 4 * shape.heads
     if not saves_all and work.method == "lora":
-        beside = {each.name for each in work.adapted_linears}
+        adapted = {each.name for each in work.adapted_linears}
         for each in work.model.parameters.linears:
-            if each.name not in beside and each.name not in _SHARED_INPUTS:
+            if each.name not in adapted and each.name not in _SHARED_INPUTS:
                 outer -= (
                     2 * each.inputs if each.part == "attention" or each.inputs == shape.hidden_size else 0
                 )

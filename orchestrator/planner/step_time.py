@@ -246,8 +246,8 @@ def _elementwise_bytes(work: Workload) -> float:
         + inner
     )
     passes = LAYER_TRAFFIC * (0.75 if work.checkpointing == "none" else 1.0)
-    beside = ADAPTER_TRAFFIC * sum(2 * each.inputs + each.outputs for each in work.adapted_linears)
-    layers = passes * shape.layers * (width + beside) * work.element_bytes / 2
+    adapters = ADAPTER_TRAFFIC * sum(2 * each.inputs + each.outputs for each in work.adapted_linears)
+    layers = passes * shape.layers * (width + adapters) * work.element_bytes / 2
     loss = LOSS_TRAFFIC * work.logit_bytes * shape.vocab_size * work.labelled_share
     return work.tokens * (layers + loss)
 

@@ -1,4 +1,4 @@
-"""The worker group: the recorder beside it, Ray Train in a thread, and the driver's view of both."""
+"""The worker group: the recorder, Ray Train in a thread, and the driver's view of both."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class TrainContext:
         shape: For FLOPs; None leaves them out.
         head: The LM head, where it scores labels by tiles.
         num_adapter_params: Number of LoRA parameters, for FLOPs.
-        adapts_last_matmul: Whether some of them stand beside the last product of a layer.
+        adapts_last_matmul: Whether the last matmul of a layer has an adapter.
     """
 
     job: JobSpec

@@ -54,7 +54,7 @@ def main() -> None:
             "s/step: framework",
             "its attention, our head",
             "ours",
-            "ours is so many times as fast",
+            "speed-up of ours",
             "of which attention",
             "of which head",
             "peak memory above what stays, MiB: framework / its attention / ours",

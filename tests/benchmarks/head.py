@@ -53,7 +53,7 @@ def main() -> None:
             "s/step: all positions",
             "labelled only",
             f"tiles of {TILE_TOKENS:,}",
-            "labelled only is so many times as fast",
+            "speed-up of labelled only",
             "by tiles",
             "peak memory above what stays, MiB: all / labelled / tiles",
         ],

@@ -107,7 +107,7 @@ class Measurement:
         try:
             return None if found is None else float(found)
         except ValueError as error:
-            raise UnusableRow(f"{name}={found!r} is no number") from error
+            raise UnusableRow(f"{name}={found!r} is not a number") from error
 
     def whole(self, name: str, default: int) -> int:
         """Return a field as an integer, or `default` if it is empty or `unknown`."""

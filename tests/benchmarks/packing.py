@@ -127,7 +127,7 @@ def main() -> None:
     if arguments.json:
         say(json.dumps(found))
         return
-    for title, rows in (("planning", found["plan"]), ("beside TRL", found["peers"])):
+    for title, rows in (("planning", found["plan"]), ("compared with TRL", found["peers"])):
         for row in rows:
             cells = [f"{key} {value:,.4g}" for key, value in row.items() if key not in ("corpus", "capacity")]
             say(f"{title}: {row['corpus']} at {row['capacity']:,}: {', '.join(cells)}")

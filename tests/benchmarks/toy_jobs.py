@@ -43,7 +43,7 @@ class Cell:
     Attributes:
         name: The fields that differ between cells, with their values.
         memory: Predicted memory by part, in bytes.
-        beside: Bytes of offloaded tensors, which are in the same memory on CPU.
+        offloaded_bytes: Bytes of offloaded tensors, which are in the same memory on CPU.
         steps: Predicted micro-step time by part, in seconds.
         peak_bytes: Measured peak resident memory, maximum over workers.
         seconds: Measured median step time.
@@ -51,7 +51,7 @@ class Cell:
 
     name: str
     memory: GpuMemory
-    beside: float
+    offloaded_bytes: float
     steps: MicroSteps
     peak_bytes: float
     seconds: float
@@ -67,7 +67,7 @@ def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping
     return Cell(
         name=", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in fields.items()),
         memory=gpu_memory(work, PROCESS_BYTES, collectives_bytes=0.0),
-        beside=host_memory_of_workload(work).held,
+        offloaded_bytes=host_memory_of_workload(work).held,
         steps=micro_steps(work, devices[job.parallel.workers]),
         peak_bytes=row.peaks["memory_peak_bytes"],
         seconds=median(row.samples["step_seconds"]),
@@ -76,9 +76,9 @@ def cell_of(fields: Mapping[str, Any], job_text: str, row: Any, devices: Mapping
 
 def predicted(cell: Cell, others: list[Cell]) -> tuple[float, float]:
     """Return the predicted bytes and seconds of a cell, with parameters fitted to the others."""
-    memory = fit_memory([(each.memory, each.peak_bytes - each.beside) for each in others])
+    memory = fit_memory([(each.memory, each.peak_bytes - each.offloaded_bytes) for each in others])
     time = fit_time([(predicted_seconds(each.steps, False), each.seconds) for each in others], False)
-    return memory.peak(cell.memory) + cell.beside, cell.steps.step(time).total
+    return memory.peak(cell.memory) + cell.offloaded_bytes, cell.steps.step(time).total
 
 
 def compare(cells: list[Cell]) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def compare(cells: list[Cell]) -> dict[str, Any]:
     rows = []
     for cell in cells:
         size, seconds = predicted(cell, [each for each in cells if each is not cell])
-        plain = MemoryParams().peak(cell.memory) + cell.beside
+        plain = MemoryParams().peak(cell.memory) + cell.offloaded_bytes
         rows.append(
             {
                 "cell": cell.name,
@@ -124,7 +124,7 @@ def main() -> None:
         say(f"{memory}  {_beside(row['step_seconds'], row['step_predicted_seconds'], 's')}  {row['cell']}")
     errors = [f"{name} {found[f'{name}_median_error']:.1%}" for name in ("memory", "step")]
     say(f"median errors, each cell left out of its own fit: {', '.join(errors)}")
-    say(f"with so many at a time a process has: {rates}; {describe('numpy', 'torch')}")
+    say(f"rates of a process by number of processes: {rates}; {describe('numpy', 'torch')}")
 
 
 def _rates(device: Device) -> str:

@@ -221,7 +221,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the cells that the arguments select; return 1 if one fails, else 0."""
     parser = argparse.ArgumentParser(prog="python -m tests.invariant.matrix", description=__doc__)
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), help="only cells of this ZeRO stage")
-    parser.add_argument("--sample", type=int, help="only so many cells, drawn at random")
+    parser.add_argument("--sample", type=int, help="number of cells, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     options = parser.parse_args(arguments)
     cells = [cell for cell in all_cells() if options.stage in (None, cell.stage)]

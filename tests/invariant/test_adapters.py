@@ -258,5 +258,5 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_start(
     assert "alpha 8.0, and method.alpha is 2.0" in refusal(alpha=2.0)
     assert "does not match method.target_modules" in refusal(target_modules=["q_proj"])
     assert "does not match method.target_modules" in refusal(train_embeddings=True)
-    assert "was trained beside another model" in refusal(model=str(tmp_path / "other"))
-    assert "is no adapter that can be read" in refusal(path=str(tmp_path / "other"))
+    assert "was trained with another base model" in refusal(model=str(tmp_path / "other"))
+    assert "is not an adapter that can be read" in refusal(path=str(tmp_path / "other"))

@@ -57,8 +57,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "both ways": ("bert", {}, "has attention that is not causal"),
     "both ways by choice": ("gemma3_text", {"use_bidirectional_attention": True}, "see what follows them"),
     "images": ("gemma3", {}, "is a model of more than text"),
-    "images beside text": ("phi4_multimodal", {}, "is a model of more than text"),
-    "text in two parts": ("musicgen", {}, "is no model that can be loaded|is a model of more than text"),
+    "images and text": ("phi4_multimodal", {}, "is a model of more than text"),
+    "text in two parts": ("musicgen", {}, "is not a model that can be loaded|is a model of more than text"),
 }
 LONG_ONLY: dict[str, tuple[str, dict[str, Any], str]] = {
     "chunks": (

@@ -85,7 +85,7 @@ def test_each_remedy_of_a_refusal_removes_it(bench: Bench) -> None:
             assert named, f"no remedy in: {sentence}"
             for field, value in named:
                 left = choices.refusals(choices.remedied(document, field, value))
-                assert sentence not in left, f"{field}: {value} is no remedy of: {sentence}"
+                assert sentence not in left, f"{field}: {value} is not a remedy of: {sentence}"
 
 
 def test_remedies_lead_to_a_job_that_is_accepted(bench: Bench, allowed: list[Choice]) -> None:

@@ -46,7 +46,7 @@ def losses(tiny: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         raise RuntimeError(str(error)) from None
     found: dict[str, dict[str, float]] = {name: each.answer["losses"] for name, each in outcomes.items()}
     if not all(math.isfinite(loss) for each in found.values() for loss in each.values()):
-        raise RuntimeError(f"a loss is no number: {found}")
+        raise RuntimeError(f"a loss is not a number: {found}")
     return found
 
 

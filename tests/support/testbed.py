@@ -188,7 +188,7 @@ class Testbed:
 
         Args:
             k: The node.
-            argv: Command and arguments; the command is looked up beside the interpreter first.
+            argv: Command and arguments; the command is looked up in the folder of the interpreter first.
             popen: Passed on to ``subprocess.Popen``; ``env`` is added to the node's environment.
 
         Returns:

@@ -5,7 +5,7 @@
 A text is a string of two words or more, formatted strings and concatenations included, that is
 
 - raised, given to an exception class, or given to a function that returns an exception;
-- given to `Finding`, `Diagnostic`, `warnings.warn`, `note` or a logger's `warning`, `error` or `exception`,
+- given to `Diagnostic`, `warnings.warn`, `note` or a logger's `warning`, `error` or `exception`,
   or appended to a list of problems;
 - yielded or returned by a function that describes problems, by its return type (`Iterator[Problem]`,
   `list[str]`, `str | None`) or by its name (`source_problem`, `_remedy`, `_reason`);
@@ -35,18 +35,18 @@ COMMAND = "python -m tests.unit.error_texts --write"
 
 _ERROR_TYPE = re.compile(r"\b\w*(Error|Exception|Malformed)\b(?! \|)")
 _CALLEE = re.compile(
-    r"(Error|Exception|Finding|Diagnostic|Malformed)$|^_?(note|warn|warning|error|exception|fail|exit_codes)$"
+    r"(Error|Exception|Diagnostic|Malformed)$|^_?(note|warn|warning|error|exception|fail|exit_codes)$"
 )
 _LIST = re.compile(r"problem|warning|broken|missing|reason|refus|note|finding|diagnostic|wrong|lines")
 _ADDING = {"append", "extend", "insert", "add"}
-_RESULT = re.compile(r"\bstr \| None|list\[str\]|Iterator\[(str|Problem|Finding|Diagnostic)\]")
+_RESULT = re.compile(r"\bstr \| None|list\[str\]|Iterator\[(str|Problem|Diagnostic)\]")
 _NAME = re.compile(
     r"problem|reason|remed|refus|warn|note|broken|obstacle|unsupported|missing|failure|unreachable|absent|why"
     r"|changed|wrong|explain(?!ed)|unexpected|in_words|empty_|sentence|lack|suggest|diagnos|error|message|outcome|unreadable"
 )
 _SENTENCE = re.compile(r"\w\S*\s+\S*\w|\{.*\}\s+\S*\w|\w\S*\s+\S*\{", re.DOTALL)
 _REMEDY = re.compile(r"(\S+\s+){3,}\S+; \w+ \S")
-_TEXT = re.compile(r"\bstr\b|Problem|Finding|Diagnostic")
+_TEXT = re.compile(r"\bstr\b|Problem|Diagnostic")
 _LONGEST_PLACEHOLDER = 60
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -120,7 +120,7 @@ class Module:
         return None
 
     def _holes(self, node: ast.AST) -> Iterator[ast.expr]:
-        """Yield the parts of a text that are no strings, which may hold texts of their own."""
+        """Yield the parts of a text that are not strings, which may hold texts of their own."""
         if isinstance(node, ast.FormattedValue):
             yield node.value
         elif isinstance(node, ast.JoinedStr):

@@ -59,7 +59,7 @@ def test_a_hub_is_asked_for_the_rest(asked: list[str]) -> None:
 @pytest.mark.parametrize("path", ["someone/another", "./someone/folder", "no-such-model", "/no/such/folder"])
 def test_what_is_nowhere_is_one_clear_error(path: str, asked: list[str]) -> None:
     with pytest.raises(
-        SpecError, match=r"is no folder with a config\.json.*give a folder, or one of.*llama2-7b"
+        SpecError, match=r"is not a folder with a config\.json.*give a folder, or one of.*llama2-7b"
     ):
         load_config_json(path)
     assert asked == (["someone/another"] if path == "someone/another" else [])

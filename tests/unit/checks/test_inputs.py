@@ -82,7 +82,7 @@ def _saved(here: Path) -> None:
         (None, {"path": "builtin/none"}, "builtin/none is not there"),
         (None, {"path": "no/such/rows.jsonl"}, "no/such/rows.jsonl is not there"),
         (None, {"path": "rows.jsonl", "split": "train"}, "is one file and has no splits"),
-        (None, {"path": "/dev/null"}, "is no regular file"),
+        (None, {"path": "/dev/null"}, "is not a regular file"),
         (_folder, {"path": "folder"}, "has no file with rows"),
         (_splits, {"path": "folder"}, "holds several splits (test, train)"),
         (_splits, {"path": "folder", "split": "dev"}, "has no file of split=dev"),

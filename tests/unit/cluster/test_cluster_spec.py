@@ -1,4 +1,4 @@
-"""Machines by their short names."""
+"""Clusters by their short names."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ BROKEN: list[tuple[str, Any, str, str]] = [
     (
         "auto",
         {"messages": [user([{"type": "image", "url": "x"}]), assistant()]},
-        "messages[0].content has parts that are no text",
+        "messages[0].content has parts that are not text",
         "only text is trained on",
     ),
     ("auto", {"messages": [user(["a"]), assistant()]}, "messages[0].content has parts that are", "only text"),
@@ -241,7 +241,7 @@ def test_a_malformed_row_names_its_field_and_a_remedy(
     ],
 )
 def test_half_a_surrogate_pair_is_refused_in_every_format(field: str, value: dict[str, Any]) -> None:
-    sentence = f"field {field} holds half of a surrogate pair, which is no character; repair the escape"
+    sentence = f"field {field} holds half of a surrogate pair, which is not a character; repair the escape"
     assert reason_of(value) == sentence
     assert reason_of(json.dumps(value).encode()) == sentence
     assert reason_of(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")) == sentence

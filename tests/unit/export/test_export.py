@@ -21,7 +21,7 @@ def write(saved: Path, **state: Any) -> None:
 
 
 def test_fp32_weights_of_zero_0_are_told_by_name_and_not_by_their_place(tmp_path: Path) -> None:
-    """Muon's weights come in groups of their own, and a quantised layer saves its scales beside the rest."""
+    """Muon's weights form separate parameter groups, and a quantized layer also saves its scales."""
     rounded = {name: torch.full((2,), 1.0, dtype=torch.bfloat16) for name in ("a", "b", "c")}
     groups = [[torch.full((2,), 3.0)], [torch.full((2,), 1.5), torch.full((2,), 2.5)]]
     named = {checkpointer.FP32_NAMES: ["c", "a", "b"]}

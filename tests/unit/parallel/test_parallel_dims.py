@@ -16,7 +16,7 @@ def test_ranks_of_one_sequence_stand_side_by_side(
     layout = ParallelDims(world, sequence)
     assert layout.data_parallel_size == size
     assert [layout.data_parallel_rank(rank) for rank in range(world)] == ranks
-    assert layout.gradient_divisor == world, "DeepSpeed is not told of sequence parallelism"
+    assert layout.gradient_divisor == world, "DeepSpeed does not know of sequence parallelism"
     assert [layout.sequence_rank(rank) for rank in range(world)] == list(range(sequence)) * size
     groups = layout.sequence_groups()
     assert sorted(rank for group in groups for rank in group) == list(range(world))

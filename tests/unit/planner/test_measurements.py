@@ -25,7 +25,7 @@ from tests.benchmarks.planner import calibrated, cases_of, compare, figures, pre
 
 ROOT = Path(__file__).parents[3]
 ROW = {
-    "id": "a", "source": "made-up", "model": "qwen-7b", "method": "lora", "quantization": "none",
+    "id": "a", "source": "synthetic", "model": "qwen-7b", "method": "lora", "quantization": "none",
     "dtype": "bf16", "trains_embeddings": "no", "gpu": "A100-80G-SXM", "num_nodes": "1", "gpus_per_node": "1",
     "max_length": "2048", "micro_batch_size": "1", "gradient_accumulation_steps": "8", "zero_stage": "",
     "offload": "none", "sequence_parallel_size": "1", "gradient_checkpointing": "yes",
@@ -67,7 +67,7 @@ def test_what_is_empty_or_unknown_is_nothing() -> None:
     assert found.number("lora_rank") is None
     assert found.tgs is None
     assert found.text("no such column") is None
-    with pytest.raises(UnusableRow, match="max_length='long' is no number"):
+    with pytest.raises(UnusableRow, match="max_length='long' is not a number"):
         row(max_length="long").whole("max_length", 0)
 
 
@@ -101,7 +101,7 @@ def test_a_pages_software_says_what_its_rows_do_not() -> None:
         ({"gpu": "cpu"}, "no bf16 peak"),
         ({"quantization": "int2"}, "quantization='int2'"),
         ({"max_length": ""}, "max_length=0"),
-        ({"micro_batch_size": "many"}, "is no number"),
+        ({"micro_batch_size": "many"}, "is not a number"),
     ],
 )
 def test_a_row_that_cannot_be_predicted_is_reported_and_not_a_traceback(
@@ -171,7 +171,7 @@ def test_the_command_prints_one_object_with_the_keys(tmp_path: Path) -> None:
         "fits_refused", "by_source", "worst",
     }  # fmt: skip
     assert keys <= set(found)
-    assert found["by_source"]["made-up"]["memory_rows"] == len(ROWS)
+    assert found["by_source"]["synthetic"]["memory_rows"] == len(ROWS)
     # 16-bit LoRA has 1/100 of the model states that DeepSpeed's estimators count.
     assert found["deepspeed_estimators"]["memory_median_error"] > 1
     assert len(read(path)) == len(ROWS)

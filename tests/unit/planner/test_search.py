@@ -141,5 +141,5 @@ def test_unsupported_architecture_is_rejected() -> None:
 
 
 def test_a_model_that_is_nowhere_is_an_error_that_lists_the_bundled_ones() -> None:
-    with pytest.raises(SpecError, match=r"model\.path=\./nowhere is no folder.*llama2-7b"):
+    with pytest.raises(SpecError, match=r"model\.path=\./nowhere is not a folder.*llama2-7b"):
         load_config_json("./nowhere")

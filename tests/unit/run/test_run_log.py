@@ -127,7 +127,7 @@ def test_logs_of_old_attempts_are_removed(tmp_path: Path) -> None:
     ("error", "words"),
     [
         (
-            TrainingError("the loss is no number"),
+            TrainingError("the loss is not a number"),
             "ERROR orchestrator.run.run_log: training error: the loss",
         ),
         (KeyboardInterrupt(), "WARNING orchestrator.run.run_log: stopped by Ctrl-C"),

@@ -85,7 +85,7 @@ def test_a_job_that_fits_is_noted_and_one_that_does_not_is_rejected_with_suggest
 @pytest.mark.parametrize(
     ("spec", "dashboard", "words"),
     [
-        (job(model="/models/on/the/cluster"), GPU_NODES, "model.path=/models/on/the/cluster is no folder"),
+        (job(model="/models/on/the/cluster"), GPU_NODES, "model.path=/models/on/the/cluster is not a folder"),
         (
             job(),
             Dashboard(TWO_NODES, [["NVIDIA H100 NVL"] * 8]),

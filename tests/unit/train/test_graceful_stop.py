@@ -78,7 +78,7 @@ def test_no_step_is_waited_for_longer_than_there_is_time(
         "at step 4 of 9, the last checkpoint is of step 2: the workers did not end within "
         f"run.stop_grace_seconds=0; {AGAIN} from there"
     )
-    assert recorder.ended_as == "stopped", "which is no failure"
+    assert recorder.ended_as == "stopped", "which is not a failure"
 
 
 def test_before_workers_have_begun_nothing_is_waited_for(
