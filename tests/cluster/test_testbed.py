@@ -82,7 +82,7 @@ def test_a_node_dies_and_restarts_and_nothing_is_left() -> None:
 
     assert leftovers(network) == []
     assert [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()] == []
-    with pytest.raises(TestbedError, match="not up"):
+    with pytest.raises(TestbedError, match="not running"):
         _ = testbed.dashboard_url
 
 
@@ -146,7 +146,7 @@ def test_a_failed_start_is_reported_with_its_log() -> None:
     testbed = Testbed(nodes=1, env={"PYTHONHOME": "/nowhere"})
     with pytest.raises(TestbedError, match=r"`ray start` on node 0 ended with status 1; the end of its log:"):
         testbed.__enter__()
-    with pytest.raises(TestbedError, match="not up"):
+    with pytest.raises(TestbedError, match="not running"):
         testbed.pids(0)
 
 

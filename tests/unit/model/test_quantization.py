@@ -41,10 +41,10 @@ def test_weights_that_are_quantised_already_are_only_for_adapters() -> None:
     assert problem.endswith("use method.type: lora")
 
 
-def test_weights_are_not_quantised_twice() -> None:
+def test_weights_are_not_quantized_twice() -> None:
     problem = quantization_problem(GPTQ, job(quantization="nf4"))
     assert problem is not None
-    assert "quantised already (gptq)" in problem
+    assert "already quantized (gptq)" in problem
     assert "use quantization: none" in problem
 
 
