@@ -198,10 +198,13 @@ def cover(choices: Collection[Choice] | None = None, begun: Sequence[Choice] = (
 
 
 def remedies(sentence: str) -> list[tuple[str, Any]]:
-    """Return the remedies in an error text as dotted fields and values; None means to remove the field."""
+    """Return the remedies in an error text as dotted fields and values; None means to remove the field.
+
+    A remedy is written `field: value`; the value of a quoted choice (`method.type=lora: ...`) names no field.
+    """
     found = [
         (_dotted(name), yaml_loader.value_of(value))
-        for name, value in re.findall(r"\b([a-z]\w*(?:\.[a-z]\w*)?): ([\w.+-]*\w)", sentence)
+        for name, value in re.findall(r"(?<!=)\b([a-z]\w*(?:\.[a-z]\w*)?): ([\w.+-]*\w)", sentence)
     ]
     if "remove it" in sentence:
         found.append((re.match(r"[a-z_.0-9]+", sentence)[0], None))
