@@ -57,16 +57,17 @@ class Family:
     sliding_window_pattern: int = 0
 
 
-_FUSED: dict[str, Any] = {
+_Fields = dict[str, Any]  # fields of `Family` as keyword arguments
+_FUSED: _Fields = {
     "qkv": ("query_key_value",),
     "attention_out": "dense",
     "mlp_in": ("dense_h_to_4h",),
     "mlp_out": "dense_4h_to_h",
 }
-_BIASED: dict[str, Any] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm_vectors": 2}
-_ASKED: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
-_ATTENTION: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
-_PLAIN: dict[str, Any] = {"mlp_in": ("up_proj",), "gated": False}
+_BIASED: _Fields = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm_vectors": 2}
+_ASKED: _Fields = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+_ATTENTION: _Fields = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+_PLAIN: _Fields = {"mlp_in": ("up_proj",), "gated": False}
 
 FAMILIES: Mapping[str, Family] = {
     "arcee": Family(**_PLAIN, **_ASKED),
@@ -128,7 +129,7 @@ FAMILIES: Mapping[str, Family] = {
 }  # fmt: skip
 
 
-def is_set(flag: Flag, config: Mapping[str, Any]) -> bool:
+def is_set(flag: Flag, config: Mapping[str, object]) -> bool:
     """Return the value of a flag for a configuration."""
     if isinstance(flag, bool):
         return flag
@@ -137,7 +138,7 @@ def is_set(flag: Flag, config: Mapping[str, Any]) -> bool:
     return default if value is None else bool(value)
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
+def is_tied(config: Mapping[str, object]) -> bool:
     """Return whether LM head and embedding share a weight; the family must be known."""
     value = config.get("tie_word_embeddings")
     return FAMILIES[str(config["model_type"])].tied if value is None else bool(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from orchestrator.arch.families import FAMILIES, sizes
 from orchestrator.arch.registry import bundled, bundled_config
@@ -19,7 +18,7 @@ _SIZE_FIELDS = (
 )  # fmt: skip
 
 
-def local_config(path: str) -> Mapping[str, Any] | None:
+def local_config(path: str) -> Mapping[str, object] | None:
     """Return the config.json of a model folder on this machine; None if there is none that can be read.
 
     Args:
@@ -32,7 +31,7 @@ def local_config(path: str) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def load_config_json(path: str) -> Mapping[str, Any]:
+def load_config_json(path: str) -> Mapping[str, object]:
     """Return a model's config.json.
 
     Args:
@@ -55,7 +54,7 @@ def load_config_json(path: str) -> Mapping[str, Any]:
     return _with_sizes(path, found)
 
 
-def resized(config: Mapping[str, Any], model: ModelSpec) -> Mapping[str, Any]:
+def resized(config: Mapping[str, object], model: ModelSpec) -> Mapping[str, object]:
     """Return a config.json with `vocab_size` as model.resize_embeddings will make it.
 
     If the option is set, raises `vocab_size` to the largest token id in tokenizer.json plus one. Returns the
@@ -75,7 +74,7 @@ def resized(config: Mapping[str, Any], model: ModelSpec) -> Mapping[str, Any]:
     return {**config, "vocab_size": max(rows, config.get("vocab_size") or 0)}
 
 
-def _in_folder(path: str) -> Mapping[str, Any] | None:
+def _in_folder(path: str) -> Mapping[str, object] | None:
     """Return the config.json of a model folder; None if the path has none.
 
     Raises:
@@ -99,7 +98,7 @@ def _in_folder(path: str) -> Mapping[str, Any] | None:
     return found
 
 
-def _with_sizes(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_sizes(path: str, config: Mapping[str, object]) -> Mapping[str, object]:
     """Check that the configuration of a known family states all sizes as positive integers, and return it.
 
     Raises:
@@ -122,11 +121,11 @@ def _with_sizes(path: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _from_hub(name: str) -> Mapping[str, Any] | None:
+def _from_hub(name: str) -> Mapping[str, object] | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -38,7 +38,7 @@ class ModelDims:
     mlp_matrices: int = 3
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ModelDims | None:
+    def from_config(cls, config: Mapping[str, object]) -> ModelDims | None:
         """Return the dimensions described by a Hugging Face config.json; None for an unknown family."""
         family = FAMILIES.get(str(config.get("model_type")))
         if family is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.arch.families import FAMILIES, Family, is_set, is_tied
 from orchestrator.arch.model_dims import ModelDims
@@ -109,7 +109,7 @@ class Parameters:
         )
 
 
-def parameters(config: Mapping[str, Any]) -> Parameters | None:
+def parameters(config: Mapping[str, object]) -> Parameters | None:
     """Return the parameter counts of a model by component; None for an unknown family.
 
     Args:
@@ -134,7 +134,7 @@ def parameters(config: Mapping[str, Any]) -> Parameters | None:
     )
 
 
-def parameter_count(config: Mapping[str, Any], method: MethodSpec) -> ParameterCount | None:
+def parameter_count(config: Mapping[str, object], method: MethodSpec) -> ParameterCount | None:
     """Return the parameter counts of a model including its adapters.
 
     Args:
@@ -174,7 +174,7 @@ def target_linears(linears: tuple[Linear, ...], targets: str | tuple[str, ...]) 
     return tuple(each for each in linears if each.name in wanted)
 
 
-def _linears(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> tuple[Linear, ...]:
+def _linears(shape: ModelDims, family: Family, config: Mapping[str, object]) -> tuple[Linear, ...]:
     h, i = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # Separate q, k and v modules, or one fused module; likewise gate and up may be fused into one.
@@ -192,7 +192,7 @@ def _linears(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> tup
     )
 
 
-def _qk_norms(shape: ModelDims, family: Family, config: Mapping[str, Any]) -> int:
+def _qk_norms(shape: ModelDims, family: Family, config: Mapping[str, object]) -> int:
     if family.qk_norm == "none" or not is_set(family.qk_norm_flag, config):
         return 0
     if family.qk_norm == "head":  # one vector [head_dim] for queries and one for keys, shared by all heads

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import NotRequired, TypedDict
 
 MODELS = Path(__file__).with_name("registry.toml")
 _NO_SIZE = re.compile(r"hf|chat|base|instruct|it|meta|v0\.1|\d+k|gptq|int[48]|awq")
@@ -19,12 +19,28 @@ class UnknownModel(ValueError):
     """The registry has no model of this name."""
 
 
-def bundled() -> Mapping[str, Mapping[str, Any]]:
-    """Return the registry entries by model name, with the keys `config`, `parameters` and `source`."""
+class Entry(TypedDict):
+    """A bundled model.
+
+    Attributes:
+        config: The fields of config.json from which sizes and attention follow.
+        parameters: Parameters of the published weights; tied weights count once.
+        source: URL of both.
+        names: Other names of models with the same sizes.
+    """
+
+    config: Mapping[str, object]
+    parameters: int
+    source: str
+    names: NotRequired[list[str]]
+
+
+def bundled() -> Mapping[str, Entry]:
+    """Return the registry entries by model name."""
     return _read()
 
 
-def bundled_config(name: str) -> Mapping[str, Any] | None:
+def bundled_config(name: str) -> Mapping[str, object] | None:
     """Return the bundled configuration of a published model; None if it is not bundled.
 
     Args:
@@ -35,7 +51,7 @@ def bundled_config(name: str) -> Mapping[str, Any] | None:
     return None if found is None else _read()[found]["config"]
 
 
-def require_bundled(name: str) -> Mapping[str, Any]:
+def require_bundled(name: str) -> Mapping[str, object]:
     """Return the bundled configuration of a published model.
 
     Args:
@@ -60,7 +76,7 @@ def _normal(name: str) -> str:
 
 
 @cache
-def _read() -> Mapping[str, Mapping[str, Any]]:
+def _read() -> Mapping[str, Entry]:
     return MappingProxyType(tomllib.loads(MODELS.read_text(encoding="utf-8")))
 
 
