@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,21 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from orchestrator.data.encoder import Encoder
 from orchestrator.data.formats import Malformed
-from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens, has_content, is_learnt
+from orchestrator.data.rows import (
+    Conversation,
+    Instruction,
+    JsonObject,
+    Message,
+    Row,
+    Text,
+    Tokens,
+    has_content,
+    is_learnt,
+)
 from orchestrator.errors import SpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Verbatim prompts of Stanford Alpaca: fine-tuned models and published results depend on the exact text.
 _ALPACA_WITH_INPUT = (
@@ -70,7 +83,7 @@ class Rendered:
     answers: tuple[tuple[int, int], ...]
 
 
-def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Template:
+def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: PreTrainedTokenizerFast) -> Template:
     """Return the template for instruction rows; `auto` prefers the tokenizer's chat template.
 
     Raises:
@@ -87,7 +100,10 @@ def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: Any) -> Templat
 
 
 def render(
-    row: Conversation | Instruction | Text, template: Template, tokenizer: Any, learn_ends: bool = False
+    row: Conversation | Instruction | Text,
+    template: Template,
+    tokenizer: PreTrainedTokenizerFast,
+    learn_ends: bool = False,
 ) -> Rendered:
     """Render a row as text and locate its answers.
 
@@ -120,7 +136,7 @@ def render(
 
 def encode(
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     template: Template,
     encoder: Encoder | None = None,
     learn_ends: bool = False,
@@ -174,7 +190,7 @@ def _mark(rendered: Rendered, tokens: npt.NDArray[np.uint32], borders: Sequence[
     return Encoded(tokens, turn)
 
 
-def _given(row: Tokens, tokenizer: Any) -> Encoded:
+def _given(row: Tokens, tokenizer: PreTrainedTokenizerFast) -> Encoded:
     largest = max(row.ids)
     if largest >= len(tokenizer):
         raise Malformed(
@@ -190,7 +206,7 @@ def _joined(prompt: str, answer: str) -> Rendered:
 
 
 def _as_conversation(row: Instruction) -> Conversation:
-    messages = [{"role": "system", "content": row.system}] if row.system else []
+    messages: list[Message] = [{"role": "system", "content": row.system}] if row.system else []
     for question, answer in row.history:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
@@ -198,7 +214,7 @@ def _as_conversation(row: Instruction) -> Conversation:
     return Conversation(tuple(messages))
 
 
-def _chat(row: Conversation, tokenizer: Any, learn_ends: bool) -> Rendered:
+def _chat(row: Conversation, tokenizer: PreTrainedTokenizerFast, learn_ends: bool) -> Rendered:
     tools = list(row.tools) or None
     try:
         source = tokenizer.get_chat_template(None, tools)
@@ -233,18 +249,20 @@ class _Writer:
     """
 
     source: str
-    tools: list[Mapping[str, Any]] | None
-    special: Mapping[str, Any]
+    tools: list[JsonObject] | None
+    special: Mapping[str, object]
     learn_ends: bool
 
-    def write(self, messages: Sequence[Mapping[str, Any]], marks: bool = False, **options: Any) -> Any:
+    def write(
+        self, messages: Sequence[Message], marks: bool = False, add_generation_prompt: bool = False
+    ) -> Any:
         texts, spans = render_jinja_template(
             conversations=[[dict(each) for each in messages]],
             tools=self.tools,
             chat_template=self.source,
             return_assistant_tokens_mask=marks,
+            add_generation_prompt=add_generation_prompt,
             **self.special,
-            **options,
         )
         return (texts[0], spans[0]) if marks else texts[0]
 
@@ -297,7 +315,7 @@ class _Writer:
             answers.append((len(prompt), end))
         return Rendered(whole, tuple(answers))
 
-    def _until_answer(self, messages: Sequence[Mapping[str, Any]], at: int, answered: str) -> str:
+    def _until_answer(self, messages: Sequence[Message], at: int, answered: str) -> str:
         # Many templates reject an empty conversation, so the prompt of a first message is found as the common
         # prefix of two conversations whose answers start with different characters.
         if at == 0:

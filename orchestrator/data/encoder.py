@@ -11,12 +11,16 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
 
 _CUT = re.compile(r"(?<=\S)(?= \S)")
 _WORDS_KEPT = 500_000
@@ -43,7 +47,7 @@ class Encoder:
         tokenizer: A fast Hugging Face tokenizer; its truncation and padding are disabled.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -119,7 +123,7 @@ class Encoder:
         return _token_at(self._backend.encode(word, add_special_tokens=False), character, len(word))
 
 
-def splits_before_spaces(backend: dict[str, Any]) -> bool:
+def splits_before_spaces(backend: Mapping[str, Any]) -> bool:
     """Return whether a tokenizer splits every text before each single space between two other characters.
 
     Only known configurations qualify: byte-level BPE without dropout, a verified pre-tokenizer, no normalizer
@@ -164,7 +168,7 @@ def _locate(parts: Sequence[str], places: Sequence[int]) -> list[tuple[int, int]
     return [(holder, place - starts[holder]) for holder, place in zip(holders, places, strict=True)]
 
 
-def _token_at(encoding: Any, character: int, length: int) -> int:
+def _token_at(encoding: Encoding, character: int, length: int) -> int:
     """Return the position of the token that contains a character, or else the next character in a token."""
     for at in range(character, length):
         token = encoding.char_to_token(at)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens
+from orchestrator.data.rows import Conversation, Instruction, JsonObject, Message, Row, Text, Tokens
 
 Format = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
 RowFormat = Format | Literal["auto"]
@@ -64,7 +64,7 @@ def parse(value: object, row_format: RowFormat) -> Row:
     return _READERS[detect(value) if row_format == "auto" else row_format](value)
 
 
-def detect(value: Mapping[str, Any]) -> Format:
+def detect(value: Mapping[str, object]) -> Format:
     """Detect the format of a row from the names of its fields.
 
     Raises:
@@ -91,7 +91,7 @@ def detect(value: Mapping[str, Any]) -> Format:
     )
 
 
-def _alpaca(value: Mapping[str, Any]) -> Row:
+def _alpaca(value: Mapping[str, object]) -> Row:
     _require(value, "instruction", "output")
     texts = {name: _text(value, name) for name in ("instruction", "input", "output", "system")}
     if texts["output"].strip() and not (texts["instruction"] + texts["input"]).strip():
@@ -106,19 +106,19 @@ def _alpaca(value: Mapping[str, Any]) -> Row:
     return Instruction(**texts, history=tuple(history))
 
 
-def _messages(value: Mapping[str, Any], field: str = "messages") -> Row:
+def _messages(value: Mapping[str, object], field: str = "messages") -> Row:
     _require(value, field)
     messages = [_message(each, f"{field}[{at}]") for at, each in enumerate(_list(value, field))]
     return Conversation(tuple(messages), _tools(value))
 
 
-def _sharegpt(value: Mapping[str, Any]) -> Row:
+def _sharegpt(value: Mapping[str, object]) -> Row:
     _require(value, "conversations")
     turns = _list(value, "conversations")
     if all(isinstance(turn, Mapping) and "role" in turn and "from" not in turn for turn in turns) and turns:
         return _messages(value, "conversations")
     system = _text(value, "system")
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
     for at, turn in enumerate(turns):
         place = f"conversations[{at}]"
         if not isinstance(turn, Mapping):
@@ -138,7 +138,7 @@ def _sharegpt(value: Mapping[str, Any]) -> Row:
     return Conversation(tuple(messages), _tools(value))
 
 
-def _prompt_completion(value: Mapping[str, Any]) -> Row:
+def _prompt_completion(value: Mapping[str, object]) -> Row:
     _require(value, "prompt", "completion")
     prompt, completion = value["prompt"], value["completion"]
     filled = [each for each in (prompt, completion) if each is not None]
@@ -147,16 +147,18 @@ def _prompt_completion(value: Mapping[str, Any]) -> Row:
             [_message(each, f"{field}[{at}]") for at, each in enumerate(_list(value, field))]
             for field in ("prompt", "completion")
         )
-        return Conversation((*({**each, "weight": 0} for each in before), *after), _tools(value))
+        for message in before:
+            message["weight"] = 0
+        return Conversation((*before, *after), _tools(value))
     return Text(**{name: _text(value, name) for name in ("prompt", "completion")})
 
 
-def _plain_text(value: Mapping[str, Any]) -> Row:
+def _plain_text(value: Mapping[str, object]) -> Row:
     _require(value, "text")
     return Text(_text(value, "text"))
 
 
-def _tokens(value: Mapping[str, Any]) -> Row:
+def _tokens(value: Mapping[str, object]) -> Row:
     _require(value, "input_ids")
     ids = tuple(_list(value, "input_ids"))
     if not all(type(token) is int and 0 <= token < 2**32 for token in ids):
@@ -181,7 +183,7 @@ def _tokens(value: Mapping[str, Any]) -> Row:
     return Tokens(ids, tuple(bool(each) for each in mask))
 
 
-_READERS: dict[Format, Callable[[Mapping[str, Any]], Row]] = {
+_READERS: dict[Format, Callable[[Mapping[str, object]], Row]] = {
     "alpaca": _alpaca,
     "messages": _messages,
     "sharegpt": _sharegpt,
@@ -191,7 +193,7 @@ _READERS: dict[Format, Callable[[Mapping[str, Any]], Row]] = {
 }
 
 
-def _message(value: Any, place: str) -> dict[str, Any]:
+def _message(value: object, place: str) -> Message:
     if not isinstance(value, Mapping):
         raise Malformed(f"{place} is a {type(value).__name__} where an object with role and content belongs")
     _require(value, "role", place=place)
@@ -216,10 +218,10 @@ def _message(value: Any, place: str) -> dict[str, Any]:
     for name, content in message.items():
         if name != "content":
             _unicode_inside(content, f"{place}.{name}")
-    return message
+    return cast("Message", message)
 
 
-def _tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+def _tools(value: Mapping[str, object]) -> tuple[JsonObject, ...]:
     """Return the tools of a row in OpenAI's format; the field is a list or a list encoded as JSON text."""
     tools = value.get("tools")
     if isinstance(tools, str):
@@ -239,7 +241,7 @@ def _tools(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     )
 
 
-def _calls(text: str, place: str) -> list[dict[str, Any]]:
+def _calls(text: str, place: str) -> list[JsonObject]:
     """Parse the JSON of a ShareGPT `function_call` turn: one call or a list; empty text gives no calls."""
     if not text.strip():
         return []
@@ -251,7 +253,7 @@ def _calls(text: str, place: str) -> list[dict[str, Any]]:
     return [_call(each, place) for each in (calls if isinstance(calls, list) else [calls])]
 
 
-def _call(value: Any, place: str) -> dict[str, Any]:
+def _call(value: Any, place: str) -> JsonObject:
     call = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str) or "arguments" not in call:
         raise Malformed(f"{place} holds a function call without name and arguments; correct it")
@@ -265,31 +267,31 @@ def _call(value: Any, place: str) -> dict[str, Any]:
     return {**named, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
-def _require(value: Mapping[str, Any], *fields: str, place: str = "") -> None:
+def _require(value: Mapping[str, object], *fields: str, place: str = "") -> None:
     for field in fields:
         if field not in value:
             name = f"{place}.{field}" if place else field
             raise Malformed(f"field {name} is missing (found: {_names(value)}); add it")
 
 
-def _names(value: Mapping[str, Any]) -> str:
+def _names(value: Mapping[str, object]) -> str:
     names = ", ".join(map(str, value)) or "nothing"
     return names.encode(errors="backslashreplace").decode()
 
 
-def _list(value: Mapping[str, Any], field: str) -> list[Any]:
+def _list(value: Mapping[str, object], field: str) -> list[Any]:
     content = [] if value[field] is None else value[field]
     if not isinstance(content, list):
         raise Malformed(f"field {field} is a {type(content).__name__}, and it must be a list; correct it")
     return content
 
 
-def _text(value: Mapping[str, Any], field: str) -> str:
+def _text(value: Mapping[str, object], field: str) -> str:
     content = value.get(field)
     return _unicode("" if content is None else content, field)
 
 
-def _unicode(text: Any, field: str) -> str:
+def _unicode(text: object, field: str) -> str:
     """Return the text if it is valid Unicode.
 
     JSON escapes can encode a lone surrogate, which tokenizers reject.
@@ -308,7 +310,7 @@ def _unicode(text: Any, field: str) -> str:
     return text
 
 
-def _unicode_inside(value: Any, field: str) -> None:
+def _unicode_inside(value: object, field: str) -> None:
     """Check all nested texts of a value with `_unicode`.
 
     Raises:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 _SPACE = " \t\n\r"
-Entries = Iterator[tuple[int, Any, int]]
+Entries = Iterator[tuple[int, object, int]]
 """Row or line number from 1, the row, and its approximate size in bytes."""
 
 

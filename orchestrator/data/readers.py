@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 from pyarrow import fs, ipc, parquet
@@ -51,7 +51,7 @@ class Block:
     file: str
     unit: Literal["row", "line"]
     numbers: tuple[int, ...]
-    values: tuple[Any, ...]
+    values: tuple[object, ...]
 
     def source_line(self, index: int) -> str:
         """Return the file and line (or row number) of a row, for messages."""
@@ -135,7 +135,7 @@ class DataFile:
             found = json_stream.rows(lambda: stream.read(2**20))
             unit, entries = found
             numbers: list[int] = []
-            values: list[Any] = []
+            values: list[object] = []
             size = 0
             for number, value, length in entries:
                 numbers.append(number)
@@ -158,7 +158,7 @@ class DataFile:
                     yield Block(self.name, "row", tuple(range(first, first + len(values))), values)
                     first += len(values)
 
-    def _system(self) -> Any:
+    def _system(self) -> fs.FileSystem:
         return fs.FileSystem.from_uri(self.uri)[0] if self.uri else fs.LocalFileSystem()
 
     def _stamp(self) -> tuple[int, int]:
@@ -168,7 +168,7 @@ class DataFile:
         return int(info.size), int(info.mtime_ns or 0)
 
 
-def _batches(file: Any, kind: Kind) -> Iterator[pa.RecordBatch]:
+def _batches(file: pa.NativeFile, kind: Kind) -> Iterator[pa.RecordBatch]:
     if kind == "parquet":
         yield from parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_PER_BLOCK)
         return

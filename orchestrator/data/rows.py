@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 from orchestrator.config.schema import DataSpec
 
@@ -15,18 +15,37 @@ Learnt = Literal["answers", "ends", "all"]
 """
 
 
+JsonObject = Mapping[str, Any]
+"""A tool or a tool call in OpenAI's format, as chat templates read it."""
+
+
+class Message(TypedDict):
+    """A message in OpenAI's format; chat templates may read further fields.
+
+    Attributes:
+        role: Such as `user` or `assistant`.
+        content: The text.
+        tool_calls: Tool calls of an answer.
+        weight: 0 excludes an answer from the loss.
+    """
+
+    role: str
+    content: str
+    tool_calls: NotRequired[list[JsonObject]]
+    weight: NotRequired[int]
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages for a chat template; those of the assistant are the answers.
 
     Attributes:
-        messages: Dictionaries with role and content, in OpenAI's format. A `weight` of 0 excludes an answer
-            from the loss.
+        messages: The messages in order.
         tools: JSON schemas of the available tools.
     """
 
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
+    messages: tuple[Message, ...]
+    tools: tuple[JsonObject, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,11 @@ def learnt_of(data: DataSpec) -> Learnt:
     return "ends" if data.empty_answers == "learn_end" else "answers"
 
 
-def is_learnt(message: Mapping[str, Any], learn_ends: bool) -> bool:
+def is_learnt(message: Message, learn_ends: bool) -> bool:
     """Return whether a message of a conversation is an answer that contributes to the loss.
 
     Args:
-        message: A message with role, content and optional tool_calls and weight.
+        message: A message of any role.
         learn_ends: Whether the end-of-turn tokens of an empty answer are trained.
     """
     if message["role"] != "assistant" or not message.get("weight", 1):
@@ -91,7 +110,7 @@ def is_learnt(message: Mapping[str, Any], learn_ends: bool) -> bool:
     return learn_ends or has_content(message)
 
 
-def has_content(message: Mapping[str, Any]) -> bool:
+def has_content(message: Message) -> bool:
     """Return whether a message has text other than white space, or tool calls."""
     return bool(message["content"].strip() or message.get("tool_calls"))
 

@@ -21,7 +21,7 @@ import socket
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,7 +154,7 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
     draft.replace(folder / MANIFEST)
 
 
-def seal(values: dict[str, Any]) -> str:
+def seal(values: Mapping[str, object]) -> str:
     """Serialize values as JSON with a `checksum` entry, the CRC-32 of the other entries."""
     return json.dumps({**values, "checksum": zlib.crc32(json.dumps(values).encode())}, indent=2)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -233,7 +233,7 @@ def _read_blocks(files: list[DataFile]) -> Iterator[Block]:
 @ray.remote(num_cpus=1, max_retries=3)
 def _write_block(
     model: ModelSpec,
-    tokenizer: list[Any],
+    tokenizer: list[ray.ObjectRef],
     template: Template,
     learnt: Learnt,
     row_format: RowFormat,
@@ -285,7 +285,7 @@ def _rows(
 
 
 @lru_cache(maxsize=1)
-def _held(reference: Any) -> Any:
+def _held(reference: ray.ObjectRef) -> PreTrainedTokenizerFast | None:
     """Return the driver's tokenizer, fetched once per process because loading one takes seconds."""
     return ray.get(reference)
 
