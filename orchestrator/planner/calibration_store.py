@@ -175,7 +175,7 @@ def _entries() -> Iterator[Any]:
             continue
 
 
-def _append(entry: Mapping[str, Any]) -> None:
+def _append(entry: Mapping[str, object]) -> None:
     path = _path()
     if path is None:
         return

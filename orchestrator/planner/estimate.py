@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from orchestrator.cluster.cluster_spec import ClusterSpec
-from orchestrator.config.auto_values import resolve_dtype
+from orchestrator.config.auto_values import DeviceType, resolve_dtype
 from orchestrator.config.schema import JobSpec
 from orchestrator.parallel.deepspeed_config import render, size_nvme_buffers
 from orchestrator.planner.calibration import MARGIN, MemoryParams, Verdict, verdict
@@ -122,7 +122,7 @@ class Prediction:
         """Model FLOP/s over the dense peak of the device."""
         return None if self.tflops is None or not self.peak_flops else self.tflops * 1e12 / self.peak_flops
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return JSON values, with an error range per prediction."""
         off, slow = MEMORY_RANGE[self.calibrated], TIME_RANGE[self.calibrated]
         return {
@@ -149,7 +149,7 @@ class Prediction:
 
 
 def workload_from_job(
-    job: JobSpec, config: Mapping[str, Any], model: Model, gpus_per_node: int, device: Literal["cuda", "cpu"]
+    job: JobSpec, config: Mapping[str, object], model: Model, gpus_per_node: int, device: DeviceType
 ) -> Workload:
     """Return the workload of a job, with attention over whole packs (an upper bound).
 

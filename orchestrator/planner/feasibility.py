@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.cluster.hardware import Device
@@ -51,7 +50,7 @@ def cpu_worker_slots(job: JobSpec, nodes: Sequence[Node]) -> tuple[int, float] |
 
 def refusal(
     job: JobSpec,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     cluster: ClusterSpec,
     prediction: Prediction,
     calibration: CalibrationParams,

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from orchestrator.arch.parameters import ParameterCount
 
+DsConfig = Mapping[str, Any]
+"""A DeepSpeed configuration, as `orchestrator.parallel.deepspeed_config.render` returns it."""
 OffloadDevice = Literal["none", "cpu", "nvme"]
 FACTOR = 1.5
 """DeepSpeed's `additional_buffer_factor`: buffers and fragmentation in addition to the state."""
@@ -40,7 +42,7 @@ class Offload:
     parameters_in_memory: int = 0
 
     @classmethod
-    def from_ds_config(cls, ds_config: Mapping[str, Any]) -> Offload:
+    def from_ds_config(cls, ds_config: DsConfig) -> Offload:
         """Return the offload settings of a DeepSpeed configuration."""
         zero = ds_config["zero_optimization"]
         optimizer, parameters = zero.get("offload_optimizer", {}), zero.get("offload_param", {})
@@ -86,11 +88,11 @@ class HostMemory:
         return (int(FACTOR * max(states, self.building)) if states else 0) + self.activations
 
 
-def host_memory(ds_config: Mapping[str, Any], count: ParameterCount, workers: int) -> HostMemory:
+def host_memory(ds_config: DsConfig, count: ParameterCount, workers: int) -> HostMemory:
     """Return the host memory of one worker for a DeepSpeed configuration.
 
     Args:
-        ds_config: As `orchestrator.parallel.deepspeed_config.render` returns it.
+        ds_config: The job's DeepSpeed configuration.
         count: Parameter counts of the model with adapters.
         workers: Number of workers that partition the state.
     """
@@ -118,11 +120,11 @@ def offloaded(
     )
 
 
-def disk_bytes(ds_config: Mapping[str, Any], count: ParameterCount, workers: int) -> int:
+def disk_bytes(ds_config: DsConfig, count: ParameterCount, workers: int) -> int:
     """Return the maximum bytes that one worker writes to NVMe; small tensors stay in memory.
 
     Args:
-        ds_config: As `orchestrator.parallel.deepspeed_config.render` returns it.
+        ds_config: The job's DeepSpeed configuration.
         count: Parameter counts of the model with adapters.
         workers: Number of workers that partition the state.
     """
@@ -134,7 +136,7 @@ def disk_bytes(ds_config: Mapping[str, Any], count: ParameterCount, workers: int
     return total
 
 
-def _weight_bytes(ds_config: Mapping[str, Any]) -> int:
+def _weight_bytes(ds_config: DsConfig) -> int:
     return 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else _FP32_BYTES
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.config.schema import JobSpec
@@ -37,7 +36,7 @@ class Candidate:
     prediction: Prediction
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Values of `FIELDS`."""
         return {name: field_value(self.job, name) for name in FIELDS}
 
@@ -47,7 +46,7 @@ class Candidate:
         seconds = self.prediction.seconds
         return float("inf") if seconds is None else seconds / self.job.optim.global_batch_size
 
-    def changes_to(self, other: Candidate) -> dict[str, Any]:
+    def changes_to(self, other: Candidate) -> dict[str, object]:
         """Return the settings in which another candidate differs from this one."""
         mine = self.settings
         return {name: value for name, value in other.settings.items() if value != mine[name]}
@@ -62,7 +61,7 @@ class Suggestion:
         candidate: The changed job with its prediction.
     """
 
-    changes: Mapping[str, Any]
+    changes: Mapping[str, object]
     candidate: Candidate
 
 
@@ -86,7 +85,7 @@ class Plan:
     considered: int
 
 
-def field_value(job: JobSpec, dotted: str) -> Any:
+def field_value(job: JobSpec, dotted: str) -> object:
     """Return the value of a job field by its dotted name."""
     section, _, name = dotted.partition(".")
     return getattr(getattr(job, section), name)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 from orchestrator.cluster.cluster_spec import ClusterSpec
+from orchestrator.config.auto_values import DeviceType
 from orchestrator.config.schema import JobSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.errors import SpecError
@@ -39,7 +39,7 @@ _STATES = (
 
 def predict_job(
     job: JobSpec,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     cluster: ClusterSpec,
     calibration: CalibrationParams = CalibrationParams(),
     data: DataShape = UNKNOWN_DATA,
@@ -61,7 +61,7 @@ def predict_job(
 
 def search(
     job: JobSpec,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     cluster: ClusterSpec,
     calibration: CalibrationParams = CalibrationParams(),
     data: DataShape = UNKNOWN_DATA,
@@ -84,7 +84,7 @@ def search(
     # Without a candidate that fits with headroom, accept one without.
     usable = fitting or [candidate for candidate in candidates if candidate.prediction.verdict == "tight"]
     best = preferred(usable)
-    groups: dict[tuple[Any, ...], list[Candidate]] = {}
+    groups: dict[tuple[object, ...], list[Candidate]] = {}
     for candidate in candidates:
         groups.setdefault(_state_and_sequence_key(candidate.job), []).append(candidate)
     best_key = _state_and_sequence_key(best.job) if best else None
@@ -101,7 +101,7 @@ def search(
 
 def suggest_changes(
     job: JobSpec,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     cluster: ClusterSpec,
     calibration: CalibrationParams,
     data: DataShape = UNKNOWN_DATA,
@@ -141,7 +141,7 @@ def suggest_changes(
 
 def _suggest_other_jobs(
     job: JobSpec,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     cluster: ClusterSpec,
     calibration: CalibrationParams,
     data: DataShape,
@@ -199,7 +199,7 @@ class _Search:
     def __init__(
         self,
         job: JobSpec,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         cluster: ClusterSpec,
         calibration: CalibrationParams,
         data: DataShape,
@@ -212,7 +212,7 @@ class _Search:
             )
         self._job, self._config, self._model = job, config, model
         self._cluster, self._calibration, self._data = cluster, calibration, data
-        self._device: Any = "cpu" if cluster.device.is_cpu else "cuda"
+        self._device: DeviceType = "cpu" if cluster.device.is_cpu else "cuda"
 
     def candidate(self, job: JobSpec) -> Candidate:
         """Predict a job."""
@@ -224,13 +224,13 @@ class _Search:
     def candidates(self) -> Iterator[Candidate]:
         """Yield valid candidates, except those that need more memory than one that does not fit."""
         for workers, size in self._layouts():
+            rows_per_step = self._job.optim.global_batch_size * size // workers
             for stage, optimizer, param in _STATES:
                 if workers == 1 and stage in (1, 2) and optimizer == "none":
                     continue  # one worker has nothing to partition
                 where = {"offload_optimizer": optimizer, "offload_param": param, "zero_stage": stage}
-                yield from self._batch_and_checkpointing(
-                    {"workers": workers, "sequence_parallel_size": size, **where}
-                )
+                parallel = {"workers": workers, "sequence_parallel_size": size, **where}
+                yield from self._batch_and_checkpointing(parallel, rows_per_step)
 
     def _layouts(self) -> Iterator[tuple[int, int]]:
         """Yield (workers, sequence_parallel_size) pairs that divide the global batch size."""
@@ -240,11 +240,10 @@ class _Search:
             if workers % size == 0 and packs % (workers // size) == 0:
                 yield workers, size
 
-    def _batch_and_checkpointing(self, parallel: Mapping[str, Any]) -> Iterator[Candidate]:
+    def _batch_and_checkpointing(
+        self, parallel: Mapping[str, object], rows_per_step: int
+    ) -> Iterator[Candidate]:
         """Yield candidates with decreasing recomputation and increasing micro-batch size."""
-        rows_per_step = (
-            self._job.optim.global_batch_size * parallel["sequence_parallel_size"] // parallel["workers"]
-        )
         rest = {"offload_activations": "none", "offload_path": None}
         for kept in ("full", "selective", "none"):
             for rows in (rows for rows in (1, 2, 4, 8, 16) if rows_per_step % rows == 0):
@@ -275,7 +274,7 @@ class _Search:
 
 
 def _with(
-    job: JobSpec, parallel: Mapping[str, Any], model: Mapping[str, Any], optim: Mapping[str, Any]
+    job: JobSpec, parallel: Mapping[str, object], model: Mapping[str, object], optim: Mapping[str, object]
 ) -> JobSpec:
     return job.model_copy(
         update={
@@ -294,7 +293,7 @@ def _worlds(cluster: ClusterSpec) -> list[int]:
     return sorted({n * gpus for n in whole} | parts, reverse=True)
 
 
-def _state_and_sequence_key(job: JobSpec) -> tuple[Any, ...]:
+def _state_and_sequence_key(job: JobSpec) -> tuple[object, ...]:
     parallel = job.parallel
     states = (parallel.zero_stage, parallel.offload_optimizer, parallel.offload_param)
     return (*states, parallel.sequence_parallel_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.arch.model_dims import ModelDims
 from orchestrator.arch.parameters import Linear, Parameters, parameters, target_linears
@@ -26,7 +26,7 @@ class Model:
     parameters: Parameters
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Model | None:
+    def from_config(cls, config: Mapping[str, object]) -> Model | None:
         """Return the sizes described by a config.json, or None for an unsupported architecture."""
         shape, counted = ModelDims.from_config(config), parameters(config)
         return None if shape is None or counted is None else cls(shape, counted)
