@@ -114,7 +114,7 @@ def _read(
 
 
 def validate(
-    data: dict[str, Any], source_lines: SourceLines, origin: str
+    data: dict[str, object], source_lines: SourceLines, origin: str
 ) -> tuple[JobSpec | None, list[str]]:
     """Validate a job that has been read; return it, or a message with its line for every problem."""
     job, broken, _ = _validate(data, _nothing, _nothing)
@@ -130,13 +130,13 @@ def dump(job: JobSpec) -> str:
     return yaml_loader.dump(job.model_dump(mode="json"))
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, object]:
     """Return the JSON schema of the job file, for editors."""
     schema = JobSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "orchestrator job"}
 
 
-def apply_override(data: dict[str, Any], source_lines: SourceLines, text: str) -> str | None:
+def apply_override(data: dict[str, object], source_lines: SourceLines, text: str) -> str | None:
     """Apply an override to the data; return an error message if it cannot be applied."""
     path, equals, value = text.partition("=")
     is_secret = path.strip() == "run" or path.strip().startswith("run.env")
@@ -152,7 +152,9 @@ def apply_override(data: dict[str, Any], source_lines: SourceLines, text: str) -
     return f"{shown}: {reason}" if reason else None
 
 
-def put(data: dict[str, Any], source_lines: SourceLines, path: str, value: Any, origin: str) -> str | None:
+def put(
+    data: dict[str, object], source_lines: SourceLines, path: str, value: object, origin: str
+) -> str | None:
     """Set a field of a job that has been read but not validated.
 
     Args:
@@ -191,14 +193,16 @@ def put(data: dict[str, Any], source_lines: SourceLines, path: str, value: Any, 
     return None
 
 
-def _key_in(target: Any, key: str) -> str | int | None:
+def _key_in(target: object, key: str) -> str | int | None:
     """Return the key or index that can be set in a container, or None."""
     if isinstance(target, list):
         return next((index for index in range(len(target)) if str(index) == key), None)
     return key if isinstance(target, dict) else None
 
 
-def _validate(data: dict[str, Any], check: Check, warn: Check) -> tuple[JobSpec | None, _Located, _Located]:
+def _validate(
+    data: dict[str, object], check: Check, warn: Check
+) -> tuple[JobSpec | None, _Located, _Located]:
     """Validate fields, then the rules between those fields that are valid.
 
     Returns:
@@ -239,7 +243,7 @@ def _of_valid_fields(wrong: set[str], found: Iterable[Problem]) -> _Located:
     ]
 
 
-_PLACEHOLDERS: Mapping[str, Any] = {
+_PLACEHOLDERS: Mapping[str, object] = {
     "name": "job",
     "model": {"path": "model"},
     "data": {"train": [{"path": "data"}]},
@@ -343,7 +347,7 @@ def dotted_fields() -> tuple[str, ...]:
 
 
 def _fields_at(location: Iterable[str | int], root: type[BaseModel]) -> list[str]:
-    model: Any = root
+    model = root
     for part in location:
         if isinstance(part, int):
             continue
@@ -353,6 +357,6 @@ def _fields_at(location: Iterable[str | int], root: type[BaseModel]) -> list[str
     return list(model.model_fields)
 
 
-def _arguments(annotation: Any) -> list[Any]:
+def _arguments(annotation: object) -> list[object]:
     direct = list(getattr(annotation, "__args__", ()))
     return direct + [inner for each in direct for inner in _arguments(each)]

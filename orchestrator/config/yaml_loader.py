@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -24,7 +23,7 @@ _LONGEST_INTEGER = 400
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 core schema: 2e-5 is a number, 010 is ten; yes, on, 1:30 and dates are strings."""
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         """Return the value of a node; a scalar that is invalid for its tag is an error with a line."""
         try:
             value = super().construct_object(node, deep)
@@ -61,12 +60,12 @@ for _tag, _pattern, _first in (
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
-def dump(value: Any) -> str:
+def dump(value: object) -> str:
     """Return a value as YAML that `read` reads back equal."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, Any], SourceLines, list[str]]:
+def read(text: str, origin: str, thing: str = "job") -> tuple[dict[str, object], SourceLines, list[str]]:
     """Read a mapping.
 
     Args:
@@ -105,7 +104,7 @@ def reason_of(error: yaml.YAMLError) -> str:
     return " ".join(str(reason).split())
 
 
-def value_of(text: str) -> Any:
+def value_of(text: str) -> object:
     """Return the value of a YAML text.
 
     Raises:
@@ -143,7 +142,7 @@ def _compose(text: str) -> tuple[_Loader, yaml.Node | None]:
     return loader, root
 
 
-def _construct(loader: _Loader, root: yaml.Node | None) -> Any:
+def _construct(loader: _Loader, root: yaml.Node | None) -> object:
     return None if root is None else _plain(loader.construct_document(root))
 
 
@@ -177,7 +176,7 @@ def forget(source_lines: SourceLines, location: Location) -> None:
         del source_lines[known]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Convert a value to JSON types, so that validation sees the types as written in the file."""
     if isinstance(value, dict):
         return {
