@@ -48,7 +48,7 @@ def _run(folder: Path) -> None:
 
     asked: dict[str, Any] = json.loads((folder / INSTRUCTIONS).read_text(encoding="utf-8"))
     job = loader.parse(asked["job"])
-    outcome: dict[str, Any] = {"status": "ok", "reason": None}
+    outcome: dict[str, object] = {"status": "ok", "reason": None}
     try:
         run(job, asked["address"], lambda status: None, BenchmarkRun(asked["memory_limit_bytes"]))
     except MemoryExhaustedError as error:
@@ -79,7 +79,7 @@ def _shape(job: JobSpec) -> dict[str, int] | None:
     return asdict(shape) if shape else None
 
 
-def _accelerator() -> dict[str, Any]:
+def _accelerator() -> dict[str, str]:
     """Return the CUDA and NCCL versions of torch; empty for a CPU build."""
     import torch
 

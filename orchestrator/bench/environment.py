@@ -7,7 +7,6 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 _PACKAGES = (
     "orchestrator-llm-trainer",
@@ -22,7 +21,7 @@ _PACKAGES = (
 _ROOT = Path(__file__).parents[2]
 
 
-def describe() -> dict[str, Any]:
+def describe() -> dict[str, object]:
     """Return the hardware, operating system and package versions of this process."""
     return {
         "cpu": _cpu_model(),

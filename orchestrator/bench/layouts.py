@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 from orchestrator.arch.flops import flops_per_token_xtuner
 from orchestrator.arch.model_dims import ModelDims
@@ -375,5 +374,5 @@ def _last_part(field: str, fields: Sequence[str]) -> str:
     return last if [each.rpartition(".")[2] for each in fields].count(last) == 1 else field
 
 
-def _plain(value: Any) -> Value:
+def _plain(value: object) -> Value:
     return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value)

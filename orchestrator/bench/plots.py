@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from orchestrator.bench.layouts import method_name, model_name
 from orchestrator.bench.results import Row
 from orchestrator.errors import SpecError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#555555")
 _PHASES = {"data": "#E69F00", "forward": "#56B4E9", "backward": "#0072B2", "optimizer": "#009E73"}
@@ -37,7 +41,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
     """
     pyplot = _pyplot()
     ran = [row for row in rows if row.status == "ok"]
-    wanted: dict[str, Callable[[Any], None]] = {}
+    wanted: dict[str, Callable[[Axes], None]] = {}
     if _distinct(ran, _LENGTH) > 1:
         wanted["memory_over_length"] = lambda axes: _memory(axes, _series(rows, _LENGTH))
         wanted["tgs_over_length"] = lambda axes: _rate(axes, _series(ran, _LENGTH))
@@ -81,7 +85,7 @@ def require_matplotlib(otherwise: str = "leave the plots out with --no-plots") -
         )
 
 
-def _pyplot() -> Any:
+def _pyplot() -> ModuleType:
     require_matplotlib()
     import matplotlib as mpl
 
@@ -126,12 +130,12 @@ def _words(field: str) -> Callable[[Row], str]:
     return lambda row: f"{last} {row.value(field)}"
 
 
-def _lines(axes: Any, series: Series) -> Iterator[tuple[str, Sequence[Row], str]]:
+def _lines(axes: Axes, series: Series) -> Iterator[tuple[str, Sequence[Row], str]]:
     for at, (name, rows) in enumerate(series.items()):
         yield name, rows, _COLOURS[at % len(_COLOURS)]
 
 
-def _memory(axes: Any, series: Series) -> None:
+def _memory(axes: Axes, series: Series) -> None:
     ceiling = 0.0
     for name, rows, colour in _lines(axes, series):
         ran = [row for row in rows if "memory_peak_bytes" in row.peaks]
@@ -142,15 +146,23 @@ def _memory(axes: Any, series: Series) -> None:
     for _, rows, colour in _lines(axes, series):
         for row in rows:
             if row.status == "out_of_memory":
-                spot = {"marker": "X", "markersize": 9, "linestyle": "none", "markeredgecolor": "white"}
-                axes.plot([row.setting(_LENGTH)], [ceiling * 1.08], color=colour, label=label, **spot)
+                axes.plot(
+                    [row.setting(_LENGTH)],
+                    [ceiling * 1.08],
+                    color=colour,
+                    label=label,
+                    marker="X",
+                    markersize=9,
+                    linestyle="none",
+                    markeredgecolor="white",
+                )
                 label = "_another"
     axes.set_ylim(0.0, ceiling * 1.15 or None)
     _length_axis(axes, series)
     axes.set_ylabel("peak memory of the fullest worker, GiB")
 
 
-def _rate(axes: Any, series: Series) -> None:
+def _rate(axes: Axes, series: Series) -> None:
     for name, rows, colour in _lines(axes, series):
         readings = [(row.setting(_LENGTH), found) for row in rows if (found := row.reading("tgs"))]
         at = [length for length, _ in readings]
@@ -162,7 +174,7 @@ def _rate(axes: Any, series: Series) -> None:
     axes.set_ylabel("TGS, tokens/GPU/s (band: quartiles)")
 
 
-def _scaling(axes: Any, series: Series) -> None:
+def _scaling(axes: Axes, series: Series) -> None:
     label = "in proportion to the fewest workers"
     for name, rows, colour in _lines(axes, series):
         at = [row.setting(_WORKERS) for row in rows]
@@ -184,7 +196,7 @@ def _scaling(axes: Any, series: Series) -> None:
     axes.set_ylabel("tokens/s of all workers together")
 
 
-def _phases(axes: Any, rows: Sequence[Row]) -> None:
+def _phases(axes: Axes, rows: Sequence[Row]) -> None:
     name_of = _names(rows, None)
     names = [name_of(row) for row in rows]
     places = range(len(rows))
@@ -204,7 +216,7 @@ def _phases(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xlabel("median seconds of a step")
 
 
-def _length_axis(axes: Any, series: Series) -> None:
+def _length_axis(axes: Axes, series: Series) -> None:
     ticks = sorted({row.setting(_LENGTH) for rows in series.values() for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick // 1024}k" if tick % 1024 == 0 else str(tick) for tick in ticks])

@@ -69,8 +69,8 @@ class Row:
     """
 
     cell: str
-    fields: Mapping[str, Any]
-    job: Mapping[str, Any]
+    fields: Mapping[str, object]
+    job: Mapping[str, object]
     status: Status
     reason: str | None = None
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -82,12 +82,12 @@ class Row:
 
     def setting(self, name: str) -> Any:
         """Return a field of the job by its dotted name; None if the job does not have it."""
-        value: Any = self.job
+        value: object = self.job
         for key in name.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
-    def value(self, name: str) -> Any:
+    def value(self, name: str) -> object:
         """Return a field's value as written in the sweep for this cell, or else from the job."""
         return self.fields[name] if name in self.fields else self.setting(name)
 
@@ -97,12 +97,12 @@ class Row:
         return Reading.of(values) if values else None
 
 
-def label(fields: Mapping[str, Any]) -> str:
+def label(fields: Mapping[str, object]) -> str:
     """Format fields as `name=value`, with the last part of each dotted name."""
     return ", ".join(f"{name.rpartition('.')[2]}={shown(value)}" for name, value in fields.items())
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Format a field's value: strings as they are, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -132,13 +132,13 @@ def peaks_of(run: Path) -> dict[str, float]:
     }
 
 
-def _steps(run: Path) -> list[Mapping[str, Any]]:
+def _steps(run: Path) -> list[Mapping[str, float]]:
     """Return one row per step, from its last attempt; rows without step or attempt are ignored."""
     rows = [row for row in read_lines(run / STEPS) if _is_number(row.get("step"), row.get("attempt"))]
     return last_attempt(rows)
 
 
-def _is_number(*values: Any) -> bool:
+def _is_number(*values: object) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 

@@ -31,6 +31,7 @@ from orchestrator.errors import SpecError
 
 Layout = Literal["plain", "xtuner", "qwen", "ms-swift", "llm-action", "llama2-lora"]
 Values = dict[str, Any]
+"""Values of a YAML file by field."""
 _MOST_CELLS = 1000
 _LONGEST_SLUG = 48  # a run's name has at most 63 characters, and the digest takes 9 of them
 
@@ -74,7 +75,7 @@ class Cell:
     """
 
     name: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
     job: JobSpec
 
 
@@ -128,13 +129,13 @@ class _Base:
     """A parsed job file before cells set their fields in it; `origin` is its name in errors."""
 
     label: str
-    data: dict[str, Any]
+    data: Values
     source_lines: yaml_loader.SourceLines
     origin: str
 
 
 def _validate(
-    data: dict[str, Any], source_lines: yaml_loader.SourceLines, origin: str
+    data: Values, source_lines: yaml_loader.SourceLines, origin: str
 ) -> tuple[SweepSpec | None, list[str]]:
     problems = []
     try:
@@ -172,7 +173,7 @@ def _base_names(spec: SweepSpec) -> tuple[str, ...]:
 
 def _bases(
     spec: SweepSpec,
-    data: dict[str, Any],
+    data: Values,
     source_lines: yaml_loader.SourceLines,
     path: Path,
     overrides: Sequence[str],
@@ -253,7 +254,7 @@ def _digest(spec: SweepSpec, job: JobSpec) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield fields by dotted name, flattening sections."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
