@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from orchestrator.arch.hf_config import load_config_json, resized
 from orchestrator.cluster.cluster_spec import ClusterSpec, ClusterSpecError
@@ -141,7 +140,7 @@ def text(plan: Plan, remedies: Sequence[Suggestion], explain: bool, rows: int = 
     return "\n".join(lines)
 
 
-def _candidate(candidate: Candidate) -> dict[str, Any]:
+def _candidate(candidate: Candidate) -> dict[str, object]:
     return {"settings": candidate.settings, **candidate.prediction.as_json()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from orchestrator.bench.plots import require_matplotlib
 from orchestrator.cluster.cluster_spec import ClusterSpec
@@ -16,6 +16,9 @@ from orchestrator.planner.plan import Candidate
 from orchestrator.planner.search import search
 from orchestrator.planner.workload import UNKNOWN_DATA, DataShape
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _SHORTEST = 512
 _CREATOR = "orchestrator plan --plots"
 _PARTS = {
@@ -26,7 +29,7 @@ _PARTS = {
 
 def draw(
     job: JobSpec,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     cluster: ClusterSpec,
     calibration: CalibrationParams,
     folder: Path,
@@ -115,7 +118,7 @@ def moments(candidate: Candidate) -> dict[str, float]:
     return {name: size / GIB for name, size in parts.items()}
 
 
-def _memory(axes: Any, planned: Mapping[int, Candidate], cluster: ClusterSpec) -> None:
+def _memory(axes: Axes, planned: Mapping[int, Candidate], cluster: ClusterSpec) -> None:
     bottoms = [0.0] * len(planned)
     stacks = [moments(each) for each in planned.values()]
     for name, colour in _PARTS.items():
@@ -128,7 +131,7 @@ def _memory(axes: Any, planned: Mapping[int, Candidate], cluster: ClusterSpec) -
     axes.legend(frameon=False, fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
-def _tgs(axes: Any, planned: Mapping[int, Candidate], cluster: ClusterSpec) -> None:
+def _tgs(axes: Axes, planned: Mapping[int, Candidate], cluster: ClusterSpec) -> None:
     rates = [each.prediction.tgs or 0.0 for each in planned.values()]
     off = TIME_RANGE[any(each.prediction.calibrated for each in planned.values())]
     places = range(len(rates))

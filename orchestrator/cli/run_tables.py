@@ -10,13 +10,15 @@ from typing import Any
 from orchestrator.atomic_files import read_object
 from orchestrator.errors import SpecError
 
+Report = dict[str, Any]
+"""The report.json of a run."""
 SUMMARY_FIELDS = (
     "name", "steps", "epoch", "loss", "first_loss", "evaluation_loss", "tgs", "tgs_trained", "tgs_slots",
     "memory_reserved_peak_bytes", "world_size", "nodes", "restarts", "steps_lost", "seconds",
 )  # fmt: skip
 
 
-def read_report(run: Path, fields: Sequence[str] = ("name",)) -> dict[str, Any]:
+def read_report(run: Path, fields: Sequence[str] = ("name",)) -> Report:
     """Return the report of a finished run.
 
     Args:
@@ -39,7 +41,7 @@ def read_report(run: Path, fields: Sequence[str] = ("name",)) -> dict[str, Any]:
     return found
 
 
-def summary(report: dict[str, Any]) -> str:
+def summary(report: Report) -> str:
     """Return the main results of a run."""
     mfu = f"{report['mfu']:.1%}" if "mfu" in report else "not known for this device"
     evaluation = report["evaluation_loss"]
@@ -62,20 +64,20 @@ def summary(report: dict[str, Any]) -> str:
     return table(rows)
 
 
-def _expected(report: dict[str, Any], name: str) -> str:
+def _expected(report: Report, name: str) -> str:
     """Return the predicted value of a metric, if there is one."""
     found = (report.get("predicted") or {}).get(name)
     return "" if found is None else f"; {found:.1f} predicted"
 
 
-def _memory(report: dict[str, Any]) -> str:
+def _memory(report: Report) -> str:
     """Return measured and predicted peak memory."""
     said = f"{report['memory_reserved_peak_bytes'] / 2**30:.2f} GiB held by the fullest worker"
     expected = report.get("predicted")
     return f"{said}, {expected['memory_reserved_peak_bytes'] / 2**30:.2f} predicted" if expected else said
 
 
-def side_by_side(reports: list[dict[str, Any]]) -> str:
+def side_by_side(reports: list[Report]) -> str:
     """Return the main metrics of several runs, one per column."""
     names = (
         "loss",
@@ -96,7 +98,7 @@ def side_by_side(reports: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def table(rows: dict[str, Any]) -> str:
+def table(rows: Mapping[str, object]) -> str:
     """Return one line per name and value."""
     width = max(len(name) for name in rows)
     return "\n".join(
