@@ -63,7 +63,7 @@ def write_text(path: Path, text: str, draft_suffix: str = "draft", fsync: bool =
     draft.replace(path)
 
 
-def write_json(path: Path, value: Any, draft_suffix: str = "draft", fsync: bool = False) -> None:
+def write_json(path: Path, value: object, draft_suffix: str = "draft", fsync: bool = False) -> None:
     """Write a value as JSON atomically; arguments as for `write_text`.
 
     Raises:
