@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from orchestrator.data.encoder import Encoder
 from orchestrator.data.formats import Malformed
 from orchestrator.data.rows import (
     Conversation,
@@ -30,6 +29,7 @@ from orchestrator.data.rows import (
     has_content,
     is_learnt,
 )
+from orchestrator.data.token_positions import tokenize
 from orchestrator.errors import SpecError
 
 if TYPE_CHECKING:
@@ -138,7 +138,6 @@ def encode(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerFast,
     template: Template,
-    encoder: Encoder | None = None,
     learn_ends: bool = False,
 ) -> list[Encoded | Malformed]:
     """Tokenize rows without truncation.
@@ -150,7 +149,6 @@ def encode(
         rows: Any number of rows.
         tokenizer: A fast Hugging Face tokenizer.
         template: The result of `choose`.
-        encoder: An encoder to reuse, with its cache of words from earlier rows; None creates one.
         learn_ends: See `render`.
 
     Returns:
@@ -165,11 +163,11 @@ def encode(
                 results.append(render(row, template, tokenizer, learn_ends))
         except Malformed as problem:
             results.append(problem)
-    # borders[i] is the flat list [start 0, end 0, start 1, end 1, ...] of text i, in characters; the encoder
+    # borders[i] is the flat list [start 0, end 0, start 1, end 1, ...] of text i, in characters; `tokenize`
     # returns the same list in tokens.
     texts = [result for result in results if isinstance(result, Rendered)]
     borders = [[place for answer in each.answers for place in answer] for each in texts]
-    encoded = iter((encoder or Encoder(tokenizer)).encode([each.text for each in texts], borders))
+    encoded = iter(tokenize(tokenizer, [each.text for each in texts], borders))
     return [_mark(each, *next(encoded)) if isinstance(each, Rendered) else each for each in results]
 
 

@@ -26,7 +26,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import Template, choose, encode
-from orchestrator.data.encoder import Encoder
 from orchestrator.data.formats import Malformed, RowFormat, parse
 from orchestrator.data.readers import Block, DataFile, changed, locate
 from orchestrator.data.rows import Learnt, Row, empty_answers, learnt_of, nothing_to_learn
@@ -246,7 +245,7 @@ def _write_block(
     rows, malformed, empty = _rows(block, row_format, learnt)
     partly_empty: dict[int, str] = {}
     encoded = []
-    results = encode(list(rows.values()), loaded, template, _encoder(loaded), learnt != "answers")
+    results = encode(list(rows.values()), loaded, template, learnt != "answers")
     for (at, row), result in zip(rows.items(), results, strict=True):
         if isinstance(result, Malformed):
             malformed[at] = str(result)
@@ -288,11 +287,6 @@ def _rows(
 def _held(reference: ray.ObjectRef) -> PreTrainedTokenizerFast | None:
     """Return the driver's tokenizer, fetched once per process because loading one takes seconds."""
     return ray.get(reference)
-
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    return Encoder(tokenizer)
 
 
 @contextmanager
