@@ -12,10 +12,15 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from itertools import chain, count
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from orchestrator.package_data import resource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STORAGE = Path("runs")
 _SERIES = re.compile(r"^(orchestrator_(?:tgs|tflops_model)\{.*rank=\"(\d+)\".*\}) (\S+)$", re.MULTILINE)
@@ -87,15 +92,16 @@ def _reload(folder: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template(
+    prompt = tokenizer.apply_chat_template(  # a `BatchEncoding`, because of return_dict
         [{"role": "user", "content": "Name three primary colors."}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     )
-    output = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    tensors = cast("Mapping[str, Tensor]", prompt)
+    output = model.generate(**tensors, max_new_tokens=24, do_sample=False)  # type: ignore[misc, arg-type]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = tokenizer.decode(output[0, tensors["input_ids"].shape[1] :], skip_special_tokens=True)
     return f"reloaded {folder}: {parameters:,} parameters; after so few steps it generates: {text!r}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +21,6 @@ from orchestrator.data.formats import Malformed
 from orchestrator.data.rows import (
     Conversation,
     Instruction,
-    JsonObject,
     Message,
     Row,
     Text,
@@ -213,7 +212,7 @@ def _as_conversation(row: Instruction) -> Conversation:
 
 
 def _chat(row: Conversation, tokenizer: PreTrainedTokenizerFast, learn_ends: bool) -> Rendered:
-    tools = list(row.tools) or None
+    tools = [dict(tool) for tool in row.tools] or None
     try:
         source = tokenizer.get_chat_template(None, tools)
     except ValueError:
@@ -247,14 +246,16 @@ class _Writer:
     """
 
     source: str
-    tools: list[JsonObject] | None
+    tools: list[dict[str, object]] | None
     special: Mapping[str, object]
     learn_ends: bool
 
     def write(
         self, messages: Sequence[Message], marks: bool = False, add_generation_prompt: bool = False
     ) -> Any:
-        texts, spans = render_jinja_template(
+        # Annotated to return a string; it returns the texts and the spans of all conversations.
+        render_all: Callable[..., Any] = render_jinja_template
+        texts, spans = render_all(
             conversations=[[dict(each) for each in messages]],
             tools=self.tools,
             chat_template=self.source,

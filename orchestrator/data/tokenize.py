@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -79,7 +79,7 @@ def _load_tokenizer(path: str, name: str, trust_remote_code: bool) -> PreTrained
             f"model.path={name} has only a slow (Python) tokenizer, which has no character offsets; convert "
             "it to a fast tokenizer (tokenizer.json)"
         )
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def tokenize_sources(
@@ -210,7 +210,9 @@ def _write_shards(
     at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     tokenizer = [ray.put(None if model.trust_remote_code else load_tokenizer(model))]
     options = {"scheduling_strategy": here, "_generator_backpressure_num_objects": at_once}
-    blocks = _read_blocks.options(num_returns="streaming", **options).remote(list(files))
+    streamed = _read_blocks.options(num_returns="streaming", **options).remote(list(files))
+    # Annotated as a reference to one result; with num_returns="streaming" it is a generator of references.
+    blocks = cast("Iterator[ray.ObjectRef[Block]]", streamed)
     in_flight: list[ray.ObjectRef[Shard]] = []
     with _unwrap_task_errors():
         for number, block in enumerate(blocks):
@@ -232,7 +234,7 @@ def _read_blocks(files: list[DataFile]) -> Iterator[Block]:
 @ray.remote(num_cpus=1, max_retries=3)
 def _write_block(
     model: ModelSpec,
-    tokenizer: list[ray.ObjectRef],
+    tokenizer: list[ray.ObjectRef[PreTrainedTokenizerFast | None]],
     template: Template,
     learnt: Learnt,
     row_format: RowFormat,
@@ -284,7 +286,7 @@ def _rows(
 
 
 @lru_cache(maxsize=1)
-def _held(reference: ray.ObjectRef) -> PreTrainedTokenizerFast | None:
+def _held(reference: ray.ObjectRef[PreTrainedTokenizerFast | None]) -> PreTrainedTokenizerFast | None:
     """Return the driver's tokenizer, fetched once per process because loading one takes seconds."""
     return ray.get(reference)
 

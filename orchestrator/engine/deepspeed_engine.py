@@ -23,6 +23,7 @@ from orchestrator.model.activation_memory import tiled_mlps
 from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 # DeepSpeed calls these deprecated names at every reduction, and torch warns at every call.
@@ -46,7 +47,7 @@ def join_process_group(collective_timeout_seconds: int) -> None:
     deepspeed.init_distributed(timeout=timedelta(seconds=collective_timeout_seconds), verbose=False)
 
 
-def start_engine(model: PreTrainedModel, ds_config: DeepSpeedConfig) -> TrainEngine:
+def start_engine(model: PreTrainedModel | PeftModel, ds_config: DeepSpeedConfig) -> TrainEngine:
     """Return DeepSpeed's engine around a model.
 
     Args:

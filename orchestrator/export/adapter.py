@@ -55,7 +55,7 @@ def write_adapter(
     is_builtin = job.model.path.startswith("builtin/")
     config.base_model_name_or_path = str(resolve(job.model.path)) if is_builtin else job.model.path
     config.inference_mode = True
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory))
     write_json(directory / base_model_id.BASE_MODEL_FILE, identity)
     return sum(tensor.numel() for tensor in tensors.values())
 
@@ -82,4 +82,6 @@ def merged_model(job: JobSpec, adapter: Path, dtype: torch.dtype) -> PreTrainedM
             f"model.path={job.model.path} is not the base model that the adapter was trained with "
             f"({', '.join(differing)} differ); restore that model, or export without --merge"
         )
-    return PeftModel.from_pretrained(base_model(job, dtype), str(adapter)).merge_and_unload()
+    adapted = PeftModel.from_pretrained(base_model(job, dtype), str(adapter))
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged

@@ -201,9 +201,12 @@ def _meta_model(job: JobSpec, config: PretrainedConfig) -> PreTrainedModel | Non
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=job.model.trust_remote_code)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=job.model.trust_remote_code
+            )
     except RuntimeError:
         return None
+    return model
 
 
 def _vocab_size(model: PreTrainedModel | None, weights: Mapping[str, LazyTensor]) -> dict[str, int]:
@@ -221,7 +224,8 @@ def _architecture(config: PretrainedConfig) -> str | None:
     from transformers import AutoModelForCausalLM
 
     mapping = AutoModelForCausalLM._model_mapping
-    return str(mapping[type(config)].__name__) if type(config) in mapping else None
+    # Annotated as a pair of classes; mappings of models have one.
+    return str(mapping[type(config)].__name__) if type(config) in mapping else None  # type: ignore[attr-defined]
 
 
 def fp32_weights(checkpoint: Path, only_trained: bool = False) -> dict[str, LazyTensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
@@ -17,12 +17,16 @@ from orchestrator.model import base_model_id
 from orchestrator.model.quantization import is_quantized, patch_dora
 from orchestrator.model.weights import UnreadableError, WeightsMismatch, shapes_in
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 WEIGHTS = "adapter_model.safetensors"
 _SAME = {"rank": "r", "alpha": "lora_alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
 _ATTENTION = ("attn", "attention")  # substrings of the names of attention modules in transformers
 
 
-def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
+def adapt(model: PreTrainedModel, method: MethodSpec, dtype: torch.dtype, seed: int) -> PeftModel:
     """Freeze a causal LM and add trainable LoRA adapters to it (arXiv 2106.09685).
 
     The B matrix of every adapter is initialized with zeros, so the adapted model first computes the same
@@ -46,7 +50,7 @@ def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.rank,
-        lora_alpha=method.alpha,
+        lora_alpha=method.alpha,  # type: ignore[arg-type]  # a factor: peft never needs an integer
         lora_dropout=method.dropout,
         target_modules=targets(model, method),
         use_rslora=method.use_rslora,
@@ -71,7 +75,7 @@ def adapt(model: Any, method: MethodSpec, dtype: torch.dtype, seed: int) -> Any:
     return adapted
 
 
-def adapter_problem(model: Any, job: JobSpec) -> str | None:
+def adapter_problem(model: PeftModel, job: JobSpec) -> str | None:
     """Return why training cannot start from `method.adapter` of a job, with the remedy; None if it can.
 
     Compares the adapter's configuration, tensor shapes and base model with those of the job; reads headers
@@ -124,7 +128,7 @@ def adapter_problem(model: Any, job: JobSpec) -> str | None:
     return None
 
 
-def load_adapter(model: Any, folder: Path) -> None:
+def load_adapter(model: PeftModel, folder: Path) -> None:
     """Copy adapter weights from a folder into a model; `adapter_problem` must have returned None for it.
 
     A collective call under ZeRO-3: every rank must make it.
@@ -209,12 +213,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or is_quantized(module)
 
 
-def _embeddings(model: Any) -> list[str]:
+def _embeddings(model: PreTrainedModel) -> list[str]:
     """Return the last name component of the embedding and of the LM head."""
     wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
     by_module = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     return [by_module[id(module)] for module in wanted if module is not None]
 
 
-def _is_tied(model: Any) -> bool:
+def _is_tied(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))

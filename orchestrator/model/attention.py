@@ -17,7 +17,7 @@ import importlib.util
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from orchestrator.errors import SpecError
 from orchestrator.model.sdpa import AttentionOptions, attend
 from orchestrator.parallel.ulysses import SequenceGroup
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 IMPLEMENTATION = "documents"
 AttnBackend = Literal["flash", "sdpa"]
@@ -143,7 +146,7 @@ class CausalMask:
 
     window: int | None
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         """Raise an error with the reason, for models that use the mask as a tensor."""
         raise AttributeError(
             f"the model reads `{name}` of its attention mask, but no mask is built for packed documents; "
@@ -202,7 +205,7 @@ def document_attention(
     return sequence.to_sequence(compute(q, k, v, documents, scoring)).unsqueeze(0), None
 
 
-def _refuse_variants(module: nn.Module, max_seqlen: int, options: Mapping[str, Any]) -> None:
+def _refuse_variants(module: nn.Module, max_seqlen: int, options: Mapping[str, object]) -> None:
     """Raise ValueError for attention variants that are not computed and affect documents of this length."""
     name = type(module).__name__
     chunk = getattr(getattr(module, "config", None), "attention_chunk_size", None)  # Llama 4
@@ -292,7 +295,10 @@ def _has_flash_attn() -> bool:
 
 
 def select_attn_backend(
-    requested: Literal["auto", "flash", "sdpa"], device: torch.device, dtype: torch.dtype, config: Any = None
+    requested: Literal["auto", "flash", "sdpa"],
+    device: torch.device,
+    dtype: torch.dtype,
+    config: PretrainedConfig | None = None,
 ) -> AttnBackend:
     """Return the attention backend: flash for bf16 and fp16 on CUDA devices of capability 8.0 or higher.
 
@@ -326,7 +332,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
-def _mask(*args: Any, **kwargs: Any) -> CausalMask:
+def _mask(*args: object, **kwargs: Any) -> CausalMask:
     """Return a placeholder for the mask that transformers would build.
 
     Raises:

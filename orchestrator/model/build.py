@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -36,11 +37,18 @@ from orchestrator.model.weights import (
     ADAPTER_CONFIG,
     WeightsMismatch,
     first_problem_of_ranks,
+    load_with_info,
     mismatch_problem,
     weight_files,
     weights_problem,
     without_empty_biases,
 )
+from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CANNOT_BUILD = (OSError, ValueError, KeyError)
@@ -51,7 +59,7 @@ def torch_dtype(dtype: Literal["bf16", "fp16", "fp32"]) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def load_config(model: ModelSpec) -> Any:
+def load_config(model: ModelSpec) -> PretrainedConfig:
     """Return the configuration of the trained model, with `vocab_size` after model.resize_embeddings.
 
     Raises:
@@ -60,7 +68,7 @@ def load_config(model: ModelSpec) -> Any:
     return with_tokenizer_rows(stored_config(model), model)
 
 
-def stored_config(model: ModelSpec) -> Any:
+def stored_config(model: ModelSpec) -> PretrainedConfig:
     """Return the configuration as stored with the model's weights.
 
     Raises:
@@ -76,13 +84,16 @@ def stored_config(model: ModelSpec) -> Any:
             "folder in method.adapter",
         )
     try:
-        return AutoConfig.from_pretrained(str(resolve(model.path)), trust_remote_code=model.trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(resolve(model.path)), trust_remote_code=model.trust_remote_code
+        )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SpecError(
             f"model.path={model.path} is not a model that can be loaded ({reason}); name a folder with a "
             "config.json, or a hub model"
         ) from None
+    return config
 
 
 def require_supported(
@@ -125,29 +136,30 @@ def require_supported(
         _require_weights(model, built, download=False)
     # From here on, apply the same options as `build_model`, because each may reject the architecture.
     _save_memory(built, model, offload_activations=False)
+    trained: PreTrainedModel | PeftModel = built
     if job.method.type == "lora":
         with torch.device("meta"):
-            built = adapt(built, job.method, torch.bfloat16, job.run.seed)
-        if problem := adapter_problem(built, job):
+            trained = adapted = adapt(built, job.method, torch.bfloat16, job.run.seed)
+        if problem := adapter_problem(adapted, job):
             raise SpecError(problem)
     if model.loss_tile_tokens:
-        TiledHead(built, model.loss_tile_tokens)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in built.parameters()]
+        TiledHead(trained, model.loss_tile_tokens)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trained.parameters()]
     return ParameterCount(
         total=sum(size for size, _ in sizes),
-        trained=sum(size for size, trained in sizes if trained),
+        trained=sum(size for size, is_trained in sizes if is_trained),
         largest=max(size for size, _ in sizes),
     )
 
 
-def build_on_meta(job: JobSpec) -> Any:
+def build_on_meta(job: JobSpec) -> PeftModel:
     """Return the model of a job with its adapters, on the meta device."""
     with torch.device("meta"):
         bare = _without_memory(job.model, load_config(job.model))
         return adapt(bare, job.method, torch.bfloat16, job.run.seed)
 
 
-def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
+def base_model(job: JobSpec, dtype: torch.dtype) -> PreTrainedModel:
     """Return the base model of a job's adapters, unpartitioned, in one process.
 
     Quantized weights are dequantized to `dtype`: adapters were trained on these values.
@@ -166,35 +178,41 @@ def base_model(job: JobSpec, dtype: torch.dtype) -> Any:
     return dequantize(built) if getattr(built, "is_quantized", False) else built
 
 
-def _without_memory(model: ModelSpec, config: Any) -> Any:
+def _without_memory(model: ModelSpec, config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **_options(model, torch.bfloat16))
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(config, **_options(model, torch.bfloat16))
+    return built
 
 
 def _built(
-    model: ModelSpec, config: Any, dtype: torch.dtype, seed: int, partitioned: bool, load: bool = True
-) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    model: ModelSpec,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    partitioned: bool,
+    load: bool = True,
+) -> PreTrainedModel:
     options = _options(model, dtype)
     if model.weights == "random" or not load:
         return _random(config, options, seed, partitioned)
-    return _read(AutoModelForCausalLM, model, config, options)
+    return _read(model, config, options)
 
 
-def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -> Any:
+def _read(model: ModelSpec, config: PretrainedConfig, options: dict[str, object]) -> PreTrainedModel:
     """Load a model's weights, then resize embedding and LM head to `vocab_size` of `config`.
 
     Raises:
         SpecError: Weights are missing or unexpected, or have a different shape.
     """
+    from transformers import AutoModelForCausalLM
+
     stored = stored_config(model)
-    built, info = loader.from_pretrained(
+    built, info = load_with_info(
+        AutoModelForCausalLM.from_pretrained,
         str(resolve(model.path)),
         config=stored,
-        output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, together with missing and unexpected weights
         **options,
     )
@@ -209,7 +227,7 @@ def _read(loader: Any, model: ModelSpec, config: Any, options: dict[str, Any]) -
     return built
 
 
-def _require_readable(model: ModelSpec, config: Any) -> None:
+def _require_readable(model: ModelSpec, config: PretrainedConfig) -> None:
     """Check that the weight files match the architecture, before any tensor is loaded.
 
     Raises:
@@ -224,7 +242,7 @@ def _require_readable(model: ModelSpec, config: Any) -> None:
     _require_weights(model, bare, download=True)
 
 
-def _require_weights(model: ModelSpec, bare: Any, download: bool) -> None:
+def _require_weights(model: ModelSpec, bare: PreTrainedModel, download: bool) -> None:
     """Check that the weight files match the architecture; if one rank finds a problem, every rank raises.
 
     Args:
@@ -241,14 +259,18 @@ def _require_weights(model: ModelSpec, bare: Any, download: bool) -> None:
         raise _refusal(model, problem)
 
 
-def _loading_quantization(job: JobSpec, config: Any, dtype: torch.dtype) -> Any:
+def _loading_quantization(
+    job: JobSpec, config: PretrainedConfig, dtype: torch.dtype
+) -> QuantizationConfigMixin | None:
     """Return the quantization configuration for `from_pretrained`; None if weights are not quantized."""
     return (
         stored_quantization(config) if quantization_method(config) else quantization_config(job.method, dtype)
     )
 
 
-def _random_source(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int) -> Any:
+def _random_source(
+    model: ModelSpec, config: PretrainedConfig, dtype: torch.dtype, seed: int
+) -> PreTrainedModel | None:
     """Return a random model whose weights are to be quantized; None if weights are loaded from files."""
     if model.weights == "pretrained":
         return None
@@ -256,24 +278,25 @@ def _random_source(model: ModelSpec, config: Any, dtype: torch.dtype, seed: int)
 
 
 def _built_quantized(
-    model: ModelSpec, config: Any, dtype: torch.dtype, quantization: Any, random_source: Any
-) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    model: ModelSpec,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    quantization: QuantizationConfigMixin,
+    random_source: PreTrainedModel | None,
+) -> PreTrainedModel:
     options = {**_options(model, dtype), "quantization_config": quantization}
     if random_source is None:
-        built = _read(AutoModelForCausalLM, model, config, options)
+        built = _read(model, config, options)
     else:
         del options["trust_remote_code"]  # accepted only by Auto classes; this is the model class itself
-        built = type(random_source).from_pretrained(
-            None, config=config, state_dict=random_source.state_dict(), **options
-        )
+        load: Callable[..., PreTrainedModel] = type(random_source).from_pretrained
+        built = load(None, config=config, state_dict=random_source.state_dict(), **options)
     if quantization_method(config) is None:
         disable_cpu_repacking(built)
     return built
 
 
-def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, Any]:
+def _options(model: ModelSpec, dtype: torch.dtype) -> dict[str, object]:
     attention.register()
     return {
         "dtype": dtype,
@@ -295,8 +318,8 @@ def _refusal(model: ModelSpec, problem: str) -> SpecError:
 
 
 def build_model(
-    job: JobSpec, dtype: torch.dtype, ds_config: dict[str, Any], load_weights: bool = True
-) -> nn.Module:
+    job: JobSpec, dtype: torch.dtype, ds_config: DeepSpeedConfig, load_weights: bool = True
+) -> PreTrainedModel | PeftModel:
     """Return the causal LM of a job, with adapters for method.type=lora, ready for `deepspeed.initialize`.
 
     Under ZeRO-3 transformers builds it inside `deepspeed.zero.Init`: each parameter is partitioned when it is
@@ -314,13 +337,13 @@ def build_model(
         SpecError: The path is not a causal LM, its attention cannot separate packed documents, or it does not
             support the adapters, quantization or memory options of the job.
     """
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    model, seed, adapted = job.model, job.run.seed, job.method.type == "lora"
+    model, seed, is_lora = job.model, job.run.seed, job.method.type == "lora"
     config = load_config(model)
     if obstacle := config_unsupported_reason(config) or quantization_problem(config, job):
         raise _refusal(model, obstacle)
-    reads = load_weights or adapted
+    reads = load_weights or is_lora
     if reads:
         _require_readable(model, config)
     quantization = _loading_quantization(job, config, dtype)
@@ -337,13 +360,13 @@ def build_model(
     if obstacle := model_unsupported_reason(built):
         raise _refusal(model, obstacle)
     _save_memory(built, model, job.parallel.offload_activations == "cpu")
-    if adapted:
-        built = adapt(built, job.method, dtype, seed)
-        if job.method.adapter and load_weights:
-            load_adapter(built, resolve(job.method.adapter))
+    adapted = adapt(built, job.method, dtype, seed) if is_lora else None
+    if adapted is not None and job.method.adapter and load_weights:
+        load_adapter(adapted, resolve(job.method.adapter))
     del partitioned, random_source
-    built.train()
-    return built  # type: ignore[no-any-return]
+    trained = built if adapted is None else adapted
+    trained.train()
+    return trained
 
 
 def _save_memory(built: nn.Module, model: ModelSpec, offload_activations: bool) -> None:
@@ -352,7 +375,9 @@ def _save_memory(built: nn.Module, model: ModelSpec, offload_activations: bool) 
         tile_mlps(built, model.mlp_tile_tokens)
 
 
-def _random(config: Any, options: dict[str, Any], seed: int, partitioned: bool) -> Any:
+def _random(
+    config: PretrainedConfig, options: dict[str, object], seed: int, partitioned: bool
+) -> PreTrainedModel:
     """Return a model with random weights; on CPU they do not depend on the ZeRO stage or number of workers.
 
     Under ZeRO-3 transformers initializes weights only after the whole model is built. Otherwise it also draws
@@ -363,8 +388,10 @@ def _random(config: Any, options: dict[str, Any], seed: int, partitioned: bool) 
     from transformers.initialization import no_init_weights
 
     torch.manual_seed(seed)
+    built: PreTrainedModel
     if partitioned:
-        return AutoModelForCausalLM.from_config(config, **options)
+        built = AutoModelForCausalLM.from_config(config, **options)
+        return built
     with no_init_weights():
         built = AutoModelForCausalLM.from_config(config, **options)
     built.initialize_weights()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from orchestrator.config.schema import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Layer types that mix tokens only by attention, which the document boundaries mask. Other types (SSM, linear
 # attention, convolutions) carry state from one document into the next.
@@ -22,7 +25,7 @@ _ANOTHER_MODEL = (
 )
 
 
-def config_unsupported_reason(config: Any) -> str | None:
+def config_unsupported_reason(config: PretrainedConfig) -> str | None:
     """Return why a model with this configuration cannot be trained, with the remedy; None if it can."""
     if _is_composite(config):
         return (
@@ -47,7 +50,7 @@ def config_unsupported_reason(config: Any) -> str | None:
     return None
 
 
-def _is_composite(config: Any) -> bool:
+def _is_composite(config: PretrainedConfig) -> bool:
     """Tell whether a model has vision or audio parts, or consists of several text models."""
     if any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config")):
         return True
@@ -57,7 +60,7 @@ def _is_composite(config: Any) -> bool:
         return True
 
 
-def model_unsupported_reason(model: Any) -> str | None:
+def model_unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return why a model cannot separate packed documents or compute their loss, with the remedy; else None.
 
     Args:
@@ -76,7 +79,7 @@ def model_unsupported_reason(model: Any) -> str | None:
     return f"{reason}; {_ANOTHER_MODEL}" if reason else None
 
 
-def muon_unsupported_reason(model: Any) -> str | None:
+def muon_unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return why DeepSpeed would apply Muon to wrong weights of a model, with the remedy; else None.
 
     DeepSpeed applies Muon to every weight with two or more dimensions whose name contains neither `embed`
@@ -97,7 +100,7 @@ def muon_unsupported_reason(model: Any) -> str | None:
     return None
 
 
-def length_problem(config: Any, max_length: int) -> str | None:
+def length_problem(config: PretrainedConfig, max_length: int) -> str | None:
     """Return why documents of up to `max_length` tokens cannot be packed with this model, with the remedy.
 
     Two causes: chunked attention (Llama 4) is not implemented; and RoPE types `dynamic` and `longrope` scale
@@ -123,7 +126,7 @@ def length_problem(config: Any, max_length: int) -> str | None:
     return None
 
 
-def _rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+def _rope_parameters(config: PretrainedConfig) -> list[Mapping[str, Any]]:
     """Return the RoPE parameters of a configuration; some models have one set per layer type."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [entry for entry in parameters.values() if isinstance(entry, Mapping)]
@@ -155,7 +158,7 @@ def is_positions(name: str) -> bool:
     return last == "wpe" or "position" in last
 
 
-def length_note(config: Any, max_length: int) -> str | None:
+def length_note(config: PretrainedConfig, max_length: int) -> str | None:
     """Return a warning if `max_length` exceeds `max_position_embeddings` of a model with RoPE, else None.
 
     Args:
@@ -176,7 +179,7 @@ def length_note(config: Any, max_length: int) -> str | None:
 _BALANCE = ("router_aux_loss_coef", "aux_loss_coef")
 
 
-def balance_note(config: Any, path: str) -> str | None:
+def balance_note(config: PretrainedConfig, path: str) -> str | None:
     """Return a warning if the configuration enables the MoE load-balancing loss, which is not computed.
 
     transformers adds this loss if `output_router_logits` is true.
@@ -198,7 +201,7 @@ def balance_note(config: Any, path: str) -> str | None:
     return None
 
 
-def model_notes(model: ModelSpec, config: Any, max_length: int) -> Sequence[str]:
+def model_notes(model: ModelSpec, config: PretrainedConfig, max_length: int) -> Sequence[str]:
     """Return warnings about a model to show at the start of a run, one sentence each."""
     found = (length_note(config, max_length), balance_note(config, model.path))
     return [note for note in found if note is not None]

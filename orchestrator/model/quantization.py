@@ -6,17 +6,20 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.config.schema import JobSpec, MethodSpec
 
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, GPTQConfig, PretrainedConfig, PreTrainedModel
+
 _PACKAGE_OF = {"bitsandbytes": ("bitsandbytes", "qlora"), "gptq": ("gptqmodel", "gptq")}
 
 
-def quantization_config(method: MethodSpec, dtype: torch.dtype) -> Any:
+def quantization_config(method: MethodSpec, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """Return the bitsandbytes configuration for `from_pretrained`; None without `method.quantization`.
 
     Packed 4-bit weights are stored in tensors of `dtype`, because ZeRO-3 can partition only floating-point
@@ -41,20 +44,20 @@ def quantization_config(method: MethodSpec, dtype: torch.dtype) -> Any:
     )
 
 
-def disable_cpu_repacking(model: Any) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Disable the CPU weight layout that bitsandbytes uses for inference.
 
     On CPUs with AVX-512 BF16, bitsandbytes (0.50) repacks 4-bit weights at the first forward pass in eval
     mode. That changes their shape, which breaks ZeRO-3 and merging, and fails for some sizes.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
-def quantization_method(config: Any) -> str | None:
+def quantization_method(config: PretrainedConfig) -> str | None:
     """Return `quant_method` of a quantized checkpoint, such as "gptq"; None if it is not quantized."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -63,7 +66,7 @@ def quantization_method(config: Any) -> str | None:
     return str(getattr(kind, "value", kind))
 
 
-def stored_quantization(config: Any) -> Any:
+def stored_quantization(config: PretrainedConfig) -> GPTQConfig:
     """Return the configuration that loads a GPTQ checkpoint with a backend that supports training."""
     from transformers import GPTQConfig
 
@@ -72,15 +75,16 @@ def stored_quantization(config: Any) -> Any:
     return GPTQConfig(bits=bits, backend="auto_trainable")
 
 
-def is_quantized(module: Any) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Tell whether a module is a GPTQ linear layer, which does not subclass `torch.nn.Linear`."""
     return hasattr(module, "qweight")
 
 
-def dequantize(model: Any) -> Any:
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """Return a quantized model with dequantized weights, in the model's dtype."""
     if quantization_method(model.config) != "gptq":
-        return model.dequantize()
+        whole: PreTrainedModel = model.dequantize()
+        return whole
     for name, module in [each for each in model.named_modules() if is_quantized(each[1])]:
         # GPTQ stores [inputs, outputs]; torch.nn.Linear expects [outputs, inputs].
         weight = module.dequantize_weight().T.contiguous().to(model.dtype)
@@ -90,7 +94,7 @@ def dequantize(model: Any) -> Any:
         if module.bias is not None:
             linear.bias.data = module.bias.detach().to(model.dtype)
         model.set_submodule(name, linear)
-    model.hf_quantizer.remove_quantization_config(model)
+    model.hf_quantizer.remove_quantization_config(model)  # type: ignore[union-attr, operator]
     return model
 
 
@@ -104,20 +108,20 @@ def patch_dora(adapted: nn.Module) -> None:
 
     for module in adapted.modules():
         if isinstance(module, DoraLinearLayer):
-            module.forward = partial(_with_whole_base, module.forward)
+            module.forward = partial(_with_whole_base, module.forward)  # type: ignore[method-assign]
 
 
 def _with_whole_base(
-    forward: Callable[..., Tensor], *inputs: Tensor, base_layer: Any, **options: Any
+    forward: Callable[..., Tensor], *inputs: Tensor, base_layer: nn.Module, **options: object
 ) -> Tensor:
     return forward(*inputs, base_layer=_whole(base_layer), **options)
 
 
-def _whole(layer: Any) -> Any:
+def _whole(layer: nn.Module) -> nn.Module | SimpleNamespace:
     """Return an object with the attributes that DoRA reads of a base layer: dequantized weight, and bias."""
     from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
-    weight = layer.weight
+    weight = layer.get_parameter("weight")
     # int8 layers keep the scales in `layer.state`; 4-bit weights carry theirs in the parameter itself.
     if not get_bnb_param_type(weight):
         return layer
@@ -125,7 +129,7 @@ def _whole(layer: Any) -> Any:
     return SimpleNamespace(weight=nn.Parameter(values, requires_grad=False), bias=layer.bias)
 
 
-def quantization_problem(config: Any, job: JobSpec) -> str | None:
+def quantization_problem(config: PretrainedConfig, job: JobSpec) -> str | None:
     """Return why a job cannot train with its quantized weights, with the remedy; None if it can.
 
     Args:

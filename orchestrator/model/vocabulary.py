@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import ModelSpec
 from orchestrator.errors import SpecError
 from orchestrator.model.compatibility import is_positions
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
-def with_tokenizer_rows(config: Any, model: ModelSpec) -> Any:
+
+def with_tokenizer_rows(config: PretrainedConfig, model: ModelSpec) -> PretrainedConfig:
     """Raise `vocab_size` to the tokenizer's size if model.resize_embeddings is set; return the configuration.
 
     An embedding that is larger than the tokenizer is not shrunk.
@@ -64,7 +67,7 @@ def _tokenizer_rows(path: str, name: str, trust_remote_code: bool) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps, so len() may be less
 
 
-def vocabulary_problem(model: ModelSpec, config: Any, largest: Mapping[str, int]) -> str | None:
+def vocabulary_problem(model: ModelSpec, config: PretrainedConfig, largest: Mapping[str, int]) -> str | None:
     """Return which token ids of the data exceed the embedding, with the remedy; None if all fit.
 
     Args:
@@ -91,7 +94,7 @@ def vocabulary_problem(model: ModelSpec, config: Any, largest: Mapping[str, int]
     )
 
 
-def embedded_tokens(config: Any) -> int | None:
+def embedded_tokens(config: PretrainedConfig) -> int | None:
     """Return the smallest row count among the token embedding tables; None if none states its size.
 
     Some models have a second table for per-layer inputs (`vocab_size_per_layer_input`).
@@ -101,7 +104,7 @@ def embedded_tokens(config: Any) -> int | None:
     return min((size for size in sizes if isinstance(size, int)), default=None)
 
 
-def vocabulary_notes(model: ModelSpec, config: Any, stored: Any) -> list[str]:
+def vocabulary_notes(model: ModelSpec, config: PretrainedConfig, stored: PretrainedConfig) -> list[str]:
     """Return messages about the sizes of tokenizer and embedding to show at the start of a run.
 
     Args:
@@ -128,7 +131,7 @@ def vocabulary_notes(model: ModelSpec, config: Any, stored: Any) -> list[str]:
     ]
 
 
-def resize_problem(built: nn.Module, model: ModelSpec) -> str | None:
+def resize_problem(built: PreTrainedModel, model: ModelSpec) -> str | None:
     """Return why a model's embedding cannot be resized, with the remedy; None if it can.
 
     Args:
@@ -156,11 +159,11 @@ def resize_problem(built: nn.Module, model: ModelSpec) -> str | None:
 _KNOWN = (nn.Embedding, nn.Linear)
 
 
-def _ends(built: Any) -> tuple[Any, Any]:
+def _ends(built: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return built.get_input_embeddings(), built.get_output_embeddings()
 
 
-def resize(built: Any, rows: int) -> None:
+def resize(built: PreTrainedModel, rows: int) -> None:
     """Resize embedding and LM head to `rows` tokens; every new row is the mean of the old rows.
 
     The mean is computed in fp32 from the gathered weights, so it is bitwise equal on all ranks and for all
@@ -173,7 +176,7 @@ def resize(built: Any, rows: int) -> None:
     text = built.config.get_text_config()
     if rows == getattr(text, "vocab_size", rows):
         return
-    embedding, head = _ends(built)
+    embedding, head = cast("tuple[nn.Embedding, nn.Linear]", _ends(built))  # `resize_problem` rejects others
     is_tied = head.weight is embedding.weight
     embedding.weight = _with_rows(embedding.weight, rows)
     embedding.num_embeddings = rows
@@ -186,7 +189,7 @@ def resize(built: Any, rows: int) -> None:
         built.vocab_size = rows
 
 
-def _with_rows(old: nn.Parameter, rows: int) -> nn.Parameter:
+def _with_rows(old: Tensor, rows: int) -> nn.Parameter:
     with torch.no_grad(), _whole(old):
         added = rows - old.shape[0]
         mean = old.float().mean(dim=0, keepdim=True).to(old.dtype)
@@ -199,7 +202,7 @@ def _with_rows(old: nn.Parameter, rows: int) -> nn.Parameter:
 
 
 @contextmanager
-def _whole(parameter: nn.Parameter) -> Iterator[None]:
+def _whole(parameter: Tensor) -> Iterator[None]:
     """Gather a parameter on every rank inside the block, if ZeRO-3 has partitioned it."""
     from deepspeed import zero
 

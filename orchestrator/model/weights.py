@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,9 @@ from torch import distributed as dist
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import ModelSpec
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
 _NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -94,7 +97,9 @@ class WeightsMismatch:
         return ", and ".join(parts)
 
 
-def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) -> str | None:
+def weights_problem(
+    model: ModelSpec, bare: PreTrainedModel, config: PretrainedConfig, download: bool
+) -> str | None:
     """Return why the files of `model.path` do not match its architecture, with the remedy; None if they do.
 
     Must not be called while an `HfDeepSpeedConfig` exists: transformers would then build the model with
@@ -120,7 +125,7 @@ def weights_problem(model: ModelSpec, bare: Any, config: Any, download: bool) ->
     return mismatch_problem(_compare(type(bare), config, stored), type(bare).__name__, config)
 
 
-def weight_files(model: ModelSpec, config: Any, download: bool) -> list[Path] | None:
+def weight_files(model: ModelSpec, config: PretrainedConfig, download: bool) -> list[Path] | None:
     """Return the weight files that transformers reads; None for a hub model that is not cached.
 
     Raises:
@@ -160,7 +165,7 @@ def _file_of(model: ModelSpec, name: str, download: bool) -> Path | None:
     folder = resolve(model.path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(
@@ -231,17 +236,28 @@ def _shapes_of_pickle(file: Path) -> Shapes:
     return {name: tensor.shape for name, tensor in stored.items()}
 
 
-def _compare(architecture: Any, config: Any, stored: Shapes) -> WeightsMismatch | None:
+def load_with_info(
+    from_pretrained: Callable[..., object], path: str | None, **options: object
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Call `from_pretrained` of a model class, and return the model and its loading info."""
+    # It is annotated to return the model alone, whatever `output_loading_info` says.
+    loaded = from_pretrained(path, output_loading_info=True, **options)
+    return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+
+
+def _compare(
+    architecture: type[PreTrainedModel], config: PretrainedConfig, stored: Shapes
+) -> WeightsMismatch | None:
     """Load tensors of the stored shapes into a model, all on the meta device; None if that is unsupported."""
     # The dtype is arbitrary: only names and shapes are compared.
     empty = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in stored.items()}
     with _captured() as said:
         try:
-            _, info = architecture.from_pretrained(
+            _, info = load_with_info(
+                architecture.from_pretrained,
                 None,
                 config=config,
                 state_dict=empty,
-                output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 device_map={"": "meta"},
                 dtype=torch.bfloat16,
@@ -285,7 +301,9 @@ def _captured() -> Iterator[list[str]]:
             loud.enable_progress_bar()
 
 
-def mismatch_problem(mismatch: WeightsMismatch | None, architecture: str, config: Any) -> str | None:
+def mismatch_problem(
+    mismatch: WeightsMismatch | None, architecture: str, config: PretrainedConfig
+) -> str | None:
     """Return a description of a mismatch with names, counts and the remedy; None if there is no mismatch."""
     if mismatch is None or mismatch == WeightsMismatch():
         return None
@@ -311,7 +329,7 @@ def without_empty_biases(mismatch: WeightsMismatch, files: Sequence[Path]) -> We
     return replace(mismatch, unexpected=tuple(n for n in mismatch.unexpected if n not in empty))
 
 
-def _remedy(mismatch: WeightsMismatch, config: Any) -> str:
+def _remedy(mismatch: WeightsMismatch, config: PretrainedConfig) -> str:
     prefix = _prefix(mismatch)
     if prefix:
         return (

@@ -11,6 +11,8 @@ from orchestrator.errors import SpecError
 from orchestrator.package_data import resource
 from orchestrator.parallel.parallel_dims import ParallelDims
 
+DeepSpeedConfig = dict[str, Any]
+"""A DeepSpeed configuration: the JSON object that `deepspeed.initialize` takes."""
 # DeepSpeed silently ignores unknown keys, so policies may use only these. The values 0 are placeholders.
 _ADAM = {"lr": 0, "betas": 0, "eps": 0, "weight_decay": 0, "torch_adam": 0, "fused": 0}
 _MUON = {"muon_lr": 0, "momentum": 0, "ns_method": 0}
@@ -21,7 +23,7 @@ BITSANDBYTES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
 }
 """Optimizers that are constructed here and passed to DeepSpeed: job file name to class of bitsandbytes."""
-KNOWN_KEYS: Mapping[str, Any] = {
+KNOWN_KEYS: Mapping[str, object] = {
     "train_batch_size": 0,
     "train_micro_batch_size_per_gpu": 0,
     "gradient_accumulation_steps": 0,
@@ -64,20 +66,16 @@ def policy_name(parallel: ParallelSpec) -> str:
     )
 
 
-DeepSpeedConfig = dict[str, Any]
-"""A DeepSpeed configuration: the JSON object that `deepspeed.initialize` takes."""
-
-
-def load_policy(name: str) -> dict[str, Any]:
+def load_policy(name: str) -> DeepSpeedConfig:
     """Return a policy file of ds_configs, unrendered, with its "auto" values."""
     text = resource(f"ds_configs/{name}.json").read_text(encoding="utf-8")
-    policy: dict[str, Any] = json.loads(text)
+    policy: DeepSpeedConfig = json.loads(text)
     return policy
 
 
 def render(
     job: JobSpec, dtype: Literal["bf16", "fp16", "fp32"], device: Literal["cuda", "cpu"]
-) -> dict[str, Any]:
+) -> DeepSpeedConfig:
     """Return the DeepSpeed configuration of a job, with every "auto" value filled in.
 
     Args:
@@ -126,11 +124,10 @@ def render(
     ]
     if problems:
         raise SpecError(*problems)
-    filled: dict[str, Any] = rendered
-    return filled
+    return rendered
 
 
-def size_nvme_buffers(ds_config: dict[str, Any], largest: int) -> None:
+def size_nvme_buffers(ds_config: DeepSpeedConfig, largest: int) -> None:
     """Enlarge the buffers for parameter offload to NVMe so that the largest partition fits.
 
     DeepSpeed fails with an assertion if a partition exceeds the buffer size.
@@ -144,7 +141,7 @@ def size_nvme_buffers(ds_config: dict[str, Any], largest: int) -> None:
         section["buffer_size"] = max(section["buffer_size"], largest)
 
 
-def _with_muon(policy: dict[str, Any]) -> dict[str, Any]:
+def _with_muon(policy: DeepSpeedConfig) -> DeepSpeedConfig:
     """Return a policy with Muon (PyTorch's variant) for layer weights and PyTorch's AdamW for all others."""
     adam = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
     params = {**adam, "torch_adam": True, "muon_lr": "auto", "momentum": 0.95, "ns_method": "standard"}
@@ -154,29 +151,35 @@ def _with_muon(policy: dict[str, Any]) -> dict[str, Any]:
     return {**policy, "optimizer": {"type": "Muon", "params": params}, "zero_optimization": zero}
 
 
-def unknown_keys(config: Any, known: Any = KNOWN_KEYS, prefix: str = "") -> Iterator[str]:
+def unknown_keys(
+    config: Mapping[str, object], known: Mapping[str, object] = KNOWN_KEYS, prefix: str = ""
+) -> Iterator[str]:
     """Yield an error for each key that DeepSpeed would silently ignore."""
     for key, value in config.items():
         dotted = f"{prefix}{key}"
         if key not in known:
             yield f"{dotted} is not a key that is known here; remove it, or add it to KNOWN_KEYS"
-        elif isinstance(value, dict) != isinstance(known[key], dict):
-            kind = "a section" if isinstance(known[key], dict) else "a single value"
+            continue
+        section = known[key]
+        if isinstance(value, dict) and isinstance(section, dict):
+            yield from unknown_keys(value, section, f"{dotted}.")
+        elif isinstance(value, dict) or isinstance(section, dict):
+            kind = "a section" if isinstance(section, dict) else "a single value"
             yield f"{dotted} must be {kind}; see DeepSpeed's configuration page"
-        elif isinstance(value, dict):
-            yield from unknown_keys(value, known[key], f"{dotted}.")
 
 
-# `dotted` is the path of a value, such as "zero_optimization.stage"; `values` of `render` has the same keys.
-def _fill(value: Any, values: Mapping[str, Any], dotted: str = "") -> Any:
-    if isinstance(value, dict):
-        return {
-            key: _fill(child, values, f"{dotted}.{key}" if dotted else key) for key, child in value.items()
-        }
-    return values.get(dotted, value) if value == "auto" else value
+# Keys of `values` are dotted paths, such as "zero_optimization.stage"; `prefix` ends in a dot or is empty.
+def _fill(section: DeepSpeedConfig, values: Mapping[str, object], prefix: str = "") -> DeepSpeedConfig:
+    filled: DeepSpeedConfig = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            filled[key] = _fill(value, values, f"{prefix}{key}.")
+        else:
+            filled[key] = values.get(f"{prefix}{key}", value) if value == "auto" else value
+    return filled
 
 
-def _autos(value: Any, dotted: str = "") -> Iterator[str]:
+def _autos(value: object, dotted: str = "") -> Iterator[str]:
     if isinstance(value, dict):
         for key, child in value.items():
             yield from _autos(child, f"{dotted}.{key}" if dotted else key)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 from torch import Tensor
 from torch import distributed as dist
@@ -28,7 +27,7 @@ class SequenceGroup:
         size: Number of workers, sp.
     """
 
-    handle: Any
+    handle: dist.ProcessGroup
     size: int
 
     def to_heads(self, tensor: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ class SequenceGroup:
         return _all_to_all(tensor.unsqueeze(0), self.handle, scatter=1, gather=2).squeeze(0)
 
 
-def _all_to_all(tensor: Tensor, group: Any, scatter: int, gather: int) -> Tensor:
+def _all_to_all(tensor: Tensor, group: dist.ProcessGroup, scatter: int, gather: int) -> Tensor:
     """Run DeepSpeed's differentiable all-to-all: split dimension `scatter`, concatenate along `gather`."""
     from deepspeed.sequence.layer import _SeqAllToAll
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import aiohttp
@@ -69,8 +69,8 @@ class JobClient(Protocol):
         *,
         entrypoint: str,
         submission_id: str,
-        runtime_env: Mapping[str, object],
-        metadata: Mapping[str, str],
+        runtime_env: dict[str, object],
+        metadata: dict[str, str],
     ) -> str:
         """Submit a job and return its submission ID."""
 

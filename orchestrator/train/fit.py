@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -40,11 +41,9 @@ def start_recorder(job: JobSpec, directory: Path, lock: RunLock) -> RecorderHand
     trackers = partial(
         Trackers, job.metrics.trackers, job.name, job.metrics.project, directory, job.model_dump(mode="json")
     )
-    recorder: RecorderHandle = (
-        ray.remote(Recorder)
-        .options(**options)
-        .remote(directory, job.name, lock, job.metrics.host, job.metrics.port, trackers)
-    )
+    actor = ray.remote(Recorder).options(**options)
+    started = actor.remote(directory, job.name, lock, job.metrics.host, job.metrics.port, trackers)
+    recorder = cast(RecorderHandle, started)
     try:
         get_result(recorder.status.remote())
     except ray.exceptions.RayActorError as error:

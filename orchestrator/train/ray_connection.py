@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
+from typing import Any
 
 from orchestrator.errors import ClusterError
 from orchestrator.package_data import PACKAGE
@@ -14,7 +15,7 @@ _SECONDS_TO_CONNECT = 20.0
 _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
-def init_arguments(address: str | None, names: Iterable[str]) -> dict[str, object]:
+def init_arguments(address: str | None, names: Iterable[str]) -> dict[str, Any]:
     """Return the arguments of `ray.init`.
 
     Args:
