@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def _undo_initialization_step(engine: TrainEngine) -> None:
     """
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-    optimizer: Any = engine.optimizer
+    optimizer: object = engine.optimizer
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         optimizer.optimizer.state.clear()
         optimizer.refresh_fp32_params()

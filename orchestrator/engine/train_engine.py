@@ -7,9 +7,12 @@ that are methods upstream are declared as attributes if this project replaces th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from orchestrator.model.loss import CausalOutput
 
 
 class CheckpointIO(Protocol):
@@ -60,7 +63,7 @@ class TrainEngine(Protocol):
     _copy_recovery_script: Callable[[str], object]
     _global_grad_norm: float | Tensor
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> CausalOutput:
         """Run the model's forward pass; returns a `CausalLMOutputWithPast`."""
 
     def train(self, mode: bool = True) -> object:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -31,6 +32,7 @@ _KEPT_OPERATORS = frozenset(
         "flash_attn::_flash_attn_varlen_forward",
     }
 )
+_T = TypeVar("_T")
 _MLP = "mlp"  # attribute name of the MLP in the decoder layers of transformers
 
 
@@ -53,18 +55,18 @@ def checkpoint_layers(model: nn.Module, keep: Literal["full", "selective", "none
             f"model.gradient_checkpointing={keep} cannot be used with {type(model).__name__}, whose layers "
             "transformers cannot recompute; use gradient_checkpointing: none"
         )
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, object] = {"use_reentrant": False}
     if keep == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
     if offload:
         for layer in model.modules():
             if getattr(layer, "gradient_checkpointing", False) is True:
-                recompute: Any = layer._gradient_checkpointing_func
+                recompute = cast(Callable[..., object], layer._gradient_checkpointing_func)
                 layer._gradient_checkpointing_func = partial(_waiting_in_host_memory, recompute)  # type: ignore[assignment]
 
 
-def _waiting_in_host_memory(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _waiting_in_host_memory(run: Callable[..., _T], *args: object, **kwargs: object) -> _T:
     """Call the checkpoint function `run` with its saved tensors offloaded to host memory.
 
     The memory is pinned if CUDA is available. transformers has the same feature, but always pins memory,
@@ -74,9 +76,10 @@ def _waiting_in_host_memory(run: Callable[..., Any], *args: Any, **kwargs: Any) 
         return run(*args, **kwargs)
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(context: object, operator: OpOverload, *args: object, **kwargs: object) -> CheckpointPolicy:
     # operator.name() is "namespace::operator.overload"; the overload does not matter.
-    kept = operator.name().split(".")[0] in _KEPT_OPERATORS
+    name: str = operator.name()  # type: ignore[no-untyped-call]
+    kept = name.split(".")[0] in _KEPT_OPERATORS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

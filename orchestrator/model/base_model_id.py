@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec
@@ -15,7 +15,14 @@ _HEAD_BYTES = 2**20  # a safetensors file begins with the names, shapes and offs
 _NOT_WEIGHTS = frozenset({"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache"})
 
 
-def identity(job: JobSpec) -> dict[str, Any]:
+class WeightFile(TypedDict):
+    """Size of a weight file, and a hash of its first and last MiB."""
+
+    bytes: int
+    sha256_of_ends: str
+
+
+def identity(job: JobSpec) -> dict[str, object]:
     """Return a fingerprint that identifies the base model of a job without reading all of its weights.
 
     Args:
@@ -34,7 +41,7 @@ def identity(job: JobSpec) -> dict[str, Any]:
     path = resolve(model.path)
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=model.trust_remote_code)
     settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_WEIGHTS}
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     }
     if model.resize_embeddings:
@@ -46,13 +53,13 @@ def identity(job: JobSpec) -> dict[str, Any]:
     return {**found, "commit": getattr(config, "_commit_hash", None)}
 
 
-def weight_files(folder: Path) -> dict[str, Any]:
+def weight_files(folder: Path) -> dict[str, WeightFile]:
     """Return size in bytes, and SHA-256 of the first and last MiB, of each weight file by its name."""
     files = sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", ".bin"))
     return {each.name: _describe(each) for each in files}
 
 
-def _describe(file: Path) -> dict[str, Any]:
+def _describe(file: Path) -> WeightFile:
     size = file.stat().st_size
     with file.open("rb") as opened:
         head = opened.read(_HEAD_BYTES)

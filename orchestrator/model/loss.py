@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,16 @@ from orchestrator.parallel.ulysses import SequenceGroup
 
 Int64Array = npt.NDArray[np.int64]
 _CHANGES_OF_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+class CausalOutput(Protocol):
+    """What is used of the output of a causal LM, such as `CausalLMOutputWithPast`.
+
+    Attributes:
+        logits: Shape [1, tokens, vocab_size].
+    """
+
+    logits: Tensor
 
 
 class PackedRow(Protocol):
@@ -84,7 +94,7 @@ class ModelInputs:
             sequence: Sequence-parallel group; None if each worker holds whole rows.
         """
 
-        def move(array: Any) -> Tensor:
+        def move(array: Int64Array) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
         return cls(
@@ -164,7 +174,9 @@ class TiledHead:
         return functional.cross_entropy(self._plain(rows).float(), labels, reduction="sum")
 
 
-def loss_sum(model: Callable[..., Any], inputs: ModelInputs, head: TiledHead | None = None) -> Tensor:
+def loss_sum(
+    model: Callable[..., CausalOutput], inputs: ModelInputs, head: TiledHead | None = None
+) -> Tensor:
     """Return the cross-entropy summed over the labelled positions, in float32.
 
     The LM head runs at labelled positions only. A batch without labels has loss 0 that is still connected to
@@ -187,6 +199,6 @@ def loss_sum(model: Callable[..., Any], inputs: ModelInputs, head: TiledHead | N
             use_cache=False,
         )
     if head:
-        return output.logits.squeeze()  # type: ignore[no-any-return]
+        return output.logits.squeeze()
     # logits: [1, trained_tokens, vocab_size], cast to float32 before the log-softmax.
     return functional.cross_entropy(output.logits.squeeze(0).float(), inputs.labels, reduction="sum")

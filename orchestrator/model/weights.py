@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 from safetensors import safe_open
@@ -36,6 +36,17 @@ _SHOWN = 3
 _LOADERS = ("transformers.modeling_utils", "transformers.core_model_loading")
 
 Shapes = dict[str, torch.Size]
+
+
+class LoadingInfo(TypedDict):
+    """The used part of the loading info of `from_pretrained(..., output_loading_info=True)`.
+
+    `mismatched_keys` has the name of a tensor, its shape in the files, and its shape in the model.
+    """
+
+    missing_keys: Iterable[str]
+    unexpected_keys: Iterable[str]
+    mismatched_keys: Iterable[tuple[str, torch.Size, torch.Size]]
 
 
 class UnreadableError(Exception):
@@ -60,7 +71,7 @@ class WeightsMismatch:
     unjoined: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, loading_info: Mapping[str, Any]) -> WeightsMismatch:
+    def of(cls, loading_info: LoadingInfo) -> WeightsMismatch:
         """Build it from the loading info of `from_pretrained(..., output_loading_info=True)`."""
         reshaped = [(name, tuple(found), tuple(own)) for name, found, own in loading_info["mismatched_keys"]]
         return cls(
@@ -238,11 +249,11 @@ def _shapes_of_pickle(file: Path) -> Shapes:
 
 def load_with_info(
     from_pretrained: Callable[..., object], path: str | None, **options: object
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+) -> tuple[PreTrainedModel, LoadingInfo]:
     """Call `from_pretrained` of a model class, and return the model and its loading info."""
     # It is annotated to return the model alone, whatever `output_loading_info` says.
     loaded = from_pretrained(path, output_loading_info=True, **options)
-    return cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
+    return cast("tuple[PreTrainedModel, LoadingInfo]", loaded)
 
 
 def _compare(
