@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]
+"""A JSON object whose fields its writer documents."""
+
 
 def read_value(path: Path) -> Any:
     """Return the JSON value of a file; None if the file is missing or not valid JSON."""
@@ -16,13 +19,13 @@ def read_value(path: Path) -> Any:
         return None
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> JsonObject | None:
     """Return the JSON object of a file; None if it is missing, invalid or not an object."""
     value = read_value(path)
     return value if isinstance(value, dict) else None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[JsonObject]:
     """Return the objects of a JSON-lines file; truncated lines and values that are not objects are skipped.
 
     Raises:

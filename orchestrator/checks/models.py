@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from orchestrator.arch.hf_config import local_config
 from orchestrator.config.schema import JobSpec
@@ -11,7 +10,7 @@ from orchestrator.config.validation import Problem
 from orchestrator.parallel.parallel_dims import sequence_parallel_problem
 
 
-def text_config(path: str) -> Mapping[str, Any]:
+def text_config(path: str) -> Mapping[str, object]:
     """Return the text configuration of a local model; empty if there is no readable config.json.
 
     Args:
@@ -22,7 +21,7 @@ def text_config(path: str) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def positive_int(config: Mapping[str, Any], name: str) -> int | None:
+def positive_int(config: Mapping[str, object], name: str) -> int | None:
     """Return a field of a configuration; None unless it is an integer above 0."""
     value = config.get(name)
     return value if type(value) is int and value > 0 else None

@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
+from orchestrator.atomic_files import JsonObject
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import ModelSpec
 from orchestrator.errors import TrainingError
@@ -79,11 +79,11 @@ def base_model_dir(model: ModelSpec, commit: str | None = None) -> Path:
         ) from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Return a JSON object; empty if there is no file."""
     if not path.is_file():
         return {}
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    value: JsonObject = json.loads(path.read_text(encoding="utf-8"))
     return value
 
 
@@ -141,7 +141,7 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
-def _own_code(base: Path, config: Mapping[str, Any]) -> set[str]:
+def _own_code(base: Path, config: JsonObject) -> set[str]:
     """Return the modules that the auto_map of a configuration names, and those that they import.
 
     Other Python files of the directory are not copied. Code of another repository

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -16,7 +16,7 @@ from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.metrics.meter import last_attempt
 from orchestrator.run.recorder import EVALUATIONS, STEPS
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, float]]
 Kind = Literal["model", "adapter", "merged"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LICENCE = ("license", "license_name", "license_link")

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from orchestrator.atomic_files import read_lines, write_json, write_text
 from orchestrator.errors import OrchestratorError, TrainingError
@@ -122,7 +122,7 @@ class Recorder:
             self._announce()
 
     def begin_attempt(
-        self, workers: Sequence[WorkerInfo], info: Mapping[str, Any], start: int, steps: int
+        self, workers: Sequence[WorkerInfo], info: Mapping[str, object], start: int, steps: int
     ) -> int:
         """Start an attempt; messages of earlier attempts are rejected afterwards.
 
@@ -358,11 +358,11 @@ class Recorder:
             )
 
 
-def restarts(attempts: Sequence[Mapping[str, Any]]) -> int:
+def restarts(attempts: Sequence[Mapping[str, object]]) -> int:
     """Return the number of attempts that failed and were retried, from the entries of attempts.jsonl."""
     return sum("ended" not in entry for entry in attempts[:-1])
 
 
-def _append(path: Path, row: Mapping[str, Any]) -> None:
+def _append(path: Path, row: Mapping[str, object]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

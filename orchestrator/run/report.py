@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from orchestrator.atomic_files import read_lines
+from orchestrator.atomic_files import JsonObject, read_lines
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.corpus import Corpus
 from orchestrator.data.packing import Packs, lower_bound
@@ -32,7 +31,7 @@ _PREDICTED = ("memory_reserved_peak_bytes", "step_seconds", "tgs", "tflops_model
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "peft", "datasets", "numpy")
 
 
-def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any]:
+def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> JsonObject:
     """Return row and token counts, how full packs are, and the load imbalance between workers.
 
     Args:
@@ -64,8 +63,8 @@ def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> dict[str, Any
 
 
 def report(
-    job: JobSpec, folder: Path, packing: Mapping[str, Any], seconds: Mapping[str, float]
-) -> dict[str, Any]:
+    job: JobSpec, folder: Path, packing: Mapping[str, object], seconds: Mapping[str, float]
+) -> JsonObject:
     """Return the summary of a finished run.
 
     Rates are totals over totals, so that each step is weighted by its duration; medians over steps are
@@ -121,7 +120,7 @@ def report(
     }
 
 
-def _totals(steps: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, float]:
+def _totals(steps: Sequence[Mapping[str, float]], world_size: int) -> dict[str, float]:
     """Return totals and rates over the whole run; each rate is weighted by the duration of its step."""
     seconds = sum(row["step_seconds"] for row in steps)
     totals = {
@@ -136,7 +135,7 @@ def _totals(steps: Sequence[Mapping[str, Any]], world_size: int) -> dict[str, fl
     return {**totals, "padding_fraction": 1.0 - totals["tokens"] / slots}
 
 
-def predicted(run_dir: Path) -> dict[str, Any] | None:
+def predicted(run_dir: Path) -> JsonObject | None:
     """Return the prediction of a run in the fields of its report; None if there is none.
 
     Args:

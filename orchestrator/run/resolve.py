@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -16,7 +15,7 @@ from orchestrator.config.schema import JobSpec
 from orchestrator.engine.optimizers import require_bitsandbytes
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.model.build import load_config, require_supported
-from orchestrator.parallel.deepspeed_config import render, size_nvme_buffers
+from orchestrator.parallel.deepspeed_config import DeepSpeedConfig, render, size_nvme_buffers
 from orchestrator.parallel.parallel_dims import sequence_parallel_problem
 from orchestrator.planner.host_memory import HostMemory, disk_bytes, host_memory
 
@@ -44,7 +43,7 @@ class ResolvedJob:
     dtype: TrainDtype
     model_config: PretrainedConfig
     parameter_count: ParameterCount | None
-    deepspeed_config: dict[str, Any]
+    deepspeed_config: DeepSpeedConfig
     host_memory: HostMemory | None
     nvme_bytes: int
 
@@ -132,7 +131,7 @@ def format_gib(size_bytes: float) -> str:
 
 
 def _offloaded_memory(
-    job: JobSpec, deepspeed_config: dict[str, Any], count: ParameterCount | None
+    job: JobSpec, deepspeed_config: DeepSpeedConfig, count: ParameterCount | None
 ) -> HostMemory | None:
     parallel = job.parallel
     if count is None or parallel.offload_optimizer == parallel.offload_param == "none":

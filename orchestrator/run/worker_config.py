@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from orchestrator.arch.flops import forward_flops
 from orchestrator.arch.model_dims import ModelDims
@@ -16,6 +15,7 @@ from orchestrator.data.corpus import Documents
 from orchestrator.data.loader import PackLoader, SamplerConfig
 from orchestrator.data.packing import Packs
 from orchestrator.model.build import load_config
+from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
 from orchestrator.parallel.parallel_dims import ParallelDims
 
 CHECKPOINTS = "checkpoints"
@@ -57,7 +57,7 @@ class WorkerConfig:
     evaluation: Path | None
     dtype: TrainDtype
     device: DeviceType
-    deepspeed_config: dict[str, Any]
+    deepspeed_config: DeepSpeedConfig
     worker_resources: dict[str, float] = field(default_factory=dict)
     nvme_bytes: int = 0
     benchmark: BenchmarkRun | None = None

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import ray
 from transformers import PretrainedConfig
 
-from orchestrator.atomic_files import read_lines, write_json
+from orchestrator.atomic_files import JsonObject, read_lines, write_json
 from orchestrator.cluster import hardware
 from orchestrator.cluster.cluster_spec import ClusterSpec
 from orchestrator.cluster.hardware import Device
@@ -58,7 +57,7 @@ class Admission:
     """
 
     job: JobSpec
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     cluster: ClusterSpec
     stack: str
     data: DataShape = UNKNOWN_DATA
@@ -75,7 +74,7 @@ class Admission:
         write_json(run_dir / PLAN, kept)
         return found
 
-    def with_data(self, run_dir: Path, packing: Mapping[str, Any]) -> Admission:
+    def with_data(self, run_dir: Path, packing: JsonObject) -> Admission:
         """Return the admission with statistics of the packed data, and update plan.json.
 
         Args:
@@ -91,7 +90,7 @@ class Admission:
         known.keep(run_dir)
         return known
 
-    def remember(self, run_dir: Path, measured: Mapping[str, Any]) -> None:
+    def remember(self, run_dir: Path, measured: Mapping[str, object]) -> None:
         """Store measurements of a run, so that later predictions for its software stack are calibrated.
 
         Args:
@@ -141,7 +140,7 @@ class FirstStepsCheck:
             _logger.info(first_steps_text(len(rows), seconds, held, expected))
 
 
-def first_steps_text(count: int, seconds: float, held_bytes: float, expected: Mapping[str, Any]) -> str:
+def first_steps_text(count: int, seconds: float, held_bytes: float, expected: JsonObject) -> str:
     """Return measured and predicted step time and memory, with a warning if steps are too slow.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ray.train import UserCallback
 
 from orchestrator.run.recorder_handle import RecorderHandle
@@ -21,6 +19,6 @@ class AttemptWatch(UserCallback):  # type: ignore[misc]
     def __init__(self, recorder: RecorderHandle) -> None:
         self._recorder = recorder
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Report the end of the attempt, without waiting for the recorder: a restart must not be delayed."""
         self._recorder.end_attempt.remote()

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -24,6 +24,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.train import ray_session
 
 _logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _ALL_REDUCE_BYTES = 32 * 2**20
 _ALL_REDUCE_REPEATS = 5
@@ -174,7 +175,7 @@ def _actor(actor_class: type, node: Node, gpus: int = 0) -> Any:
     return ray.remote(actor_class).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=affinity).remote()
 
 
-def _gather(nodes: Sequence[Node], futures: Sequence[Any]) -> list[Any]:
+def _gather(nodes: Sequence[Node], futures: Sequence[ray.ObjectRef[_T]]) -> list[_T]:
     """Return the result of each node's future.
 
     Raises:

@@ -11,9 +11,8 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from orchestrator.atomic_files import write_json
+from orchestrator.atomic_files import JsonObject, write_json
 from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
@@ -74,7 +73,7 @@ def run(
     on_progress: OnProgress,
     benchmark: BenchmarkRun | None = None,
     force: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Train a job, or resume its run, to the end.
 
     Args:
@@ -114,7 +113,7 @@ def run(
         lock.release(directory)
 
 
-def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
+def prepare(job: JobSpec, address: str | None) -> JsonObject:
     """Tokenize and pack only.
 
     Args:
@@ -135,7 +134,7 @@ def prepare(job: JobSpec, address: str | None) -> dict[str, Any]:
         raise
 
 
-def _train(job: JobSpec, start: _Start) -> dict[str, Any]:
+def _train(job: JobSpec, start: _Start) -> JsonObject:
     resumes = bool(checkpoint_dir.published(start.run_dir / CHECKPOINTS))
     resolved = resolve(job, ray_session.live_nodes(), reads_weights=not resumes)
     admitted = _admit(resolved, start)
@@ -244,7 +243,7 @@ def _report(
     exported: ExportResult | None,
     recorder: RecorderHandle,
     admitted: admission.Admission | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Write report.json, keep what was measured for later plans, and close the records."""
     start.seconds["checkpoints"] = get_result(recorder.checkpoint_seconds.remote())
     report = summarize(resolved.job, start.run_dir, data.figures, start.seconds)

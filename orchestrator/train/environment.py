@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
@@ -128,9 +127,7 @@ def apply_submitted_env(last: bool) -> None:
         return
     from ray import _raylet
 
-    client: Any = _raylet.GcsClient(  # type: ignore[attr-defined]
-        address=os.environ["RAY_ADDRESS"]
-    )
+    client = _raylet.GcsClient(address=os.environ["RAY_ADDRESS"])  # type: ignore[attr-defined]
     content = client.internal_kv_get(key.encode(), None)
     if content is None:
         raise ClusterError(

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from transformers import PretrainedConfig
 
+from orchestrator.atomic_files import JsonObject
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.data import packed_dataset
 from orchestrator.data.token_cache import TokenStore
@@ -35,7 +35,7 @@ class PreparedData:
 
     training: Path
     evaluation: Path | None
-    figures: dict[str, Any]
+    figures: JsonObject
 
 
 def prepare_data(job: JobSpec, model_config: PretrainedConfig) -> PreparedData:
@@ -58,11 +58,11 @@ def prepare_data(job: JobSpec, model_config: PretrainedConfig) -> PreparedData:
 
 def _pack(
     job: JobSpec, model_config: PretrainedConfig, sources: Sequence[SourceSpec]
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, JsonObject]:
     cache = Path(job.checkpoint.storage) / run_dir.CACHE
     stores = tokenize_sources(job.model, job.data, sources, cache)
     vocabulary.require_embedded(job, model_config, sources, stores)
-    packed: tuple[Path, dict[str, Any]] = get_result(
+    packed: tuple[Path, JsonObject] = get_result(
         _pack_stores.remote(job, sources, cache, [store.folder for store in stores])
     )
     return packed
@@ -71,7 +71,7 @@ def _pack(
 @ray.remote(num_cpus=1)
 def _pack_stores(
     job: JobSpec, sources: Sequence[SourceSpec], cache: Path, stores: Sequence[Path]
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, JsonObject]:
     opened = [TokenStore(folder) for folder in stores]
     folder = packed_dataset.get_or_create(cache, opened, sources, job.data, job.run.seed)
     is_training = tuple(sources) == job.data.train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeVar
 
 import ray
 
@@ -13,6 +13,8 @@ from orchestrator.cluster.auth import choose_auth_mode
 from orchestrator.cluster.topology import Node
 from orchestrator.errors import OrchestratorError
 from orchestrator.train import ray_connection
+
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def live_nodes() -> tuple[Node, ...]:
     return tuple(nodes.values())
 
 
-def get_result(reference: Any) -> Any:
+def get_result(reference: ray.ObjectRef[_T]) -> _T:
     """Return the result of a Ray task or actor call; an `OrchestratorError` is raised as itself.
 
     Args:

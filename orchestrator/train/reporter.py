@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 import ray.train
@@ -98,7 +98,7 @@ class Reporter:
     def __init__(self, config: WorkerConfig, recorder: RecorderHandle) -> None:
         self._config, self._recorder = config, recorder
         self._is_rank_zero = dist.get_rank() == 0
-        self._sent: list[Any] = []
+        self._sent: list[ray.ObjectRef[None]] = []
         self._closed = threading.Event()
         self.attempt: int | None = None
         self.step: int | None = None

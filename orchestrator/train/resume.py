@@ -12,9 +12,9 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from orchestrator.atomic_files import read_lines, read_object
+from orchestrator.atomic_files import JsonObject, read_lines, read_object
 from orchestrator.checks.folders import JOB
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
@@ -22,7 +22,7 @@ from orchestrator.data.readers import locate
 from orchestrator.data.sources import looks_like_hub_name
 from orchestrator.engine.lr_schedule import schedule_change_message
 from orchestrator.errors import SpecError
-from orchestrator.model.base_model_id import weight_files
+from orchestrator.model.base_model_id import WeightFile, weight_files
 from orchestrator.run.recorder import ATTEMPTS, REPORT, STEPS
 from orchestrator.run.run_dir import (
     DATA,
@@ -42,7 +42,16 @@ _MODEL_FILES = (
 )  # fmt: skip
 
 
-def finished_before(job: JobSpec) -> dict[str, Any] | None:
+class InputFile(TypedDict):
+    """A data file in data.json; `sha256` is None if it has not been computed."""
+
+    name: str
+    bytes: int
+    mtime_ns: int
+    sha256: str | None
+
+
+def finished_before(job: JobSpec) -> JsonObject | None:
     """Return the report of a finished run, without importing any framework.
 
     Args:
@@ -59,7 +68,7 @@ def finished_before(job: JobSpec) -> dict[str, Any] | None:
     return finished_report(job, open_run(job))
 
 
-def finished_report(job: JobSpec, run_dir: Path) -> dict[str, Any] | None:
+def finished_report(job: JobSpec, run_dir: Path) -> JsonObject | None:
     """Return the report of a finished run, and log that nothing was trained.
 
     Args:
@@ -89,7 +98,7 @@ def finished_report(job: JobSpec, run_dir: Path) -> dict[str, Any] | None:
     return report
 
 
-def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int) -> dict[str, Any] | None:
+def require_steps_to_go(job: JobSpec, run_dir: Path, packs: int) -> JsonObject | None:
     """Check the steps of a resumed run, and log how its learning rate schedule changes.
 
     Args:
@@ -150,7 +159,7 @@ def steps_done(run_dir: Path) -> int:
     return max([*saved, *(int(row["step"]) for row in rows)], default=0)
 
 
-def input_files(job: JobSpec) -> dict[str, Any]:
+def input_files(job: JobSpec) -> dict[str, object]:
     """Return size, mtime and hash of each input file; None for hub datasets."""
     model = resolve(job.model.path)
     return {
@@ -180,10 +189,10 @@ def _changed_inputs(run_dir: Path, job: JobSpec) -> list[str]:
     return changed
 
 
-def _described(source: SourceSpec) -> list[dict[str, Any]] | None:
+def _described(source: SourceSpec) -> list[InputFile] | None:
     if looks_like_hub_name(source.path):
         return None
-    found = []
+    found: list[InputFile] = []
     for file in locate(source):
         size, changed = file.stamp()
         found.append(
@@ -192,7 +201,7 @@ def _described(source: SourceSpec) -> list[dict[str, Any]] | None:
     return found
 
 
-def _is_same(source: SourceSpec, known: Sequence[dict[str, Any]]) -> bool:
+def _is_same(source: SourceSpec, known: Sequence[InputFile]) -> bool:
     files = locate(source)
     if len(files) != len(known):
         return False
@@ -202,14 +211,14 @@ def _is_same(source: SourceSpec, known: Sequence[dict[str, Any]]) -> bool:
     return True
 
 
-def _model_files(model: Path) -> dict[str, Any]:
+def _model_files(model: Path) -> dict[str, str | WeightFile]:
     """Return a hash of each small file of a model, and of the first and last bytes of each large one."""
     small = sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern) if path.is_file()})
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small}
     return {**hashes, **weight_files(model)}
 
 
-def _log_finished(run_dir: Path, report: dict[str, Any]) -> None:
+def _log_finished(run_dir: Path, report: JsonObject) -> None:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime((run_dir / REPORT).stat().st_mtime))
     _logger.info(
         f"run {run_dir} already finished ({when}, {report['steps']} steps), so nothing was trained; this is "

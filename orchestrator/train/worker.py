@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TypedDict
 
 import ray
 import torch
@@ -14,6 +14,7 @@ from orchestrator.arch.model_dims import ModelDims
 from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.data import packed_dataset
 from orchestrator.engine.memory_limit import limit_memory
+from orchestrator.parallel.deepspeed_config import DeepSpeedConfig
 from orchestrator.run.recorder_handle import RecorderHandle
 from orchestrator.run.run_log import rank_log
 from orchestrator.run.worker_config import WorkerConfig, evaluation_loader, training_loader
@@ -22,17 +23,23 @@ from orchestrator.train.reporter import Reporter, broadcast_object, reported_fai
 _logger = logging.getLogger(__name__)
 
 
-def run_worker(arguments: dict[str, Any]) -> None:
+class WorkerArguments(TypedDict):
+    """Arguments of `run_worker`; `recorder` is the actor that keeps the records of the run."""
+
+    config: WorkerConfig
+    recorder: RecorderHandle
+
+
+def run_worker(arguments: WorkerArguments) -> None:
     """Join the process group, build the model, resume from the latest checkpoint, and train to the end.
 
     Args:
-        arguments: `config`, a `WorkerConfig`, and `recorder`, the actor that keeps its records.
+        arguments: What the driver passes as `train_loop_config`.
 
     Raises:
         OrchestratorError: A failure that a retry cannot fix; it has been reported to the recorder.
     """
-    config: WorkerConfig = arguments["config"]
-    recorder: RecorderHandle = arguments["recorder"]
+    config, recorder = arguments["config"], arguments["recorder"]
     reporter = Reporter(config, recorder)
     limit_bytes = config.benchmark.memory_limit_bytes if config.benchmark else None
     attempt = ray.get(recorder.next_attempt.remote())
@@ -72,7 +79,7 @@ def _train(config: WorkerConfig, reporter: Reporter, device: torch.device) -> No
 
 
 def _train_with(
-    config: WorkerConfig, ds_config: dict[str, Any], reporter: Reporter, device: torch.device
+    config: WorkerConfig, ds_config: DeepSpeedConfig, reporter: Reporter, device: torch.device
 ) -> None:
     from orchestrator.engine.deepspeed_engine import start_engine
     from orchestrator.model.adapters import adapts_last_matmul, num_adapter_params
