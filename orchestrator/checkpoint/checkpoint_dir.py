@@ -26,6 +26,7 @@ from orchestrator.errors import TrainingError
 
 MANIFEST = "manifest.json"
 SHARDS = "shards"
+# Eight digits or more: names are zero-padded to eight, and longer from step 100,000,000.
 _PUBLISHED = re.compile(r"step-\d{8,}")
 _DRAFT = re.compile(r"step-\d{8,}\.(attempt-\d+|old)\.partial")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced\.partial")
@@ -130,6 +131,7 @@ def resolve_replaced(replaced: Path, final: Path) -> None:
         replaced: The old checkpoint, `final` with the suffix .replaced.partial.
         final: Path of the published checkpoint.
     """
+    # A crash came between the two renames of `checkpointer._publish`: the old checkpoint is still valid.
     if not final.exists():
         replaced.rename(final)
         return
@@ -196,6 +198,7 @@ def file_entry(path: Path) -> FileEntry:
     Raises:
         OSError: The file cannot be read.
     """
+    # fstat of the open file: size and hash belong together even if the path is replaced meanwhile.
     with path.open("rb") as file:
         return {
             "bytes": os.fstat(file.fileno()).st_size,

@@ -207,6 +207,7 @@ def _publish(draft: Path, final: Path, manifest: Manifest) -> None:
     if replaced.exists():
         resolve_replaced(replaced, final)
     if final.exists():
+        # Two renames, because rename cannot replace a directory that is not empty.
         # An earlier attempt published this step and ended before it was recorded, so it was trained again.
         final.rename(replaced)
     draft.rename(final)
@@ -260,6 +261,7 @@ def _layout_problems(checkpoint: Path, manifest: Mapping[str, object], engine: T
 
 def _own_share(names: list[str]) -> list[str]:
     """Return the files that this rank hashes: every world_size-th one, whichever rank wrote it."""
+    # Sorted, because directory listings differ between nodes: shares must be disjoint and cover every file.
     return sorted(names)[dist.get_rank() :: dist.get_world_size()]
 
 
@@ -295,6 +297,7 @@ def _require_shared_storage(
 
 
 def _fsync(path: Path) -> None:
+    # Directories can only be opened for reading; fsync flushes a file whichever descriptor wrote it.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -143,9 +143,11 @@ class Corpus:
         source_counts = []
         for number, counts in enumerate(self.source_counts):
             mine = store == number
+            # Counted anew: the first token of a piece has no token before it, so it is no longer trained.
             trained[mine] = self.stores[number].trained(
                 row[mine], start[mine], pieces.length[mine], self.loss_on
             )
+            # Pieces of each reading; more than one means that the row was split, by `_parts` or by a cut.
             parts = np.bincount(reading[mine], minlength=1)
             source_counts.append(
                 replace(
@@ -184,6 +186,7 @@ def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: Dat
                 "lower it, or use repeat or weight to read rows more than once"
             )
             continue
+        # Seeded by position, so that a change of one source leaves the samples of the others as they are.
         rows = choose_rows(len(store), source, [seed, number])
         part, counts = _documents(store, rows, data)
         parts.append({**part, "store": np.full(len(part["row"]), number, np.uint16)})
@@ -224,13 +227,18 @@ def choose_rows(count: int, source: SourceSpec, seed: Sequence[int]) -> Int64Arr
 
 
 def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dict[str, Any], TokenCounts]:
+    # whole: tokens of each row that is read, [rows]. at (index into `rows`), start, length and trained: one
+    # entry for each document cut from them, [documents]; a row gives none, one or, with split, several.
     whole = store.lengths[rows]
     at, start, length = _parts(whole, data)
     trained = store.trained(rows[at], start, length, data.loss_on)
+    # A document without a trained token would cost time and change nothing.
     used = trained > 0
     dropped_parts = np.bincount(at[~used], weights=length[~used], minlength=len(rows)).astype(np.int64)
     at, start, length, trained = at[used], start[used], length[used], trained[used]
     kept = np.bincount(at, weights=length, minlength=len(rows)).astype(np.int64)
+    # For every row, whole = kept + dropped + truncated. A part that is dropped from a split row counts as
+    # dropped; with the other truncations, a row is either dropped as a whole or loses an end.
     is_kept = kept > 0
     dropped = np.where(is_kept, dropped_parts if data.truncation == "split" else 0, whole)
     truncated = whole - kept - dropped
@@ -257,6 +265,7 @@ def _parts(whole: Int64Array, data: DataSpec) -> tuple[Int64Array, Int64Array, I
     limit = data.max_length
     at = np.flatnonzero(whole > 0)
     if data.truncation == "split":
+        # counts: parts of each row, [rows]; number: 0, 1, ... within the row of each part, [documents].
         counts = -(-whole[at] // limit)
         number = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         at = np.repeat(at, counts)

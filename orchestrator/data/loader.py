@@ -109,6 +109,7 @@ class PackLoader:
 
     def packs(self, epochs: float) -> int:
         """Return the number of packs in `epochs`, rounded up."""
+        # Rounded first: 1.1 epochs of 50 packs are 55.00000000000001 in floating point, and not 56 packs.
         return max(1, math.ceil(round(epochs * len(self._packs), 6)))
 
     def steps(self, epochs: float) -> int:
@@ -155,6 +156,7 @@ class PackLoader:
         """
         capacity, shards = self._batch_shape.max_length, self._batch_shape.sequence_parallel_size
         # All arrays cover the whole row, [packs * max_length]; they are cut to the shard at the end.
+        # Padding has token id 0: it forms documents of its own and is never a label, so the id is arbitrary.
         input_ids = np.zeros(capacity * len(numbers), np.int64)
         shard_size = len(input_ids) // shards
         local = slice(shard * shard_size, (shard + 1) * shard_size)
@@ -204,6 +206,7 @@ class PackLoader:
     def _order(self, epoch: int) -> Int64Array:
         if epoch not in self._orders:
             if len(self._orders) >= _ORDERS_KEPT:
+                # The epoch that was computed first, since dictionaries keep the order of insertion.
                 self._orders.pop(next(iter(self._orders)))
             self._orders[epoch] = epoch_order(
                 self.costs,

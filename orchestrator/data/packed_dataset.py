@@ -30,6 +30,7 @@ from orchestrator.errors import ClusterError
 _VERSION = 4  # part of the cache key: raise it when the files change, and older packed datasets are ignored
 _MANIFEST = "packed_dataset.json"
 _FIELDS = ("store", "row", "start", "lengths", "trained")
+# Little-endian on every machine, so that files and checksums agree; 34 bytes a document.
 _TYPES = np.dtype(
     [("store", "<u2"), ("row", "<i8"), ("start", "<i8"), ("lengths", "<i8"), ("trained", "<i8")]
 )
@@ -68,6 +69,7 @@ def get_or_create(
         [[source.repeat, source.weight, source.sample] for source in sources],
         [data.max_length, data.packing, data.truncation, data.loss_on, seed],
     ]
+    # A store is named by a hash of all that determines its content, so its name stands for its tokens.
     folder = cache / f"packed-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]}"
     if not (folder / _MANIFEST).exists():
         save(folder, *make(stores, sources, data, seed))
@@ -94,7 +96,7 @@ def save(folder: Path, corpus: Corpus, packs: Packs) -> None:
         (draft / _MANIFEST).write_text(seal(manifest), encoding="utf-8")
         try:
             draft.rename(folder)
-        except OSError:
+        except OSError:  # another driver was faster; its dataset has the same key and so the same content
             if not (folder / _MANIFEST).exists():
                 raise
     except OSError as error:
@@ -125,6 +127,7 @@ def load(folder: Path) -> tuple[Corpus, Packs]:
             f"packed dataset {folder} is damaged or not readable ({error}); remove that folder and it will "
             "be packed again"
         ) from None
+    # Token stores are siblings in the cache; only their names are recorded, so the cache can be moved.
     stores = tuple(TokenStore(folder.parent / name) for name in manifest["stores"])
     corpus = Corpus(
         stores,
@@ -138,6 +141,7 @@ def load(folder: Path) -> tuple[Corpus, Packs]:
 def _checksum(folder: Path, name: str) -> int:
     with (folder / f"{name}.npy").open("rb") as file:
         checksum = 0
+        # In chunks of 4 MiB: the arrays of a large corpus may not fit into memory.
         while chunk := file.read(2**22):
             checksum = zlib.crc32(chunk, checksum)
     return checksum

@@ -87,6 +87,7 @@ def concat(lengths: Int64Array, capacity: int, seed: int) -> tuple[Pieces, Packs
     order = np.random.default_rng(seed).permutation(len(lengths))
     ends = np.cumsum(lengths[order])  # end of each document in the stream, [documents]
     total = int(ends[-1]) if len(ends) else 0
+    # A cut at the end of a document is one border, not two: pieces are never empty.
     borders = np.union1d(ends, np.append(np.arange(capacity, total, capacity), total)) if total else ends
     # A piece ends at a document end or at a cut, whichever comes first: starts and borders are [pieces].
     starts = np.concatenate([[0], borders[:-1]]).astype(np.int64) if total else borders
@@ -247,6 +248,7 @@ class _OpenPacks:
         self = cls(capacity, opened=len(free))
         order = np.argsort(free, kind="stable")
         self.ascending = np.unique(free[free > 0]).tolist()
+        # Parts: packs without a free slot, then one part for each entry of `ascending`, then an empty one.
         parts = np.split(order, np.searchsorted(free[order], [*self.ascending, capacity + 1]))[1:-1]
         self.packs_with = dict(zip(self.ascending, parts, strict=True))
         return self
@@ -263,6 +265,7 @@ class _OpenPacks:
 
     def take(self, length: int, remaining: int) -> tuple[int, Int64Array]:
         """Return the free slots of the fullest packs that fit `length`, and these packs, or open new ones."""
+        # The fewest free slots that are enough: best fit. All packs with that number are taken at once.
         at = bisect.bisect_left(self.ascending, length)
         if at < len(self.ascending):
             free = self.ascending.pop(at)
@@ -293,6 +296,7 @@ def _fill(bins: _OpenPacks, lengths: Lengths) -> tuple[Int64Array, Int64Array, I
             free, packs = bins.take(length, remaining)
             if bins.opened > len(filled):  # grow by doubling
                 filled = np.concatenate([filled, np.zeros(max(bins.opened, len(filled)), np.int64)])
+            # Afterwards these packs have less than `length` free, so none is taken twice for one length.
             per_pack = free // length
             full = min(len(packs), remaining // per_pack)
             assign(packs[:full], per_pack)
@@ -303,6 +307,7 @@ def _fill(bins: _OpenPacks, lengths: Lengths) -> tuple[Int64Array, Int64Array, I
                 bins.put_back(free - remaining * length, packs[full : full + 1])
                 full, remaining = full + 1, 0
             bins.put_back(free, packs[full:])
+    # The loop assigned documents by falling length; within a length, in the order of their indices.
     longest = int(distinct[-1]) if len(distinct) else 0
     return _argsort(longest - lengths), np.concatenate(packs_of), np.concatenate(ranks_of)
 
@@ -326,8 +331,12 @@ def lower_bound(lengths: Int64Array, capacity: int) -> int:
     if len(lengths) == 0:
         return 0
     values, counts = np.unique(lengths, return_counts=True)
+    # number[i], total[i]: documents and tokens of the i smallest distinct lengths, [distinct + 1].
     number = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     total = np.concatenate([[0], np.cumsum(values * counts)]).astype(np.int64)
+    # Every document above capacity / 2 needs its own pack. For each threshold t, [thresholds]: those above
+    # capacity - t leave no room for a document of t or more tokens, so only the packs of the others between
+    # (middle_room) can hold documents of t..capacity / 2; what exceeds that room needs further packs.
     half = int(np.searchsorted(values, capacity // 2, side="right"))
     thresholds = np.concatenate([[0], values[:half]]).astype(np.int64)
     alone = np.searchsorted(values, capacity - thresholds, side="right")

@@ -84,6 +84,7 @@ class VarlenMetadata:
             device: Device of the tensors.
             sequence: Workers that share the row; None without sequence parallelism.
         """
+        # Computed on the CPU and copied once: on a GPU every length that Python reads would synchronize.
         sizes = torch.tensor(lengths, dtype=torch.int64)
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(sizes, 0, out=cu_seqlens[1:])
@@ -93,7 +94,7 @@ class VarlenMetadata:
             groups, gather, scatter = _group(sizes, cu_seqlens)
         return cls(
             attn_backend,
-            cu_seqlens.to(device, torch.int32),
+            cu_seqlens.to(device, torch.int32),  # flash attention kernels accept int32 only
             max(lengths),
             groups,
             gather.to(device),
@@ -191,11 +192,13 @@ def document_attention(
             f"{name} does not pass document boundaries to its attention, so packed documents would attend to "
             "each other; this architecture is not supported"
         )
+    # Per layer and not once per model: windows, chunks and sinks may differ between the layers of a model.
     _refuse_variants(module, documents.max_seqlen, kwargs)
     window = _window(name, attention_mask, kwargs.get("sliding_window"), documents.max_seqlen)
     scoring = AttentionOptions(scaling, dropout, window, kwargs.get("softcap"))
     compute = _flash if documents.attn_backend == "flash" else _sdpa
     sequence = documents.sequence
+    # The batch dimension is always 1: a micro-batch is one row, so boundaries alone separate its documents.
     if sequence is None:
         # [1, heads, T, head_dim] -> [T, heads, head_dim], the layout of variable-length attention
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))

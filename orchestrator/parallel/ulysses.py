@@ -44,6 +44,8 @@ class SequenceGroup:
         """
         heads = tensor.shape[1]
         if heads < self.size:
+            # repeat_interleave, not repeat: worker r gets the r-th head of the result, which must be the KV
+            # head of its own query heads, r * kv_heads // size.
             tensor = tensor.repeat_interleave(self.size // heads, dim=1)
         # [1, heads, T / sp, d] -> [1, T / sp, heads, d] -> all-to-all -> [1, T, heads / sp, d]
         return _all_to_all(tensor.transpose(1, 2), self.handle, scatter=2, gather=1).squeeze(0)
@@ -65,6 +67,8 @@ def _all_to_all(tensor: Tensor, group: dist.ProcessGroup, scatter: int, gather: 
     """Run DeepSpeed's differentiable all-to-all: split dimension `scatter`, concatenate along `gather`."""
     from deepspeed.sequence.layer import _SeqAllToAll
 
+    # 0 is the batch dimension. The backward pass is the same exchange with scatter and gather swapped. Both
+    # directions keep the number of elements of each worker: T / sp * heads = T * heads / sp.
     exchanged: Tensor = _SeqAllToAll.apply(group, tensor.contiguous(), scatter, gather, 0)
     return exchanged
 
@@ -83,6 +87,8 @@ def create_sequence_group(dims: ParallelDims, collective_timeout_seconds: int) -
         return None
     own = None
     for ranks in dims.sequence_groups():
+        # The ranks of a group are consecutive, so its all-to-all stays inside a node if the size divides the
+        # workers of each node.
         # new_group is collective over the world: every rank creates every group, in the same order.
         handle = dist.new_group(ranks, timeout=timedelta(seconds=collective_timeout_seconds))
         if dist.get_rank() in ranks:
