@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from orchestrator.run.failures import Failure
+    from orchestrator.run.recorder import Status
+
+_T = TypeVar("_T")
 
 
-class RemoteMethod(Protocol):
-    """A method of an actor."""
+class RemoteMethod(Protocol[_T]):
+    """A method of an actor that returns a value of type `_T`."""
 
-    def remote(self, *arguments: object) -> Any:
-        """Call it, and return the `ObjectRef` of its result."""
+    def remote(self, *arguments: object) -> ObjectRef[_T]:
+        """Call it, and return the reference of its result."""
 
 
 class RecorderHandle(Protocol):
     """Handle of the `orchestrator.run.recorder.Recorder` actor; every method is described there."""
 
-    begin_attempt: RemoteMethod
-    next_attempt: RemoteMethod
-    record_step: RemoteMethod
-    record_evaluation: RemoteMethod
-    record_checkpoint: RemoteMethod
-    authorize_publish: RemoteMethod
-    report_failure: RemoteMethod
-    report_fatal: RemoteMethod
-    failures: RemoteMethod
-    finish_training: RemoteMethod
-    end_attempt: RemoteMethod
-    end_run: RemoteMethod
-    request_stop: RemoteMethod
-    stop_requested: RemoteMethod
-    status: RemoteMethod
-    checkpoint_seconds: RemoteMethod
-    close: RemoteMethod
+    begin_attempt: RemoteMethod[int]
+    next_attempt: RemoteMethod[int]
+    record_step: RemoteMethod[None]
+    record_evaluation: RemoteMethod[None]
+    record_checkpoint: RemoteMethod[None]
+    authorize_publish: RemoteMethod[None]
+    report_failure: RemoteMethod[None]
+    report_fatal: RemoteMethod[None]
+    failures: RemoteMethod[list[Failure]]
+    finish_training: RemoteMethod[None]
+    end_attempt: RemoteMethod[None]
+    end_run: RemoteMethod[None]
+    request_stop: RemoteMethod[bool]
+    stop_requested: RemoteMethod[bool]
+    status: RemoteMethod[Status]
+    checkpoint_seconds: RemoteMethod[float]
+    close: RemoteMethod[None]

@@ -78,7 +78,7 @@ def fit(config: WorkerConfig, recorder: RecorderHandle, on_progress: Sequence[On
         thread.start()
         while thread.is_alive() and not stop_requested.is_set():
             thread.join(timeout=_POLL_SECONDS)
-            status: Status = get_result(recorder.status.remote())
+            status = get_result(recorder.status.remote())
             show(status)
             if status.fatal is not None and not stop_requested.is_set():
                 raise status.fatal
