@@ -17,7 +17,16 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from orchestrator.data.rows import Conversation, Instruction, JsonObject, Message, Row, Text, Tokens
+from orchestrator.data.rows import (
+    Conversation,
+    Instruction,
+    JsonObject,
+    Message,
+    ParsedArguments,
+    Row,
+    Text,
+    Tokens,
+)
 
 Format = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
 RowFormat = Format | Literal["auto"]
@@ -260,7 +269,8 @@ def _call(value: Any, place: str) -> JsonObject:
     arguments = call["arguments"]
     if isinstance(arguments, str):  # chat templates serialize objects and would quote a string a second time
         try:
-            arguments = json.loads(arguments)
+            parsed = json.loads(arguments)
+            arguments = ParsedArguments(parsed, arguments) if isinstance(parsed, dict) else parsed
         except (ValueError, RecursionError):
             arguments = call["arguments"]
     named = {"id": value["id"]} if isinstance(value.get("id"), str) else {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -19,6 +21,18 @@ JsonObject = Mapping[str, Any]
 """A tool or a tool call in OpenAI's format, as chat templates read it."""
 
 
+class ParsedArguments(dict[str, Any]):
+    """Arguments of a tool call, parsed from the JSON text of the row.
+
+    Attributes:
+        text: The JSON text as the row has it, for templates that write text (`with_text_arguments`).
+    """
+
+    def __init__(self, values: Mapping[str, Any], text: str) -> None:
+        super().__init__(values)
+        self.text = text
+
+
 class Message(TypedDict):
     """A message in OpenAI's format; chat templates may read further fields.
 
@@ -26,12 +40,14 @@ class Message(TypedDict):
         role: Such as `user` or `assistant`.
         content: The text.
         tool_calls: Tool calls of an answer.
+        tool_call_id: Id of the call that a message of role `tool` answers.
         weight: 0 excludes an answer from the loss.
     """
 
     role: str
     content: str
     tool_calls: NotRequired[list[JsonObject]]
+    tool_call_id: NotRequired[str]
     weight: NotRequired[int]
 
 
@@ -173,3 +189,65 @@ def _lack_of_conversation(row: Conversation, learnt: Learnt) -> str | None:
     if any(is_learnt(each, learn_ends=True) for each in row.messages):
         return "the answer is empty"
     return "no message of the assistant is to be learnt"
+
+
+def with_call_ids(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return messages in which every tool call and every message of role `tool` has an id.
+
+    Ids of the row are kept. Others are nine letters or digits, as Mistral's templates require, and depend
+    only on the messages. A message of role `tool` without an id answers the first call of its `name`, or else
+    the first call, that no message answered yet.
+
+    Args:
+        messages: Messages of a conversation; they are not changed.
+    """
+    answered = {message.get("tool_call_id") for message in messages}
+    waiting: list[tuple[str, str]] = []  # (id, function name) of calls that no message answers by id
+    result: list[Message] = []
+    for at, message in enumerate(messages):
+        copy = message.copy()
+        if calls := message.get("tool_calls"):
+            copy["tool_calls"] = [
+                {"id": _call_id(call, at, number), **call} for number, call in enumerate(calls)
+            ]
+            waiting += [
+                (call["id"], call["function"]["name"])
+                for call in copy["tool_calls"]
+                if call["id"] not in answered
+            ]
+        if message["role"] == "tool" and "tool_call_id" not in message and waiting:
+            same_name = [number for number, (_, name) in enumerate(waiting) if name == message.get("name")]
+            copy["tool_call_id"] = waiting.pop(same_name[0] if same_name else 0)[0]
+        result.append(copy)
+    return tuple(result)
+
+
+def _call_id(call: JsonObject, message: int, number: int) -> str:
+    text = json.dumps([message, number, call["function"]], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:9]
+
+
+def with_text_arguments(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return messages whose tool calls have their arguments as JSON text.
+
+    This is the text of the row if it had text, and otherwise its object, serialized.
+
+    Args:
+        messages: Messages of a conversation; they are not changed.
+    """
+    result: list[Message] = []
+    for message in messages:
+        copy = message.copy()
+        if calls := message.get("tool_calls"):
+            copy["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _text(call["function"]["arguments"])}}
+                for call in calls
+            ]
+        result.append(copy)
+    return tuple(result)
+
+
+def _text(arguments: object) -> str:
+    if isinstance(arguments, ParsedArguments):
+        return arguments.text
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

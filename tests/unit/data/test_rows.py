@@ -1,12 +1,23 @@
 """Rows without trained tokens, in every format, as opposed to trainable and malformed rows."""
 
+import copy
+import json
 from typing import Any
 
 import pytest
 
 from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.formats import parse
-from orchestrator.data.rows import Learnt, empty_answers, learnt_of, nothing_to_learn
+from orchestrator.data.rows import (
+    Conversation,
+    Learnt,
+    Message,
+    empty_answers,
+    learnt_of,
+    nothing_to_learn,
+    with_call_ids,
+    with_text_arguments,
+)
 from tests.unit.data.test_formats import CALL, assistant, turn, user
 
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -149,3 +160,69 @@ def test_empty_answers_among_others_are_numbered(value: Any, found: str | None) 
 )
 def test_a_job_says_what_is_learnt(settings: dict[str, Any], learnt: Learnt) -> None:
     assert learnt_of(DataSpec(train=(SourceSpec(path="d"),), **settings)) == learnt
+
+
+def called(*names: str, **more: Any) -> dict[str, Any]:
+    return assistant(
+        "", tool_calls=[{"function": {"name": name, "arguments": "{}"}, **more} for name in names]
+    )
+
+
+def answer(content: str = "9", **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": content, **more}
+
+
+def messages_of(*messages: dict[str, Any]) -> tuple[Message, ...]:
+    row = parse({"messages": [user(), *messages]}, "auto")
+    assert isinstance(row, Conversation)
+    return row.messages
+
+
+def test_made_up_call_ids_suit_every_template_and_join_answers_to_calls() -> None:
+    messages = messages_of(called("a", "b"), answer(), answer(), assistant("So."), called("a"), answer())
+    before = json.dumps(messages)
+    with_ids = with_call_ids(messages)
+    calls = [call["id"] for message in with_ids for call in message.get("tool_calls", ())]
+    assert len(set(calls)) == 3
+    assert all(len(each) == 9 and each.isalnum() and each.isascii() for each in calls)
+    assert [message["tool_call_id"] for message in with_ids if message["role"] == "tool"] == calls
+    assert json.dumps(messages) == before
+    assert with_call_ids(messages) == with_ids == with_call_ids(with_ids)
+
+
+@pytest.mark.parametrize(
+    ("messages", "answered"),
+    [
+        ([called("a", "b"), answer(name="b"), answer(name="a")], [1, 0]),
+        ([called("a", "b"), answer(name="c"), answer()], [0, 1]),
+        ([called("a", id="x"), called("b"), answer(tool_call_id="x"), answer()], [0, 1]),
+        ([called("a", id="x"), answer()], [0]),
+        ([called("a"), answer(tool_call_id="y")], ["y"]),
+        ([answer()], [None]),
+    ],
+)
+def test_ids_of_the_row_are_kept(messages: list[dict[str, Any]], answered: list[Any]) -> None:
+    with_ids = with_call_ids(messages_of(*messages))
+    calls = [call["id"] for message in with_ids for call in message.get("tool_calls", ())]
+    assert "x" in calls or not any(call.get("id") for each in messages for call in each.get("tool_calls", ()))
+    found = [message.get("tool_call_id") for message in with_ids if message["role"] == "tool"]
+    assert found == [calls[each] if isinstance(each, int) else each for each in answered]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ('{"b":  "é", "a": 1.50}', '{"b":  "é", "a": 1.50}'),
+        ({"b": "é", "a": 1.5}, '{"b": "é", "a": 1.5}'),
+        ("no JSON", "no JSON"),
+        ("[1]", "[1]"),
+        ({}, "{}"),
+    ],
+)
+def test_arguments_as_text_are_those_of_the_row(arguments: Any, text: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": arguments}}
+    messages = messages_of(assistant("", tool_calls=[call]))
+    before = copy.deepcopy(messages)
+    (given,) = with_text_arguments(messages)[1]["tool_calls"]
+    assert given == {**call, "function": {"name": "a", "arguments": text}}
+    assert messages == before
