@@ -147,7 +147,7 @@ class Corpus:
             trained[mine] = self.stores[number].trained(
                 row[mine], start[mine], pieces.length[mine], self.loss_on
             )
-            # Pieces of each reading; more than one means that the row was split, by `_parts` or by a cut.
+            # Pieces of each reading; more than one: the row was split, by `document_parts` or by a cut.
             parts = np.bincount(reading[mine], minlength=1)
             source_counts.append(
                 replace(
@@ -230,7 +230,7 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
     # whole: tokens of each row that is read, [rows]. at (index into `rows`), start, length and trained: one
     # entry for each document cut from them, [documents]; a row gives none, one or, with split, several.
     whole = store.lengths[rows]
-    at, start, length = _parts(whole, data)
+    at, start, length = document_parts(whole, data)
     trained = store.trained(rows[at], start, length, data.loss_on)
     # A document without a trained token would cost time and change nothing.
     used = trained > 0
@@ -260,8 +260,13 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
     return {"row": rows[at], "start": start, "lengths": length, "trained": trained}, counts
 
 
-def _parts(whole: Int64Array, data: DataSpec) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Return the row, first token and length of each document after truncation, each [documents]."""
+def document_parts(whole: Int64Array, data: DataSpec) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Return the row, first token and length of each document after truncation, each [documents].
+
+    Args:
+        whole: Tokens of each row, shape [rows].
+        data: Truncation and max_length.
+    """
     limit = data.max_length
     at = np.flatnonzero(whole > 0)
     if data.truncation == "split":

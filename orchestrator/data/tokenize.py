@@ -25,10 +25,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
-from orchestrator.data.chat_template import Template, choose, encode
-from orchestrator.data.formats import Malformed, RowFormat, parse
+from orchestrator.data.chat_template import Template, choose
+from orchestrator.data.encode_rows import encode_values
+from orchestrator.data.formats import RowFormat
 from orchestrator.data.readers import Block, DataFile, changed, locate
-from orchestrator.data.rows import Learnt, Row, empty_answers, learnt_of, nothing_to_learn
+from orchestrator.data.rows import Learnt, learnt_of
 from orchestrator.data.skipped_rows import empty_rows, left_out, require_rows, too_many
 from orchestrator.data.token_cache import (
     MANIFEST,
@@ -244,45 +245,13 @@ def _write_block(
 ) -> Shard:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one core per task: Ray runs a task on every core
     loaded = _held(tokenizer[0]) or load_tokenizer(model)
-    rows, malformed, empty = _rows(block, row_format, learnt)
-    partly_empty: dict[int, str] = {}
-    encoded = []
-    results = encode(list(rows.values()), loaded, template, learnt != "answers")
-    for (at, row), result in zip(rows.items(), results, strict=True):
-        if isinstance(result, Malformed):
-            malformed[at] = str(result)
-        elif len(result.tokens) < 2 or not (learnt == "all" or result.turn[1:].any()):
-            empty[at] = "no trained tokens"
-        else:
-            encoded.append(result)
-            if learnt == "answers" and (lack := empty_answers(row)):
-                partly_empty[at] = lack
+    outcomes = encode_values(block.values, row_format, loaded, template, learnt)
     rejected = [
         [(block.source_line(at), reason) for at, reason in sorted(reasons.items())]
-        for reasons in (malformed, empty, partly_empty)
+        for reasons in (outcomes.malformed, outcomes.empty, outcomes.partly_empty)
     ]
     with _cache_errors(folder.parent):
-        return write_shard(folder, number, encoded, *rejected)
-
-
-def _rows(
-    block: Block, row_format: RowFormat, learnt: Learnt
-) -> tuple[dict[int, Row], dict[int, str], dict[int, str]]:
-    """Return the rows to train on and the reasons of malformed and of empty rows, by index in the block."""
-    rows: dict[int, Row] = {}
-    malformed: dict[int, str] = {}
-    empty: dict[int, str] = {}
-    for at, value in enumerate(block.values):
-        try:
-            row = parse(value, row_format)
-        except Malformed as problem:
-            malformed[at] = str(problem)
-            continue
-        if lack := nothing_to_learn(row, learnt):
-            empty[at] = lack
-        else:
-            rows[at] = row
-    return rows, malformed, empty
+        return write_shard(folder, number, list(outcomes.encoded.values()), *rejected)
 
 
 @lru_cache(maxsize=1)
