@@ -108,6 +108,7 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
     ),
     **_same("data.truncation", "truncation_strategy", "truncation_side", "excess_length_strategy"),
     **_same("data.malformed_rows_allowed", "max_malformed_rows", "skip_errors"),
+    **_same("data.deduplicate", "dataset_exact_deduplication", "deduplication", "dedup", "dedupe"),
     **_same("eval.data", "eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_data"),
     **_none(
         "evaluation rows are a data set of their own: name it in eval.data", "val_size", "val_set_size",

@@ -172,6 +172,8 @@ class DataSpec(Section):
     With loss_on: all, only a row without any text is empty."""
     malformed_rows_allowed: Annotated[int, Field(ge=0, le=LARGEST)] = 0
     """Maximum number of malformed rows to skip; the run fails if there are more."""
+    deduplicate: bool = False
+    """Leave out rows whose tokens and labels equal those of an earlier row, over all sources in order."""
     balance_window_steps: Count = 32
     """Steps within which packs are reordered so that packs of one step have similar attention cost; 1 turns
     balancing off."""

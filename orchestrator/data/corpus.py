@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.packing import Pieces
+from orchestrator.data.row_selection import ALL_ROWS, Split, select_rows
 from orchestrator.data.token_cache import LossOn, TokenStore, is_trained
 from orchestrator.errors import SpecError
 
@@ -54,7 +55,7 @@ class TokenCounts:
 
     tokens_read = tokens_kept + tokens_truncated + tokens_dropped. A row that is read twice counts twice.
     `rows_in_files` counts each row once; sample, repeat and weight select from rows_in_files - rows_malformed
-    - rows_empty.
+    - rows_empty, and with data.deduplicate - rows_duplicate. Held-out rows are not read by training.
 
     Attributes:
         rows: Rows read.
@@ -71,6 +72,8 @@ class TokenCounts:
         rows_empty: Rows in the files without a trained token; counted like rows_malformed.
         rows_partly_empty: Rows in the files with empty answers, which are not trained, and other answers.
         rows_in_files: Rows in all files of the sources, including malformed and empty rows.
+        rows_duplicate: Rows in the files whose tokens and labels equal those of an earlier row.
+        rows_held_out: Rows held out for evaluation by eval.share.
     """
 
     rows: int = 0
@@ -87,6 +90,8 @@ class TokenCounts:
     rows_empty: int = 0
     rows_partly_empty: int = 0
     rows_in_files: int = 0
+    rows_duplicate: int = 0
+    rows_held_out: int = 0
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         mine, theirs = asdict(self), asdict(other)
@@ -162,37 +167,34 @@ class Corpus:
         )
 
 
-def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int) -> Corpus:
+def build(
+    stores: Sequence[TokenStore],
+    sources: Sequence[SourceSpec],
+    data: DataSpec,
+    seed: int,
+    split: Split = ALL_ROWS,
+) -> Corpus:
     """Select the rows of an epoch and cut them to max_length.
 
     Args:
         stores: Token store of each source.
         sources: Sample size, repeat and weight of each source.
-        data: Truncation, max_length and loss_on.
+        data: Truncation, max_length, loss_on and deduplicate.
         seed: Seed of sampling.
+        split: Which rows are read.
 
     Raises:
-        SpecError: A sample is larger than its source, or no document remains.
+        SpecError: A sample is larger than its source, the rows cannot be split, or no document remains.
     """
     parts: list[dict[str, Any]] = []
     source_counts: list[TokenCounts] = []
-    problems: list[str] = []
-    for number, (store, source) in enumerate(zip(stores, sources, strict=True)):
-        if source.sample is not None and source.sample > len(store):
-            empty = store.manifest["rows_empty"]
-            less = f" (and {empty} that have nothing to learn)" if empty else ""
-            problems.append(
-                f"data source {source.path}: sample={source.sample} is above its {len(store)} rows{less}; "
-                "lower it, or use repeat or weight to read rows more than once"
-            )
-            continue
-        # Seeded by position, so that a change of one source leaves the samples of the others as they are.
-        rows = choose_rows(len(store), source, [seed, number])
-        part, counts = _documents(store, rows, data)
+    selections = select_rows(stores, sources, seed, split, data.deduplicate)
+    for number, (store, selection) in enumerate(zip(stores, selections, strict=True)):
+        part, counts = _documents(store, selection.rows, data)
         parts.append({**part, "store": np.full(len(part["row"]), number, np.uint16)})
-        source_counts.append(counts)
-    if problems:
-        raise SpecError(*problems)
+        source_counts.append(
+            replace(counts, rows_duplicate=selection.duplicate, rows_held_out=selection.held_out)
+        )
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     corpus = Corpus(tuple(stores), data.loss_on, **joined, source_counts=tuple(source_counts))
     if len(corpus) == 0:
@@ -203,27 +205,6 @@ def build(stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: Dat
             f"truncation={data.truncation} and loss_on={data.loss_on}; raise data.max_length, or change these"
         )
     return corpus
-
-
-def choose_rows(count: int, source: SourceSpec, seed: Sequence[int]) -> Int64Array:
-    """Return the rows of a source that an epoch reads: a sample, each repeat * weight times.
-
-    Args:
-        count: Rows of the source.
-        source: Gives sample, repeat and weight.
-        seed: Seed of the sample, and of the rows read once more for the fraction of repeat * weight.
-
-    Returns:
-        Row numbers, those of one pass ascending.
-    """
-    generator = np.random.default_rng(seed)
-    rows = np.arange(count, dtype=np.int64)
-    if source.sample is not None:
-        rows = np.sort(generator.choice(rows, source.sample, replace=False))
-    times = source.repeat * source.weight
-    more = round((times - int(times)) * len(rows))
-    once_more = np.sort(generator.choice(rows, more, replace=False))
-    return np.concatenate([*[rows] * int(times), once_more])
 
 
 def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dict[str, Any], TokenCounts]:

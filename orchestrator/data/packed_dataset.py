@@ -24,10 +24,11 @@ import numpy as np
 from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.corpus import Corpus, TokenCounts, build
 from orchestrator.data.packing import Packs, best_fit, concat, one_each
+from orchestrator.data.row_selection import ALL_ROWS, Split
 from orchestrator.data.token_cache import TokenStore, draft_of, seal, unseal
 from orchestrator.errors import ClusterError
 
-_VERSION = 4  # part of the cache key: raise it when the files change, and older packed datasets are ignored
+_VERSION = 5  # part of the cache key: raise it when the files change, and older packed datasets are ignored
 _MANIFEST = "packed_dataset.json"
 _FIELDS = ("store", "row", "start", "lengths", "trained")
 # Little-endian on every machine, so that files and checksums agree; 34 bytes a document.
@@ -37,20 +38,25 @@ _TYPES = np.dtype(
 
 
 def make(
-    stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int
+    stores: Sequence[TokenStore],
+    sources: Sequence[SourceSpec],
+    data: DataSpec,
+    seed: int,
+    split: Split = ALL_ROWS,
 ) -> tuple[Corpus, Packs]:
     """Sample, truncate and pack the documents of an epoch.
 
     Args:
         stores: Token store of each source.
         sources: Sample size, repeat and weight of each source.
-        data: Packing, max_length and truncation.
+        data: Packing, max_length, truncation and deduplicate.
         seed: Seed of sampling and packing.
+        split: Which rows are read.
 
     Raises:
-        SpecError: A sample is larger than its source, or no document remains.
+        SpecError: A sample is larger than its source, the rows cannot be split, or no document remains.
     """
-    corpus = build(stores, sources, data, seed)
+    corpus = build(stores, sources, data, seed, split)
     if data.packing == "none":
         return corpus, one_each(corpus.lengths)
     if data.packing == "best_fit":
@@ -60,7 +66,12 @@ def make(
 
 
 def get_or_create(
-    cache: Path, stores: Sequence[TokenStore], sources: Sequence[SourceSpec], data: DataSpec, seed: int
+    cache: Path,
+    stores: Sequence[TokenStore],
+    sources: Sequence[SourceSpec],
+    data: DataSpec,
+    seed: int,
+    split: Split = ALL_ROWS,
 ) -> Path:
     """Return the folder of a packed dataset in `cache`, creating it if it does not exist."""
     settings = [
@@ -68,11 +79,12 @@ def get_or_create(
         [store.folder.name for store in stores],
         [[source.repeat, source.weight, source.sample] for source in sources],
         [data.max_length, data.packing, data.truncation, data.loss_on, seed],
+        [data.deduplicate, split.share, split.held_out],
     ]
     # A store is named by a hash of all that determines its content, so its name stands for its tokens.
     folder = cache / f"packed-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]}"
     if not (folder / _MANIFEST).exists():
-        save(folder, *make(stores, sources, data, seed))
+        save(folder, *make(stores, sources, data, seed, split))
     return folder
 
 

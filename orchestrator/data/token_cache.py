@@ -5,7 +5,7 @@ max_length, packing or which answers are trained, so all runs over the same data
 answers are kept depends on `orchestrator.data.rows.Learnt`. A store is written once and then read-only:
 
     shard-00000.arrow   Arrow file with the list columns input_ids (uint32) and turn (uint8), one list per row
-    index.npy           per row: offset in its shard, length, and number of answer tokens
+    index.npy           per row: offset in its shard, length, number of answer tokens, and a hash
     malformed.jsonl     skipped malformed rows, with file, line and reason
     empty.jsonl         skipped rows without trained tokens, with file, line and reason
     partly_empty.jsonl  rows that are kept although one of their answers is empty and not trained
@@ -14,6 +14,7 @@ answers are kept depends on `orchestrator.data.rows.Learnt`. A store is written 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -40,9 +41,12 @@ MALFORMED = "malformed.jsonl"
 EMPTY = "empty.jsonl"
 PARTLY_EMPTY = "partly_empty.jsonl"
 _INDEX = "index.npy"
-# One entry of index.npy, shape [rows]: position of the first token in its shard, number of tokens, and number
-# of trained tokens with loss_on: response and with loss_on: last_turn.
-_INDEX_ROW = np.dtype([("offset", "<i8"), ("length", "<u4"), ("response", "<u4"), ("last", "<u4")])
+# One entry of index.npy, shape [rows]: position of the first token in its shard, number of tokens, number of
+# trained tokens with loss_on: response and with loss_on: last_turn, and the hash of tokens and turn. Among a
+# hundred million rows, the chance that any two different ones have equal hashes of 64 bits is 1 in 3700.
+_INDEX_ROW = np.dtype(
+    [("offset", "<i8"), ("length", "<u4"), ("response", "<u4"), ("last", "<u4"), ("hash", "<u8")]
+)
 _OPEN_SHARDS = 256
 
 Int64Array = npt.NDArray[np.int64]
@@ -111,9 +115,17 @@ def write_shard(
         # entries counts a range. The first token of a row is excluded: no earlier token predicts it.
         before = np.append(0, np.cumsum(turn >= least))
         index[field] = before[ends[1:]] - before[np.minimum(ends[:-1] + 1, ends[1:])]
+    index["hash"] = [row_hash(row) for row in rows]
     largest = int(tokens.max()) if len(tokens) else -1
     left_out = (tuple(malformed), tuple(empty), tuple(partly_empty))
     return Shard(index, zlib.crc32(path.read_bytes()), largest, *left_out)
+
+
+def row_hash(row: Encoded) -> int:
+    """Return a 64-bit hash of the tokens and labels of a row; equal rows have equal hashes."""
+    tokens, turn = row.tokens.astype("<u4", copy=False), row.turn.astype("u1", copy=False)
+    digest = hashlib.blake2b(tokens.tobytes() + turn.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object]) -> None:
@@ -227,6 +239,12 @@ class TokenStore:
         """Number of tokens of each row, shape [rows]."""
         lengths: Int64Array = self._index["length"].astype(np.int64)
         return lengths
+
+    @property
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """Hash of the tokens and labels of each row, uint64, shape [rows]; equal rows have equal hashes."""
+        hashes: npt.NDArray[np.uint64] = self._index["hash"].astype(np.uint64)
+        return hashes
 
     @property
     def malformed(self) -> list[Left]:

@@ -51,9 +51,20 @@ def prepare_data(job: JobSpec, model_config: PretrainedConfig) -> PreparedData:
     """
     training, figures = _pack(job, model_config, job.data.train)
     evaluation = _pack(job, model_config, job.eval.data)[0] if job.eval else None
-    for line in vocabulary.notes(job, model_config):
+    for line in (*_duplicate_notes(job, figures), *vocabulary.notes(job, model_config)):
         _logger.info(line)
     return PreparedData(training, evaluation, figures)
+
+
+def _duplicate_notes(job: JobSpec, figures: JsonObject) -> list[str]:
+    """Return a line for each source with rows that equal an earlier row."""
+    rest = "and are left out" if job.data.deduplicate else "(data.deduplicate: true leaves them out)"
+    return [
+        f"{source['rows_duplicate']:,} of {source['rows_in_files']:,} rows of {source['path']} equal an "
+        f"earlier row {rest}"
+        for source in figures["sources"]
+        if source["rows_duplicate"]
+    ]
 
 
 def _pack(

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.schema import DataSpec, SourceSpec
 from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded
-from orchestrator.data.corpus import Corpus, TokenCounts, build, choose_rows
+from orchestrator.data.corpus import Corpus, TokenCounts, build
+from orchestrator.data.row_selection import repeat_rows, sample_rows
 from orchestrator.data.token_cache import LossOn, TokenStore, write_index, write_shard
 from orchestrator.errors import SpecError
 
@@ -57,6 +59,12 @@ def data_of(*sources: SourceSpec, **settings: Any) -> DataSpec:
 
 def corpus_of(folder: Path, rows: Sequence[Turns], **settings: Any) -> Corpus:
     return build([store_of(folder, rows)], [source()], data_of(**settings), seed=0)
+
+
+def choose_rows(count: int, settings_of: SourceSpec, seed: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return the rows of a source that an epoch reads."""
+    generator = np.random.default_rng(seed)
+    return repeat_rows(sample_rows(np.arange(count), settings_of, generator), settings_of, generator)
 
 
 def spans(corpus: Corpus) -> list[tuple[int, int, int]]:
@@ -161,9 +169,15 @@ def test_documents_and_counts_are_what_they_should_be(
         assert document.tokens.tolist() == list(range(1000 * row + start, 1000 * row + start + length))
         assert document.trained.tolist() == trained
         assert not document.trained[0]
+    seen: set[tuple[int, tuple[int, ...]]] = set()  # the tokens of a row follow from its number and length
     for number, (counts, want) in enumerate(zip(corpus.source_counts, expected, strict=True)):
+        rows_of = [(at if turns else 0, tuple(turns)) for at, turns in enumerate(tables[number])]
+        before, seen = len(seen), seen | set(rows_of)
         assert counts == TokenCounts(
-            **want.counts, rows_malformed=number, rows_in_files=len(tables[number]) + number
+            **want.counts,
+            rows_malformed=number,
+            rows_in_files=len(tables[number]) + number,
+            rows_duplicate=len(rows_of) - (len(seen) - before),
         )
     total = corpus.counts
     assert total.tokens_read == total.tokens_kept + total.tokens_truncated + total.tokens_dropped
