@@ -18,7 +18,7 @@ from pyarrow import fs, ipc, parquet
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import SourceSpec
-from orchestrator.data import json_stream
+from orchestrator.data import json_stream, table_values
 from orchestrator.data.sources import (
     Kind,
     absent,
@@ -126,7 +126,7 @@ class DataFile:
                 yield from self._table_blocks()
         except json_stream.JsonTextError as error:
             raise SpecError(f"data file {self.name} {error}") from None
-        # ValueError and OverflowError come from `to_pylist`, for values that Python cannot represent.
+        # ValueError and OverflowError come from `table_values`, for values that Python cannot represent.
         except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
             raise unreadable(self.name, error) from None
 
@@ -154,7 +154,7 @@ class DataFile:
                 # At the batch's mean row size, this many rows take at most _BYTES_PER_BLOCK.
                 rows = max(1, min(_ROWS_PER_BLOCK, batch.num_rows * _BYTES_PER_BLOCK // max(1, batch.nbytes)))
                 for start in range(0, batch.num_rows, rows):
-                    values = tuple(batch.slice(start, rows).to_pylist())
+                    values = table_values.rows(batch.slice(start, rows))
                     yield Block(self.name, "row", tuple(range(first, first + len(values))), values)
                     first += len(values)
 
