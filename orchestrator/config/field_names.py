@@ -36,6 +36,7 @@ _EFFECTIVE_BATCH = (
 )
 _DTYPE = "write model.dtype: bf16, fp16 or fp32"
 _WARMUP = "a share of all steps: warmup steps / steps"
+_COLUMNS = "columns of its entries: {name in the file: field}, such as {question: instruction, speaker: role}"
 _PRECISION_OF_BASE = "4 bits are nf4, 8 bits are int8"
 
 EQUIVALENTS: Mapping[str, Equivalent] = {
@@ -107,6 +108,12 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
         remark="write data.loss_on: response, all or last_turn"
     ),
     **_same("data.truncation", "truncation_strategy", "truncation_side", "excess_length_strategy"),
+    **_same(
+        "data.train", "columns", "column_map", "column_mapping", "field_instruction", "field_input",
+        "field_output", "field_system", "field_messages", "field_human", "field_model", "dataset_text_field",
+        "text_field", "prompt_column", "response_column", "messages_column", "message_property_mappings",
+        "message_field_role", "message_field_content", "tags", "dataset_map_fn", remark=_COLUMNS
+    ),
     **_same("data.malformed_rows_allowed", "max_malformed_rows", "skip_errors"),
     **_same("data.deduplicate", "dataset_exact_deduplication", "deduplication", "dedup", "dedupe"),
     **_same("eval.data", "eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_data"),

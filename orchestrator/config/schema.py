@@ -29,6 +29,12 @@ Offload = Literal["none", "cpu"]
 OffloadState = Literal["none", "cpu", "nvme"]
 Format = Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
 
+RowField = Literal[
+    "instruction", "input", "output", "system", "history", "messages", "tools", "prompt", "completion",
+    "text", "input_ids", "labels", "completion_mask"
+]  # fmt: skip
+TurnField = Literal["role", "content", "tool_calls", "weight"]
+
 LARGEST = 2**31 - 1  # what a 32-bit index reaches; a larger count is a slip
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -131,6 +137,9 @@ class SourceSpec(Section):
     with this package."""
     format: Format = "auto"
     """Format of the rows; auto detects it from the field names."""
+    columns: dict[str, RowField | TurnField | None] = Field(default_factory=dict)
+    """The field of each column with another name, such as {question: instruction, reply: output}; null leaves
+    a column out. Keys of messages too: {dialog: messages, speaker: role, words: content}."""
     split: Name | None = None
     """Split of the data set; for a hub data set the default is train."""
     subset: Name | None = None

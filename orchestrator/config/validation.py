@@ -28,6 +28,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_recomputation_rules(job)
     yield from _broken_attention_rules(job)
     yield from _broken_packing_rules(job)
+    yield from _broken_source_rules(job)
     yield from _broken_method_rules(job)
     yield from _broken_optimizer_rules(job)
     yield from _broken_environment_rules(job)
@@ -212,6 +213,20 @@ def _broken_packing_rules(job: JobSpec) -> Iterator[Problem]:
             "data.cross_document_attention=true has no effect with data.packing=none, where a pack is one "
             "document; use packing: concat (as XTuner does) or best_fit",
         )
+
+
+def _broken_source_rules(job: JobSpec) -> Iterator[Problem]:
+    groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
+    for group, sources in groups:
+        for number, source in enumerate(sources):
+            fields = [field for field in source.columns.values() if field is not None]
+            for field in sorted({each for each in fields if fields.count(each) > 1}):
+                names = [name for name, each in source.columns.items() if each == field]
+                yield (
+                    (f"{group}.{number}.columns",),
+                    f"{group}.{number}.columns maps {' and '.join(names)} to {field}; a field is one column, "
+                    "so keep one of them",
+                )
 
 
 def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:

@@ -55,12 +55,14 @@ def parse(value: object, row_format: RowFormat) -> Row:
     """Parse one row.
 
     Args:
-        value: JSON as bytes, or an already parsed value.
+        value: JSON as bytes, an already parsed value, or why the row is malformed.
         row_format: The format; `auto` detects it from the row's fields.
 
     Raises:
         Malformed: The value does not match the format.
     """
+    if isinstance(value, Malformed):
+        raise value
     if isinstance(value, bytes):
         try:
             value = json.loads(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from pyarrow import fs, ipc, parquet
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import SourceSpec
 from orchestrator.data import json_stream, table_values
+from orchestrator.data.columns import Columns
 from orchestrator.data.sources import (
     Kind,
     absent,
@@ -46,12 +47,14 @@ class Block:
         unit: Whether `numbers` count rows or lines; blank lines count, but hold no row.
         numbers: Row or line number of each row, from 1.
         values: The rows: bytes of JSON that is not parsed yet, or parsed values.
+        columns: `SourceSpec.columns`: fields of columns with other names.
     """
 
     file: str
     unit: Literal["row", "line"]
     numbers: tuple[int, ...]
     values: tuple[object, ...]
+    columns: Columns = field(default_factory=dict)
 
     def source_line(self, index: int) -> str:
         """Return the file and line (or row number) of a row, for messages."""
@@ -68,6 +71,7 @@ class DataFile:
         kind: File format.
         compression: Compression codec of a JSON file, `gzip` or `zstd`; None if not compressed.
         uri: URI of the source, which selects the file system; None for the local file system.
+        columns: `SourceSpec.columns`, for the blocks.
     """
 
     name: str
@@ -75,6 +79,7 @@ class DataFile:
     kind: Kind
     compression: str | None = None
     uri: str | None = None
+    columns: Columns = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the file's bytes, in hexadecimal, and remember it for `known_fingerprint`.
@@ -142,10 +147,10 @@ class DataFile:
                 values.append(value)
                 size += length
                 if len(values) >= _ROWS_PER_BLOCK or size >= _BYTES_PER_BLOCK:
-                    yield Block(self.name, unit, tuple(numbers), tuple(values))
+                    yield Block(self.name, unit, tuple(numbers), tuple(values), self.columns)
                     numbers, values, size = [], [], 0
             if values:
-                yield Block(self.name, unit, tuple(numbers), tuple(values))
+                yield Block(self.name, unit, tuple(numbers), tuple(values), self.columns)
 
     def _table_blocks(self) -> Iterator[Block]:
         first = 1
@@ -155,7 +160,8 @@ class DataFile:
                 rows = max(1, min(_ROWS_PER_BLOCK, batch.num_rows * _BYTES_PER_BLOCK // max(1, batch.nbytes)))
                 for start in range(0, batch.num_rows, rows):
                     values = table_values.rows(batch.slice(start, rows))
-                    yield Block(self.name, "row", tuple(range(first, first + len(values))), values)
+                    numbers = tuple(range(first, first + len(values)))
+                    yield Block(self.name, "row", numbers, values, self.columns)
                     first += len(values)
 
     def _system(self) -> fs.FileSystem:
@@ -189,6 +195,10 @@ def locate(source: SourceSpec) -> list[DataFile]:
     Raises:
         SpecError: The source does not exist, cannot be read, or has several splits and none was selected.
     """
+    return [replace(file, columns=source.columns) for file in _files(source)]
+
+
+def _files(source: SourceSpec) -> list[DataFile]:
     path = source.path
     if "://" in path:
         return _at_uri(source)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _logger = logging.getLogger(__name__)
-_VERSION = 6  # part of the cache key: raise it when the files change, and older stores are ignored
+_VERSION = 7  # part of the cache key: raise it when the files change, and older stores are ignored
 _SECONDS_BETWEEN_LOGS = 5.0
 _DRAFT = re.compile(
     r"(packed-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial"
@@ -323,7 +323,7 @@ def _key(
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding"):  # state of the last call, switched off for encoding
         backend.pop(setting, None)
-    settings = [_VERSION, template, learnt, source.format, list(prints), backend]
+    settings = [_VERSION, template, learnt, source.format, source.columns, list(prints), backend]
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)]
     digest.update(json.dumps([settings, special]).encode())
     return digest.hexdigest()[:24]

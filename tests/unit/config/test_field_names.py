@@ -77,3 +77,10 @@ def test_a_section_written_as_one_value_names_the_field_for_it(written: str, fie
     assert f"is not a section; write its fields indented below the key; for a single value use {field}" in (
         refusal([written])
     )
+
+
+@pytest.mark.parametrize("name", ["field_messages", "column_map", "dataset_text_field", "tags"])
+def test_names_of_columns_in_other_trainers_are_answered_where_they_are_written(name: str) -> None:
+    problem = refusal([f"data.train.0.{name}=x"])
+    assert f"data.train.0.{name} is not a field" in problem
+    assert "use data.train (columns of its entries: {name in the file: field}, such as {question:" in problem
