@@ -352,3 +352,11 @@ def test_each_broken_rule_names_fields_that_exist() -> None:
             value: Any = bad.model_dump()
             for part in dotted.split("."):
                 value = value[int(part)] if part.isdecimal() else value[part]
+
+
+def test_two_columns_cannot_be_one_field() -> None:
+    twice = {"a": "output", "b": "output", "c": None, "d": None}
+    sources = ({"path": "d"}, {"path": "e", "columns": twice})
+    (sentence,) = broken(data__train=sources)
+    assert sentence.startswith("data.train.1.columns maps a and b to output; ")
+    assert broken(data__train=({"path": "d", "columns": {"a": "instruction", "b": "output"}},)) == []
