@@ -26,15 +26,27 @@ from orchestrator.cli.options import (
     Address,
     AsJson,
     Certificate,
+    CpusPerNode,
+    DeadlineHours,
     DocumentTokens,
     Force,
+    GpusPerNode,
     InheritVariables,
     JobFile,
     JobFiles,
     LookForFiles,
+    MemoryPerNode,
+    MountPath,
+    Namespace,
     NetworkGbits,
+    NodesOfPods,
     Overrides,
+    PodImage,
+    RowsAsHtml,
+    Show,
+    ShowRow,
     Variables,
+    VolumeClaim,
 )
 from orchestrator.cli.output import (
     TolerantStream,
@@ -45,7 +57,6 @@ from orchestrator.cli.output import (
 )
 from orchestrator.cli.run_tables import packing_table, result_texts, summary
 from orchestrator.config import loader
-from orchestrator.config.auto_values import resolve_device, resolve_dtype
 from orchestrator.console_log import LEVEL_VARIABLE, console_log
 from orchestrator.errors import ClusterError, SpecError, TrainingError
 
@@ -123,52 +134,24 @@ def render(
         Literal["cuda", "cpu"] | None, typer.Option(help="Device type if the job has device: auto.")
     ] = None,
     overrides: Overrides = [],
-    image: Annotated[str | None, typer.Option(help="rayjob: Container image of all pods.")] = None,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(help="rayjob: GPUs per node, one worker each; default 8.")
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option(help="rayjob, CPU only: Number of worker pods; default 1.")
-    ] = None,
-    cpus_per_node: Annotated[int | None, typer.Option(help="rayjob: CPUs per worker pod.")] = None,
-    memory_per_node: Annotated[int | None, typer.Option(help="rayjob: Memory per worker pod in GiB.")] = None,
-    claim: Annotated[
-        str, typer.Option(help="rayjob: PersistentVolumeClaim of the shared volume.")
-    ] = "orchestrator-shared",
-    mount: Annotated[str, typer.Option(help="rayjob: Mount path of the shared volume.")] = "/mnt/shared",
-    namespace: Annotated[str | None, typer.Option(help="rayjob: Namespace of the objects.")] = None,
-    deadline_hours: Annotated[
-        int, typer.Option(help="rayjob: Hours after which an attempt is terminated.")
-    ] = 168,
+    image: PodImage = None,
+    gpus_per_node: GpusPerNode = None,
+    nodes: NodesOfPods = None,
+    cpus_per_node: CpusPerNode = None,
+    memory_per_node: MemoryPerNode = None,
+    claim: VolumeClaim = "orchestrator-shared",
+    mount: MountPath = "/mnt/shared",
+    namespace: Namespace = None,
+    deadline_hours: DeadlineHours = 168,
 ) -> None:
     """Print the DeepSpeed configuration or RayJob manifest of a job."""
     with exit_codes():
-        spec = loader.load(job, overrides)
-        kind = device or resolve_device(spec.parallel.device, has_gpus=True)
+        from orchestrator.cli.render_output import rendered
         from orchestrator.kubernetes.pod_sizing import PodOptions
 
-        options = PodOptions(
-            image,
-            gpus_per_node,
-            nodes,
-            cpus_per_node,
-            memory_per_node,
-            claim,
-            mount,
-            namespace,
-            deadline_hours,
-        )
-        if target == "rayjob":
-            from orchestrator.kubernetes.rayjob import manifest
-
-            write_result(manifest(spec, options, kind).rstrip("\n"))
-            return
-        if options != PodOptions():
-            raise SpecError(f"options for pods and nodes require --target rayjob (got --target {target})")
-        from orchestrator.parallel.deepspeed_config import render as render_deepspeed
-
-        dtype = resolve_dtype(spec.model.dtype, kind)
-        write_result(json.dumps(render_deepspeed(spec, dtype, kind), indent=2))
+        pods = (image, gpus_per_node, nodes, cpus_per_node, memory_per_node, claim, mount, namespace)
+        options = PodOptions(*pods, deadline_hours)
+        write_result(rendered(loader.load(job, overrides), target, device, options))
 
 
 @app.command(epilog="Example: orchestrator doctor --address auto --storage /mnt/shared/runs")
@@ -201,17 +184,27 @@ def doctor(
             raise ClusterError(*problems)
 
 
-@app.command(epilog="Example: orchestrator pack launch/jobs/quickstart.yaml --json")
-def pack(job: JobFile, address: Address = None, overrides: Overrides = [], as_json: AsJson = False) -> None:
+@app.command(epilog="Example: orchestrator pack launch/jobs/quickstart.yaml --show 5")
+def pack(
+    job: JobFile,
+    address: Address = None,
+    overrides: Overrides = [],
+    show: Show = 0,
+    show_row: ShowRow = [],
+    html: RowsAsHtml = None,
+    as_json: AsJson = False,
+) -> None:
     """Tokenize and pack the data, and print statistics of rows and tokens."""
     with exit_codes():
         from orchestrator.train.environment import apply_submitted_and_job_env
 
         spec = apply_submitted_and_job_env(loader.load(job, overrides, input_problems))
-        with stdout_for_results():
+        from orchestrator.cli.row_view import shown_rows
+
+        with shown_rows(spec, show, show_row, html, as_json) as rows, stdout_for_results():
             from orchestrator.train.driver import prepare
 
-            figures = prepare(spec, address)
+            figures = {**prepare(spec, address), **rows}
         write_result(json.dumps(figures) if as_json else packing_table(figures))
 
 

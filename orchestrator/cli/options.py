@@ -51,3 +51,34 @@ NetworkGbits = Annotated[
     float | None,
     typer.Option(min=0.1, help="Network bandwidth per node in Gbit/s; default from the hardware catalogue."),
 ]
+Show = Annotated[
+    int,
+    typer.Option(
+        "--show",
+        metavar="N",
+        min=0,
+        help="Print the first N rows by token: which have a loss, and why rows are left out.",
+    ),
+]
+ShowRow = Annotated[
+    list[str],
+    typer.Option(
+        "--show-row",
+        metavar="FILE:LINE",
+        help="Print this row of the training data in the same way; repeatable. In Parquet and Arrow files, "
+        "LINE is the row number.",
+    ),
+]
+RowsAsHtml = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write the rows of --show and --show-row to an HTML page."),
+]
+PodImage = Annotated[str | None, typer.Option(help="rayjob: Container image of all pods.")]
+GpusPerNode = Annotated[int | None, typer.Option(help="rayjob: GPUs per node, one worker each; default 8.")]
+NodesOfPods = Annotated[int | None, typer.Option(help="rayjob, CPU only: Number of worker pods; default 1.")]
+CpusPerNode = Annotated[int | None, typer.Option(help="rayjob: CPUs per worker pod.")]
+MemoryPerNode = Annotated[int | None, typer.Option(help="rayjob: Memory per worker pod in GiB.")]
+VolumeClaim = Annotated[str, typer.Option(help="rayjob: PersistentVolumeClaim of the shared volume.")]
+MountPath = Annotated[str, typer.Option(help="rayjob: Mount path of the shared volume.")]
+Namespace = Annotated[str | None, typer.Option(help="rayjob: Namespace of the objects.")]
+DeadlineHours = Annotated[int, typer.Option(help="rayjob: Hours after which an attempt is terminated.")]
