@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.data.chat_template import Encoded, Template, encode
+from orchestrator.data.columns import named_values
 from orchestrator.data.formats import Malformed, RowFormat, parse
+from orchestrator.data.readers import Block
 from orchestrator.data.rows import Learnt, Row, empty_answers, nothing_to_learn
 
 if TYPE_CHECKING:
@@ -31,6 +33,18 @@ class EncodedRows:
     partly_empty: dict[int, str]
 
 
+def encode_block(
+    block: Block,
+    row_format: RowFormat,
+    tokenizer: PreTrainedTokenizerFast,
+    template: Template,
+    learnt: Learnt,
+) -> EncodedRows:
+    """Give the rows of a block the field names of their format, and encode them; see `encode_values`."""
+    values = list(named_values(block.values, block.columns, row_format))
+    return encode_values(values, row_format, tokenizer, template, learnt)
+
+
 def encode_values(
     values: Sequence[object],
     row_format: RowFormat,
@@ -41,7 +55,8 @@ def encode_values(
     """Parse and tokenize rows without truncation, and tell the rows to train on from the others.
 
     Args:
-        values: The rows: JSON as bytes, or parsed values.
+        values: The rows with the field names of their format: JSON as bytes, parsed values, or why a row is
+            malformed.
         row_format: Their format.
         tokenizer: The model's tokenizer.
         template: The result of `choose`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from orchestrator.config.schema import DataSpec
 from orchestrator.data.chat_template import Encoded, Template, encode, render
+from orchestrator.data.columns import Columns, named_values
 from orchestrator.data.corpus import document_parts
 from orchestrator.data.encode_rows import encode_values
 from orchestrator.data.formats import Malformed, RowFormat, parse
@@ -117,6 +119,7 @@ def view_row(
     data: DataSpec,
     tokenizer: PreTrainedTokenizerFast,
     template: Template,
+    columns: Columns = MappingProxyType({}),
 ) -> RowView:
     """Return the view of one row, without its file and line.
 
@@ -126,9 +129,11 @@ def view_row(
         data: Gives loss_on, empty_answers, max_length and truncation.
         tokenizer: The model's tokenizer.
         template: Template of instruction rows.
+        columns: `SourceSpec.columns`.
     """
     learnt = learnt_of(data)
-    outcome = encode_values([value], row_format, tokenizer, template, learnt)
+    (named,) = named_values([value], columns, row_format)
+    outcome = encode_values([named], row_format, tokenizer, template, learnt)
     left_out = next(
         (
             f"{kind}: {reasons[0]}"
@@ -138,7 +143,7 @@ def view_row(
         None,
     )
     try:
-        row = parse(value, row_format)
+        row = parse(named, row_format)
         visible = encode_visible(row, tokenizer, template, learnt != "answers")
     except Malformed:
         raw = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)

@@ -39,7 +39,7 @@ def collect(model: ModelSpec, data: DataSpec, count: int, wanted: Sequence[str] 
     found = [*islice(_all_rows(data.train), count), *(_find(data.train, *each) for each in named)]
     views = []
     for source, block, at in found:
-        view = view_row(block.values[at], source.format, data, tokenizer, template)
+        view = view_row(block.values[at], source.format, data, tokenizer, template, block.columns)
         views.append(replace(view, source=block.file, unit=block.unit, line=block.numbers[at]))
     return views
 

@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import Template, choose
-from orchestrator.data.encode_rows import encode_values
+from orchestrator.data.encode_rows import encode_block
 from orchestrator.data.formats import RowFormat
 from orchestrator.data.readers import Block, DataFile, changed, locate
 from orchestrator.data.rows import Learnt, learnt_of
@@ -245,7 +245,7 @@ def _write_block(
 ) -> Shard:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one core per task: Ray runs a task on every core
     loaded = _held(tokenizer[0]) or load_tokenizer(model)
-    outcomes = encode_values(block.values, row_format, loaded, template, learnt)
+    outcomes = encode_block(block, row_format, loaded, template, learnt)
     rejected = [
         [(block.source_line(at), reason) for at, reason in sorted(reasons.items())]
         for reasons in (outcomes.malformed, outcomes.empty, outcomes.partly_empty)

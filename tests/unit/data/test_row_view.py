@@ -1,5 +1,6 @@
 """The view of a row shows the text and the targets of the loss as the packed dataset has them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.corpus import build
-from orchestrator.data.encode_rows import encode_values
+from orchestrator.data.encode_rows import encode_block, encode_values
+from orchestrator.data.readers import Block
 from orchestrator.data.rows import learnt_of
 from orchestrator.data.shown_rows import collect
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
@@ -98,7 +100,7 @@ def test_rows_that_are_left_out_have_a_reason(tokenizer: Any) -> None:
     assert empty.as_json()["learnt"] == []
     malformed = view({"foo": 1}, tokenizer)
     assert malformed.left_out
-    assert malformed.left_out.startswith("malformed: the fields foo are of no known format")
+    assert malformed.left_out.startswith("malformed: the fields foo are not")
     assert malformed.raw == '{"foo": 1}'
     assert view(b"\xff", tokenizer).raw == "\\xff"
 
@@ -120,6 +122,16 @@ def test_tokenized_rows_are_decoded_token_by_token(tokenizer: Any, metaspace_tok
         assert found.text == text
         assert found.template == "none"
         assert "".join(found.learnt_pieces) == text[int(found.spans[0, 1]) :]
+
+
+def test_columns_of_the_source_are_used(tokenizer: Any) -> None:
+    row = {"ask": "Name a colour.", "say": "Blue."}
+    columns: dict[str, str | None] = {"ask": "instruction", "say": "output"}
+    text, learnt = text_and_learnt(row, tokenizer, columns=columns)
+    assert (text, learnt) == ("<s><|user|>Name a colour.<|assistant|>Blue.</s>", ["Blue.</s>"])
+    block = Block("rows.jsonl", "line", (1,), (json.dumps(row).encode(),), columns)
+    (encoded,) = encode_block(block, "auto", tokenizer, "chat", "answers").encoded.values()
+    assert encoded.tokens.tolist() == view(row, tokenizer, columns=columns).ids.tolist()
 
 
 ROWS = [TALK, ALPACA, {"text": "Blue " * 30}, {"prompt": "Name a colour.", "completion": " Blue."}]

@@ -9,11 +9,17 @@ from orchestrator.data.formats import RowFormat
 from orchestrator.data.row_view import RowView, view_row
 
 
-def view(row: object, tokenizer: Any, row_format: RowFormat = "auto", **data: Any) -> RowView:
+def view(
+    row: object,
+    tokenizer: Any,
+    row_format: RowFormat = "auto",
+    columns: dict[str, str | None] | None = None,
+    **data: Any,
+) -> RowView:
     """The view of a row in a job with these fields of `data`."""
     spec = DataSpec(train=(SourceSpec(path="rows.jsonl"),), **data)
     value = row if isinstance(row, bytes) else json.dumps(row).encode()
-    return view_row(value, row_format, spec, tokenizer, choose(spec.chat_template, tokenizer))
+    return view_row(value, row_format, spec, tokenizer, choose(spec.chat_template, tokenizer), columns or {})
 
 
 def text_and_learnt(row: object, tokenizer: Any, **data: Any) -> tuple[str, list[str]]:
