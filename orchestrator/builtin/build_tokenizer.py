@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
@@ -87,6 +87,9 @@ def build_tokenizer(sample: Path = SAMPLE_FILE) -> PreTrainedTokenizerFast:
     core.train_from_iterator(iter_texts(sample), trainer=trainer)
     if core.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"expected {VOCAB_SIZE} entries, got {core.get_vocab_size()}")
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+    )
     wrap: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
     return wrap(
         tokenizer_object=core,

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.paths import resolve
-from orchestrator.data import chat_template as template_module
 from orchestrator.data.chat_template import (
     CONTEXT,
     LAST_RESPONSE,
@@ -42,18 +41,18 @@ from tests.unit.data.talks import (
 def test_alpaca_prompt_is_stanfords(tokenizer: Any) -> None:
     plain = render(PLAIN, "alpaca", tokenizer)
     assert plain.text == (
-        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
         "request.\n\n### Instruction:\nName a colour.\n\n### Response:\nBlue.</s>"
     )
     assert [plain.text[start:end] for start, end in plain.answers] == ["Blue.</s>"]
     with_input = render(WITH_INPUT, "alpaca", tokenizer)
     assert with_input.text == (
-        "<s>Below is an instruction that describes a task, paired with an input that provides further "
+        "Below is an instruction that describes a task, paired with an input that provides further "
         "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nTranslate.\n\n### Input:\nbleu\n\n### Response:\nBlue {sic}.</s>"
     )
     assert [with_input.text[start:end] for start, end in with_input.answers] == ["Blue {sic}.</s>"]
-    assert render(WITH_SYSTEM, "alpaca", tokenizer).text.startswith("<s>Be brief.\n\nBelow is")
+    assert render(WITH_SYSTEM, "alpaca", tokenizer).text.startswith("Be brief.\n\nBelow is")
 
 
 def test_braces_in_a_row_are_only_text() -> None:
@@ -104,7 +103,8 @@ def test_of_an_instruction_the_output_and_its_end_are_learnt(
     tokenizer: Any, row: Instruction, template: Template
 ) -> None:
     text, earlier, last = parts(row, tokenizer, template)
-    assert text == render(row, template, tokenizer).text
+    begin = "<s>" if template == "alpaca" else ""  # the chat template writes it
+    assert text == begin + render(row, template, tokenizer).text
     assert (earlier, last) == ("", row.output + "</s>")
 
 
@@ -227,21 +227,6 @@ def test_tokens_and_mask_are_those_of_transformers(
     assert tokenizer.decode(by_marks.tokens[by_marks.turn == LAST_RESPONSE]) == answers[-1]
 
 
-def test_a_template_without_marks_is_not_asked_for_any(
-    unmarked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    write = template_module.render_jinja_template
-
-    def watched(**options: Any) -> Any:
-        asked.append(options["return_assistant_tokens_mask"])
-        return write(**options)
-
-    monkeypatch.setattr(template_module, "render_jinja_template", watched)
-    encoded(PLAIN, unmarked)
-    assert asked == [False, False]  # renders the conversation, then the prompt before the answer
-
-
 @pytest.mark.parametrize("marks", [True, False])
 def test_an_answer_of_weight_0_is_not_learnt(tokenizer: Any, unmarked: Any, marks: bool) -> None:
     whole = talk("Hi.", "Hello!", "A colour?", "Blue.", "Why?", "The sky is.")
@@ -259,11 +244,12 @@ def test_an_answer_of_weight_0_is_not_learnt(tokenizer: Any, unmarked: Any, mark
         assert found == (render(whole, "chat", tokenizer).text, *wanted)
 
 
-def test_weights_that_cannot_be_told_from_the_marks_are_refused(tokenizer: Any) -> None:
+def test_marks_around_several_messages_are_those_of_each(tokenizer: Any) -> None:
     once = with_template(
         tokenizer,
         "{% generation %}{% for message in messages %}{{ message.content }}{% endfor %}{% endgeneration %}",
     )
     row = talk("Hi.", "Hello!", "A colour?", "Blue.")
     messages = [{**message, "weight": 0} if at == 1 else message for at, message in enumerate(row.messages)]
-    assert "marks 1 answers for 2 messages" in refusal(Conversation(tuple(messages)), once)
+    assert parts(row, once) == ("Hi.Hello!A colour?Blue.", "Hello!", "Blue.")
+    assert parts(Conversation(tuple(messages)), once)[1:] == ("", "Blue.")

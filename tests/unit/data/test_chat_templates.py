@@ -150,7 +150,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
     template = without_marks(tokenizer.chat_template).replace(
         "message['content'] + eos_token", "(message['content'] if loop.last else '...') + eos_token"
     )
-    assert "once more follows answer 1" in refusal(
+    assert "leaves out text of answer 1: the row has 'Hello!'" in refusal(
         talk("Hi.", "Hello!", "A colour?", "Blue."), with_template(tokenizer, template)
     )
 
@@ -159,7 +159,9 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
     own = with_template(
         tokenizer, "{{ 'prompt' if add_generation_prompt else 'another ' + messages[-1].content }}"
     )
-    assert "cannot be told apart" in refusal(PLAIN, own)
+    reason = refusal(PLAIN, own)
+    assert "as 'prompt' and, once more follows, as 'another Blue.'" in reason
+    assert "cannot be located" in reason
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
@@ -221,12 +223,14 @@ def test_truncation_and_padding_of_the_tokenizer_are_off(tokenizer: Any) -> None
 def test_a_sentencepiece_tokenizer_writes_the_text_as_one(metaspace_tokenizer: Any, row: Any) -> None:
     rendered = render(row, "chat", metaspace_tokenizer)
     result = encoded(row, metaspace_tokenizer)
-    whole = metaspace_tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    whole = metaspace_tokenizer(
+        rendered.text, add_special_tokens=rendered.is_plain, return_offsets_mapping=True
+    )
     assert result.tokens.tolist() == whole["input_ids"]
     assert result.tokens.tolist().count(metaspace_tokenizer.bos_token_id) == 1
     # A token is trained if its characters lie within an answer.
     in_answer = [
-        any(start <= begin and stop <= end for start, end in rendered.answers)
+        begin < stop and any(start <= begin and stop <= end for start, end in rendered.answers)
         for begin, stop in whole["offset_mapping"]
     ]
     assert (result.turn > CONTEXT).tolist() == in_answer

@@ -1,0 +1,287 @@
+"""Renders conversations with a chat template, locates answers, and rejects rows that it does not write."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
+
+from orchestrator.data.answer_spans import Answer, AnswerLocator, Span
+from orchestrator.data.formats import Malformed
+from orchestrator.data.rows import (
+    Conversation,
+    Message,
+    is_learnt,
+    with_call_ids,
+    with_text_arguments,
+)
+from orchestrator.data.traced_template import Traced, TracedTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NO_END = "answers without an end of turn"
+OTHER_PROMPT = "answers that do not begin as the generation prompt ends"
+NOT_MARKED = "answers that the chat template does not mark as generated"
+"""Notes on rows, which `pack` counts."""
+
+_THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_Tools = list[dict[str, object]] | None
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Settings of a chat template.
+
+    Attributes:
+        options: Variables of the template (`data.template_options`), as sorted pairs.
+        ends: Texts of tokens that end a generation, besides the tokenizer's EOS token.
+    """
+
+    options: tuple[tuple[str, object], ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row rendered as text.
+
+    Attributes:
+        text: The complete text; special tokens that only the tokenizer adds are not in it.
+        answers: Half-open character ranges (start, end) of the trained answers, ascending and disjoint.
+        spans_of_last: How many of the ranges, at the end, are the last answer's.
+        is_plain: Whether no chat template wrote the text, so that the tokenizer adds its BOS token.
+        notes: What `pack` counts of the row.
+    """
+
+    text: str
+    answers: tuple[Span, ...]
+    spans_of_last: int = 1
+    is_plain: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def conversation_template(tokenizer: PreTrainedTokenizerFast, settings: ChatSettings) -> ConversationTemplate:
+    """Return the renderer of a tokenizer's chat template; those of the last few are kept."""
+    return _kept(tokenizer, settings, json.dumps(tokenizer.chat_template, sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=4)
+def _kept(tokenizer: PreTrainedTokenizerFast, settings: ChatSettings, _: str) -> ConversationTemplate:
+    return ConversationTemplate(tokenizer, settings)
+
+
+class ConversationTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: Provides the template and the special tokens.
+        settings: Options and ends of turns.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: ChatSettings) -> None:
+        self._tokenizer = tokenizer
+        self._variables = {**tokenizer.special_tokens_map, **dict(settings.options)}
+        self._ends = (*settings.ends, tokenizer.eos_token or "")
+        self._special = [str(token) for token in tokenizer.get_added_vocab()]
+        self._templates: dict[str, tuple[TracedTemplate, AnswerLocator]] = {}
+
+    def render(self, row: Conversation, learn_ends: bool) -> Rendered:
+        """Render a conversation and locate the answers to train on.
+
+        Tool calls are given to the template in the forms that templates want, until one form is written.
+
+        Raises:
+            Malformed: The template refuses the row, leaves out a part of it, or the answers cannot be
+            located.
+        """
+        tools: _Tools = [dict(tool) for tool in row.tools] or None
+        template, locator = self._template(tools)
+        learnt = [at for at, message in enumerate(row.messages) if is_learnt(message, learn_ends)]
+        problem: Malformed | None = None
+        for messages in _forms(row.messages):
+            try:
+                traced = _traced(template, messages, tools)
+                _require_written(row, messages, traced, learnt)
+            except Malformed as error:
+                problem = problem or error
+                continue
+            answers = locator.locate(traced, messages, tools, learnt)
+            if answers is None:
+                answers = _by_prefixes(template, traced.text, messages, tools, learnt)
+            return _rendered(traced.text, answers)
+        assert problem is not None
+        raise problem
+
+    def _template(self, tools: _Tools) -> tuple[TracedTemplate, AnswerLocator]:
+        try:
+            source = self._tokenizer.get_chat_template(None, tools)
+        except ValueError:
+            raise Malformed(
+                "a conversation needs a chat template, and the model's tokenizer has none; set "
+                "data.chat_template to the name or file of one"
+            ) from None
+        if source not in self._templates:
+            template = TracedTemplate(source, self._variables)
+            self._templates[source] = template, AnswerLocator(template, self._ends, self._special)
+        return self._templates[source]
+
+
+def _forms(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
+    """Yield the messages as they are and, if they have tool calls, in the other forms that templates accept.
+
+    Some templates need an id in each call, some concatenate the arguments as text, and some write calls only
+    of a message whose content is null.
+    """
+    yield messages
+    if not any(message.get("tool_calls") for message in messages):
+        return
+    changes = (with_call_ids, with_text_arguments, _without_empty_content)
+    for count in range(1, len(changes) + 1):
+        for chosen in itertools.combinations(changes, count):
+            changed = messages
+            for change in chosen:
+                changed = change(changed)
+            yield changed
+
+
+def _without_empty_content(messages: Sequence[Message]) -> tuple[Message, ...]:
+    changed = []
+    for message in messages:
+        copy = message.copy()
+        if message.get("tool_calls") and not message["content"]:
+            copy["content"] = cast("str", None)  # only the template reads it
+        changed.append(copy)
+    return tuple(changed)
+
+
+def _traced(template: TracedTemplate, messages: Sequence[Message], tools: _Tools) -> Traced:
+    try:
+        return template.trace(messages, tools)
+    except Exception as error:  # a template is third-party Jinja code and can raise anything
+        raise Malformed(
+            f"the model's chat template refuses the row ({error}); change the row, or the template (rows of "
+            "one instruction can also use data.chat_template: alpaca)"
+        ) from None
+
+
+def _rendered(text: str, answers: Sequence[Answer]) -> Rendered:
+    written = [answer for answer in answers if answer.spans]
+    problems = [
+        (NO_END, any(not answer.is_ended for answer in written)),
+        (OTHER_PROMPT, any(not answer.follows_prompt for answer in written)),
+        (NOT_MARKED, len(written) < len(answers)),
+    ]
+    return Rendered(
+        text,
+        tuple(span for answer in written for span in answer.spans),
+        len(written[-1].spans) if written else 0,
+        notes=tuple(note for note, applies in problems if applies),
+    )
+
+
+def _by_prefixes(
+    template: TracedTemplate, whole: str, messages: Sequence[Message], tools: _Tools, learnt: Sequence[int]
+) -> list[Answer]:
+    """Locate answers turn by turn, where the loops of the template do not tell the parts of the messages.
+
+    Raises:
+        Malformed: The template writes an earlier part of the conversation otherwise once more follows.
+    """
+    answers: list[Answer] = []
+    for at in learnt:
+        prompt = template.render(messages[:at], tools, generation_prompt=True)
+        answered = template.render(messages[: at + 1], tools)
+        for shorter, longer in ((prompt, answered), (answered, whole)):
+            if not longer.startswith(shorter):
+                raise _rewritten(len(answers) + 1, shorter, longer)
+        answers.append(Answer(at, ((len(prompt), len(answered)),), is_ended=True, follows_prompt=True))
+    return answers
+
+
+def _rewritten(number: int, before: str, after: str) -> Malformed:
+    same = sum(
+        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+    )
+    shown = [repr(text[max(0, same - 20) : same + 40]) for text in (before, after)]
+    return Malformed(
+        f"the chat template writes the text before or in answer {number} as {shown[0]} and, once more "
+        f"follows, as {shown[1]}, so the answer cannot be located; use a template with "
+        "{% generation %} marks (data.chat_template), or leave the row out"
+    )
+
+
+def _require_written(
+    row: Conversation, messages: Sequence[Message], traced: Traced, learnt: Sequence[int]
+) -> None:
+    """Reject a rendered row that lacks a tool, a call, or text of an answer that is to be learnt.
+
+    The reasoning of an answer that is not the last may be missing: templates leave it out at inference too.
+
+    Raises:
+        Malformed: Something is missing.
+    """
+    for tool in row.tools:
+        function = tool.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise Malformed(f"a tool has no function with a name ({tool}); correct field tools")
+        if name not in traced.text:
+            raise _tool_left_out(name)
+    for at, message in enumerate(messages):
+        spans = [span for *span, owner in traced.parts if owner == at]
+        part = "".join(traced.text[start:end] for start, end in spans) if spans else traced.text
+        for call in message.get("tool_calls") or ():
+            if call["function"]["name"] not in part:
+                raise _tool_left_out(call["function"]["name"])
+        if at not in learnt:
+            continue
+        thoughts, texts = _texts(message)
+        for text in texts:
+            if not _contains(part, text):
+                raise _text_left_out(learnt.index(at) + 1, "text", text, part)
+        for thought in thoughts if at == learnt[-1] else ():
+            if not _contains(part, thought):
+                raise _text_left_out(learnt.index(at) + 1, "reasoning", thought, part)
+
+
+def _texts(message: Message) -> tuple[list[str], list[str]]:
+    """Return the reasoning and the other texts of an answer."""
+    content = message["content"] or ""
+    thoughts = [*_THOUGHT.findall(content)]
+    fields: Mapping[str, object] = message
+    given = next(
+        (fields[name] for name in ("reasoning_content", "thinking", "reasoning") if fields.get(name)), None
+    )
+    if isinstance(given, str):
+        thoughts.append(given)
+    rest = _THOUGHT.sub("", content)
+    before, closed, after = rest.rpartition("</think>")  # opened by the generation prompt
+    return [*thoughts, *([before] if closed else [])], [after if closed else rest]
+
+
+def _contains(part: str, text: str) -> bool:
+    """Return whether a text is in a part, whatever white space is between its words."""
+    if text.strip() in part:
+        return True
+    squeeze: Callable[[str], str] = lambda value: "".join(value.split())  # noqa: E731
+    return squeeze(text) in squeeze(part)
+
+
+def _tool_left_out(name: str) -> Malformed:
+    return Malformed(
+        f"the model's chat template does not write the tool {name}, so it would be trained without it; use a "
+        "model or a chat template that knows tools, or remove the row"
+    )
+
+
+def _text_left_out(number: int, what: str, text: str, part: str) -> Malformed:
+    shown, written = (" ".join(each.split())[:60] for each in (text, part))
+    return Malformed(
+        f"the chat template leaves out {what} of answer {number}: the row has {shown!r}, the template writes "
+        f"{written!r}; use a chat template that writes it (data.chat_template), or remove it from the row"
+    )
