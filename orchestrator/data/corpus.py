@@ -5,8 +5,9 @@ This works on the index of the token stores; tokens are read only to count train
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from orchestrator.data.token_cache import LossOn, TokenStore, is_trained
 from orchestrator.errors import SpecError
 
 Int64Array = npt.NDArray[np.int64]
+_FROM_MANIFEST = ("rows_malformed", "rows_empty", "rows_partly_empty", "fields_without_effect")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class TokenCounts:
         rows_in_files: Rows in all files of the sources, including malformed and empty rows.
         rows_duplicate: Rows in the files whose tokens and labels equal those of an earlier row.
         rows_held_out: Rows held out for evaluation by eval.share.
+        fields_without_effect: Rows in the files with a field that is not used, by the name of the field.
     """
 
     rows: int = 0
@@ -92,10 +95,15 @@ class TokenCounts:
     rows_in_files: int = 0
     rows_duplicate: int = 0
     rows_held_out: int = 0
+    fields_without_effect: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         mine, theirs = asdict(self), asdict(other)
-        return TokenCounts(**{key: mine[key] + theirs[key] for key in mine})
+        fields = Counter(mine.pop("fields_without_effect")) + Counter(theirs.pop("fields_without_effect"))
+        return TokenCounts(
+            **{key: mine[key] + theirs[key] for key in mine},
+            fields_without_effect=dict(sorted(fields.items())),
+        )
 
 
 @dataclass(frozen=True)
@@ -223,7 +231,7 @@ def _documents(store: TokenStore, rows: Int64Array, data: DataSpec) -> tuple[dic
     is_kept = kept > 0
     dropped = np.where(is_kept, dropped_parts if data.truncation == "split" else 0, whole)
     truncated = whole - kept - dropped
-    left = {name: store.manifest[name] for name in ("rows_malformed", "rows_empty", "rows_partly_empty")}
+    left = {name: store.manifest[name] for name in _FROM_MANIFEST}
     counts = TokenCounts(
         rows_in_files=len(store) + left["rows_malformed"] + left["rows_empty"],
         rows=len(rows),

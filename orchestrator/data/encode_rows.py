@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.data.chat_template import Encoded, Template, encode
 from orchestrator.data.columns import named_values
-from orchestrator.data.formats import Malformed, RowFormat, parse
+from orchestrator.data.field_use import fields_without_effect
+from orchestrator.data.formats import ReadRow, RowFormat, read
 from orchestrator.data.readers import Block
-from orchestrator.data.rows import Learnt, Row, empty_answers, nothing_to_learn
+from orchestrator.data.row_values import Malformed
+from orchestrator.data.rows import Learnt, empty_answers, nothing_to_learn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,19 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The result of tokenizing consecutive rows; every field is indexed by position in the input.
+    """The result of tokenizing consecutive rows, by position in the input.
 
     Attributes:
         encoded: Tokens of the rows to train on, ascending by position.
         malformed: Why a row is malformed.
         empty: Why a row has no trained tokens.
         partly_empty: Which answers of a row in `encoded` are empty.
+        fields_without_effect: Number of rows in `encoded` that have a field which is not used, by its name.
     """
 
     encoded: dict[int, Encoded]
     malformed: dict[int, str]
     empty: dict[int, str]
     partly_empty: dict[int, str]
+    fields_without_effect: Counter[str]
 
 
 def encode_block(
@@ -63,35 +68,36 @@ def encode_values(
         learnt: Which tokens may be trained.
     """
     rows, malformed, empty = _rows(values, row_format, learnt)
-    result = EncodedRows({}, malformed, empty, {})
-    encoded = encode(list(rows.values()), tokenizer, template, learnt != "answers")
-    for (at, row), tokens in zip(rows.items(), encoded, strict=True):
+    result = EncodedRows({}, malformed, empty, {}, Counter())
+    encoded = encode([each.row for each in rows.values()], tokenizer, template, learnt != "answers")
+    for (at, each), tokens in zip(rows.items(), encoded, strict=True):
         if isinstance(tokens, Malformed):
             malformed[at] = str(tokens)
         elif len(tokens.tokens) < 2 or not (learnt == "all" or tokens.turn[1:].any()):
             empty[at] = "no trained tokens"
         else:
             result.encoded[at] = tokens
-            if learnt == "answers" and (lack := empty_answers(row)):
+            result.fields_without_effect.update(fields_without_effect(each.use, tokenizer.chat_template))
+            if learnt == "answers" and (lack := empty_answers(each.row)):
                 result.partly_empty[at] = lack
     return result
 
 
 def _rows(
     values: Sequence[object], row_format: RowFormat, learnt: Learnt
-) -> tuple[dict[int, Row], dict[int, str], dict[int, str]]:
+) -> tuple[dict[int, ReadRow], dict[int, str], dict[int, str]]:
     """Return the rows to train on and the reasons of malformed and of empty rows, by position."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, ReadRow] = {}
     malformed: dict[int, str] = {}
     empty: dict[int, str] = {}
     for at, value in enumerate(values):
         try:
-            row = parse(value, row_format)
+            row = read(value, row_format)
         except Malformed as problem:
             malformed[at] = str(problem)
             continue
-        if lack := nothing_to_learn(row, learnt):
-            empty[at] = lack
+        if lack := nothing_to_learn(row.row, learnt):
+            empty[at] = f"field {row.null} is null" if row.null else lack
         else:
             rows[at] = row
     return rows, malformed, empty

@@ -28,7 +28,7 @@ from orchestrator.data.row_selection import ALL_ROWS, Split
 from orchestrator.data.token_cache import TokenStore, draft_of, seal, unseal
 from orchestrator.errors import ClusterError
 
-_VERSION = 5  # part of the cache key: raise it when the files change, and older packed datasets are ignored
+_VERSION = 6  # part of the cache key: raise it when the files change, and older packed datasets are ignored
 _MANIFEST = "packed_dataset.json"
 _FIELDS = ("store", "row", "start", "lengths", "trained")
 # Little-endian on every machine, so that files and checksums agree; 34 bytes a document.

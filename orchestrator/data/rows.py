@@ -107,6 +107,16 @@ class Tokens:
 Row = Conversation | Instruction | Text | Tokens
 
 
+def as_conversation(row: Instruction) -> Conversation:
+    """Return an instruction row as messages; additional input follows the instruction on its own line."""
+    messages: list[Message] = [{"role": "system", "content": row.system}] if row.system else []
+    for question, answer in row.history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": row.output}]
+    return Conversation(tuple(messages))
+
+
 def learnt_of(data: DataSpec) -> Learnt:
     """Return which tokens a job may train, from `data.loss_on` and `data.empty_answers`."""
     if data.loss_on == "all":

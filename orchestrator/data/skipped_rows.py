@@ -21,7 +21,7 @@ def too_many(found: Sequence[Left], allowed: int) -> SpecError:
 
 
 def left_out(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> list[str]:
-    """Return report lines on the skipped and partly empty rows of each source.
+    """Return report lines on the skipped and partly empty rows and the unused fields of each source.
 
     Args:
         sources: The sources.
@@ -43,6 +43,9 @@ def left_out(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> lis
                 sentences += [f"  {place}: {reason}" for place, reason in rows[:_SHOWN]]
                 if len(rows) > _SHOWN:
                     sentences.append(f"  and {len(rows) - _SHOWN:,} more")
+        if counts := store.manifest["fields_without_effect"]:
+            fields = ", ".join(f"{name} ({rows:,} rows)" for name, rows in counts.items())
+            sentences.append(f"fields of {source.path} without effect on training: {fields}")
     return sentences
 
 

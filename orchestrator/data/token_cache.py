@@ -21,9 +21,9 @@ import os
 import socket
 import uuid
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +67,7 @@ class Shard:
         malformed: Skipped malformed rows.
         empty: Skipped rows without trained tokens.
         partly_empty: Rows that are kept although one of their answers is empty.
+        fields_without_effect: Number of rows with a field that is not used, by the name of the field.
     """
 
     index: npt.NDArray[np.void]
@@ -75,6 +76,7 @@ class Shard:
     malformed: tuple[Left, ...] = ()
     empty: tuple[Left, ...] = ()
     partly_empty: tuple[Left, ...] = ()
+    fields_without_effect: Mapping[str, int] = field(default_factory=dict)
 
 
 def write_shard(
@@ -84,6 +86,7 @@ def write_shard(
     malformed: Sequence[Left] = (),
     empty: Sequence[Left] = (),
     partly_empty: Sequence[Left] = (),
+    fields_without_effect: Mapping[str, int] = {},
 ) -> Shard:
     """Write one shard.
 
@@ -94,6 +97,7 @@ def write_shard(
         malformed: Rows to list in malformed.jsonl.
         empty: Rows to list in empty.jsonl.
         partly_empty: Rows to list in partly_empty.jsonl.
+        fields_without_effect: Number of rows with a field that is not used, by the name of the field.
 
     Returns:
         The shard's metadata for `write_index`.
@@ -110,15 +114,15 @@ def write_shard(
         writer.write_batch(batch)
     index = np.zeros(len(rows), _INDEX_ROW)
     index["offset"], index["length"] = ends[:-1], lengths
-    for field, least in (("response", RESPONSE), ("last", LAST_RESPONSE)):
+    for name, least in (("response", RESPONSE), ("last", LAST_RESPONSE)):
         # before[i] is the number of trained tokens among the first i of the shard, so a difference of two
         # entries counts a range. The first token of a row is excluded: no earlier token predicts it.
         before = np.append(0, np.cumsum(turn >= least))
-        index[field] = before[ends[1:]] - before[np.minimum(ends[:-1] + 1, ends[1:])]
+        index[name] = before[ends[1:]] - before[np.minimum(ends[:-1] + 1, ends[1:])]
     index["hash"] = [row_hash(row) for row in rows]
     largest = int(tokens.max()) if len(tokens) else -1
     left_out = (tuple(malformed), tuple(empty), tuple(partly_empty))
-    return Shard(index, zlib.crc32(path.read_bytes()), largest, *left_out)
+    return Shard(index, zlib.crc32(path.read_bytes()), largest, *left_out, dict(fields_without_effect))
 
 
 def row_hash(row: Encoded) -> int:
@@ -156,6 +160,7 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
         "rows_malformed": len(left_out[MALFORMED]),
         "rows_empty": len(left_out[EMPTY]),
         "rows_partly_empty": len(left_out[PARTLY_EMPTY]),
+        "fields_without_effect": _sorted_sum([shard.fields_without_effect for shard in shards]),
         "tokens": int(index["length"].sum(dtype=np.int64)),
         "largest_token": max((shard.largest_token for shard in shards), default=-1),
         "index_checksum": zlib.crc32(data.getbuffer()),
@@ -164,6 +169,10 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
     draft = folder / f".{MANIFEST}"
     draft.write_text(seal(manifest), encoding="utf-8")
     draft.replace(folder / MANIFEST)
+
+
+def _sorted_sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sorted(sum(map(Counter, counts), Counter[str]()).items()))
 
 
 def seal(values: Mapping[str, object]) -> str:

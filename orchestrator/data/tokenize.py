@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _logger = logging.getLogger(__name__)
-_VERSION = 9  # part of the cache key: raise it when the files change, and older stores are ignored
+_VERSION = 10  # part of the cache key: raise it when the files change, and older stores are ignored
 _SECONDS_BETWEEN_LOGS = 5.0
 _DRAFT = re.compile(
     r"(packed-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial"
@@ -246,12 +246,20 @@ def _write_block(
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one core per task: Ray runs a task on every core
     loaded = _held(tokenizer[0]) or load_tokenizer(model)
     outcomes = encode_block(block, row_format, loaded, template, learnt)
-    rejected = [
+    malformed, empty, partly_empty = (
         [(block.source_line(at), reason) for at, reason in sorted(reasons.items())]
         for reasons in (outcomes.malformed, outcomes.empty, outcomes.partly_empty)
-    ]
+    )
     with _cache_errors(folder.parent):
-        return write_shard(folder, number, list(outcomes.encoded.values()), *rejected)
+        return write_shard(
+            folder,
+            number,
+            list(outcomes.encoded.values()),
+            malformed,
+            empty,
+            partly_empty,
+            outcomes.fields_without_effect,
+        )
 
 
 @lru_cache(maxsize=1)

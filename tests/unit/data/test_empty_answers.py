@@ -137,7 +137,7 @@ def _data(**settings: Any) -> tuple[SourceSpec, DataSpec]:
 NO_LABELS = "none of its tokens is to be learnt"
 EMPTY = {
     2: "field output is empty",
-    3: "field output is empty",
+    3: "field output is null",
     4: "field output is empty",
     6: "no message of the assistant is to be learnt",
     7: "the answer is empty",

@@ -104,7 +104,7 @@ def test_alpaca_rows(value: dict[str, Any], row: Instruction) -> None:
         ),
         (
             {"messages": [{"role": "developer", "content": "d"}, assistant(reasoning_content="hm")]},
-            ({"role": "developer", "content": "d"}, assistant(reasoning_content="hm")),
+            ({"role": "developer", "content": "d"}, assistant(reasoning_content="hm", thinking="hm")),
             (),
         ),
         (
