@@ -132,14 +132,16 @@ class SourceSpec(Section):
     """One data set."""
 
     path: PathStr
-    """JSON, JSONL (also .gz, .zst), Parquet or Arrow file; a folder of them; a saved data set; a URI
-    (s3://...); a data set of the hub; or builtin/alpaca_sample and builtin/alpaca_sample_eval, which ship
-    with this package."""
+    """JSON, JSON lines, CSV, TSV, text (these also .gz, .zst, .bz2, .xz), Excel, Parquet or Arrow file; a
+    folder of them; a saved data set; a URI (s3://...); a data set of the hub; or builtin/alpaca_sample and
+    builtin/alpaca_sample_eval, which ship with this package."""
     format: Format = "auto"
     """Format of the rows; auto detects it from the field names."""
     columns: dict[str, RowField | TurnField | None] = Field(default_factory=dict)
     """The field of each column with another name, such as {question: instruction, reply: output}; null leaves
     a column out. Keys of messages too: {dialog: messages, speaker: role, words: content}."""
+    field: Annotated[str, Field(min_length=1)] | None = None
+    """List of a JSON file's object that has the rows, or sheet of a workbook; null finds the only one."""
     split: Name | None = None
     """Split of the data set; for a hub data set the default is train."""
     subset: Name | None = None

@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import get_args
 
-from orchestrator.config.schema import TurnField
 from orchestrator.data import turns
 from orchestrator.data.formats import Malformed, RowFormat
 
 Columns = Mapping[str, str | None]
 """`SourceSpec.columns`: the field for the name of a column; None leaves the column out."""
 
-_TURN_FIELDS = frozenset(get_args(TurnField))
 _OPTIONAL = frozenset({"input", "system", "history", "tools", "labels", "completion_mask"})
 _QUESTIONS = (
     "instruction", "prompt", "query", "question", "problem", "user", "human", "input_text",
@@ -62,12 +59,12 @@ def with_field_names(value: object, columns: Columns, row_format: RowFormat) -> 
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
-    if isinstance(value, list) and turns.are_turns(value, _of_turns(columns)):
+    if isinstance(value, list) and turns.are_turns(value, turns.keys_of(columns)):
         value = {"messages": value}
     if not isinstance(value, dict):
         return value
     row: Mapping[str, object] = _renamed(value, columns) if columns else value
-    row = turns.with_messages(_with_lists(row), _of_turns(columns))
+    row = turns.with_messages(_with_lists(row), turns.keys_of(columns))
     if _is_complete(row, row_format, {name for name, content in row.items() if content is not None}):
         return row
     if row_format in ("auto", "alpaca"):
@@ -83,8 +80,23 @@ def example(names: Sequence[str]) -> str:
     return ", ".join(f"{key}: {field}" for key, field in zip(chosen, fields, strict=True))
 
 
-def _of_turns(columns: Columns) -> dict[str, str]:
-    return {name: field for name, field in columns.items() if field is not None and field in _TURN_FIELDS}
+def is_row(value: Mapping[str, object], columns: Columns) -> bool:
+    """Return whether an object is a row, and not one that holds rows.
+
+    Args:
+        value: The object; of its lists, the first elements are enough.
+        columns: `SourceSpec.columns`.
+    """
+    if any(name in value for name, field in columns.items() if field not in turns.FIELDS):
+        return True
+    try:
+        row = with_field_names(value, columns, "auto")
+    except Malformed:
+        return False
+    if not isinstance(row, Mapping):
+        return False
+    messages = next((row[name] for name in ("messages", "conversations") if name in row), None)
+    return messages is None or not isinstance(messages, list) or turns.are_turns(messages)
 
 
 def _renamed(row: Mapping[str, object], columns: Columns) -> dict[str, object]:
@@ -95,7 +107,7 @@ def _renamed(row: Mapping[str, object], columns: Columns) -> dict[str, object]:
     """
     found: dict[str, object] = {}
     for name, field in columns.items():
-        if field in _TURN_FIELDS:
+        if field in turns.FIELDS:
             continue
         if name in row and field is not None:
             found[field] = row[name]
@@ -105,7 +117,7 @@ def _renamed(row: Mapping[str, object], columns: Columns) -> dict[str, object]:
                 "columns"
             )
     for name, content in row.items():
-        if name in columns and columns[name] not in _TURN_FIELDS:
+        if name in columns and columns[name] not in turns.FIELDS:
             continue
         if name in found:
             raise Malformed(

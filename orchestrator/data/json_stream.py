@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+_decode = json.JSONDecoder().raw_decode
 _SPACE = " \t\n\r"
 Entries = Iterator[tuple[int, object, int]]
 """Row or line number from 1, the row, and its approximate size in bytes."""
@@ -29,20 +30,25 @@ def rows(read: Callable[[], bytes]) -> tuple[Literal["row", "line"], Entries]:
     Raises:
         JsonTextError: From the iterator, for an array that is not valid JSON or not UTF-8.
     """
-    # Read up to the first character after a byte order mark and white space: "[" starts an array.
+    head = first_text(read)
+    if head.lstrip().startswith(b"["):
+        return "row", array_rows(TextBuffer(head, read))
+    return "line", lines(head, read)
+
+
+def first_text(read: Callable[[], bytes]) -> bytes:
+    """Return the text up to the end of the chunk with the first character, without a byte order mark."""
     head = read()
     while head and not head.removeprefix(codecs.BOM_UTF8[: len(head)]).strip():
         more = read()
         head = head + more
         if not more:
             break
-    head = head.removeprefix(codecs.BOM_UTF8)
-    if head.lstrip().startswith(b"["):
-        return "row", _array(_Text(head, read))
-    return "line", _lines(head, read)
+    return head.removeprefix(codecs.BOM_UTF8)
 
 
-def _lines(rest: bytes, read: Callable[[], bytes]) -> Entries:
+def lines(rest: bytes, read: Callable[[], bytes]) -> Entries:
+    """Yield the lines of `rest` and of what follows it, as bytes, without blank ones."""
     number = 0
     while True:
         more = read()
@@ -56,19 +62,20 @@ def _lines(rest: bytes, read: Callable[[], bytes]) -> Entries:
             return
 
 
-class _Text:
+class TextBuffer:
     """A buffer over decoded text that is read on demand.
 
     Attributes:
         text: The buffered characters.
         at: Position of the next character to parse, in `text`.
+        line: Line of that character, from 1.
         ended: Whether all of the input was read.
     """
 
     def __init__(self, head: bytes, read: Callable[[], bytes]) -> None:
         self._read, self._decoder = read, codecs.getincrementaldecoder("utf-8")()
         self._bytes = 0
-        self.text, self.at, self.ended = "", 0, False
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
         self._append(head)
 
     def more(self) -> None:
@@ -98,16 +105,58 @@ class _Text:
         """Skip white space and return the next character without consuming it; empty at the end."""
         while True:
             while self.at < len(self.text):
-                if self.text[self.at] not in _SPACE:
-                    return self.text[self.at]
+                sign = self.text[self.at]
+                if sign not in _SPACE:
+                    return sign
+                self.line += sign == "\n"
                 self.at += 1
             if self.ended:
                 return ""
             self.more()
 
+    def value(self, where: str) -> tuple[object, int]:
+        """Parse the value at the position, reading on as far as it goes, and move behind it.
 
-def _array(text: _Text) -> Entries:
-    decode = json.JSONDecoder().raw_decode
+        Args:
+            where: The place in messages, such as `row 3`.
+
+        Returns:
+            The value, and its length in characters.
+
+        Raises:
+            JsonTextError: The text is not valid JSON.
+        """
+        while True:
+            try:
+                value, end = _decode(self.text, self.at)
+            except RecursionError as error:
+                raise broken(where, str(error)) from None
+            except ValueError as error:
+                if self.ended or _is_final(error, self):
+                    reason = _reason(error, self.at) if self.at < len(self.text) else "the text ends here"
+                    raise broken(where, reason) from None
+            else:
+                # A number at the end of the buffer may be incomplete: 1 can continue as 1.5 or 1e+5. Two
+                # characters after its end are enough to decide.
+                if end + 2 < len(self.text) or self.ended:
+                    break
+            self.more()
+        size = end - self.at
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+        return value, size
+
+
+def array_rows(text: TextBuffer, to_end: bool = True) -> Entries:
+    """Yield the elements of the array that begins at the position.
+
+    Args:
+        text: The text; the position is before the array.
+        to_end: Whether nothing may follow the array.
+
+    Raises:
+        JsonTextError: The array is not valid JSON.
+    """
     text.next_sign()
     text.at += 1
     number = 0
@@ -116,35 +165,21 @@ def _array(text: _Text) -> Entries:
         if sign == "]" and number == 0:
             break
         number += 1
-        while True:
-            try:
-                value, end = decode(text.text, text.at)
-            except RecursionError as error:
-                raise _broken(number, str(error)) from None
-            except ValueError as error:
-                if text.ended or _is_final(error, text):
-                    reason = _reason(error, text.at) if sign else "the text ends here"
-                    raise _broken(number, reason) from None
-            else:
-                # A number at the end of the buffer may be incomplete: 1 can continue as 1.5 or 1e+5. Two
-                # characters after its end are enough to decide.
-                if end + 2 < len(text.text) or text.ended:
-                    break
-            text.more()
-        yield number, value, end - text.at
-        text.at = end
+        value, size = text.value(f"row {number}")
+        yield number, value, size
         sign = text.next_sign()
         if sign == "]":
             break
         if sign != ",":
-            raise _broken(number + 1, f"{sign!r} where a comma belongs" if sign else "the text ends here")
+            reason = f"{sign!r} where a comma belongs" if sign else "the text ends here"
+            raise broken(f"row {number + 1}", reason)
         text.at += 1
     text.at += 1
-    if text.next_sign():
-        raise _broken(number + 1, "there is more after the end of the array")
+    if to_end and text.next_sign():
+        raise broken(f"row {number + 1}", "there is more after the end of the array")
 
 
-def _is_final(error: ValueError, text: _Text) -> bool:
+def _is_final(error: ValueError, text: TextBuffer) -> bool:
     """Return whether a parse error is independent of the text that follows.
 
     Other errors may be caused by the end of the buffer. Without this check, an early error would be reported
@@ -171,5 +206,6 @@ def _reason(error: ValueError, start: int) -> str:
     return f"{error.msg.removesuffix(' at')} at its character {error.pos - start + 1}"
 
 
-def _broken(number: int, reason: str) -> JsonTextError:
-    return JsonTextError(f"is not valid JSON (row {number}: {reason}); repair it there")
+def broken(where: str, reason: str) -> JsonTextError:
+    """Return the error for text that is not valid JSON at a row or line."""
+    return JsonTextError(f"is not valid JSON ({where}: {reason}); repair it there")

@@ -1,4 +1,4 @@
-"""Lists the files of a source and reads their rows in blocks: JSON, JSON lines, Parquet and Arrow.
+"""Lists the files of a source and reads their rows in blocks.
 
 A source is a file, a folder of files, a dataset saved with `Dataset.save_to_disk`, a URI (s3://, gs://,
 hdfs://) or a dataset of the Hugging Face hub. Each is resolved to a list of files. Reading keeps one block of
@@ -7,9 +7,12 @@ rows in memory, whatever the size of the file.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import lzma
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +21,9 @@ from pyarrow import fs, ipc, parquet
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import SourceSpec
-from orchestrator.data import json_stream, table_values
+from orchestrator.data import delimited, json_layout, json_stream, table_values
 from orchestrator.data.columns import Columns
+from orchestrator.data.file_content import ContentError, open_text, require_table, start_of
 from orchestrator.data.sources import (
     Kind,
     absent,
@@ -30,6 +34,7 @@ from orchestrator.data.sources import (
     of_split,
     unreadable,
 )
+from orchestrator.data.workbook import workbook_rows
 from orchestrator.errors import SpecError
 
 _ROWS_PER_BLOCK = 4096
@@ -54,7 +59,7 @@ class Block:
     unit: Literal["row", "line"]
     numbers: tuple[int, ...]
     values: tuple[object, ...]
-    columns: Columns = field(default_factory=dict)
+    columns: Columns = dataclasses.field(default_factory=dict)
 
     def source_line(self, index: int) -> str:
         """Return the file and line (or row number) of a row, for messages."""
@@ -69,9 +74,10 @@ class DataFile:
         name: Name of the file in messages.
         path: Path within its file system.
         kind: File format.
-        compression: Compression codec of a JSON file, `gzip` or `zstd`; None if not compressed.
+        compression: Compression codec by the name of a text file; None to detect it from the content.
         uri: URI of the source, which selects the file system; None for the local file system.
         columns: `SourceSpec.columns`, for the blocks.
+        field: `SourceSpec.field`: the list of a JSON object, or the sheet of a workbook, with the rows.
     """
 
     name: str
@@ -79,7 +85,8 @@ class DataFile:
     kind: Kind
     compression: str | None = None
     uri: str | None = None
-    columns: Columns = field(default_factory=dict)
+    columns: Columns = dataclasses.field(default_factory=dict)
+    field: str | None = None
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the file's bytes, in hexadecimal, and remember it for `known_fingerprint`.
@@ -125,20 +132,19 @@ class DataFile:
             SpecError: The file cannot be read, or its content does not match its file name extension.
         """
         try:
-            if self.kind == "json":
-                yield from self._json_blocks()
-            else:
+            if self.kind in ("parquet", "arrow"):
                 yield from self._table_blocks()
-        except json_stream.JsonTextError as error:
+            else:
+                yield from self._entry_blocks()
+        except (json_stream.JsonTextError, ContentError) as error:
             raise SpecError(f"data file {self.name} {error}") from None
         # ValueError and OverflowError come from `table_values`, for values that Python cannot represent.
-        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        except (OSError, ValueError, OverflowError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
             raise unreadable(self.name, error) from None
 
-    def _json_blocks(self) -> Iterator[Block]:
-        with self._system().open_input_stream(self.path, compression=self.compression) as stream:
-            found = json_stream.rows(lambda: stream.read(2**20))
-            unit, entries = found
+    def _entry_blocks(self) -> Iterator[Block]:
+        with ExitStack() as opened:
+            unit, entries = self._entries(opened)
             numbers: list[int] = []
             values: list[object] = []
             size = 0
@@ -152,7 +158,32 @@ class DataFile:
             if values:
                 yield Block(self.name, unit, tuple(numbers), tuple(values), self.columns)
 
+    def _entries(self, opened: ExitStack) -> tuple[Literal["row", "line"], json_stream.Entries]:
+        """Return the unit of the numbers of rows, and the rows with their numbers and sizes."""
+        if self.kind == "xlsx":
+            file = opened.enter_context(self._system().open_input_file(self.path))
+            if not (head := start_of(self._system(), self.path)).startswith(b"PK"):
+                require_table(head)
+            return "row", workbook_rows(file, self.field)
+
+        def start() -> Callable[[], bytes]:
+            stream, read = open_text(self._system(), self.path, self.compression)
+            opened.callback(stream.close)
+            return read
+
+        is_json = self.kind == "json" or (self.kind == "text" and json_layout.is_json_lines(start()))
+        if is_json:
+            return json_layout.rows(start, self.field, self.columns)
+        if self.field is not None:
+            raise ContentError(f"is a {self.kind} file, which has no list {self.field}; remove field")
+        if self.kind == "text":
+            return "line", delimited.text_rows(start())
+        return "line", delimited.csv_rows(start(), "\t" if self.kind == "tsv" else ",")
+
     def _table_blocks(self) -> Iterator[Block]:
+        if self.field is not None:
+            raise ContentError(f"is a {self.kind} file, which has no list {self.field}; remove field")
+        require_table(start_of(self._system(), self.path))
         first = 1
         with self._system().open_input_file(self.path) as file:
             for batch in _batches(file, self.kind):
@@ -195,7 +226,7 @@ def locate(source: SourceSpec) -> list[DataFile]:
     Raises:
         SpecError: The source does not exist, cannot be read, or has several splits and none was selected.
     """
-    return [replace(file, columns=source.columns) for file in _files(source)]
+    return [replace(file, columns=source.columns, field=source.field) for file in _files(source)]
 
 
 def _files(source: SourceSpec) -> list[DataFile]:

@@ -12,15 +12,26 @@ from orchestrator.config.paths import resolve
 from orchestrator.config.schema import SourceSpec
 from orchestrator.errors import SpecError
 
-Kind = Literal["json", "parquet", "arrow"]
+Kind = Literal["json", "parquet", "arrow", "csv", "tsv", "text", "xlsx"]
 _KINDS: dict[str, Kind] = {
     ".json": "json",
     ".jsonl": "json",
     ".ndjson": "json",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".xlsx": "xlsx",
+    ".txt": "text",
 }
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_OTHERS = {
+    ".yaml": "YAML",
+    ".yml": "YAML",
+    ".xls": "an Excel 97-2003 workbook",
+    ".xml": "XML",
+    ".md": "Markdown",
+}
 _SPLIT_NAMES = re.compile(r"(?:^|[-_./])(train|test|valid|validation|val|dev|eval)(?=[-_./]|$)")
 _NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -92,25 +103,33 @@ def kind_of(name: str, path: str) -> tuple[Kind, str | None]:
     Unknown extensions are read as JSON.
 
     Raises:
-        SpecError: A Parquet or Arrow file has an extension of a compressed file.
+        SpecError: A table has an extension of a compressed file, or the extension is that of another format.
     """
     suffixes = Path(path).suffixes
     compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
     ending = (suffixes[:-1] if compression else suffixes)[-1:]
-    kind = _KINDS.get(ending[0] if ending else "", "json")
-    if compression and kind != "json":
+    extension = ending[0].lower() if ending else ""
+    kind = _KINDS.get(extension, "json")
+    if compression and kind in ("parquet", "arrow", "xlsx"):
         raise SpecError(
-            f"data file {name} is a compressed {kind} file; unpack it (only JSON is unpacked here)"
+            f"data file {name} is a compressed {kind} file; unpack it (only JSON, CSV and text are unpacked)"
         )
+    if other := _OTHERS.get(extension):
+        raise SpecError(f"data file {name} is {other}, which is not read; convert it to JSON lines or CSV")
     return kind, compression
 
 
 def has_rows(path: str) -> bool:
     """Return whether a file in a folder is a data file, judging by its name; hidden files are not."""
     name = Path(path).name
-    stem = name.removesuffix(".gz").removesuffix(".zst")
     is_hidden = any(part.startswith((".", "_")) for part in Path(path).parts)
-    return Path(stem).suffix in _KINDS and not is_hidden and name not in _NOT_ROWS
+    return _extension(name) in _KINDS and not is_hidden and name not in _NOT_ROWS
+
+
+def _extension(name: str) -> str:
+    """Return the file name extension without that of a compression, in lower case."""
+    path = Path(name)
+    return Path(path.stem if path.suffix in _COMPRESSED else name).suffix.lower()
 
 
 def of_split(source: SourceSpec, names: list[str]) -> list[str]:
@@ -121,11 +140,13 @@ def of_split(source: SourceSpec, names: list[str]) -> list[str]:
         names: Paths of the data files, relative to the folder.
 
     Raises:
-        SpecError: No file belongs to the selected split, several splits were found and none is selected, or
-            `names` is empty.
+        SpecError: No file belongs to the selected split, several splits were found and none is selected,
+            `names` is empty, or there are CSV files and others.
     """
     # The split is a word of the file name between separators: "test" matches test-0001.jsonl and
     # data/test.jsonl, but not latest.jsonl.
+    is_text = {name: _KINDS.get(_extension(name)) == "text" for name in names}
+    names = [name for name in names if not is_text[name] or all(is_text.values())]  # notes next to data
     if source.split is not None:
         word = re.compile(rf"(^|[-_./]){re.escape(source.split)}([-_./]|$)")
         chosen = [name for name in names if word.search(name)]
@@ -134,7 +155,7 @@ def of_split(source: SourceSpec, names: list[str]) -> list[str]:
                 f"data folder {source.path} has no file of split={source.split} among {names[:8]}; name "
                 "another"
             )
-        return chosen
+        return _of_one_kind(source, chosen)
     splits = {match.group(1) for name in names if (match := _SPLIT_NAMES.search(name))}
     if len(splits) > 1:
         raise SpecError(
@@ -144,7 +165,23 @@ def of_split(source: SourceSpec, names: list[str]) -> list[str]:
     if not names:
         raise SpecError(
             f"data folder {source.path} has no file with rows; its files must end in {', '.join(_KINDS)}, "
-            "JSON also with .gz or .zst"
+            f"text also with {', '.join(_COMPRESSED)}"
+        )
+    return _of_one_kind(source, names)
+
+
+def _of_one_kind(source: SourceSpec, names: list[str]) -> list[str]:
+    """Return the files, if they are not both CSV and JSON or Parquet, which often hold the same rows twice.
+
+    Raises:
+        SpecError: They are.
+    """
+    endings = sorted({_extension(name) for name in names})
+    spreadsheets = [ending for ending in endings if _KINDS.get(ending) in ("csv", "tsv", "xlsx")]
+    if spreadsheets and len(spreadsheets) < len(endings):
+        raise SpecError(
+            f"data folder {source.path} has files of several kinds ({', '.join(endings)}); name those meant "
+            f"with path: {source.path.rstrip('/')}/**/*{endings[0]}"
         )
     return names
 

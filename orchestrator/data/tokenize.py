@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _logger = logging.getLogger(__name__)
-_VERSION = 10  # part of the cache key: raise it when the files change, and older stores are ignored
+_VERSION = 11  # part of the cache key: raise it when the files change, and older stores are ignored
 _SECONDS_BETWEEN_LOGS = 5.0
 _DRAFT = re.compile(
     r"(packed-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial"
@@ -111,7 +111,8 @@ def tokenize_sources(
     for source in sources:
         files = locate(source)
         prints = [file.fingerprint() for file in files]
-        folder = cache / _key(source, prints, tokenizer, template, learnt)
+        contents = [f"{file.kind} {print}" for file, print in zip(files, prints, strict=True)]
+        folder = cache / _key(source, contents, tokenizer, template, learnt)
         if not (folder / MANIFEST).exists():
             remaining = data.malformed_rows_allowed - len(problems)
             try:
@@ -331,7 +332,8 @@ def _key(
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding"):  # state of the last call, switched off for encoding
         backend.pop(setting, None)
-    settings = [_VERSION, template, learnt, source.format, source.columns, list(prints), backend]
+    read_as = [source.format, source.columns, source.field]
+    settings = [_VERSION, template, learnt, *read_as, list(prints), backend]
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)]
     digest.update(json.dumps([settings, special]).encode())
     return digest.hexdigest()[:24]

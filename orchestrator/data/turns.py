@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
+from orchestrator.config.schema import TurnField
 from orchestrator.data.formats import Malformed
 
+FIELDS = frozenset(get_args(TurnField))
 _NAMES = ("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "chat", "turns")
 _ROLE_KEYS = ("role", "from", "speaker", "author")
 _CONTENT_KEYS = ("content", "value", "text", "utterance")
@@ -35,6 +38,11 @@ def are_turns(value: Sequence[object], columns: Mapping[str, str] = {}) -> bool:
         columns: Fields of messages by key, from `columns` of the source.
     """
     return bool(value) and all(isinstance(each, Mapping) and _is_turn(each, columns) for each in value)
+
+
+def keys_of(columns: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the part of `SourceSpec.columns` that concerns the keys of messages."""
+    return {name: field for name, field in columns.items() if field is not None and field in FIELDS}
 
 
 def list_from_text(text: str, field: str) -> list[object]:

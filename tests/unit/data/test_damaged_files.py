@@ -23,7 +23,7 @@ from tests.unit.data.test_readers import (
 
 
 def test_a_compressed_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
-    text = b"".join(os.urandom(30).hex().encode() + b"\n" for _ in range(100_000))
+    text = b"".join(b'{"text": "%s"}\n' % os.urandom(30).hex().encode() for _ in range(100_000))
     for name, whole in (
         ("rows.jsonl.gz", gzip.compress(text, 1)),
         ("rows.jsonl.zst", pa.Codec("zstd").compress(text).to_pybytes()),
@@ -79,7 +79,7 @@ def test_a_table_that_is_compressed_as_a_whole_is_refused(tmp_path: Path, kind: 
     path.write_bytes(gzip.compress(b"rows"))
     problem = problem_of(path)
     assert problem == (
-        f"data file {path} is a compressed {kind} file; unpack it (only JSON is unpacked here)"
+        f"data file {path} is a compressed {kind} file; unpack it (only JSON, CSV and text are unpacked)"
     )
 
 

@@ -221,9 +221,9 @@ def test_the_window_on_a_long_array_stays_as_small_as_a_few_chunks() -> None:
     data = json.dumps([{"number": number, "text": "é" * 20} for number in range(rows)]).encode()
     assert len(data) > 100 * chunk
     read = chunks_of(data, chunk)
-    window = json_stream._Text(read(), read)
+    window = json_stream.TextBuffer(read(), read)
     largest = 0
-    for place, (number, value, _) in enumerate(json_stream._array(window)):
+    for place, (number, value, _) in enumerate(json_stream.array_rows(window)):
         largest = max(largest, len(window.text))
         assert number == place + 1 == value["number"] + 1
     assert number == rows

@@ -151,7 +151,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path, file_uri: bo
     write_parquet(tmp_path / "b" / "0.parquet", ROWS[3:])
     write_parquet(tmp_path / "a-1.parquet", ROWS[2:3])
     write_gzipped_json(tmp_path / "a-0.json.gz", ROWS[:2])
-    for name in ("README.md", ".hidden.json", "_SUCCESS.json", "dataset_infos.json", "data.csv"):
+    for name in ("README.md", ".hidden.json", "_SUCCESS.json", "dataset_infos.json", "notes.txt"):
         (tmp_path / name).write_text("no rows")
     path = f"file://{tmp_path}" if file_uri else str(tmp_path)
     for each in (path, path + "/"):
