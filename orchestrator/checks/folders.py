@@ -12,6 +12,7 @@ from pathlib import Path
 
 from orchestrator.checks.owned_files import overwritten_by_a_run
 from orchestrator.config import loader
+from orchestrator.config.eval_sets import with_sources
 from orchestrator.config.paths import as_submitted, resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import Problem
@@ -46,14 +47,14 @@ _MOUNTS = Path("/proc/self/mountinfo")
 def with_absolute_paths(job: JobSpec) -> JobSpec:
     """Return the job with local paths made absolute, as seen from the driver's working directory."""
 
-    def absolute(sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
-        return tuple(source.model_copy(update={"path": _absolute(source.path)}) for source in sources)
+    def absolute(source: SourceSpec) -> SourceSpec:
+        return source.model_copy(update={"path": _absolute(source.path)})
 
     model = job.model.model_copy(update={"path": _absolute(job.model.path)})
     adapter = job.method.adapter and _absolute(job.method.adapter)
     method = job.method.model_copy(update={"adapter": adapter})
-    data = job.data.model_copy(update={"train": absolute(job.data.train)})
-    evaluation = job.eval.model_copy(update={"data": absolute(job.eval.data)}) if job.eval else None
+    data = job.data.model_copy(update={"train": tuple(map(absolute, job.data.train))})
+    evaluation = with_sources(job.eval, absolute) if job.eval else None
     storage = str(Path(job.checkpoint.storage).expanduser().absolute())
     checkpoint = job.checkpoint.model_copy(update={"storage": storage})
     sections = {"model": model, "method": method, "data": data, "eval": evaluation, "checkpoint": checkpoint}

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from orchestrator.arch.hf_config import local_config
 from orchestrator.checks.folders import run_dir_of
+from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec, ModelSpec
 from orchestrator.config.validation import Problem
@@ -37,11 +38,9 @@ def input_problems(job: JobSpec) -> Iterator[Problem]:
     Yields:
         The field, and a message with value, rule and remedy.
     """
-    groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
-    for field, sources in groups:
-        for number, source in enumerate(sources):
-            if message := _run_check(source_problem, source, f"data file {source.path}"):
-                yield (f"{field}.{number}.path", f"{field}.{number}"), message
+    for field, source in all_sources(job):
+        if message := _run_check(source_problem, source, f"data file {source.path}"):
+            yield (f"{field}.path", field), message
     label = f"model.path={job.model.path}"
     if message := _run_check(_model_problem, job.model, label) or _run_check(_missing_weights, job, label):
         yield ("model.path",), message

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from orchestrator.checks.inputs import is_hub_name
 from orchestrator.checks.models import positive_int, text_config
+from orchestrator.config.eval_sets import all_sources, eval_sources
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import Problem
@@ -197,13 +198,13 @@ def _evaluation(job: JobSpec) -> Iterator[Problem]:
             ("eval.every_steps", "optim.max_steps"),
             f"eval.every_steps={every} is above optim.max_steps={steps}, so it evaluates only the end",
         )
-    for number, evaluation in enumerate(job.eval.data):
+    for field, evaluation in eval_sources(job):
         training = next((source for source in job.data.train if _overlaps(source, evaluation)), None)
         if training is not None:
             yield (
-                (f"eval.data.{number}.path", f"eval.data.{number}"),
+                (f"{field}.path", field),
                 f"eval.data {evaluation.path} is also trained on (data.train {training.path}), so its loss "
-                "does not measure generalization; put some rows into a separate file",
+                "does not measure generalization; use eval.share, or put some rows into a separate file",
             )
 
 
@@ -227,12 +228,9 @@ def _paths(job: JobSpec) -> Iterator[Problem]:
     candidates = [
         ("model.path", job.model.path, is_hub_name(job.model.path) and not resolve(job.model.path).exists())
     ]
-    groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
-    for field, sources in groups:
-        candidates += [
-            (f"{field}.{number}.path", source.path, looks_like_hub_name(source.path))
-            for number, source in enumerate(sources)
-        ]
+    candidates += [
+        (f"{field}.path", source.path, looks_like_hub_name(source.path)) for field, source in all_sources(job)
+    ]
     for field, path, is_from_hub in candidates:
         if is_from_hub and (suggestion := _local_suggestion(path)):
             yield (field,), f"{field}={path} is read as a hub name; {suggestion}"

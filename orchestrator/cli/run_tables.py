@@ -49,7 +49,7 @@ def summary(report: Report) -> str:
         "run": report["name"],
         "steps": f"{report['steps']} ({report['epoch']:.2f} epochs)",
         "loss": f"{report['first_loss']:.4f} -> {report['loss']:.4f}",
-        "evaluation loss": "no held-out data" if evaluation is None else f"{evaluation:.4f}",
+        "evaluation loss": "no held-out data" if evaluation is None else f"{evaluation:.4f}{_sets(report)}",
         "TGS": f"{report['tgs']:.1f} tokens/GPU/s ({report['tgs_trained']:.1f} trained, "
         f"{report['tgs_slots']:.1f} slots{_expected(report, 'tgs')})",
         "TFLOPs": f"{report['tflops_model']:.4f} model, {report['tflops_hardware']:.4f} hardware, per GPU"
@@ -62,6 +62,13 @@ def summary(report: Report) -> str:
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items()),
     }
     return table(rows)
+
+
+def _sets(report: Report) -> str:
+    """Return the loss of each evaluation set, if there are several."""
+    losses = report.get("evaluation_losses") or {}
+    parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    return f" ({parts})" if len(losses) > 1 else ""
 
 
 def _expected(report: Report, name: str) -> str:
@@ -109,13 +116,17 @@ def table(rows: Mapping[str, object]) -> str:
 
 def packing_table(figures: Mapping[str, Any]) -> str:
     """Return packing statistics as a table, with a line for each source if there are several."""
-    rows = {name: value for name, value in figures.items() if name != "sources"}
+    rows = {name: value for name, value in figures.items() if name not in ("sources", "evaluation")}
     counts = figures["fields_without_effect"]
     rows["fields_without_effect"] = (
         ", ".join(f"{name} ({count} rows)" for name, count in counts.items()) or "none"
     )
     sources = figures["sources"] if len(figures["sources"]) > 1 else []
-    lines = (f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}" for source in sources)
+    lines = [f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}" for source in sources]
+    lines += [
+        f"evaluation set {held['name']}: {held['rows']:,} rows, {held['trained_tokens']:,} trained tokens"
+        for held in figures.get("evaluation", ())
+    ]
     return "\n".join([table(rows), *lines])
 
 

@@ -116,10 +116,14 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
     ),
     **_same("data.malformed_rows_allowed", "max_malformed_rows", "skip_errors"),
     **_same("data.deduplicate", "dataset_exact_deduplication", "deduplication", "dedup", "dedupe"),
-    **_same("eval.data", "eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_data"),
-    **_none(
-        "evaluation rows are a data set of their own: name it in eval.data", "val_size", "val_set_size",
-        "split_dataset_ratio", "validation_split_percentage"
+    **_same(
+        "eval.data", "eval_dataset", "val_dataset", "test_datasets", "validation_file", "eval_data",
+        "eval_datasets", "validation_dataset", "val_data",
+        remark="a list: [{path: rows.jsonl}], or several sets: {code: [...], chat: [...]}"
+    ),
+    **_same(
+        "eval.share", "val_size", "val_set_size", "split_dataset_ratio", "validation_split_percentage",
+        "test_size", "eval_split_ratio", "validation_split", remark="a fraction of the rows, such as 0.02"
     ),
     # parallel
     **_same(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.config import field_names, yaml_loader
-from orchestrator.config.schema import JobSpec
+from orchestrator.config.schema import UNION_TAGS, JobSpec
 from orchestrator.config.validation import Problem, broken_rules
 from orchestrator.config.yaml_loader import Location, SourceLines, dotted, line_of, location_of
 from orchestrator.errors import SpecError
@@ -214,7 +214,7 @@ def _validate(
         try:
             job = JobSpec.model_validate_json(json.dumps(data, default=str))
         except ValidationError as error:
-            details = error.errors(include_url=False)
+            details = [_untagged(detail) for detail in error.errors(include_url=False)]
         else:
             problems += _of_valid_fields(wrong, (*broken_rules(job), *check(job)))
             return None if problems else job, problems, _of_valid_fields(wrong, warn(job))
@@ -232,6 +232,12 @@ def _validate(
             wrong.add(dotted(location))
             _repair(data, location, unknown=detail["type"] == "extra_forbidden")
     return None, problems, []
+
+
+def _untagged(detail: ErrorDetails) -> ErrorDetails:
+    """Return an error with its location in the job file, without pydantic's tags of unions."""
+    detail["loc"] = tuple(part for part in detail["loc"] if part not in UNION_TAGS)
+    return detail
 
 
 def _of_valid_fields(wrong: set[str], found: Iterable[Problem]) -> _Located:
@@ -262,6 +268,8 @@ def _repair(data: Any, location: Location, unknown: bool) -> None:
             return
     last = location[-1] if location else ""
     placeholder = _PLACEHOLDERS.get(str(last))
+    if location[:-1] == ("eval", "data"):
+        placeholder = [{"path": "path"}]
     if isinstance(target, dict) and placeholder is not None and not unknown:
         target[str(last)] = placeholder
     elif isinstance(target, dict):
@@ -349,7 +357,7 @@ def dotted_fields() -> tuple[str, ...]:
 def _fields_at(location: Iterable[str | int], root: type[BaseModel]) -> list[str]:
     model = root
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or part not in model.model_fields:  # an index, or a name in a mapping
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *_arguments(annotation)]

@@ -8,14 +8,17 @@ fields, and `orchestrator.config.loader` reads a job from YAML.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SecretStr,
+    Tag,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -260,11 +263,34 @@ class OptimSpec(Section):
         return math.ceil(self.packs(packs) / self.global_batch_size)
 
 
+UNION_TAGS = frozenset({"(source)", "(list)", "(sets)"})
+"""Parts of pydantic's error locations that are not in the job file: members of the unions of eval.data."""
+
+
+def _form_of_set(value: object) -> str:
+    return "(source)" if isinstance(value, Mapping | SourceSpec) else "(list)"
+
+
+def _form_of_data(value: object) -> str:
+    is_mapping_of_sets = isinstance(value, Mapping) and not isinstance(value.get("path"), str)
+    return "(sets)" if is_mapping_of_sets else _form_of_set(value)
+
+
+_SourceList = Annotated[tuple[SourceSpec, ...], Field(min_length=1), Tag("(list)")]
+_OneSource = Annotated[SourceSpec, Tag("(source)")]
+_EvalSet = Annotated[_SourceList | _OneSource, Discriminator(_form_of_set)]
+_EvalSets = Annotated[dict[str, _EvalSet], Tag("(sets)")]
+
+
 class EvalSpec(Section):
     """Evaluation during training."""
 
-    data: tuple[SourceSpec, ...] = Field(min_length=1)
-    """The evaluation data."""
+    share: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Hold out this fraction of the rows of data.train for evaluation, chosen by a hash of their content that
+    is seeded by run.seed; equal rows stay on the same side."""
+    data: Annotated[_SourceList | _OneSource | _EvalSets, Discriminator(_form_of_data)] | None = None
+    """The evaluation data: a list of sources, or several evaluation sets (NAME: list of sources), each with a
+    loss of its own."""
     every_steps: Count | None = None
     """Evaluate every N steps; null evaluates only at the end."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
+from orchestrator.config.eval_sets import HELD_OUT, all_sources, eval_sets
 from orchestrator.config.schema import JobSpec, MethodSpec
 
 Problem = tuple[tuple[str, ...], str]
 """Dotted names of the fields concerned, and the error message."""
+_EVAL_SET = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def broken_rules(job: JobSpec) -> Iterator[Problem]:
@@ -29,6 +32,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_attention_rules(job)
     yield from _broken_packing_rules(job)
     yield from _broken_source_rules(job)
+    yield from _broken_eval_rules(job)
     yield from _broken_method_rules(job)
     yield from _broken_optimizer_rules(job)
     yield from _broken_environment_rules(job)
@@ -216,17 +220,38 @@ def _broken_packing_rules(job: JobSpec) -> Iterator[Problem]:
 
 
 def _broken_source_rules(job: JobSpec) -> Iterator[Problem]:
-    groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
-    for group, sources in groups:
-        for number, source in enumerate(sources):
-            fields = [field for field in source.columns.values() if field is not None]
-            for field in sorted({each for each in fields if fields.count(each) > 1}):
-                names = [name for name, each in source.columns.items() if each == field]
-                yield (
-                    (f"{group}.{number}.columns",),
-                    f"{group}.{number}.columns maps {' and '.join(names)} to {field}; a field is one column, "
-                    "so keep one of them",
-                )
+    for place, source in all_sources(job):
+        fields = [field for field in source.columns.values() if field is not None]
+        for field in sorted({each for each in fields if fields.count(each) > 1}):
+            names = [name for name, each in source.columns.items() if each == field]
+            yield (
+                (f"{place}.columns",),
+                f"{place}.columns maps {' and '.join(names)} to {field}; a field is one column, so keep one "
+                "of them",
+            )
+
+
+def _broken_eval_rules(job: JobSpec) -> Iterator[Problem]:
+    if job.eval is None:
+        return
+    if not job.eval.data and job.eval.share is None:
+        yield (
+            ("eval.data", "eval.share", "eval"),
+            "eval has no rows to evaluate; set eval.share: 0.02 to hold out rows of data.train, or eval.data",
+        )
+    for name in eval_sets(job):
+        if not _EVAL_SET.fullmatch(name):
+            yield (
+                (f"eval.data.{name}",),
+                f"eval.data={name} is not a name of an evaluation set; use letters, digits, dash and "
+                "underscore",
+            )
+    if job.eval.share is not None and HELD_OUT in eval_sets(job):
+        yield (
+            (f"eval.data.{HELD_OUT}", "eval.share"),
+            f"eval.data={HELD_OUT} is the name of the rows that eval.share={job.eval.share:g} holds out; use "
+            "another name, or remove eval.share",
+        )
 
 
 def _broken_method_rules(job: JobSpec) -> Iterator[Problem]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 RUN = '{cluster=~"$cluster", run=~"$run"}'
+ALL_SETS = '{cluster=~"$cluster", run=~"$run", eval_set=""}'
+EACH_SET = '{cluster=~"$cluster", run=~"$run", eval_set!=""}'
 RANK = '{cluster=~"$cluster", run=~"$run", node=~"$node", rank=~"$rank"}'
 OF_RANK = "{{run}} rank {{rank}} on {{node}} gpu {{gpu}}"
 TOKENS_A_SECOND = "suffix: tok/s"
@@ -279,7 +281,11 @@ TRAINING = Section(
             "Nats per trained token; steps repeated after a restart appear twice.",
             "none",
             (f"max by (cluster, run) (orchestrator_loss{RUN})", "{{run}} training"),
-            (f"max by (cluster, run) (orchestrator_evaluation_loss{RUN})", "{{run}} held out"),
+            (f"max by (cluster, run) (orchestrator_evaluation_loss{ALL_SETS})", "{{run}} held out"),
+            (
+                f"max by (cluster, run, eval_set) (orchestrator_evaluation_loss{EACH_SET})",
+                "{{run}} held out: {{eval_set}}",
+            ),
         ),
         graph(
             "Gradient norm",

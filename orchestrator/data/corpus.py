@@ -144,6 +144,14 @@ class Corpus:
         part = slice(int(self.start[number]), int(self.start[number] + self.lengths[number]))
         return Document(row.tokens[part], is_trained(row.turn[part], self.loss_on))
 
+    def row_hashes(self) -> npt.NDArray[np.uint64]:
+        """Return the hash of each row that has a document, once for each row, uint64, shape [rows]."""
+        hashes = [
+            store.hashes[np.unique(self.row[self.store == number])]
+            for number, store in enumerate(self.stores)
+        ]
+        return np.concatenate(hashes)
+
     def cut(self, pieces: Pieces) -> Corpus:
         """Return a corpus whose documents are pieces of the documents of this one."""
         store, row = self.store[pieces.document], self.row[pieces.document]

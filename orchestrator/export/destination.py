@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from orchestrator.checkpoint.checkpoint_dir import FileEntry
+from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
@@ -116,12 +117,11 @@ def _user_directories() -> dict[str, Path]:
 
 def _job_paths(job: JobSpec, run_dir: Path) -> dict[str, Path]:
     """Return the existing paths that a job reads or writes, by description."""
-    sources = (*job.data.train, *(job.eval.data if job.eval else ()))
     names = {
         "the base model": job.model.path,
         "the adapter that the run started from": job.method.adapter,
         "parallel.offload_path": job.parallel.offload_path,
-        **{f"the data {Path(source.path).name}": source.path for source in sources},
+        **{f"the data {Path(source.path).name}": source.path for _, source in all_sources(job)},
     }
     paths = {what: resolve(str(name)) for what, name in names.items() if name}
     return {"the run": run_dir, **{what: path for what, path in paths.items() if path.exists()}}

@@ -12,6 +12,7 @@ from typing import Literal
 import yaml
 
 from orchestrator.atomic_files import read_lines
+from orchestrator.config.eval_sets import eval_sources
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.metrics.meter import last_attempt
 from orchestrator.run.recorder import EVALUATIONS, STEPS
@@ -83,7 +84,7 @@ def model_card(data: ModelCardData) -> str:
         f"{data.parameters:,} parameters in {data.dtype}.\n",
         f"## Results\n\n{_table(_results(data))}\n",
         f"## Data\n\n{_sources(job.data.train)}\n",
-        *([f"Held out for evaluation:\n\n{_sources(job.eval.data)}\n"] if job.eval else []),
+        *([f"Held out for evaluation:\n\n{_evaluation(job)}\n"] if job.eval else []),
         f"## Settings\n\n```yaml\n{yaml.safe_dump(_settings(job), sort_keys=False)}```\n",
     ]
     return "\n".join(sections)
@@ -126,6 +127,9 @@ def _results(data: ModelCardData) -> dict[str, str]:
     if evaluations:
         last = evaluations[-1]
         results["evaluation loss"] = f"{last['evaluation_loss']:.4f} (step {int(last['step']):,})"
+        sets = last.get("evaluation_losses")
+        if isinstance(sets, Mapping) and len(sets) > 1:
+            results |= {f"evaluation loss, {name}": f"{loss:.4f}" for name, loss in sets.items()}
         results["lowest evaluation loss"] = f"{min(row['evaluation_loss'] for row in evaluations):.4f}"
     return results
 
@@ -148,6 +152,12 @@ def _sources(sources: Sequence[SourceSpec]) -> str:
         details += [f"{passes:g} passes an epoch"] if passes != 1 else []
         lines.append(f"- `{_public_name(source.path)}`" + (f" ({', '.join(details)})" if details else ""))
     return "\n".join(lines)
+
+
+def _evaluation(job: JobSpec) -> str:
+    share, sources = job.eval and job.eval.share, [source for _, source in eval_sources(job)]
+    lines = [f"- {share:g} of the rows above, chosen by a hash of their content"] if share else []
+    return "\n".join([*lines, *([_sources(sources)] if sources else [])])
 
 
 def _settings(job: JobSpec) -> dict[str, object]:

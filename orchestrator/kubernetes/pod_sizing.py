@@ -11,6 +11,7 @@ from typing import Literal
 from orchestrator.arch.hf_config import local_config, resized
 from orchestrator.arch.parameters import parameter_count
 from orchestrator.config.auto_values import resolve_dtype
+from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import SpecError
 from orchestrator.parallel.deepspeed_config import render, size_nvme_buffers
@@ -233,8 +234,7 @@ def _path_problems(job: JobSpec, options: PodOptions) -> Iterator[str]:
             f"volume, and would be deleted with its pod; use --set checkpoint.storage={mount}/runs, or "
             "--mount"
         )
-    sources = [*job.data.train, *(job.eval.data if job.eval else ())]
-    named = [("model.path", job.model.path), *(("data path", source.path) for source in sources)]
+    named = [("model.path", job.model.path), *(("data path", source.path) for _, source in all_sources(job))]
     if job.method.adapter:
         named.append(("method.adapter", job.method.adapter))
     for field, path in named:

@@ -12,6 +12,7 @@ from typing import Literal
 PREFIX = "orchestrator_"
 RANK_LABELS = ("run", "attempt", "node", "rank", "gpu")
 RUN_LABELS = ("run", "attempt")
+EVAL_SET_LABELS = (*RUN_LABELS, "eval_set")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ DEVICE_METRICS: tuple[Metric, ...] = (
 RUN_METRICS: tuple[Metric, ...] = (
     Metric(
         "evaluation_loss",
-        "Cross-entropy in nats per trained token on the held-out rows.",
+        "Cross-entropy in nats per trained token on the held-out rows; with the label eval_set, that of one "
+        "of several evaluation sets.",
         "run",
         lasting=True,
     ),

@@ -53,6 +53,7 @@ class _Attempt(Collector):
     memory_limits: FloatArray | None = None
     info: Mapping[str, str] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    evaluation_sets: Mapping[str, float] = field(default_factory=dict)
     columns: Mapping[str, FloatArray] = field(default_factory=dict)
     rank_counters: dict[str, FloatArray] = field(default_factory=dict)
     run_counters: dict[str, float] = field(default_factory=dict)
@@ -71,6 +72,8 @@ class _Attempt(Collector):
             if metric.name in self.values:
                 gauge = GaugeMetricFamily(PREFIX + metric.name, metric.help, labels=catalogue.RUN_LABELS)
                 gauge.add_metric(run_labels, self.values[metric.name])
+                if metric.name == "evaluation_loss":
+                    self._add_evaluation_sets(gauge)
                 yield gauge
         for metric in catalogue.RUN_COUNTERS:
             if metric.name in self.run_counters:
@@ -89,6 +92,11 @@ class _Attempt(Collector):
             )
             info.add_metric(tuple(self.info.values()), 1.0)
             yield info
+
+    def _add_evaluation_sets(self, gauge: GaugeMetricFamily) -> None:
+        for name, loss in self.evaluation_sets.items():
+            labels = dict(zip(catalogue.EVAL_SET_LABELS, (self.run, self.number, name), strict=True))
+            gauge.add_sample(gauge.name, labels, loss)
 
     def _rank_series(self) -> Iterator[str]:
         for metric in _RANK_GAUGES:
@@ -193,6 +201,11 @@ class Exporter:
         """Set per-run series; other names in `values` are ignored."""
         with self._lock:
             self._attempt.values |= {name: value for name, value in values.items() if name in _RUN_NAMES}
+
+    def set_evaluation_sets(self, losses: Mapping[str, float]) -> None:
+        """Set the evaluation loss of each evaluation set; it lasts as the total loss does."""
+        with self._lock:
+            self._attempt.evaluation_sets = dict(losses)
 
     def set_ranks(self, columns: Mapping[str, FloatArray], flops: FloatArray, seconds: float) -> None:
         """Set the per-rank series of a step, and add its tokens, FLOPs and seconds to the counters.

@@ -204,14 +204,19 @@ class Recorder:
             self._exporter.count({"skipped_steps": float(values["skipped"])})
             self._exporter.set_run({**row, "last_step_timestamp_seconds": row["time"], **self._to_go()})
 
-    def record_evaluation(self, attempt: int, step: int, loss: float) -> None:
-        """Record an evaluation loss of the last finished step."""
+    def record_evaluation(self, attempt: int, step: int, loss: float, by_set: Mapping[str, float]) -> None:
+        """Record the evaluation loss of the last finished step over all sets, and of each set by name."""
         self._require_current(attempt)
-        _append(self._folder / EVALUATIONS, {"step": step, "evaluation_loss": loss, "attempt": attempt})
-        self._note(f"step {step}: evaluation loss {loss:.4f}")
-        self._trackers.log(step, {"evaluation_loss": loss})
+        row = {"step": step, "evaluation_loss": loss, "evaluation_losses": dict(by_set), "attempt": attempt}
+        _append(self._folder / EVALUATIONS, row)
+        sets = by_set if len(by_set) > 1 else {}  # the loss of a single set is the total
+        parts = ", ".join(f"{name} {part:.4f}" for name, part in sets.items())
+        self._note(f"step {step}: evaluation loss {loss:.4f}" + (f" ({parts})" if parts else ""))
+        tracked = {f"evaluation_loss/{name}": part for name, part in sets.items()}
+        self._trackers.log(step, {"evaluation_loss": loss, **tracked})
         if self._exporter:
             self._exporter.set_run({"evaluation_loss": loss})
+            self._exporter.set_evaluation_sets(sets)
             if self._step_time:
                 seconds = time.time() - self._step_time
                 self._exporter.set_run({"evaluation_seconds": seconds})

@@ -87,6 +87,7 @@ def report(
         "loss": steps[-1]["loss"],
         "first_loss": steps[0]["loss"],
         "evaluation_loss": evaluations[-1]["evaluation_loss"] if evaluations else None,
+        "evaluation_losses": evaluations[-1].get("evaluation_losses", {}) if evaluations else {},
         **_totals(steps, len(workers)),
         "medians": {
             name: statistics.median(row[name] for row in steps)

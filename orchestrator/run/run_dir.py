@@ -105,20 +105,24 @@ def record_job(run_dir: Path, job: JobSpec) -> None:
 
 
 def require_same_data(
-    run_dir: Path, training: Path, evaluation: Path | None, files: Mapping[str, object] | None = None
+    run_dir: Path,
+    training: Path,
+    evaluation: Mapping[str, Path],
+    files: Mapping[str, object] | None = None,
 ) -> None:
     """Record the data at the first start of a run; require the same data at every later start.
 
     Args:
         run_dir: The run directory.
         training: The packed training dataset; its name is a hash of everything that determines its content.
-        evaluation: The packed evaluation dataset.
+        evaluation: The packed evaluation datasets by name.
         files: The source files, recorded but not compared.
 
     Raises:
         SpecError: The run was started with other data.
     """
-    names = {"train": training.name, "eval": evaluation.name if evaluation else None}
+    sets = {name: folder.name for name, folder in evaluation.items()}
+    names = {"train": training.name, "eval": sets or None}
     extra = {"files": files} if files else None
     changed = [f"data.{split}" for split in _changed_fields(run_dir, DATA, names, extra)]
     if changed:

@@ -42,7 +42,7 @@ class WorkerConfig:
         job: The job, with absolute paths.
         run_dir: The run directory, on storage that every node sees.
         training: Folder of the packed training data.
-        evaluation: Folder of the packed evaluation data.
+        evaluation: Folder of each packed evaluation set by name.
         dtype: Dtype of weights and activations.
         device: Device type.
         deepspeed_config: The rendered DeepSpeed configuration.
@@ -54,7 +54,7 @@ class WorkerConfig:
     job: JobSpec
     run_dir: Path
     training: Path
-    evaluation: Path | None
+    evaluation: Mapping[str, Path]
     dtype: TrainDtype
     device: DeviceType
     deepspeed_config: DeepSpeedConfig

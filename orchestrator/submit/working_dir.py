@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from orchestrator.config import loader
+from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.data.sources import local_files, source_problem
@@ -79,7 +80,7 @@ def _data_files(job: JobSpec) -> tuple[list[Path], list[str]]:
     """Return the data files to upload without duplicates, and a problem for every source that has none."""
     files: dict[Path, None] = {}
     problems: dict[str, None] = {}
-    for source in (*job.data.train, *(job.eval.data if job.eval else ())):
+    for _, source in all_sources(job):
         path = Path(source.path)
         if source.path.startswith(("builtin/", "/", "~")) or "://" in source.path:
             continue

@@ -7,7 +7,7 @@ steps, and the callback.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,7 +53,7 @@ class TrainContext:
         loader: Training packs by step.
         packs: Training packs of all steps together; later slots are empty.
         steps: Optimizer steps.
-        evaluation: Evaluation packs by step, and their number.
+        evaluation: Evaluation packs by step, and their number, for each evaluation set by name.
         rank: Rank of this worker.
         layout: Degrees of parallelism; say which packs, and which part of them, this worker reads.
         sequence: Process group of the workers that share each sequence; None without sequence parallelism.
@@ -69,7 +69,7 @@ class TrainContext:
     loader: PackLoader
     packs: int
     steps: int
-    evaluation: tuple[PackLoader, int] | None
+    evaluation: Mapping[str, tuple[PackLoader, int]]
     rank: int
     layout: ParallelDims
     sequence: SequenceGroup | None
@@ -120,8 +120,8 @@ class Callback(Protocol):
     def on_step_end(self, report: StepReport) -> None:
         """Handle a finished step."""
 
-    def on_evaluate(self, step: int, loss: float) -> None:
-        """Handle an evaluation loss."""
+    def on_evaluate(self, step: int, loss: float, by_set: Mapping[str, float]) -> None:
+        """Handle the evaluation loss over all sets, and that of each set by name."""
 
     def on_save(self, engine: TrainEngine, step: int) -> None:
         """Save a checkpoint; all ranks call it at the same step."""
@@ -163,7 +163,7 @@ def train(engine: TrainEngine, context: TrainContext, callback: Callback, start_
         if is_stopped:  # the grace period may be too short for an evaluation
             callback.on_save(engine, done)
         if job.eval and is_due(job.eval.every_steps, done, context.steps):
-            callback.on_evaluate(done, evaluate(engine, context))
+            callback.on_evaluate(done, *evaluate(engine, context))
         if is_stopped:
             return
         if is_due(job.checkpoint.every_steps, done, context.steps):
@@ -245,23 +245,24 @@ def gather(mine: RankStep, device: torch.device, stop_requested: bool) -> tuple[
     return RankSteps(rows[:, :-1]), bool(rows[:, -1].any())
 
 
-def evaluate(engine: TrainEngine, context: TrainContext) -> float:
-    """Return the mean cross-entropy over the trained tokens of the evaluation packs."""
-    if context.evaluation is None:
-        raise ValueError("evaluate needs a context with evaluation packs")
-    loader, packs = context.evaluation
-    totals = torch.zeros(2, dtype=torch.float64, device=context.device)
+def evaluate(engine: TrainEngine, context: TrainContext) -> tuple[float, dict[str, float]]:
+    """Return the mean cross-entropy over the trained tokens of all evaluation sets, and of each by name."""
+    # Loss and trained tokens of each set, [sets, 2].
+    totals = torch.zeros(len(context.evaluation), 2, dtype=torch.float64, device=context.device)
     engine.eval()
     with torch.no_grad():
-        for step in range(loader.steps(1.0)):
-            for batch in context.batches(loader, step, packs):
-                loss = loss_sum(engine, context.inputs(batch), context.head)
-                totals += torch.tensor(
-                    [loss.item(), batch.trained_tokens], dtype=torch.float64, device=context.device
-                )
+        for total, (loader, packs) in zip(totals, context.evaluation.values(), strict=True):
+            for step in range(loader.steps(1.0)):
+                for batch in context.batches(loader, step, packs):
+                    loss = loss_sum(engine, context.inputs(batch), context.head)
+                    total += torch.tensor(
+                        [loss.item(), batch.trained_tokens], dtype=torch.float64, device=context.device
+                    )
     engine.train()
     dist.all_reduce(totals)
-    return float(totals[0] / totals[1].clamp(min=1))
+    together = totals.sum(0)
+    losses = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
+    return float(together[0] / together[1].clamp(min=1)), dict(zip(context.evaluation, losses, strict=True))
 
 
 def require_finite(report: StepReport, loss_is_scaled: bool) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -133,10 +133,11 @@ class Reporter:
             ray.get(self._sent.pop(0))
         self._sent.append(self._recorder.record_step.remote(self.attempt, *step_message(report)))
 
-    def on_evaluate(self, step: int, loss: float) -> None:
-        """Send an evaluation loss."""
+    def on_evaluate(self, step: int, loss: float, by_set: Mapping[str, float]) -> None:
+        """Send the evaluation losses."""
         if self._is_rank_zero:
-            self._sent.append(self._recorder.record_evaluation.remote(self.attempt, step, loss))
+            sent = self._recorder.record_evaluation.remote(self.attempt, step, loss, dict(by_set))
+            self._sent.append(sent)
 
     def on_save(self, engine: TrainEngine, step: int) -> None:
         """Publish a checkpoint once every step before it is in steps.jsonl; a benchmark run saves nothing."""

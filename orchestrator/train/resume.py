@@ -11,11 +11,13 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TypedDict
 
 from orchestrator.atomic_files import JsonObject, read_lines, read_object
 from orchestrator.checks.folders import JOB
+from orchestrator.config.eval_sets import eval_sources
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.data.readers import locate
@@ -164,7 +166,7 @@ def input_files(job: JobSpec) -> dict[str, object]:
     model = resolve(job.model.path)
     return {
         "data.train": [_described(source) for source in job.data.train],
-        "eval.data": [_described(source) for source in job.eval.data] if job.eval else None,
+        "eval.data": [_described(source) for source in _evaluation(job)] or None,
         "model": _model_files(model) if model.is_dir() else None,
     }
 
@@ -176,7 +178,7 @@ def _changed_inputs(run_dir: Path, job: JobSpec) -> list[str]:
     except (OSError, ValueError, KeyError):
         return []  # written by an earlier version
     changed = []
-    groups = (("data.train", job.data.train), ("eval.data", job.eval.data if job.eval else ()))
+    groups = (("data.train", job.data.train), ("eval.data", _evaluation(job)))
     for field, sources in groups:
         for source, known in zip(sources, files.get(field) or (), strict=False):
             if known is not None and not _is_same(source, known):
@@ -187,6 +189,11 @@ def _changed_inputs(run_dir: Path, job: JobSpec) -> list[str]:
         names = sorted(name for name in {*now, *files["model"]} if now.get(name) != files["model"].get(name))
         changed += [f"model.path ({', '.join(names)})"] if names else []
     return changed
+
+
+def _evaluation(job: JobSpec) -> list[SourceSpec]:
+    """Return the sources of eval.data by field, so that the order of evaluation sets does not matter."""
+    return [source for _, source in sorted(eval_sources(job), key=itemgetter(0))]
 
 
 def _described(source: SourceSpec) -> list[InputFile] | None:

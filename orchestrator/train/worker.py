@@ -96,9 +96,10 @@ def _train_with(
     engine = start_engine(model, ds_config)
     start = checkpointer.load(engine, saved[0]) if saved else 0
     loader, packs, steps = training_loader(job, *packed_dataset.load(config.training))
-    evaluation = (
-        evaluation_loader(job, *packed_dataset.load(config.evaluation)) if config.evaluation else None
-    )
+    evaluation = {
+        name: evaluation_loader(job, *packed_dataset.load(folder))
+        for name, folder in config.evaluation.items()
+    }
     context = TrainContext(
         job=job,
         loader=loader,

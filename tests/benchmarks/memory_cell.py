@@ -10,6 +10,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class _Quiet:
     def on_step_end(self, report: StepReport) -> None:
         self.losses.append(report.loss)
 
-    def on_evaluate(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float, by_set: Mapping[str, float]) -> None:
         pass
 
     def on_save(self, engine: Any, step: int) -> None:

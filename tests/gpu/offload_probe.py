@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class _Deaf:
     def on_step_end(self, report: object) -> None:
         pass
 
-    def on_evaluate(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float, by_set: Mapping[str, float]) -> None:
         pass
 
     def on_save(self, engine: object, step: int) -> None:

@@ -11,7 +11,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class _Recorder:
             }
         )
 
-    def on_evaluate(self, step: int, loss: float) -> None:
+    def on_evaluate(self, step: int, loss: float, by_set: Mapping[str, float]) -> None:
         self.evaluations.append([step, loss])
 
     def on_save(self, engine: Any, step: int) -> None:
@@ -116,7 +116,7 @@ def train_context(task: Task, model: Any) -> TrainContext:
     job = job_of(task)
     layout = ParallelDims.from_job(job)
     loader, packs, steps = training_loader(job, *planned(job, Path(task["data"])))
-    evaluation = evaluation_loader(job, *planned(job, Path(task["held_out"]))) if job.eval else None
+    evaluation = {"eval": evaluation_loader(job, *planned(job, Path(task["held_out"])))} if job.eval else {}
     return TrainContext(
         job=job,
         loader=loader,

@@ -123,6 +123,8 @@ def test_held_out_data_that_are_trained_on(tmp_path: Path, monkeypatch: pytest.M
         data = {"train": [{"path": "builtin/alpaca_sample"}, {"path": training}]}
         found = warned(data=data, eval=_eval(held_out))
         assert found == (["eval.data.1.path"] if same else []), (training, held_out)
+    sets = {"same": {"path": "data/rows.jsonl"}, "other": [{"path": "other.jsonl"}]}
+    assert warned(data={"train": [{"path": "data"}]}, eval={"data": sets}) == ["eval.data.same.path"]
     splits = {"train": [{"path": "org/data", "split": "train"}]}
     assert warned(data=splits, eval=_eval("org/data", split="test")) == []
     assert warned(data=splits, eval=_eval("org/data", split="train")) == ["eval.data.1.path"]

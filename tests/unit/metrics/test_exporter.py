@@ -50,6 +50,18 @@ def labels(**of: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted({"run": "my-run", "attempt": "0", **of}.items()))
 
 
+def test_each_evaluation_set_is_a_series_of_the_total(exporter: Exporter) -> None:
+    exporter.begin_attempt(0, RANKS, INFO)
+    exporter.set_run({"evaluation_loss": 2.0})
+    exporter.set_evaluation_sets({"code": 1.5, 'a"b': 3.0})
+    expected = {labels(): 2.0, labels(eval_set="code"): 1.5, labels(eval_set='a"b'): 3.0}
+    assert series(exporter, "evaluation_loss") == expected
+    exporter.end_attempt()
+    assert series(exporter, "evaluation_loss") == expected
+    exporter.begin_attempt(1, RANKS, INFO)
+    assert series(exporter, "evaluation_loss") == {}
+
+
 def test_each_rank_has_a_series_with_all_labels(exporter: Exporter) -> None:
     exporter.begin_attempt(0, RANKS, INFO)
     exporter.set_ranks(ROWS, np.array([1e12, 2e12]), 2.0)

@@ -67,7 +67,8 @@ def test_a_panel_queries_existing_metrics_and_uses_the_variables(panel: dict[str
         names = names_in(target["expr"])
         assert names
         assert names - RECORDED - set(devices.DCGM) <= catalogue.sample_names()
-        known = {*catalogue.RANK_LABELS, *catalogue.PHASE_LABELS, "le", "cluster"}
+        known = {*catalogue.RANK_LABELS, *catalogue.PHASE_LABELS, *catalogue.EVAL_SET_LABELS}
+        known |= {"le", "cluster"}
         assert labels_in(target["expr"]) <= known
         assert '$cluster"' in target["expr"]
         shown = set(re.findall(r"{{(\w+)}}", target.get("legendFormat", "")))

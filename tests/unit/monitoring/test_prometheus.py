@@ -76,7 +76,7 @@ class Scene:
             "skipped": False,
         }
         self.recorder.record_step(self.attempt, values, RankSteps.of([one, one]))
-        self.recorder.record_evaluation(self.attempt, self.step, 2.0)
+        self.recorder.record_evaluation(self.attempt, self.step, 2.0, {"code": 1.5, "chat": 2.5})
         self.recorder.record_checkpoint(self.attempt, self.step, 0.1)
 
 

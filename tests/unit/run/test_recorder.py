@@ -88,7 +88,7 @@ def test_a_step_is_written_and_shown(recorder: Recorder, tmp_path: Path) -> None
 def test_phases_of_all_ranks_evaluations_and_checkpoints_are_counted(recorder: Recorder) -> None:
     attempt = recorder.begin_attempt(WORKERS, INFO, 0, 10)
     step(recorder, attempt, 1)
-    recorder.record_evaluation(attempt, 1, 2.0)
+    recorder.record_evaluation(attempt, 1, 2.0, {"eval": 2.0})
     recorder.record_checkpoint(attempt, 1, 4.0)
     seen = shown(recorder)
     assert seen["step_phase_seconds_count"] == [2.0, 2.0, 2.0, 2.0, 1.0, 1.0]
@@ -96,6 +96,21 @@ def test_phases_of_all_ranks_evaluations_and_checkpoints_are_counted(recorder: R
     assert seen["checkpoint_seconds"] == [4.0]
     assert seen["evaluation_seconds"][0] < 30
     assert seen["last_checkpoint_timestamp_seconds"][0] == pytest.approx(time.time(), abs=30)
+
+
+def test_each_of_several_evaluation_sets_has_its_loss(recorder: Recorder, tmp_path: Path) -> None:
+    attempt = recorder.begin_attempt(WORKERS, INFO, 0, 10)
+    step(recorder, attempt, 1)
+    recorder.record_evaluation(attempt, 1, 2.0, {"eval": 2.0})
+    assert shown(recorder)["evaluation_loss"] == [2.0], "the loss of a single set is the total"
+    recorder.record_evaluation(attempt, 1, 2.0, {"code": 1.5, "chat": 3.0})
+    assert shown(recorder)["evaluation_loss"] == [2.0, 1.5, 3.0]
+    recorder.end_attempt()
+    assert shown(recorder)["evaluation_loss"] == [2.0, 1.5, 3.0]
+    assert "step 1: evaluation loss 2.0000 (code 1.5000, chat 3.0000)" in recorder.status().notes
+    rows = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["evaluation_losses"] for row in rows] == [{"eval": 2.0}, {"code": 1.5, "chat": 3.0}]
+    assert [row["evaluation_loss"] for row in rows] == [2.0, 2.0]
 
 
 def test_skipped_steps_are_counted(recorder: Recorder) -> None:

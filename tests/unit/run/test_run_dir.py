@@ -19,11 +19,12 @@ from orchestrator.run.run_dir import (
     require_same_data,
 )
 
-OLD, NEW, HELD_OUT = Path("cache/plan-a"), Path("cache/plan-b"), Path("cache/plan-c")
+OLD, NEW = Path("cache/plan-a"), Path("cache/plan-b")
+HELD_OUT = {"code": Path("cache/plan-c"), "chat": Path("cache/plan-d")}
 
 
 def test_data_may_change_until_the_first_attempt(tmp_path: Path) -> None:
-    require_same_data(tmp_path, OLD, None)
+    require_same_data(tmp_path, OLD, {})
     require_same_data(tmp_path, NEW, HELD_OUT)
     assert "plan-b" in (tmp_path / DATA).read_text()
 
@@ -35,7 +36,7 @@ def test_a_run_resumes_only_with_the_data_it_started_with(tmp_path: Path) -> Non
     with pytest.raises(SpecError, match=r"data\.train changed since run .* started"):
         require_same_data(tmp_path, NEW, HELD_OUT)
     with pytest.raises(SpecError, match=r"data\.train and data\.eval"):
-        require_same_data(tmp_path, NEW, None)
+        require_same_data(tmp_path, NEW, {})
     assert "plan-a" in (tmp_path / DATA).read_text()
 
 

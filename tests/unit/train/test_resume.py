@@ -44,7 +44,7 @@ def make_job(root: Path, **optim: Any) -> JobSpec:
 def finish(root: Path, job: JobSpec, steps: int) -> Path:
     """Write the files of a run that finished all its steps; return the run directory."""
     run_dir = open_run(job)
-    require_same_data(run_dir, Path("plan-a"), Path("plan-b"), input_files(job))
+    require_same_data(run_dir, Path("plan-a"), {"eval": Path("plan-b")}, input_files(job))
     record_job(run_dir, job)
     (run_dir / ATTEMPTS).write_text(json.dumps({"attempt": 1, "steps_planned": steps}) + "\n")
     (run_dir / STEPS).write_text("".join(json.dumps({"step": n + 1}) + "\n" for n in range(steps)))
