@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.data.field_use import FieldUse
-from orchestrator.data.learn_marks import LISTS, require_good_answer, row_weights
-from orchestrator.data.messages import MEDIA, read_messages
+from orchestrator.data.learn_marks import LISTS, row_weights
+from orchestrator.data.messages import read_messages
+from orchestrator.data.refused_rows import require_no_preference, require_trainable
 from orchestrator.data.row_values import Malformed as Malformed
 from orchestrator.data.row_values import (
     has_value,
@@ -55,7 +56,6 @@ _READ: dict[Format, frozenset[str]] = {
     "text": frozenset(("text",)),
     "tokens": TOKEN_FIELDS,
 }
-_PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_responses", "rejected_messages")
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,16 @@ def read(value: object, row_format: RowFormat) -> ReadRow:
     if not isinstance(value, dict):
         raise Malformed(f"a {type(value).__name__} where an object with fields belongs")
     if row_format not in ("text", "tokens"):
-        _require_no_preference(value)
+        require_no_preference(value)
     if row_format == "auto":
         row_format = detect(value)
-    _require_text_alone(value, row_format)
+    if row_format != "tokens":
+        require_trainable(value, has_answers=row_format != "text")
     use = FieldUse()
     row = _READERS[row_format](value, use)
-    unread = {name for name in value.keys() - _READ[row_format] if has_value(value[name])}
-    if row_format in ("messages", "sharegpt"):
+    read_fields = _READ[row_format]
+    unread = {name for name, content in value.items() if name not in read_fields and has_value(content)}
+    if unread and row_format in ("messages", "sharegpt"):
         unread -= {name for name in LISTS if isinstance(value.get(name), list)}
     use.without_effect |= unread
     null = next((name for name in _REQUIRED[row_format] if value[name] is None), "")
@@ -139,27 +141,6 @@ def detect(value: Mapping[str, object]) -> Format:
         f"the fields {names(value)} are of no known format; say which with format: alpaca (instruction and "
         "output), messages, sharegpt, prompt_completion, text or tokens, and name the fields so"
     )
-
-
-def _require_no_preference(value: Mapping[str, object]) -> None:
-    if found := [name for name in _PREFERENCES if has_value(value.get(name))]:
-        raise Malformed(
-            f"the row is a preference (it has {', '.join(found)}), and this trains on answers, not on "
-            "preferences; name the good answer and leave out the other with data.train[].columns, such as "
-            "{chosen: messages, rejected: null}, or remove the row"
-        )
-
-
-def _require_text_alone(value: Mapping[str, object], row_format: Format) -> None:
-    """Refuse rows with images and the like, and rows whose answer is marked as bad or not learnt."""
-    for name in MEDIA:
-        if row_format != "tokens" and has_value(value.get(name)):
-            raise Malformed(
-                f"the row has the field {name}, and only text is trained on; remove the row, or leave out "
-                f"the field with data.train[].columns: {{{name}: null}}"
-            )
-    if row_format not in ("text", "tokens"):
-        require_good_answer(value)
 
 
 def _alpaca(value: Mapping[str, object], use: FieldUse) -> Row:

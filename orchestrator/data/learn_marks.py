@@ -12,13 +12,10 @@ from typing import Any
 
 from orchestrator.data.row_values import Malformed
 
-_LEARN = ("weight", "loss", "loss_mask", "loss_weight", "loss_scale", "train", "training", "trainable")
+LEARN = ("weight", "loss", "loss_mask", "loss_weight", "loss_scale", "train", "training", "trainable")
 _LEAVE = ("masked",)
 _PARTS = ("train_detail", "training_detail")
-MARKS = frozenset((*_LEARN, *_LEAVE, *_PARTS, "mask"))
-_VERDICTS = ("label", "kto_tag")
-_WEIGHTS = ("weight", "loss_weight", "sample_weight")
-_OF_ROWS = frozenset((*_LEARN, *_WEIGHTS))
+MARKS = frozenset((*LEARN, *_LEAVE, *_PARTS, "mask"))
 LISTS = ("weight", "weights", "loss", "loss_mask", "loss_weight", "loss_scale", "train", "training")
 """Fields of a row of messages that may hold a list with a weight for each message."""
 
@@ -88,33 +85,3 @@ def row_weights(row: Mapping[str, Any], answers: Sequence[bool]) -> list[int] | 
             return list(weights)
         return [next(weights) if is_answer else 1 for is_answer in answers]
     return None
-
-
-def require_good_answer(row: Mapping[str, Any]) -> None:
-    """Check marks of a whole row, which must not say that its answer is bad or not learnt.
-
-    Raises:
-        Malformed: `label` or `kto_tag` is false, the row is marked as not learnt, or it has a weight.
-    """
-    for name in _VERDICTS:
-        # A label that is text is more often the class of a text; `kto_tag` has one meaning.
-        if row.get(name) is False or (name == "kto_tag" and str(row.get(name)).lower() in ("false", "0")):
-            raise Malformed(
-                f"field {name} is false: the answer is a bad one, and this trains on answers, not on "
-                "preferences; remove the row"
-            )
-    for name in _OF_ROWS & row.keys():
-        value = row[name]
-        is_zero = isinstance(value, int if name not in _WEIGHTS else (int, float)) and value == 0
-        if is_zero:  # False equals 0; a loss of 0.0 may be a measurement
-            raise Malformed(f"field {name} is {value}: the row is not to be learnt; remove it")
-        if name in _WEIGHTS and isinstance(value, int | float) and value != 1:
-            raise Malformed(
-                f"field {name} is {value}, and rows have no weight; weigh whole sources "
-                "(data.train[].weight), or remove the field"
-            )
-    if row.get("masked") is True:
-        raise Malformed("field masked is true: the row is not to be learnt; remove it")
-    mask = row.get("mask")
-    if isinstance(mask, str) and mask.strip().lower() in ("assistant", "gpt", "model"):
-        raise Malformed(f"field mask={mask} says that answers are not learnt; remove the field or the row")

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from orchestrator.data.field_use import FieldUse
 from orchestrator.data.learn_marks import MARKS, message_weight
+from orchestrator.data.refused_rows import MEDIA
 from orchestrator.data.row_values import (
     Malformed,
     has_value,
@@ -19,6 +20,7 @@ from orchestrator.data.rows import Message
 from orchestrator.data.tool_calls import calls_of, calls_of_message
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_PLAIN = {"role", "content"}
 _CALL = "function_call"
 _SPELLINGS = {
     **{role: role for role in _ROLES},
@@ -41,7 +43,6 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _TEXTS = ("text", "value", "content")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _READ = frozenset(("role", "content", "tool_calls", "tool_call_id", "function_call", *MARKS, *MEDIA))
 
 
@@ -66,6 +67,8 @@ def _message(value: object, place: str, field: str, use: FieldUse, fields: tuple
     if not isinstance(value, Mapping):
         wanted = f"an object with {fields[0]} and {fields[1]}"
         raise Malformed(f"{place} is a {type(value).__name__} where {wanted} belongs")
+    if value.keys() == _PLAIN and value["role"] in _ROLES and isinstance(value["content"], str):
+        return {"role": value["role"], "content": unicode_text(value["content"], f"{place}.content")}
     role_name, text_name = _names_of(value, fields)
     require(value, role_name, place=place)
     role = _role(value[role_name], f"{place}.{role_name}")
@@ -81,7 +84,7 @@ def _message(value: object, place: str, field: str, use: FieldUse, fields: tuple
         calls = calls_of("" if content is None else content, place, use)
         require_unicode(calls, f"{place}.{text_name}")
         role, content = "assistant", ""
-    elif role_name == "from" or (role == "assistant" and not calls):
+    elif not calls and (role_name == "from" or role == "assistant"):
         require(value, text_name, place=place)
     text, thought = _content(content, f"{place}.{text_name}", f"{field}.{text_name}", use)
     message: dict[str, Any] = {"role": role, "content": text}
