@@ -1,4 +1,4 @@
-"""Refuses rows that training cannot follow: preferences, bad answers, weights of rows, images and the like."""
+"""Refuses rows that training cannot follow: preferences, bad answers, weights of rows, images and so on."""
 
 from __future__ import annotations
 
