@@ -16,6 +16,7 @@ from orchestrator.config.eval_sets import with_sources
 from orchestrator.config.paths import as_submitted, resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import Problem
+from orchestrator.data.file_patterns import has_wildcards
 from orchestrator.errors import SpecError
 
 JOB = "job.yaml"
@@ -189,7 +190,8 @@ def run_dir_of(job: JobSpec) -> Path:
 def _absolute(path: str) -> str:
     """Return an existing path as an absolute one; hub names, URIs and builtin/ names are unchanged."""
     resolved = resolve(path)
-    return path if path.startswith("builtin/") or not resolved.exists() else str(resolved.absolute())
+    is_local = resolved.exists() or (has_wildcards(path) and "://" not in path)
+    return str(resolved.absolute()) if is_local and not path.startswith("builtin/") else path
 
 
 def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -44,6 +44,7 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
+SplitName = Annotated[str, Field(pattern=r"^[\w.\-]+(\[(-?\d+%?)?:(-?\d+%?)?\])?$")]
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 PathStr = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]  # no file system can store a NUL
 
@@ -136,8 +137,8 @@ class SourceSpec(Section):
 
     path: PathStr
     """JSON, JSON lines, CSV, TSV, text (these also .gz, .zst, .bz2, .xz), Excel, Parquet or Arrow file; a
-    folder of them; a saved data set; a URI (s3://...); a data set of the hub; or builtin/alpaca_sample and
-    builtin/alpaca_sample_eval, which ship with this package."""
+    folder of them, or a pattern (data/*.jsonl, data/**/*.csv); a saved data set; a URI (s3://...); a data set
+    of the hub; or builtin/alpaca_sample and builtin/alpaca_sample_eval, which ship with this package."""
     format: Format = "auto"
     """Format of the rows; auto detects it from the field names."""
     columns: dict[str, RowField | TurnField | None] = Field(default_factory=dict)
@@ -145,8 +146,9 @@ class SourceSpec(Section):
     a column out. Keys of messages too: {dialog: messages, speaker: role, words: content}."""
     field: Annotated[str, Field(min_length=1)] | None = None
     """List of a JSON file's object that has the rows, or sheet of a workbook; null finds the only one."""
-    split: Name | None = None
-    """Split of the data set; for a hub data set the default is train."""
+    split: SplitName | None = None
+    """Split of the data set, such as train or a part of it such as train[:1000] or train[10%:20%]; for a hub
+    data set the default is train."""
     subset: Name | None = None
     """Configuration of a data set of the hub."""
     revision: Name | None = None

@@ -20,10 +20,11 @@ import pyarrow as pa
 from pyarrow import fs, ipc, parquet
 
 from orchestrator.config.paths import resolve
-from orchestrator.config.schema import SourceSpec
+from orchestrator.config.schema import LARGEST, SourceSpec
 from orchestrator.data import delimited, json_layout, json_stream, table_values
 from orchestrator.data.columns import Columns
 from orchestrator.data.file_content import ContentError, open_text, require_table, start_of
+from orchestrator.data.file_patterns import base_of, has_wildcards, matches
 from orchestrator.data.sources import (
     Kind,
     absent,
@@ -34,6 +35,7 @@ from orchestrator.data.sources import (
     of_split,
     unreadable,
 )
+from orchestrator.data.split_slice import SplitSlice, no_rows, split_of
 from orchestrator.data.workbook import workbook_rows
 from orchestrator.errors import SpecError
 
@@ -41,6 +43,8 @@ _ROWS_PER_BLOCK = 4096
 _BYTES_PER_BLOCK = 4 * 2**20
 # SHA-256 of each file hashed by this process, by (URI, path, size in bytes, modification time in ns).
 _fingerprints: dict[tuple[str, str, int, int], str] = {}
+# Number of rows of each file counted by this process, by the same key.
+_counts: dict[tuple[str, str, int, int, str | None], int] = {}
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class DataFile:
         uri: URI of the source, which selects the file system; None for the local file system.
         columns: `SourceSpec.columns`, for the blocks.
         field: `SourceSpec.field`: the list of a JSON object, or the sheet of a workbook, with the rows.
+        rows: First row to read, from 0, and the row after the last; None for all rows.
     """
 
     name: str
@@ -87,6 +92,7 @@ class DataFile:
     uri: str | None = None
     columns: Columns = dataclasses.field(default_factory=dict)
     field: str | None = None
+    rows: tuple[int, int] | None = None
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the file's bytes, in hexadecimal, and remember it for `known_fingerprint`.
@@ -125,6 +131,17 @@ class DataFile:
         except (OSError, pa.ArrowException) as error:
             raise unreadable(self.name, error) from None
 
+    def count(self) -> int:
+        """Return the number of rows in the file, reading it only if it changed since this process read it.
+
+        Raises:
+            SpecError: As `blocks`.
+        """
+        key = (self.uri or "", self.path, *self.stamp(), self.field)
+        if key not in _counts:
+            _counts[key] = sum(len(block.values) for block in replace(self, rows=None).blocks())
+        return _counts[key]
+
     def blocks(self) -> Iterator[Block]:
         """Yield the rows in order, in blocks of about 4096 rows or 4 MiB, whichever is smaller.
 
@@ -132,10 +149,8 @@ class DataFile:
             SpecError: The file cannot be read, or its content does not match its file name extension.
         """
         try:
-            if self.kind in ("parquet", "arrow"):
-                yield from self._table_blocks()
-            else:
-                yield from self._entry_blocks()
+            blocks = self._table_blocks() if self.kind in ("parquet", "arrow") else self._entry_blocks()
+            yield from blocks if self.rows is None else _between(blocks, *self.rows)
         except (json_stream.JsonTextError, ContentError) as error:
             raise SpecError(f"data file {self.name} {error}") from None
         # ValueError and OverflowError come from `table_values`, for values that Python cannot represent.
@@ -205,6 +220,18 @@ class DataFile:
         return int(info.size), int(info.mtime_ns or 0)
 
 
+def _between(blocks: Iterator[Block], first: int, stop: int) -> Iterator[Block]:
+    """Yield the rows from `first`, counted from 0 over all blocks, up to the one before `stop`."""
+    before = 0
+    for block in blocks:
+        part = slice(max(0, first - before), stop - before)
+        if values := block.values[part]:
+            yield replace(block, values=values, numbers=block.numbers[part])
+        before += len(block.values)
+        if before >= stop:
+            return
+
+
 def _batches(file: pa.NativeFile, kind: Kind) -> Iterator[pa.RecordBatch]:
     if kind == "parquet":
         yield from parquet.ParquetFile(file).iter_batches(batch_size=_ROWS_PER_BLOCK)
@@ -226,7 +253,29 @@ def locate(source: SourceSpec) -> list[DataFile]:
     Raises:
         SpecError: The source does not exist, cannot be read, or has several splits and none was selected.
     """
-    return [replace(file, columns=source.columns, field=source.field) for file in _files(source)]
+    files = [replace(file, columns=source.columns, field=source.field) for file in _files(source)]
+    _, part = split_of(source.split)
+    return files if part is None else _of_slice(files, part, source)
+
+
+def _of_slice(files: list[DataFile], part: SplitSlice, source: SourceSpec) -> list[DataFile]:
+    """Return the files of a slice of a split, each with its range of rows."""
+    if len(files) == 1 and not part.needs_count:
+        first, stop = part.rows(LARGEST)
+        if first < stop:
+            return [replace(files[0], rows=(first, stop))]
+    counts = [file.count() for file in files]
+    first, stop = part.rows(sum(counts))
+    chosen: list[DataFile] = []
+    before = 0
+    for file, count in zip(files, counts, strict=True):
+        rows = (max(0, first - before), min(count, stop - before))
+        if rows[0] < rows[1]:
+            chosen.append(replace(file, rows=rows))
+        before += count
+    if not chosen:
+        raise no_rows(source.path, str(source.split), sum(counts))
+    return chosen
 
 
 def _files(source: SourceSpec) -> list[DataFile]:
@@ -238,7 +287,7 @@ def _files(source: SourceSpec) -> list[DataFile]:
         exists = here.exists()
     except OSError as error:
         raise unreadable(path, error) from None
-    if exists:
+    if exists or has_wildcards(path):
         return [_file(name, file) for name, file in local_files(source, here)]
     if looks_like_hub_name(path):
         return _on_the_hub(source)
@@ -259,8 +308,10 @@ def _file(name: str, path: str, uri: str | None = None) -> DataFile:
 
 
 def _at_uri(source: SourceSpec) -> list[DataFile]:
+    uri = base_of(source.path)  # the folder of a pattern
+    pattern = source.path.removeprefix(uri) or "**"
     try:
-        system, path = fs.FileSystem.from_uri(source.path)
+        system, path = fs.FileSystem.from_uri(uri)
         (info,) = system.get_file_info([path])
         if info.type == fs.FileType.File:
             return [_file(source.path, path, source.path)]
@@ -271,12 +322,9 @@ def _at_uri(source: SourceSpec) -> list[DataFile]:
         raise unreadable(source.path, error) from None
     folder = path.rstrip("/") + "/"
     # Relative paths, so that names of parent folders do not count as hidden or as names of splits.
-    found = sorted(
-        entry.path.removeprefix(folder)
-        for entry in entries
-        if entry.type == fs.FileType.File and has_rows(entry.path.removeprefix(folder))
-    )
-    return [_file(f"{source.path}: {name}", folder + name, source.path) for name in of_split(source, found)]
+    names = (entry.path.removeprefix(folder) for entry in entries if entry.type == fs.FileType.File)
+    found = sorted(name for name in names if has_rows(name) and matches(name, pattern))
+    return [_file(f"{uri}: {name}", folder + name, uri) for name in of_split(source, found)]
 
 
 def _on_the_hub(source: SourceSpec) -> list[DataFile]:
@@ -287,7 +335,7 @@ def _on_the_hub(source: SourceSpec) -> list[DataFile]:
     """
     import datasets
 
-    split = source.split or "train"
+    split = split_of(source.split)[0] or "train"
     try:
         found = datasets.load_dataset(source.path, source.subset, split=split, revision=source.revision)
     except Exception as error:

@@ -10,6 +10,8 @@ from typing import Literal
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import SourceSpec
+from orchestrator.data.file_patterns import base_of, has_wildcards, matching
+from orchestrator.data.split_slice import split_of
 from orchestrator.errors import SpecError
 
 Kind = Literal["json", "parquet", "arrow", "csv", "tsv", "text", "xlsx"]
@@ -45,7 +47,7 @@ def source_problem(source: SourceSpec) -> str | None:
     path = source.path
     if "://" in path or looks_like_hub_name(path):
         return None
-    if not _exists(path):
+    if not _exists(path) and not has_wildcards(path):
         return absent(path)
     try:
         for name, file in local_files(source, resolve(path)):
@@ -76,7 +78,7 @@ def local_files(source: SourceSpec, here: Path) -> list[tuple[str, str]]:
 
     Args:
         source: The source.
-        here: Its resolved path, which exists.
+        here: Its resolved path, which exists, or a pattern.
 
     Returns:
         Pairs of the name for messages and the path of each file.
@@ -85,15 +87,21 @@ def local_files(source: SourceSpec, here: Path) -> list[tuple[str, str]]:
         SpecError: The path is not a regular file or folder, the folder has no data files, the split is
             missing or ambiguous, or the JSON files of a saved dataset are not readable.
     """
+    name, part = split_of(source.split)
     try:
+        if not here.exists() and has_wildcards(source.path):
+            return _of_pattern(source, str(here))
         if here.is_dir():
             return _in_folder(source, here)
     except OSError as error:
         raise unreadable(source.path, error) from None
     if not here.is_file():
         raise SpecError(f"data file {source.path} is not a regular file; name a file or a folder of files")
-    if source.split is not None:
-        raise SpecError(f"data file {source.path} is one file and has no splits; remove split={source.split}")
+    if name is not None and (part is None or name != "train"):
+        raise SpecError(
+            f"data file {source.path} is one file and has no splits; remove split={source.split}, or write "
+            "split: train[:1000] for a part of its rows"
+        )
     return [(source.path, str(here))]
 
 
@@ -147,13 +155,13 @@ def of_split(source: SourceSpec, names: list[str]) -> list[str]:
     # data/test.jsonl, but not latest.jsonl.
     is_text = {name: _KINDS.get(_extension(name)) == "text" for name in names}
     names = [name for name in names if not is_text[name] or all(is_text.values())]  # notes next to data
-    if source.split is not None:
-        word = re.compile(rf"(^|[-_./]){re.escape(source.split)}([-_./]|$)")
+    split, _ = split_of(source.split)
+    if split is not None:
+        word = re.compile(rf"(^|[-_./]){re.escape(split)}([-_./]|$)")
         chosen = [name for name in names if word.search(name)]
         if not chosen:
             raise SpecError(
-                f"data folder {source.path} has no file of split={source.split} among {names[:8]}; name "
-                "another"
+                f"data folder {source.path} has no file of split={split} among {names[:8]}; name another"
             )
         return _of_one_kind(source, chosen)
     splits = {match.group(1) for name in names if (match := _SPLIT_NAMES.search(name))}
@@ -181,7 +189,7 @@ def _of_one_kind(source: SourceSpec, names: list[str]) -> list[str]:
     if spreadsheets and len(spreadsheets) < len(endings):
         raise SpecError(
             f"data folder {source.path} has files of several kinds ({', '.join(endings)}); name those meant "
-            f"with path: {source.path.rstrip('/')}/**/*{endings[0]}"
+            f"with a pattern, such as *{endings[0]}"
         )
     return names
 
@@ -209,6 +217,19 @@ def _in_folder(source: SourceSpec, folder: Path) -> list[tuple[str, str]]:
     return [(f"{source.path.rstrip('/')}/{name}", str(folder / name)) for name in names]
 
 
+def _of_pattern(source: SourceSpec, pattern: str) -> list[tuple[str, str]]:
+    """Return the files that match a pattern; those with a known extension, if any has one."""
+    base = base_of(pattern)
+    found = [name.removeprefix(base) for name in matching(pattern)]
+    if not found:
+        raise SpecError(
+            f"data path {source.path} matches no file; correct the pattern, which counts from {Path.cwd()} "
+            "if relative"
+        )
+    names = of_split(source, [name for name in found if has_rows(name)] or found)
+    return [(base_of(source.path) + name, base + name) for name in names]
+
+
 def _saved_data_set(source: SourceSpec, folder: Path) -> list[tuple[str, str]]:
     """Return the Arrow files of a dataset saved by `Dataset.save_to_disk`, as listed in its state.json.
 
@@ -218,17 +239,18 @@ def _saved_data_set(source: SourceSpec, folder: Path) -> list[tuple[str, str]]:
         SpecError: The split is missing or not selected, or a JSON file is not readable.
     """
     place = source.path.rstrip("/")
+    split, _ = split_of(source.split)
     if (folder / "dataset_dict.json").is_file():
         try:
             splits = list(json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise unreadable(f"{place}/dataset_dict.json", error) from None
-        if source.split is None or source.split not in splits:
+        if split is None or split not in splits:
             raise SpecError(
-                f"data set {source.path} has the splits {', '.join(splits)}, and split={source.split} is "
+                f"data set {source.path} has the splits {', '.join(splits)}, and split={split} is "
                 "none of them; say which is meant with split: NAME"
             )
-        folder, place = folder / source.split, f"{place}/{source.split}"
+        folder, place = folder / split, f"{place}/{split}"
     try:
         state = json.loads((folder / "state.json").read_text("utf-8"))
         names = [entry["filename"] for entry in state["_data_files"]]

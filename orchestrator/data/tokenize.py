@@ -111,7 +111,7 @@ def tokenize_sources(
     for source in sources:
         files = locate(source)
         prints = [file.fingerprint() for file in files]
-        contents = [f"{file.kind} {print}" for file, print in zip(files, prints, strict=True)]
+        contents = [f"{file.kind} {file.rows} {print}" for file, print in zip(files, prints, strict=True)]
         folder = cache / _key(source, contents, tokenizer, template, learnt)
         if not (folder / MANIFEST).exists():
             remaining = data.malformed_rows_allowed - len(problems)

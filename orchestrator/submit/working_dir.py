@@ -15,6 +15,7 @@ from orchestrator.config import loader
 from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import broken_rules
+from orchestrator.data.file_patterns import has_wildcards
 from orchestrator.data.sources import local_files, source_problem
 from orchestrator.errors import SpecError
 from orchestrator.package_data import BUNDLED, PACKAGE, RESOURCES, ROOT, resource
@@ -88,7 +89,7 @@ def _data_files(job: JobSpec) -> tuple[list[Path], list[str]]:
             problems[f"data path {source.path} leaves the working directory; use an absolute path"] = None
         elif problem := source_problem(source):
             problems[problem] = None
-        elif path.exists():
+        elif path.exists() or has_wildcards(source.path):
             files |= dict.fromkeys(_files_of(source))
         elif Path(path.parts[0]).is_dir():
             problems[

@@ -122,7 +122,7 @@ def test_hub_names_uris_and_absolute_paths_are_unchanged(tmp_path: Path) -> None
         ("data/rows", "data is a local folder"),
         ("../rows.jsonl", "leaves the working directory"),
         ("data", "has no file with rows"),
-        ("job.yaml", "overwrite a file of orchestrator"),
+        ("job.yaml", "is YAML, which is not read"),
         ("orchestrator/cli/main.py", "overwrite a file of orchestrator"),
     ],
 )
@@ -201,3 +201,12 @@ def test_errors_for_env_options_do_not_contain_values() -> None:
     assert "secret" not in text
     assert "NOT_SET_ANYWHERE is not set; export it" in text
     assert "LD_PRELOAD would have no effect" in text
+
+
+def test_files_of_a_pattern_are_uploaded(here: Path, tmp_path: Path) -> None:
+    for name in ("data/a.jsonl", "data/b.jsonl", "data/c.json"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROWS, here / name)
+    files, _ = uploaded(tmp_path, job("data/*.jsonl"))
+    assert files == {"data/a.jsonl", "data/b.jsonl"}
+    assert "matches no file" in problems(job("data/*.csv"), tmp_path / "other")[0]
