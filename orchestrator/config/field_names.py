@@ -99,6 +99,10 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
         remark="write data.packing: best_fit, concat or none"
     ),
     **_same(
+        "data.pad_to", "pad_to_max_length", "pad_to_sequence_len", "padding",
+        remark="only packing: none can pad; null pads nothing"
+    ),
+    **_same(
         "data.cross_document_attention", "neat_packing", "padding_free", "use_varlen_attn",
         remark="false keeps documents apart, as these options do"
     ),

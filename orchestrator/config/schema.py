@@ -168,10 +168,13 @@ class DataSpec(Section):
     train: tuple[SourceSpec, ...] = Field(min_length=1)
     """The training data."""
     max_length: Annotated[int, Field(ge=16, le=LARGEST)] = 2048
-    """Tokens of a pack."""
+    """Tokens of a pack, at most."""
     packing: Literal["none", "best_fit", "concat"] = "best_fit"
     """best_fit packs whole documents; concat concatenates all documents and cuts at every max_length; none
-    pads each document."""
+    makes each document a pack of its own, without padding."""
+    pad_to: Literal["max_length"] | None = None
+    """max_length pads the packs of packing: none to max_length slots, as trainers without packing do; packs
+    of best_fit and concat always have max_length slots."""
     cross_document_attention: bool = False
     """true lets tokens attend to other documents of their pack, as XTuner's published benchmark does."""
     truncation: Literal["right", "left", "drop", "split"] = "right"
@@ -193,6 +196,11 @@ class DataSpec(Section):
     balance_window_steps: Count = 32
     """Steps within which packs are reordered so that packs of one step have similar attention cost; 1 turns
     balancing off."""
+
+    @property
+    def pads_packs(self) -> bool:
+        """Whether every pack has max_length slots."""
+        return self.packing != "none" or self.pad_to == "max_length"
 
 
 class ParallelSpec(Section):

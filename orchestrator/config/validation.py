@@ -80,7 +80,7 @@ def _broken_batch_rules(job: JobSpec) -> Iterator[Problem]:
 def _broken_sequence_rules(job: JobSpec) -> Iterator[Problem]:
     size, length = job.parallel.sequence_parallel_size, job.data.max_length
     slots = length * job.optim.micro_batch_size
-    if slots % size:
+    if slots % size and job.data.pads_packs:  # other rows are padded to the next multiple
         yield (
             ("data.max_length", "parallel.sequence_parallel_size"),
             f"data.max_length={length} (x micro_batch_size {job.optim.micro_batch_size}) is not a multiple "

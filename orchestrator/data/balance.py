@@ -1,11 +1,11 @@
 """Order packs and assign them to data-parallel ranks so that ranks that synchronize have equal work.
 
-A step lasts as long as its slowest rank. All packs have the same number of slots, so they differ only in
-attention, whose cost grows with the squared document lengths. Within `balance_window_steps` steps, packs of
-similar cost are grouped into the same step; which packs form a step depends on the seed and the global batch
-size only. Within a step, packs are assigned to ranks so that the cost between two synchronizations is equal:
-for each micro-step under ZeRO-2 and ZeRO-3, which reduce gradients in every backward pass, and for the whole
-step otherwise.
+A step lasts as long as its slowest rank. Packs of equal size differ only in attention, whose cost grows with
+the squared document lengths; packs that are not padded (`packing: none`) also differ in their slots. Within
+`balance_window_steps` steps, packs of similar cost are grouped into the same step; which packs form a step
+depends on the seed and the global batch size only. Within a step, packs are assigned to ranks so that the
+cost between two synchronizations is equal: for each micro-step under ZeRO-2 and ZeRO-3, which reduce
+gradients in every backward pass, and for the whole step otherwise.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class BatchShape:
     """How the packs of a global batch are divided into micro-batches and ranks.
 
     Attributes:
-        max_length: Slots in a pack.
+        max_length: Slots in a pack, at most.
         global_batch_size: Packs in an optimizer step.
         micro_batch_size: Packs in one forward pass of a rank.
         data_parallel_size: Data-parallel ranks.
         sync_every_micro_step: Whether ranks synchronize in every micro-step (ZeRO-2 and ZeRO-3) or once a
             step.
         sequence_parallel_size: Ranks that share one row of packs.
+        pads_packs: Whether every pack is padded to max_length slots; otherwise packs lie end to end.
     """
 
     max_length: int
@@ -40,6 +41,7 @@ class BatchShape:
     data_parallel_size: int
     sync_every_micro_step: bool = True
     sequence_parallel_size: int = 1
+    pads_packs: bool = True
 
     @property
     def gradient_accumulation_steps(self) -> int:

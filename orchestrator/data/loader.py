@@ -27,7 +27,10 @@ _PADDING_DOCUMENT_TOKENS = 128
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The packs of one forward pass, concatenated into one row of packs * max_length slots, or a shard of it.
+    """The packs of one forward pass, concatenated into one row, or a shard of it.
+
+    Each pack has max_length slots, unless `BatchShape.pads_packs` is false: then only the end of the row is
+    padded, to a multiple of the sequence parallel size.
 
     Under sequence parallelism each rank holds a shard: T consecutive slots and the labels predicted from
     them. `document_lengths` always describe the whole row, because attention runs over the whole row.
@@ -104,8 +107,10 @@ class PackLoader:
             squares = self._packs.sums(lengths) ** 2
         else:
             squares = self._packs.sums(lengths**2)
-        fixed = self._sampler.slot_cost * self._batch_shape.max_length
-        return (fixed + self._sampler.squared_length_cost * squares).astype(np.float64)
+        pads = self._batch_shape.pads_packs
+        slots = self._batch_shape.max_length if pads else self._packs.sums(lengths)
+        costs = self._sampler.slot_cost * slots + self._sampler.squared_length_cost * squares
+        return costs.astype(np.float64)
 
     def packs(self, epochs: float) -> int:
         """Return the number of packs in `epochs`, rounded up."""
@@ -150,22 +155,26 @@ class PackLoader:
             yield self.assemble([numbers[index] for index in indices], shard)
 
     def assemble(self, numbers: list[int | None], shard: int = 0) -> MicroBatch:
-        """Concatenate packs, each padded to max_length, and return one sequence-parallel shard of the row.
+        """Concatenate packs and return one sequence-parallel shard of the row.
 
         Documents outside the shard are not read. The first token of a document is never a label.
         """
-        capacity, shards = self._batch_shape.max_length, self._batch_shape.sequence_parallel_size
-        # All arrays cover the whole row, [packs * max_length]; they are cut to the shard at the end.
-        # Padding has token id 0: it forms documents of its own and is never a label, so the id is arbitrary.
-        input_ids = np.zeros(capacity * len(numbers), np.int64)
-        shard_size = len(input_ids) // shards
+        shards = self._batch_shape.sequence_parallel_size
+        members = [[] if number is None else self._packs.members(number).tolist() for number in numbers]
+        paddings = self._paddings(members)
+        # All arrays cover the whole row, [slots]; they are cut to the shard at the end. Padding has token id
+        # 0: it forms documents of its own and is never a label, so the id is arbitrary.
+        row_slots = sum(paddings) + sum(int(self._documents.lengths[each].sum()) for each in members)
+        input_ids = np.zeros(row_slots, np.int64)
+        shard_size = row_slots // shards
         local = slice(shard * shard_size, (shard + 1) * shard_size)
-        trained, is_real = np.zeros(len(input_ids), np.bool_), np.zeros(len(input_ids), np.bool_)
+        trained, is_real = np.zeros(row_slots, np.bool_), np.zeros(row_slots, np.bool_)
         lengths: list[int] = []
         real: list[int] = []
-        for index, number in enumerate(numbers):
-            at, sizes = index * capacity, []
-            for member in [] if number is None else self._packs.members(number).tolist():
+        at = 0
+        for pack, padding in zip(members, paddings, strict=True):
+            first, sizes = at, []
+            for member in pack:
                 size = int(self._documents.lengths[member])
                 if at < local.stop and at + size > local.start:
                     document = self._documents.document(member)
@@ -175,9 +184,10 @@ class PackLoader:
                 sizes.append(size)
                 at += size
             sizes = [sum(sizes)] if self._sampler.cross_document_attention and sizes else sizes
-            is_real[index * capacity : at] = True
+            is_real[first:at] = True
             real += sizes
-            lengths += sizes + _padding((index + 1) * capacity - at)
+            lengths += sizes + _padding(padding)
+            at += padding
         targets = np.flatnonzero(trained)
         # Labels are shifted here: slot i predicts token i + 1. A target belongs to the shard of the slot
         # before it, so a label at a shard's first slot goes to the previous rank and no exchange is needed.
@@ -192,6 +202,16 @@ class PackLoader:
             square_tokens=sum(size * size for size in real) / shards,
             real_lengths=tuple(real),
         )
+
+    def _paddings(self, members: list[list[int]]) -> list[int]:
+        """Return the padding slots after each pack of a row, given the documents of each pack."""
+        tokens = [int(self._documents.lengths[each].sum()) for each in members]
+        shape = self._batch_shape
+        if shape.pads_packs:
+            return [shape.max_length - size for size in tokens]
+        # Every shard has at least one slot, also in the empty rows of the last step.
+        slots = max(1, -(-sum(tokens) // shape.sequence_parallel_size)) * shape.sequence_parallel_size
+        return [*[0] * (len(tokens) - 1), slots - sum(tokens)]
 
     def wait_factors(self) -> tuple[float, float]:
         """Return the wait factor of the first epoch without and with balancing; 1.0 means no rank waits."""

@@ -103,7 +103,9 @@ class Prediction:
     @property
     def tgs(self) -> float | None:
         """Tokens per GPU and second for packs without padding."""
-        return None if self.time is None else tokens_per_gpu_second(self.work, self.time.total)
+        if self.time is None:
+            return None
+        return tokens_per_gpu_second(self.work.at_mean_length(), self.time.total)
 
     @property
     def tflops(self) -> float | None:
@@ -112,7 +114,7 @@ class Prediction:
             return None
         return (
             self.work.gradient_accumulation_steps
-            * micro_batch_model_flops(self.work)
+            * micro_batch_model_flops(self.work.at_mean_length())
             / self.time.total
             / 1e12
         )
@@ -186,6 +188,7 @@ def workload_from_job(
         checkpointing=spec.gradient_checkpointing,
         loss_tile_tokens=spec.loss_tile_tokens or 0,
         mlp_tile_tokens=spec.mlp_tile_tokens or 0,
+        length_variation=float(not (job.data.pads_packs or parallel.expandable_segments)),
     )
 
 
@@ -207,7 +210,7 @@ def predict(
     else:
         memory = gpu_memory(work)
     try:
-        time = step_time(work, cluster.device, calibration.time)
+        time = step_time(work.at_mean_length(), cluster.device, calibration.time)
     except MissingDeviceRates:
         time = None
     if is_cpu and not calibration.calibrated:

@@ -39,12 +39,14 @@ class DataShape:
     Attributes:
         document_tokens: Length of a token's document, averaged over tokens; 0 if unknown.
         labelled_share: Fraction of tokens, padding included, that the loss uses as labels.
-        largest_labelled_share: The same for the pack with the most labels.
+        largest_labelled_share: The labels of the pack with the most, as a fraction of max_length.
+        pack_tokens: Mean tokens of a pack, padding included; 0 if every pack has max_length.
     """
 
     document_tokens: float = 0.0
     labelled_share: float = 1.0
     largest_labelled_share: float = 1.0
+    pack_tokens: float = 0.0
 
 
 UNKNOWN_DATA = DataShape()
@@ -56,7 +58,7 @@ class Workload:
 
     Attributes:
         model: Model sizes.
-        length_tokens: Tokens per row, over all sequence parallel workers.
+        length_tokens: Tokens per row, over all sequence parallel workers; of the longest row, if they differ.
         micro_batch_size: Rows per micro-batch.
         gradient_accumulation_steps: Micro-batches per optimizer step.
         world_size: Number of workers.
@@ -86,6 +88,7 @@ class Workload:
             0 for attention over the whole row.
         labelled_share: Fraction of tokens for which the LM head computes logits.
         largest_labelled_share: The largest such fraction in a micro-batch.
+        mean_length_tokens: Mean tokens per row; 0 if all rows have length_tokens.
     """
 
     model: Model
@@ -117,6 +120,7 @@ class Workload:
     mean_square_tokens: float = 0.0
     labelled_share: float = 1.0
     largest_labelled_share: float = 1.0
+    mean_length_tokens: float = 0.0
 
     def with_data(self, data: DataShape, whole_packs: bool) -> Workload:
         """Return the workload with the statistics of given data.
@@ -133,6 +137,16 @@ class Workload:
             mean_square_tokens=seen,
             labelled_share=data.labelled_share,
             largest_labelled_share=largest,
+            mean_length_tokens=data.pack_tokens,
+        )
+
+    def at_mean_length(self) -> Workload:
+        """Return the workload with rows of the mean length, which gives its time; the longest need memory."""
+        if not self.mean_length_tokens:
+            return self
+        shortest = -(-self.sequence_parallel_size // self.micro_batch_size)  # one token per worker
+        return replace(
+            self, length_tokens=max(shortest, round(self.mean_length_tokens)), mean_length_tokens=0.0
         )
 
     @property

@@ -40,6 +40,8 @@ def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> JsonObject:
         packs: Packs of these documents.
     """
     counts = corpus.counts
+    # Without padding, up to sequence_parallel_size - 1 slots at the end of a row are ignored here.
+    slots = len(packs) * job.data.max_length if job.data.pads_packs else counts.tokens_kept
     batches, _, _ = training_loader(job, corpus, packs)
     by_chance, ordered = batches.wait_factors()
     squares = packs.sums(corpus.lengths**2).astype(float)
@@ -47,10 +49,11 @@ def packing_figures(job: JobSpec, corpus: Corpus, packs: Packs) -> JsonObject:
         **vars(counts),
         "packs": len(packs),
         "max_length": job.data.max_length,
-        "non_padding_fraction": counts.tokens_kept / (len(packs) * job.data.max_length),
+        "slots": slots,
+        "non_padding_fraction": counts.tokens_kept / slots,
         "lower_bound": lower_bound(corpus.lengths, job.data.max_length),
         "mean_square_tokens": float(squares.sum() / counts.tokens_kept),
-        "labelled_share": counts.trained_tokens / (len(packs) * job.data.max_length),
+        "labelled_share": counts.trained_tokens / slots,
         "largest_labelled_share": float(packs.sums(corpus.trained).max() / job.data.max_length),
         "attention_cost_cv": float(squares.std() / squares.mean()),
         "wait_factor_by_chance": by_chance,

@@ -104,6 +104,7 @@ def loader(
         ParallelDims.from_job(job).data_parallel_size,
         sync_every_micro_step=job.parallel.zero_stage >= 2,
         sequence_parallel_size=job.parallel.sequence_parallel_size,
+        pads_packs=job.data.pads_packs,
     )
     slot_cost, squared_length_cost = flops_per_slot(job)
     sampler = SamplerConfig(

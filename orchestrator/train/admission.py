@@ -85,6 +85,7 @@ class Admission:
             document_tokens=packing["mean_square_tokens"],
             labelled_share=packing["labelled_share"],
             largest_labelled_share=packing["largest_labelled_share"],
+            pack_tokens=0.0 if self.job.data.pads_packs else packing["slots"] / packing["packs"],
         )
         known = replace(self, data=data)
         known.keep(run_dir)
@@ -99,7 +100,7 @@ class Admission:
         """
         plain = self.prediction(CalibrationParams())
         try:
-            steps = micro_steps(plain.work, self.cluster.device)
+            steps = micro_steps(plain.work.at_mean_length(), self.cluster.device)
         except MissingDeviceRates:
             steps = None
         remember(observed(str(run_dir), self.stack, plain, steps, measured))

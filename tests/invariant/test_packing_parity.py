@@ -129,6 +129,22 @@ def test_the_loss_of_packs_is_that_of_their_documents_alone(home: Path, kind: st
     assert counts.tokens_truncated or counts.tokens_dropped or counts.rows_split, "rows are too short"
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_padding_to_max_length_changes_no_loss(home: Path, micro_batch_size: int) -> None:
+    model = _model(home)
+    losses, slots = [], []
+    for pad_to in (None, "max_length"):
+        corpus, batches, packs = _planned(home, "messages", packing="none", pad_to=pad_to)
+        rows = [list(range(first, packs))[:micro_batch_size] for first in range(0, packs, micro_batch_size)]
+        held = [batches.assemble(list(row)) for row in rows]
+        with torch.no_grad():
+            inputs = [ModelInputs.from_batch(batch, "sdpa", CPU) for batch in held]
+            losses.append([loss_sum(model, each).item() for each in inputs])
+        slots.append(sum(len(batch.input_ids) for batch in held))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert slots == [corpus.counts.tokens_kept, packs * MAX_LENGTH]
+
+
 @pytest.mark.parametrize("kind", ["messages", "tokens"])
 @pytest.mark.parametrize("loss_on", ["response", "all", "last_turn"])
 def test_what_is_trained_is_what_the_job_says(home: Path, kind: str, loss_on: str) -> None:

@@ -318,6 +318,22 @@ def test_a_row_must_be_shared_evenly() -> None:
     assert "data.max_length=2048" in sentence
     assert sentence.endswith("use max_length: 2049")
     assert broken(parallel__workers=3, parallel__sequence_parallel_size=3, data__max_length=2049) == []
+    shared = {"parallel__workers": 3, "parallel__sequence_parallel_size": 3, "data__max_length": 2048}
+    assert broken(**shared, data__packing="none") == []
+    assert len(broken(**shared, data__packing="none", data__pad_to="max_length")) == 1
+
+
+@pytest.mark.parametrize(
+    ("packing", "pad_to", "expected"),
+    [
+        ("none", None, False),
+        ("none", "max_length", True),
+        ("best_fit", None, True),
+        ("concat", "max_length", True),
+    ],
+)
+def test_only_packing_none_can_do_without_padding(packing: str, pad_to: str | None, expected: bool) -> None:
+    assert job(data__packing=packing, data__pad_to=pad_to).data.pads_packs == expected
 
 
 def test_attention_across_documents_needs_several_in_a_pack() -> None:

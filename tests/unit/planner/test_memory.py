@@ -121,6 +121,16 @@ def test_logits_are_those_of_the_pack_that_has_most_labels() -> None:
     assert FULL.with_data(few, whole_packs=True).attended_tokens == 2048
 
 
+def test_the_longest_row_takes_memory_and_the_mean_row_time() -> None:
+    known = replace(FULL, sequence_parallel_size=4).with_data(DataShape(pack_tokens=300.4), whole_packs=False)
+    assert loss_bytes(known) == loss_bytes(replace(FULL, sequence_parallel_size=4))
+    assert known.at_mean_length().length_tokens == 300
+    assert known.at_mean_length().at_mean_length() == known.at_mean_length()
+    assert FULL.at_mean_length() == FULL
+    short = replace(known, mean_length_tokens=1.5)
+    assert short.at_mean_length().tokens == 1, "every worker has a token"
+
+
 def test_offloaded_activations_are_on_the_host() -> None:
     moved = replace(FULL, offload_activations=True)
     assert host_memory_of_workload(moved).activations == kept_bytes(FULL)

@@ -194,6 +194,24 @@ def test_documents_that_were_read_replace_whole_packs(tmp_path: Path) -> None:
     assert kept["memory_bytes_by_part"]["logits"] == round(known.memory.logits)
 
 
+def test_rows_without_padding_take_the_time_of_their_mean_length(tmp_path: Path) -> None:
+    own = job()
+    unpadded = own.model_copy(update={"data": own.data.model_copy(update={"packing": "none"})})
+    packing = {
+        "mean_square_tokens": 150.0,
+        "labelled_share": 0.9,
+        "largest_labelled_share": 0.8,
+        "slots": 12_800,
+        "packs": 100,
+    }
+    for each, length in ((own, 512), (unpadded, 128)):
+        first = admit(each, tmp_path)
+        assert first is not None
+        known = first.with_data(tmp_path, packing).prediction(CalibrationParams())
+        assert known.work.length_tokens == 512
+        assert known.work.at_mean_length().length_tokens == length
+
+
 def test_a_family_that_is_not_known_is_not_planned_and_not_refused(tmp_path: Path, logged: list[str]) -> None:
     model = tmp_path / "model"
     model.mkdir()
