@@ -14,6 +14,7 @@ pytestmark = pytest.mark.ray
 
 JOB = ROOT / "launch" / "jobs" / "published" / "xtuner" / "llama2-7b-8k.yaml"
 EMPTY = {"en": [4, 9, 10], "zh": [1, 30]}
+NOTHING = ("", " \n", None)
 ROWS = 40
 
 
@@ -23,7 +24,7 @@ def _write(file: Path, empty: list[int]) -> None:
         {"instruction": f"Count to {number}.", "input": "", "output": f"One to {number}: done." * 3}
         for number in range(1, ROWS + 1)
     ]
-    for at, nothing in zip(empty, ("", " \n", None), strict=False):
+    for at, nothing in zip(empty, NOTHING, strict=False):
         rows[at - 1]["output"] = nothing  # type: ignore[assignment]
     file.write_text(json.dumps(rows), encoding="utf-8")
 
@@ -60,5 +61,6 @@ def test_a_published_job_trains_on_rows_without_an_output(tmp_path: Path) -> Non
     assert packing["tokens_read"] == packing["tokens_kept"] > 0
     for done in (trained, packed):
         for name, empty in EMPTY.items():
-            for row in empty:
-                assert f"{name}.json, row {row}: field output is empty" in done.err
+            for row, nothing in zip(empty, NOTHING, strict=False):
+                reason = "null" if nothing is None else "empty"
+                assert f"{name}.json, row {row}: field output is {reason}" in done.err
