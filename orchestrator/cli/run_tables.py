@@ -117,10 +117,9 @@ def table(rows: Mapping[str, object]) -> str:
 def packing_table(figures: Mapping[str, Any]) -> str:
     """Return packing statistics as a table, with a line for each source if there are several."""
     rows = {name: value for name, value in figures.items() if name not in ("sources", "evaluation")}
-    counts = figures["fields_without_effect"]
-    rows["fields_without_effect"] = (
-        ", ".join(f"{name} ({count} rows)" for name, count in counts.items()) or "none"
-    )
+    for key in ("fields_without_effect", "notes"):
+        counts = figures[key].items()
+        rows[key] = ", ".join(f"{name} ({count} rows)" for name, count in counts) or "none"
     sources = figures["sources"] if len(figures["sources"]) > 1 else []
     lines = [f"{source['share_of_tokens']:.1%} of the tokens from {source['path']}" for source in sources]
     lines += [

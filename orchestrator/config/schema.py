@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -162,6 +163,17 @@ class SourceSpec(Section):
     """Use a random subset of this many rows, seeded by run.seed."""
 
 
+CHAT_TEMPLATES = ("chatml", "gemma", "llama3", "mistral", "phi3", "qwen", "zephyr")
+"""Names of the chat templates in `orchestrator.data.named_templates`."""
+
+
+def _chat_template(value: str) -> str:
+    names = ("auto", "chat", "alpaca", *CHAT_TEMPLATES)
+    if value not in names and not any(character in value for character in "/.{"):
+        raise ValueError(f"must be one of {', '.join(names)}, the file of a Jinja template, or its text")
+    return value
+
+
 class DataSpec(Section):
     """Data sources, and how rows are packed to max_length tokens."""
 
@@ -182,9 +194,14 @@ class DataSpec(Section):
     continues it in another pack, without attention to the part before."""
     loss_on: Literal["response", "all", "last_turn"] = "response"
     """Tokens with a loss: those of all responses, all tokens, or those of the last response."""
-    chat_template: Literal["auto", "chat", "alpaca"] = "auto"
+    chat_template: Annotated[str, AfterValidator(_chat_template)] = "auto"
     """chat: the tokenizer's chat template; alpaca: the Stanford Alpaca prompt; auto: chat if the tokenizer
-    has a template, else alpaca."""
+    has a template, else alpaca; or the name (chatml, llama3, qwen, ...), the file or the text of a template
+    that replaces the tokenizer's."""
+    template_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking, and the date that it writes, as 2026-01-01."""
+    system_prompt: str = ""
+    """System message of rows that have none."""
     empty_answers: Literal["skip", "error", "learn_end"] = "skip"
     """For answers without text: skip computes no loss on them, and skips and counts rows without any other
     trained token (rows_empty); error treats them as malformed rows; learn_end trains the end-of-turn token.

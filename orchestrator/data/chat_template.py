@@ -7,14 +7,18 @@ token positions, and the labels are stored per token so that `loss_on` can be ch
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
+from jinja2 import TemplateError
 
+from orchestrator.config.schema import DataSpec, ModelSpec
 from orchestrator.data.conversation import ChatSettings, Rendered, conversation_template
 from orchestrator.data.formats import Malformed
+from orchestrator.data.model_tokenizer import ends_of_generation
+from orchestrator.data.named_templates import NAMED
 from orchestrator.data.rows import Conversation, Instruction, Message, Row, Text, Tokens
 from orchestrator.data.token_positions import tokenize
 from orchestrator.errors import SpecError
@@ -34,7 +38,24 @@ _ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-Template = Literal["chat", "alpaca"]
+TemplateName = Literal["chat", "alpaca"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How rows are rendered.
+
+    Attributes:
+        name: chat renders instruction rows with the tokenizer's chat template, alpaca with Stanford's prompt.
+        settings: Settings of the chat template, which conversations always use.
+        chosen: `data.chat_template`, for `load_tokenizer`.
+    """
+
+    name: TemplateName
+    settings: ChatSettings = field(default_factory=ChatSettings)
+    chosen: str = "auto"
+
+
 CONTEXT, RESPONSE, LAST_RESPONSE = 0, 1, 2
 """Label of a token: outside every answer, in an answer before the last one, or in the last answer of the row.
 
@@ -49,7 +70,7 @@ class Encoded:
     Attributes:
         tokens: Token ids, uint32, shape [length].
         turn: CONTEXT, RESPONSE or LAST_RESPONSE of each token, uint8, shape [length].
-        notes: What `pack` counts of the row, such as an answer without an end of turn.
+        notes: Names in `orchestrator.data.conversation.NOTES`.
     """
 
     tokens: npt.NDArray[np.uint32]
@@ -57,66 +78,80 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
-def choose(wanted: Literal["auto", "chat", "alpaca"], tokenizer: PreTrainedTokenizerFast) -> Template:
-    """Return the template for instruction rows; `auto` prefers the tokenizer's chat template.
+def choose(data: DataSpec, model: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """Return how rows are rendered; `auto` prefers the tokenizer's chat template for instruction rows.
+
+    Args:
+        data: `chat_template`, `template_options` and `system_prompt`.
+        model: Its generation_config.json names the tokens that end a turn.
+        tokenizer: The tokenizer, with the chosen chat template.
 
     Raises:
-        SpecError: `wanted` is `chat` and the tokenizer has no chat template.
+        SpecError: The chosen template is `chat` and the tokenizer has none.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
-    if wanted == "chat" and not has_chat:
+    if data.chat_template == "chat" and not has_chat:
         raise SpecError(
-            "data.chat_template=chat, but the tokenizer has no chat template; use chat_template: alpaca"
+            "data.chat_template=chat, but the tokenizer has no chat template; use chat_template: alpaca, or "
+            f"the name of a template: {', '.join(NAMED)}"
         )
-    if wanted == "auto":
-        return "chat" if has_chat else "alpaca"
-    return wanted
+    settings = ChatSettings(
+        tuple(sorted(data.template_options.items())), ends_of_generation(model, tokenizer), data.system_prompt
+    )
+    if has_chat:
+        try:
+            conversation_template(tokenizer, settings).compile()
+        except TemplateError as error:
+            raise SpecError(
+                f"data.chat_template={data.chat_template}: the chat template cannot be compiled "
+                f"({error}); correct it"
+            ) from None
+    name: TemplateName = "chat" if has_chat and data.chat_template != "alpaca" else "alpaca"
+    return Template(name, settings, data.chat_template)
 
 
 def render(
     row: Conversation | Instruction | Text,
-    template: Template,
+    template: Template | TemplateName,
     tokenizer: PreTrainedTokenizerFast,
     learn_ends: bool = False,
-    settings: ChatSettings = ChatSettings(),
 ) -> Rendered:
     """Render a row as text and locate its answers.
 
     Args:
         row: A row that is not tokenized yet.
-        template: Template for instruction rows. Conversations always use the chat template; plain text uses
-            none.
+        template: The result of `choose`, or a template for instruction rows with default settings.
         tokenizer: Provides the chat template and the special tokens.
         learn_ends: Whether the end-of-turn tokens of an empty answer in a conversation count as an answer.
-        settings: Settings of the chat template.
 
     Raises:
         Malformed: The chat template raised an error or leaves out parts of the row, or the answers cannot be
             located in its output.
     """
+    template = Template(template) if isinstance(template, str) else template
     end = tokenizer.eos_token or ""
     if isinstance(row, Text):
         return _joined(row.prompt, row.completion + end)
-    if isinstance(row, Instruction) and template == "chat":
+    if isinstance(row, Instruction) and template.name == "chat":
         row = _as_conversation(row)
     if isinstance(row, Conversation):
-        return conversation_template(tokenizer, settings).render(row, learn_ends)
+        return conversation_template(tokenizer, template.settings).render(row, learn_ends)
     if row.history:
         raise Malformed(
             "field history needs several turns, which chat_template: alpaca has not; use chat_template: chat"
         )
     body = _ALPACA_WITH_INPUT if row.input else _ALPACA_WITHOUT_INPUT
     prompt = body.format(instruction=row.instruction, input=row.input)
-    prompt = f"{row.system}\n\n{prompt}" if row.system else prompt
+    system = row.system or template.settings.system_prompt
+    prompt = f"{system}\n\n{prompt}" if system else prompt
     return _joined(prompt, row.output + end)
 
 
 def encode(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerFast,
-    template: Template,
+    template: Template | TemplateName,
     learn_ends: bool = False,
-    settings: ChatSettings = ChatSettings(),
 ) -> list[Encoded | Malformed]:
     """Tokenize rows without truncation.
 
@@ -127,9 +162,8 @@ def encode(
     Args:
         rows: Any number of rows.
         tokenizer: A fast Hugging Face tokenizer.
-        template: The result of `choose`.
+        template: See `render`.
         learn_ends: See `render`.
-        settings: Settings of the chat template.
 
     Returns:
         One entry per row, in order: its tokens, or the reason why it could not be tokenized.
@@ -140,7 +174,7 @@ def encode(
             if isinstance(row, Tokens):
                 results.append(_given(row, tokenizer))
             else:
-                results.append(render(row, template, tokenizer, learn_ends, settings))
+                results.append(render(row, template, tokenizer, learn_ends))
         except Malformed as problem:
             results.append(problem)
     # offsets[i] is the flat list [start 0, end 0, start 1, end 1, ...] of text i, in characters; `tokenize`

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
@@ -24,10 +24,15 @@ from orchestrator.data.traced_template import Traced, TracedTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NO_END = "answers without an end of turn"
-OTHER_PROMPT = "answers that do not begin as the generation prompt ends"
-NOT_MARKED = "answers that the chat template does not mark as generated"
-"""Notes on rows, which `pack` counts."""
+NO_END, OTHER_PROMPT, NOT_MARKED = "answer_without_end", "other_generation_prompt", "answer_not_marked"
+FEW_TOKENS = "fewer_than_3_learnt_tokens"
+NOTES = {
+    NO_END: "have an answer whose last learnt token ends no turn: the model is not taught to stop there",
+    OTHER_PROMPT: "have an answer that does not begin with what the generation prompt ends with",
+    NOT_MARKED: "have an answer that the chat template does not mark as generated, which is not learnt",
+    FEW_TOKENS: "have fewer than 3 learnt tokens",
+}
+"""What `pack` counts of rows that are trained on, by the name in its figures."""
 
 _THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _Tools = list[dict[str, object]] | None
@@ -40,10 +45,12 @@ class ChatSettings:
     Attributes:
         options: Variables of the template (`data.template_options`), as sorted pairs.
         ends: Texts of tokens that end a generation, besides the tokenizer's EOS token.
+        system_prompt: System message of rows without one; empty for none.
     """
 
     options: tuple[tuple[str, object], ...] = ()
     ends: tuple[str, ...] = ()
+    system_prompt: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class ConversationTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: ChatSettings) -> None:
         self._tokenizer = tokenizer
         self._variables = {**tokenizer.special_tokens_map, **dict(settings.options)}
+        self._system_prompt = settings.system_prompt
         self._ends = (*settings.ends, tokenizer.eos_token or "")
         self._special = [str(token) for token in tokenizer.get_added_vocab()]
         self._templates: dict[str, tuple[TracedTemplate, AnswerLocator]] = {}
@@ -99,6 +107,8 @@ class ConversationTemplate:
             Malformed: The template refuses the row, leaves out a part of it, or the answers cannot be
             located.
         """
+        if self._system_prompt and not any(each["role"] in ("system", "developer") for each in row.messages):
+            row = replace(row, messages=({"role": "system", "content": self._system_prompt}, *row.messages))
         tools: _Tools = [dict(tool) for tool in row.tools] or None
         template, locator = self._template(tools)
         learnt = [at for at, message in enumerate(row.messages) if is_learnt(message, learn_ends)]
@@ -116,6 +126,14 @@ class ConversationTemplate:
             return _rendered(traced.text, answers)
         assert problem is not None
         raise problem
+
+    def compile(self) -> None:
+        """Compile the template for rows without tools.
+
+        Raises:
+            jinja2.TemplateError: It is not valid Jinja.
+        """
+        self._template(None)
 
     def _template(self, tools: _Tools) -> tuple[TracedTemplate, AnswerLocator]:
         try:

@@ -20,7 +20,8 @@ from orchestrator.data.token_cache import LossOn, TokenStore, is_trained
 from orchestrator.errors import SpecError
 
 Int64Array = npt.NDArray[np.int64]
-_FROM_MANIFEST = ("rows_malformed", "rows_empty", "rows_partly_empty", "fields_without_effect")
+_BY_NAME = ("fields_without_effect", "notes")
+_FROM_MANIFEST = ("rows_malformed", "rows_empty", "rows_partly_empty", *_BY_NAME)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class TokenCounts:
         rows_duplicate: Rows in the files whose tokens and labels equal those of an earlier row.
         rows_held_out: Rows held out for evaluation by eval.share.
         fields_without_effect: Rows in the files with a field that is not used, by the name of the field.
+        notes: Rows in the files by the names in `orchestrator.data.conversation.NOTES`.
     """
 
     rows: int = 0
@@ -96,14 +98,15 @@ class TokenCounts:
     rows_duplicate: int = 0
     rows_held_out: int = 0
     fields_without_effect: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         mine, theirs = asdict(self), asdict(other)
-        fields = Counter(mine.pop("fields_without_effect")) + Counter(theirs.pop("fields_without_effect"))
-        return TokenCounts(
-            **{key: mine[key] + theirs[key] for key in mine},
-            fields_without_effect=dict(sorted(fields.items())),
+        fields, notes = (
+            dict(sorted((Counter(mine.pop(key)) + Counter(theirs.pop(key))).items())) for key in _BY_NAME
         )
+        sums = {key: mine[key] + theirs[key] for key in mine}
+        return TokenCounts(**sums, fields_without_effect=fields, notes=notes)
 
 
 @dataclass(frozen=True)

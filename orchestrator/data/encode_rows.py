@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.data.chat_template import Encoded, Template, encode
 from orchestrator.data.columns import named_values
+from orchestrator.data.conversation import FEW_TOKENS
 from orchestrator.data.field_use import fields_without_effect
 from orchestrator.data.formats import ReadRow, RowFormat, read
 from orchestrator.data.readers import Block
@@ -76,7 +77,9 @@ def encode_values(
         elif len(tokens.tokens) < 2 or not (learnt == "all" or tokens.turn[1:].any()):
             empty[at] = "no trained tokens"
         else:
-            result.encoded[at] = tokens
+            is_short = learnt != "all" and tokens.turn[1:].astype(bool).sum() < 3
+            notes = (*tokens.notes, FEW_TOKENS) if is_short else tokens.notes
+            result.encoded[at] = replace(tokens, notes=notes)
             result.fields_without_effect.update(fields_without_effect(each.use, tokenizer.chat_template))
             if learnt == "answers" and (lack := empty_answers(each.row)):
                 result.partly_empty[at] = lack

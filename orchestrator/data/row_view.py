@@ -26,7 +26,6 @@ from orchestrator.data.token_cache import is_trained
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_TEMPLATE_NAMES: dict[Template, str] = {"chat": "chat template of the tokenizer", "alpaca": "alpaca"}
 _LONGEST_RAW = 500  # characters of a row that could not be tokenized
 
 
@@ -240,9 +239,12 @@ def _truncated(view: RowView, encoded: Encoded, data: DataSpec) -> RowView:
 
 
 def _template_name(row: Row, template: Template) -> str:
-    if isinstance(row, Conversation):
-        return _TEMPLATE_NAMES["chat"]
-    return _TEMPLATE_NAMES[template] if isinstance(row, Instruction) else "none"
+    if not isinstance(row, Conversation | Instruction):
+        return "none"
+    if isinstance(row, Instruction) and template.name == "alpaca":
+        return "alpaca"
+    chosen = template.chosen.split("\n")[0][:60]
+    return "chat template of the tokenizer" if chosen in ("auto", "chat", "alpaca") else chosen
 
 
 def _unreadable(raw: str, left_out: str | None) -> RowView:

@@ -10,9 +10,9 @@ from pathlib import Path
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import choose
+from orchestrator.data.model_tokenizer import load_tokenizer
 from orchestrator.data.readers import Block, DataFile, locate
 from orchestrator.data.row_view import RowView, view_row
-from orchestrator.data.tokenize import load_tokenizer
 from orchestrator.errors import SpecError
 
 _Found = tuple[SourceSpec, Block, int]
@@ -33,8 +33,8 @@ def collect(model: ModelSpec, data: DataSpec, count: int, wanted: Sequence[str] 
     Raises:
         SpecError: A file cannot be read, or a wanted row does not exist.
     """
-    tokenizer = load_tokenizer(model)
-    template = choose(data.chat_template, tokenizer)
+    tokenizer = load_tokenizer(model, data.chat_template)
+    template = choose(data, model, tokenizer)
     named = [_parse_wanted(text) for text in wanted]
     found = [*islice(_all_rows(data.train), count), *(_find(data.train, *each) for each in named)]
     views = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.config.schema import SourceSpec
+from orchestrator.data.conversation import NOTES
 from orchestrator.data.token_cache import Left, TokenStore
 from orchestrator.errors import SpecError
 
@@ -46,6 +47,8 @@ def left_out(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> lis
         if counts := store.manifest["fields_without_effect"]:
             fields = ", ".join(f"{name} ({rows:,} rows)" for name, rows in counts.items())
             sentences.append(f"fields of {source.path} without effect on training: {fields}")
+        for note, rows in store.manifest["notes"].items():
+            sentences.append(f"{rows:,} of {len(store):,} rows of {source.path} {NOTES[note]}")
     return sentences
 
 

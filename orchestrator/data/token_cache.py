@@ -68,6 +68,7 @@ class Shard:
         empty: Skipped rows without trained tokens.
         partly_empty: Rows that are kept although one of their answers is empty.
         fields_without_effect: Number of rows with a field that is not used, by the name of the field.
+        notes: Number of rows by their notes.
     """
 
     index: npt.NDArray[np.void]
@@ -77,6 +78,7 @@ class Shard:
     empty: tuple[Left, ...] = ()
     partly_empty: tuple[Left, ...] = ()
     fields_without_effect: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 def write_shard(
@@ -122,7 +124,10 @@ def write_shard(
     index["hash"] = [row_hash(row) for row in rows]
     largest = int(tokens.max()) if len(tokens) else -1
     left_out = (tuple(malformed), tuple(empty), tuple(partly_empty))
-    return Shard(index, zlib.crc32(path.read_bytes()), largest, *left_out, dict(fields_without_effect))
+    notes = Counter(note for row in rows for note in row.notes)
+    return Shard(
+        index, zlib.crc32(path.read_bytes()), largest, *left_out, dict(fields_without_effect), dict(notes)
+    )
 
 
 def row_hash(row: Encoded) -> int:
@@ -161,6 +166,7 @@ def write_index(folder: Path, shards: Sequence[Shard], about: dict[str, object])
         "rows_empty": len(left_out[EMPTY]),
         "rows_partly_empty": len(left_out[PARTLY_EMPTY]),
         "fields_without_effect": _sorted_sum([shard.fields_without_effect for shard in shards]),
+        "notes": _sorted_sum([shard.notes for shard in shards]),
         "tokens": int(index["length"].sum(dtype=np.int64)),
         "largest_token": max((shard.largest_token for shard in shards), default=-1),
         "index_checksum": zlib.crc32(data.getbuffer()),

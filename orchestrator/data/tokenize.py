@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -23,11 +24,11 @@ from typing import TYPE_CHECKING, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.config.paths import resolve
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import Template, choose
 from orchestrator.data.encode_rows import encode_block
 from orchestrator.data.formats import RowFormat
+from orchestrator.data.model_tokenizer import load_tokenizer
 from orchestrator.data.readers import Block, DataFile, changed, locate
 from orchestrator.data.rows import Learnt, learnt_of
 from orchestrator.data.skipped_rows import empty_rows, left_out, require_rows, too_many
@@ -40,7 +41,7 @@ from orchestrator.data.token_cache import (
     write_index,
     write_shard,
 )
-from orchestrator.errors import ClusterError, OrchestratorError, SpecError
+from orchestrator.errors import ClusterError, OrchestratorError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,35 +53,6 @@ _DRAFT = re.compile(
     r"(packed-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial"
 )  # see draft_of
 _STALE_SECONDS = 24 * 3600.0
-
-
-def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerFast:
-    """Return the model's tokenizer.
-
-    Raises:
-        SpecError: The path has no tokenizer, or only a slow one.
-    """
-    return _load_tokenizer(str(resolve(model.path)), model.path, model.trust_remote_code)
-
-
-@lru_cache(maxsize=2)
-def _load_tokenizer(path: str, name: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SpecError(
-            f"model.path={name}: cannot load a tokenizer ({reason}); set it to a folder or hub model with "
-            "tokenizer files"
-        ) from None
-    if not tokenizer.is_fast:
-        raise SpecError(
-            f"model.path={name} has only a slow (Python) tokenizer, which has no character offsets; convert "
-            "it to a fast tokenizer (tokenizer.json)"
-        )
-    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def tokenize_sources(
@@ -102,8 +74,8 @@ def tokenize_sources(
             without a row to train on.
         ClusterError: The cache cannot be written.
     """
-    tokenizer = load_tokenizer(model)
-    template = choose(data.chat_template, tokenizer)
+    tokenizer = load_tokenizer(model, data.chat_template)
+    template = choose(data, model, tokenizer)
     learnt = learnt_of(data)
     _sweep(cache)
     stores: list[TokenStore] = []
@@ -168,7 +140,9 @@ def _tokenize(
         if malformed > malformed_allowed:
             raise _TooManyMalformedError([entry for shard in shards for entry in shard.malformed])
         with _cache_errors(folder.parent):
-            write_index(draft, shards, {"template": template, "learnt": learnt, "source": source.path})
+            write_index(
+                draft, shards, {"template": asdict(template), "learnt": learnt, "source": source.path}
+            )
             _publish(draft, folder)
         progress.end()
     finally:
@@ -210,7 +184,7 @@ def _write_shards(
     # Files are read on the driver's node, where they were located; any node may tokenize the rows.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    tokenizer = [ray.put(None if model.trust_remote_code else load_tokenizer(model))]
+    tokenizer = [ray.put(None if model.trust_remote_code else load_tokenizer(model, template.chosen))]
     options = {"scheduling_strategy": here, "_generator_backpressure_num_objects": at_once}
     streamed = _read_blocks.options(num_returns="streaming", **options).remote(list(files))
     # Annotated as a reference to one result; with num_returns="streaming" it is a generator of references.
@@ -245,7 +219,7 @@ def _write_block(
     number: int,
 ) -> Shard:
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one core per task: Ray runs a task on every core
-    loaded = _held(tokenizer[0]) or load_tokenizer(model)
+    loaded = _held(tokenizer[0]) or load_tokenizer(model, template.chosen)
     outcomes = encode_block(block, row_format, loaded, template, learnt)
     malformed, empty, partly_empty = (
         [(block.source_line(at), reason) for at, reason in sorted(reasons.items())]
@@ -333,7 +307,7 @@ def _key(
     for setting in ("truncation", "padding"):  # state of the last call, switched off for encoding
         backend.pop(setting, None)
     read_as = [source.format, source.columns, source.field]
-    settings = [_VERSION, template, learnt, *read_as, list(prints), backend]
+    settings = [_VERSION, asdict(template), learnt, *read_as, list(prints), backend]
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)]
     digest.update(json.dumps([settings, special]).encode())
     return digest.hexdigest()[:24]

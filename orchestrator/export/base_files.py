@@ -18,6 +18,7 @@ from orchestrator.config.schema import ModelSpec
 from orchestrator.errors import TrainingError
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = (
     "tokenizer*.json",
     "tokenizer*.model*",
@@ -40,7 +41,7 @@ TOKENIZER = (
 )
 """Patterns of tokenizer and chat template files that transformers or its tokenizer libraries read."""
 MODEL = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "preprocessor_config.json",
     "processor_config.json",
     "custom_generate/*",
@@ -117,6 +118,16 @@ def copy_files(base: Path, directory: Path, only_tokenizer: bool = False) -> Non
     for name in copied_files(base, only_tokenizer):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base / name, directory / name)
+
+
+def add_end_of_generation(directory: Path, token: int) -> None:
+    """Add a token to those at which generation stops, in generation_config.json."""
+    settings = read_json(directory / GENERATION_CONFIG)
+    present = settings.get("eos_token_id")
+    ids = present if isinstance(present, list) else [] if present is None else [present]
+    if token not in ids:
+        settings["eos_token_id"] = [token, *ids]
+        write_json(directory / GENERATION_CONFIG, settings)
 
 
 def card_metadata(base: Path) -> dict[str, object]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.checkpoint.checkpointer import FP32_NAMES
 from orchestrator.config.schema import JobSpec
-from orchestrator.data.tokenize import load_tokenizer
+from orchestrator.data.model_tokenizer import TOKENIZER_TEMPLATES, load_tokenizer
 from orchestrator.errors import TrainingError
 from orchestrator.export import base_files, config_files, weight_files
 from orchestrator.export.adapter import merged_model, write_adapter
@@ -153,8 +153,13 @@ def _write(request: ExportRequest, draft: Draft) -> int:
 
 def _write_tokenizer(job: JobSpec, directory: Path) -> None:
     """Make the copied tokenizer_config.json readable by transformers 4 and 5."""
-    if not any(directory.glob("*")):  # the tokenizer has no file of a known name
-        load_tokenizer(job.model).save_pretrained(directory)
+    chosen = job.data.chat_template
+    has_own_template = chosen not in TOKENIZER_TEMPLATES
+    if has_own_template or not any(directory.glob("*")):  # the tokenizer has no file of a known name
+        tokenizer = load_tokenizer(job.model, chosen)
+        tokenizer.save_pretrained(directory)
+        if has_own_template:
+            base_files.add_end_of_generation(directory, cast("int", tokenizer.eos_token_id))
     file = directory / base_files.TOKENIZER_CONFIG
     settings = base_files.read_json(file)
     if (readable := config_files.tokenizer_config(settings)) != settings:

@@ -9,6 +9,7 @@ from orchestrator.data.chat_template import (
     RESPONSE,
     Encoded,
     Template,
+    TemplateName,
     encode,
 )
 from orchestrator.data.formats import Malformed
@@ -99,6 +100,9 @@ class NoChat:
     bos_token = None
     eos_token = "</s>"
 
+    def __len__(self) -> int:
+        return 0
+
 
 def with_template(tokenizer: Any, template: str | None) -> Any:
     own = copy.deepcopy(tokenizer)
@@ -118,13 +122,13 @@ def talk(*turns: str, system: str = "") -> Conversation:
     return Conversation(tuple(messages))
 
 
-def encoded(row: Row, tokenizer: Any, template: Template = "chat") -> Encoded:
+def encoded(row: Row, tokenizer: Any, template: Template | TemplateName = "chat") -> Encoded:
     (result,) = encode([row], tokenizer, template)
     assert isinstance(result, Encoded), result
     return result
 
 
-def parts(row: Row, tokenizer: Any, template: Template = "chat") -> tuple[str, str, str]:
+def parts(row: Row, tokenizer: Any, template: Template | TemplateName = "chat") -> tuple[str, str, str]:
     """Return the decoded text of all tokens of a row, of its earlier answers and of its last answer."""
     result = encoded(row, tokenizer, template)
     return (
@@ -134,7 +138,7 @@ def parts(row: Row, tokenizer: Any, template: Template = "chat") -> tuple[str, s
     )
 
 
-def refusal(row: Row, tokenizer: Any, template: Template = "chat") -> str:
+def refusal(row: Row, tokenizer: Any, template: Template | TemplateName = "chat") -> str:
     (result,) = encode([row], tokenizer, template)
     assert isinstance(result, Malformed), result
     return str(result)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.chat_template import render
+from orchestrator.data.chat_template import Template, render
 from orchestrator.data.conversation import NO_END, OTHER_PROMPT, ChatSettings
 from orchestrator.data.formats import Malformed
 from orchestrator.data.rows import Conversation, Message
@@ -76,7 +76,7 @@ COPIES = """
 
 def learnt(row: Conversation, tokenizer: Any, template: str, **settings: Any) -> list[str]:
     """Return the spans of the answers."""
-    rendered = render(row, "chat", with_template(tokenizer, template), settings=ChatSettings(**settings))
+    rendered = render(row, Template("chat", ChatSettings(**settings)), with_template(tokenizer, template))
     assert rendered.text == expected_text(row, tokenizer, template)
     return [rendered.text[start:end] for start, end in rendered.answers]
 
@@ -134,7 +134,9 @@ def test_the_next_turn_ends_an_answer_if_the_model_stops_there(tokenizer: Any) -
     assert learnt(TWO_TURNS, tokenizer, NEXT_TURN_ENDS) == ["Blue.", "A plum."]
     assert learnt(TWO_TURNS, tokenizer, NEXT_TURN_ENDS, ends=("<|user|>",)) == ["Blue.<|user|>", "A plum."]
     rendered = render(
-        TWO_TURNS, "chat", with_template(tokenizer, NEXT_TURN_ENDS), settings=ChatSettings(ends=("<|user|>",))
+        TWO_TURNS,
+        Template("chat", ChatSettings(ends=("<|user|>",))),
+        with_template(tokenizer, NEXT_TURN_ENDS),
     )
     assert rendered.notes == (NO_END,)  # the last answer
 
@@ -249,14 +251,14 @@ def test_dates_do_not_change_from_day_to_day(tokenizer: Any) -> None:
     own = with_template(tokenizer, "{{ strftime_now('%d %b %Y') }}" + PLAIN)
     assert render(TWO_TURNS, "chat", own).text.startswith("01 Jan 2026")
     settings = ChatSettings(options=(("date", "2024-07-26"),))
-    assert render(TWO_TURNS, "chat", own, settings=settings).text.startswith("26 Jul 2024")
+    assert render(TWO_TURNS, Template("chat", settings), own).text.startswith("26 Jul 2024")
 
 
 def test_options_are_variables_of_the_template(tokenizer: Any) -> None:
     template = "{{ 'think' if enable_thinking else 'do not think' }}" + PLAIN
     settings = ChatSettings(options=(("enable_thinking", True),))
     own = with_template(tokenizer, template)
-    assert render(TWO_TURNS, "chat", own, settings=settings).text.startswith("think")
+    assert render(TWO_TURNS, Template("chat", settings), own).text.startswith("think")
     assert render(TWO_TURNS, "chat", own).text.startswith("do not think")
 
 

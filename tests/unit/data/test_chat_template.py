@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.paths import resolve
+from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import (
     CONTEXT,
     LAST_RESPONSE,
@@ -75,12 +76,16 @@ def test_history_has_no_place_in_alpacas_prompt(tokenizer: Any) -> None:
 
 
 def test_which_template_is_used(tokenizer: Any) -> None:
-    assert choose("auto", tokenizer) == "chat"
-    assert choose("alpaca", tokenizer) == "alpaca"
-    assert choose("chat", tokenizer) == "chat"
-    assert choose("auto", NoChat()) == "alpaca"
+    def chosen(chat_template: str, own: Any) -> str:
+        data = DataSpec(train=(SourceSpec(path="rows"),), chat_template=chat_template)
+        return choose(data, ModelSpec(path="builtin/tiny-llama"), own).name
+
+    assert chosen("auto", tokenizer) == "chat"
+    assert chosen("alpaca", tokenizer) == "alpaca"
+    assert chosen("chat", tokenizer) == "chat"
+    assert chosen("auto", NoChat()) == "alpaca"
     with pytest.raises(SpecError, match="has no chat template; use chat_template: alpaca"):
-        choose("chat", NoChat())
+        chosen("chat", NoChat())
 
 
 # Rendered text and the answers in it

@@ -11,7 +11,15 @@ import pytest
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data import tokenize
-from orchestrator.data.chat_template import CONTEXT, LAST_RESPONSE, RESPONSE, Encoded, Template, encode
+from orchestrator.data.chat_template import (
+    CONTEXT,
+    LAST_RESPONSE,
+    RESPONSE,
+    Encoded,
+    Template,
+    TemplateName,
+    encode,
+)
 from orchestrator.data.corpus import build
 from orchestrator.data.readers import Block
 from orchestrator.data.rows import Conversation, Instruction, Learnt, Text, learnt_of
@@ -31,7 +39,7 @@ THINKING = """{{- bos_token -}}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
 
 
-def learnt(row: Any, tokenizer: Any, ends: bool, template: Template = "chat") -> tuple[str, str, str]:
+def learnt(row: Any, tokenizer: Any, ends: bool, template: TemplateName = "chat") -> tuple[str, str, str]:
     """Return the decoded text of a row, of its trained earlier answers and of its trained last answer."""
     (result,) = encode([row], tokenizer, template, learn_ends=ends)
     assert isinstance(result, Encoded), result
@@ -124,7 +132,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     monkeypatch.setattr(tokenize, "_held", lambda _: None)
     values = tuple(json.dumps(row).encode() for row in ROWS)
     block = Block("rows.jsonl", "line", tuple(range(1, len(ROWS) + 1)), values)
-    shard = tokenize._write_block._function(MODEL, [None], "chat", mode, "auto", block, tmp_path, 0)
+    shard = tokenize._write_block._function(MODEL, [None], Template("chat"), mode, "auto", block, tmp_path, 0)
     write_index(tmp_path, [shard], {})
     return TokenStore(tmp_path)
 
@@ -188,10 +196,11 @@ def test_skipped_rows_are_listed_with_their_first_source_lines(store: TokenStore
     assert lines[0] == "1 of 12 rows of rows.jsonl are malformed and left out"
     assert lines[2] == "8 of 12 rows of rows.jsonl have nothing to learn and are left out"
     assert lines[3] == f"  {line(2)}: field output is empty"
-    assert lines[-2:] == [
+    assert lines[-3:-1] == [
         "1 of 12 rows of rows.jsonl have an empty answer, of which nothing is learnt",
         f"  {line(8)}: answer 1 of 2 is empty",
     ]
+    assert lines[-1].endswith("have fewer than 3 learnt tokens")
 
 
 def test_a_source_without_an_answer_is_refused_with_its_counts(tmp_path: Path) -> None:
@@ -206,7 +215,8 @@ def test_only_what_is_learnt_decides_the_store() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(resolve(MODEL.path)))
     source = SourceSpec(path="d")
     names = {
-        mode: tokenize._key(source, ["print"], tokenizer, "chat", mode) for mode in ("answers", "ends", "all")
+        mode: tokenize._key(source, ["print"], tokenizer, Template("chat"), mode)
+        for mode in ("answers", "ends", "all")
     }
     assert len(set(names.values())) == 3
     for settings, mode in (({"empty_answers": "error"}, "answers"), ({"loss_on": "last_turn"}, "answers")):

@@ -81,7 +81,7 @@ def test_counts_of_sources_are_added_and_printed() -> None:
         rows=2, fields_without_effect={"a": 3, "id": 4}
     )
     assert counts == TokenCounts(rows=3, fields_without_effect={"a": 3, "b": 2, "id": 5})
-    figures = {"rows": 3, "fields_without_effect": counts.fields_without_effect, "sources": []}
+    figures = {"rows": 3, "fields_without_effect": counts.fields_without_effect, "notes": {}, "sources": []}
     assert packing_table(figures).splitlines()[1].split(maxsplit=1) == [
         "fields_without_effect", "a (3 rows), b (2 rows), id (5 rows)",
     ]  # fmt: skip

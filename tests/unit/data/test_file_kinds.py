@@ -59,7 +59,7 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
         ("rows.csv", CSV.replace(",", ";").replace("é;", "é,")),
         ("rows.tsv", CSV.replace(",", "\t").replace("é\t", "é,")),
         ("rows.csv", CSV.replace(",", "\t").replace("é\t", "é,")),
-        ("rows.csv.gz", gzip.compress(CSV.encode())),
+        ("rows.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("rows.csv", CSV.encode("utf-16")),
         ("rows.jsonl", LINES),
         ("rows.jsonl", "\ufeff" + LINES),
@@ -70,7 +70,7 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
         ("rows.json", json.dumps(ROWS).encode("utf-16")),
         ("rows.jsonl.bz2", bz2.compress(LINES[:40].encode()) + bz2.compress(LINES[40:].encode())),
         ("rows.jsonl.xz", lzma.compress(LINES.encode())),
-        ("rows.jsonl", gzip.compress(LINES.encode())),
+        ("rows.jsonl", gzip.compress(LINES.encode(), mtime=0)),
         ("rows.jsonl", lzma.compress(LINES.encode())),
         ("rows.txt", LINES),
         ("rows.json", "\n".join(json.dumps(row, indent=2) for row in ROWS)),
@@ -251,7 +251,9 @@ WRONG: list[tuple[str, bytes, str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "reason", "remedy"), WRONG)
+@pytest.mark.parametrize(
+    ("name", "content", "reason", "remedy"), WRONG, ids=[f"{name}: {reason}" for name, _, reason, _ in WRONG]
+)
 def test_a_wrong_kind_of_file_is_one_error_with_a_remedy(
     tmp_path: Path, name: str, content: bytes, reason: str, remedy: str
 ) -> None:

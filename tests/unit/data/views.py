@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from orchestrator.config.schema import DataSpec, SourceSpec
+from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import choose
 from orchestrator.data.formats import RowFormat
 from orchestrator.data.row_view import RowView, view_row
@@ -19,7 +19,14 @@ def view(
     """The view of a row in a job with these fields of `data`."""
     spec = DataSpec(train=(SourceSpec(path="rows.jsonl"),), **data)
     value = row if isinstance(row, bytes) else json.dumps(row).encode()
-    return view_row(value, row_format, spec, tokenizer, choose(spec.chat_template, tokenizer), columns or {})
+    return view_row(
+        value,
+        row_format,
+        spec,
+        tokenizer,
+        choose(spec, ModelSpec(path="builtin/tiny-llama"), tokenizer),
+        columns or {},
+    )
 
 
 def text_and_learnt(row: object, tokenizer: Any, **data: Any) -> tuple[str, list[str]]:
