@@ -244,9 +244,19 @@ def _unknown(row: Mapping[str, object]) -> str:
     names = [str(name) for name in row]
     if not names:
         return "the row has no fields; remove it"
+    if turns.are_turns([row]):
+        return (
+            f"the row is one message (it has {_shown(row)}), and a row is a whole conversation; write its "
+            "messages as one list, [[{...}, {...}], ...]"
+        )
+    fields = (
+        f"the field {_shown(row)} is not that"
+        if len(names) == 1
+        else f"the fields {_shown(row)} are not those"
+    )
     return (
-        f"the fields {_shown(row)} are not those of a known format; say what they are with columns, such as "
-        f"columns: {{{example(names)}}} ({_NAMED})"
+        f"{fields} of a known format; say what is meant with columns, such as columns: {{{example(names)}}} "
+        f"({_NAMED})"
     )
 
 

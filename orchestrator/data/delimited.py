@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -41,14 +42,7 @@ def csv_rows(read: Callable[[], bytes], delimiter: str) -> Entries:
         ContentError: The text is not UTF-8, has no names of columns, or a quote that is not closed.
     """
     lines = _lines(read)
-    start = list(_first_lines(lines))
-    first = start[-1] if start else ""
-    if delimiter == "," and "," not in first:
-        delimiter = next((sign for sign in ";\t|" if sign in first), delimiter)
-    if delimiter == "\t" and "\t" not in first and "," in first:
-        raise ContentError(
-            f"has commas and no tab in its first line ({first.strip()[:60]}); end its name in .csv"
-        )
+    start, delimiter = _delimiter(list(_first_lines(lines)), delimiter)
     csv.field_size_limit(_LARGEST_CELL)
     records = csv.reader(chain(start, lines), delimiter=delimiter, strict=True)
     names: list[str] | None = None
@@ -65,9 +59,31 @@ def csv_rows(read: Callable[[], bytes], delimiter: str) -> Entries:
             else:
                 yield number, dict(zip(names, cells, strict=True)), sum(map(len, cells))
     except csv.Error as error:
+        if "new-line character" in str(error):
+            raise ContentError(
+                "has lines that end with CR alone; save it with LF at the end of lines"
+            ) from None
         raise ContentError(
             f"is not valid CSV (line {before + 1}: {error}); within quotes write each quote twice"
         ) from None
+
+
+def _delimiter(start: list[str], delimiter: str) -> tuple[list[str], str]:
+    """Return the lines before the records and the first one of them, and the delimiter that it has.
+
+    Raises:
+        ContentError: A .tsv has commas.
+    """
+    first = start[-1] if start else ""
+    if mark := re.fullmatch(r"sep=(.)\s*", first):  # written by Excel; the names follow
+        return [*start[:-1], "\n"], mark[1]
+    if delimiter == "," and "," not in first:
+        return start, next((sign for sign in ";\t|" if sign in first), delimiter)
+    if delimiter == "\t" and "\t" not in first and "," in first:
+        raise ContentError(
+            f"has commas and no tab in its first line ({first.strip()[:60]}); end its name in .csv"
+        )
+    return start, delimiter
 
 
 def _first_lines(lines: Iterator[str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from pyarrow import fs, ipc, parquet
 
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import LARGEST, SourceSpec
-from orchestrator.data import delimited, json_layout, json_stream, table_values
+from orchestrator.data import delimited, json_layout, json_stream, table_values, turns
 from orchestrator.data.columns import Columns
 from orchestrator.data.file_content import ContentError, open_text, require_table, start_of
 from orchestrator.data.file_patterns import base_of, has_wildcards, matches
@@ -150,12 +150,32 @@ class DataFile:
         """
         try:
             blocks = self._table_blocks() if self.kind in ("parquet", "arrow") else self._entry_blocks()
-            yield from blocks if self.rows is None else _between(blocks, *self.rows)
+            yield from self._checked(blocks if self.rows is None else _between(blocks, *self.rows))
         except (json_stream.JsonTextError, ContentError) as error:
             raise SpecError(f"data file {self.name} {error}") from None
         # ValueError and OverflowError come from `table_values`, for values that Python cannot represent.
         except (OSError, ValueError, OverflowError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
             raise unreadable(self.name, error) from None
+
+    def _checked(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """Yield the blocks, after a check that a table has the columns that the source names.
+
+        Raises:
+            SpecError: It does not have one of them.
+        """
+        first = next(blocks, None)
+        if first is None:
+            return
+        row = next((value for value in first.values if isinstance(value, Mapping)), {})
+        names = self.columns if self.kind not in ("json", "text") and row else {}
+        missing = [name for name, key in names.items() if name not in row and key not in turns.FIELDS]
+        if missing:
+            raise SpecError(
+                f"data file {self.name} has no column {missing[0]}, which columns names (found: "
+                f"{', '.join(map(str, row))}); correct data.train[].columns"
+            )
+        yield first
+        yield from blocks
 
     def _entry_blocks(self) -> Iterator[Block]:
         with ExitStack() as opened:

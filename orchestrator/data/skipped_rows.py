@@ -10,15 +10,34 @@ from orchestrator.data.token_cache import Left, TokenStore
 from orchestrator.errors import SpecError
 
 _SHOWN = 10
+_LINES_SHOWN = 5
 
 
 def too_many(found: Sequence[Left], allowed: int) -> SpecError:
-    """Return the error for more malformed rows than `allowed`; it lists the first ten."""
-    shown = [f"{place}: {reason}" for place, reason in found[:_SHOWN]]
-    more = len(found) - len(shown)
+    """Return the error for more malformed rows than `allowed`.
+
+    Rows of a file with the same reason are one problem, which lists their first lines. The first ten problems
+    are given.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for place, reason in found:
+        file_and_unit, _, number = place.rpartition(" ")
+        groups.setdefault((file_and_unit, reason), []).append(number)
+    shown = dict(list(groups.items())[:_SHOWN])
+    problems = [f"{_with_numbers(file, numbers)}: {reason}" for (file, reason), numbers in shown.items()]
+    more = len(found) - sum(map(len, shown.values()))
     limit = f" (data.malformed_rows_allowed={allowed})" if allowed else ""
     rest = [f"{more} more malformed rows{limit}"] if more > 0 else []
-    return SpecError(*shown, *rest)
+    return SpecError(*problems, *rest)
+
+
+def _with_numbers(file_and_unit: str, numbers: Sequence[str]) -> str:
+    """Return the place of rows, such as `data file rows.jsonl, lines 2, 3 and 5`."""
+    if len(numbers) == 1:
+        return f"{file_and_unit} {numbers[0]}"
+    if len(numbers) <= _LINES_SHOWN:
+        return f"{file_and_unit}s {', '.join(numbers[:-1])} and {numbers[-1]}"
+    return f"{file_and_unit}s {', '.join(numbers[:_LINES_SHOWN])} and {len(numbers) - _LINES_SHOWN:,} more"
 
 
 def left_out(sources: Sequence[SourceSpec], stores: Sequence[TokenStore]) -> list[str]:

@@ -179,9 +179,10 @@ def test_columns_say_which_field_is_which(row: Any, columns: dict[str, Any], wan
     [
         ({"frage": "a", "antwort": "b"}, {}, "the fields frage, antwort are not those of a known format",
          "columns: {frage: instruction, antwort: output} ("),
-        ({"my text": "a"}, {}, "the fields my text are not", 'columns: {"my text": text} ('),
-        ({"question": "a"}, {}, "the fields question are not", "columns: {question: text}"),
+        ({"my text": "a"}, {}, "the field my text is not that", 'columns: {"my text": text} ('),
+        ({"question": "a"}, {}, "the field question is not that", "columns: {question: text}"),
         ({}, {}, "the row has no fields", "remove it"),
+        (USER, {}, "the row is one message (it has role, content)", "write its messages as one list"),
         ({"question": "a", "answer": "b", "solution": "c"}, {},
          "the fields answer, solution could each be output",
          "columns: {answer: output, solution: null}"),

@@ -23,7 +23,7 @@ from orchestrator.data.chat_template import (
 from orchestrator.data.corpus import build
 from orchestrator.data.readers import Block
 from orchestrator.data.rows import Conversation, Instruction, Learnt, Text, learnt_of
-from orchestrator.data.skipped_rows import left_out, require_rows
+from orchestrator.data.skipped_rows import left_out, require_rows, too_many
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.errors import SpecError
 from tests.unit.data.talks import TOOL_TEMPLATE, talk, with_template, without_marks
@@ -279,9 +279,9 @@ def test_empty_answers_are_refused_as_malformed_rows_are_where_the_job_says_so(r
         with pytest.raises(SpecError) as problem:
             _tokenized(rows, empty_answers="error")
         sentences = problem.value.problems
-        assert len(sentences) == 9
+        assert len(sentences) == 8
         assert sentences[0] == (
-            f"data file {rows}, line 2: field output is empty; fill or remove the row, or use "
+            f"data file {rows}, lines 2 and 4: field output is empty; fill or remove the row, or use "
             "data.empty_answers: skip"
         )
         assert "line 7: answer 1 of 2 is empty; fill or remove" in sentences[-1]
@@ -289,6 +289,24 @@ def test_empty_answers_are_refused_as_malformed_rows_are_where_the_job_says_so(r
     assert len(store) == 3
     with pytest.raises(SpecError):
         _tokenized(rows, empty_answers="error", malformed_rows_allowed=8)
+
+
+def test_rows_with_the_same_reason_are_one_problem() -> None:
+    same = [(f"data file a, b.jsonl, line {number}", "no") for number in range(1, 1001)]
+    other = [("data file c.csv, row 3", "no"), ("data file a, b.jsonl, line 7", "why")]
+    assert too_many([*same[:3], *other], 0).problems == (
+        "data file a, b.jsonl, lines 1, 2 and 3: no",
+        "data file c.csv, row 3: no",
+        "data file a, b.jsonl, line 7: why",
+    )
+    assert (
+        too_many([*same, *other[1:]], 0).problems[0]
+        == "data file a, b.jsonl, lines 1, 2, 3, 4, 5 and 995 more: no"
+    )
+    reasons = [(place, f"reason {number}") for number, (place, _) in enumerate(same)]
+    problems = too_many(reasons, 2).problems
+    assert len(problems) == 11
+    assert problems[-1] == "990 more malformed rows (data.malformed_rows_allowed=2)"
 
 
 def test_a_file_of_empty_answers_alone_is_refused(rows: Path, logged: list[str]) -> None:

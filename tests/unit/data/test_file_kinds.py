@@ -20,7 +20,7 @@ from orchestrator.data.columns import named_values
 from orchestrator.data.formats import Malformed, parse
 from orchestrator.data.readers import locate
 from orchestrator.data.rows import Conversation, Instruction, Row, Text
-from tests.unit.data.test_readers import blocks_of, problem_of, source
+from tests.unit.data.test_readers import blocks_of, problem_of, source, write_parquet
 
 ASKED = [Instruction("Name a colour.", "", "Blue."), Instruction("Say é, please", "x\ny", 'A "plum"')]
 ROWS = [{"instruction": row.instruction, "input": row.input, "output": row.output} for row in ASKED]
@@ -60,6 +60,7 @@ def written(folder: Path, name: str, content: str | bytes) -> Path:
         ("rows.tsv", CSV.replace(",", "\t").replace("é\t", "é,")),
         ("rows.csv", CSV.replace(",", "\t").replace("é\t", "é,")),
         ("rows.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
+        ("rows.csv", "sep=|\n" + CSV.replace(",", "|").replace("é|", "é,")),
         ("rows.csv", CSV.encode("utf-16")),
         ("rows.jsonl", LINES),
         ("rows.jsonl", "\ufeff" + LINES),
@@ -122,6 +123,24 @@ def test_columns_name_those_of_a_table(tmp_path: Path) -> None:
     (problem,) = rows_of(path)
     assert str(problem).startswith("line 2: the fields Nr, Frage, Antwort are not those of a known format; ")
     assert "columns: {Nr: instruction, Antwort: output}" in str(problem)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_a_column_that_a_table_does_not_have_is_one_error(tmp_path: Path, name: str) -> None:
+    rows = [{"frage": "a", "antwort": "b"}] * 3
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        path.write_text("frage,antwort\n" + "a,b\n" * 3)
+    else:
+        write_parquet(path, rows)
+    named = {"frage": "instruction", "antwort": "output", "who": "role"}
+    assert rows_of(path, columns=named) == [Instruction("a", "", "b")] * 3
+    for key in ("input", "output", None):
+        problem = problem_of(path, columns={"frage": "instruction", "reply": key})
+        assert problem == (
+            f"data file {path} has no column reply, which columns names (found: frage, antwort); correct "
+            "data.train[].columns"
+        )
 
 
 @pytest.mark.parametrize("stored", [json.dumps, str])
@@ -246,6 +265,7 @@ WRONG: list[tuple[str, bytes, str, str]] = [
     ("rows.csv", "text\na\ncaf\xe9\n".encode("latin-1"), "is not UTF-8 text (line 3); ", "iconv -f"),
     ("rows.txt", "a\n\ncaf\xe9\n".encode("latin-1"), "is not UTF-8 text (line 3); ", "iconv -f"),
     ("rows.csv", b'question,answer\na,b\n"c,d\ne,f\n', "is not valid CSV (line 3: ", "write each"),
+    ("rows.csv", b"question,answer\ra,b\r", "has lines that end with CR alone; ", "save it with LF"),
     ("rows.csv", b"text,text\na,b\n", "has the column 'text' more than once (text, text); ", "a differ"),
     ("rows.tsv", b"question,answer\na,b\n", "has commas and no tab in its first line", "end its name"),
 ]  # fmt: skip
