@@ -65,7 +65,7 @@ ShowRow = Annotated[
     typer.Option(
         "--show-row",
         metavar="FILE:LINE",
-        help="Print this row of the training data in the same way; repeatable. In Parquet and Arrow files, "
+        help="Print this row of the job's data in the same way; repeatable. In Parquet and Arrow files, "
         "LINE is the row number.",
     ),
 ]

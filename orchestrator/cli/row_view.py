@@ -14,6 +14,7 @@ from typing import Literal
 
 from orchestrator.checks.folders import with_absolute_paths
 from orchestrator.cli.output import stdout_for_results, write_message, write_result
+from orchestrator.config.eval_sets import eval_sources
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.row_view import RowView
 from orchestrator.data.shown_rows import collect
@@ -77,7 +78,8 @@ def shown_rows(
         return
     with stdout_for_results():
         with_paths = with_absolute_paths(job)
-        views = collect(with_paths.model, with_paths.data, count, wanted)
+        evaluation = [source for _, source in eval_sources(with_paths)]
+        views = collect(with_paths.model, with_paths.data, count, wanted, evaluation)
     if page:
         write_html(views, page, f"Rows of {job.name}")
         write_message(f"written: {page}")

@@ -18,10 +18,10 @@ from orchestrator.config.schema import DataSpec
 from orchestrator.data.chat_template import Encoded, Template, encode, render
 from orchestrator.data.columns import Columns, named_values
 from orchestrator.data.corpus import document_parts
-from orchestrator.data.encode_rows import encode_values
+from orchestrator.data.encode_rows import EncodedRows, encode_values
 from orchestrator.data.formats import Malformed, RowFormat, parse
 from orchestrator.data.rows import Conversation, Instruction, Row, Tokens, learnt_of
-from orchestrator.data.token_cache import is_trained
+from orchestrator.data.token_cache import is_trained, row_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,8 +62,9 @@ class RowView:
         learnt: Whether a token is a target of the loss, shape [tokens].
         starts: First token of each document; more than one with `truncation: split`.
         left_out: Why the row is not trained on; None if it is.
-        note: What else a reader should know, such as an empty answer; None for nothing.
+        note: Empty answers, fields that have no effect, and names in `conversation.NOTES`; None for nothing.
         raw: The start of the row as it is in the file, if it could not be tokenized.
+        content_hash: Equal for rows that `data.deduplicate` takes for equal; None if the row is left out.
     """
 
     source: str
@@ -80,6 +81,12 @@ class RowView:
     left_out: str | None = None
     note: str | None = None
     raw: str = ""
+    content_hash: int | None = None
+
+    def leave_out(self, reason: str) -> RowView:
+        """Return the view of the row as one that is not trained on."""
+        none = np.zeros_like(self.kept)
+        return replace(self, kept=none, learnt=none, starts=(), left_out=reason)
 
     @property
     def learnt_pieces(self) -> list[str]:
@@ -154,9 +161,21 @@ def view_row(
         spans=visible.spans,
         ids=visible.encoded.tokens,
         special=np.isin(visible.encoded.tokens, tokenizer.all_special_ids),
-        note=outcome.partly_empty.get(0),
+        note=_note(outcome),
+        content_hash=row_hash(outcome.encoded[0]) if outcome.encoded else None,
     )
     return _truncated(view, visible.encoded, data)
+
+
+def _note(outcome: EncodedRows) -> str | None:
+    unused = ", ".join(outcome.fields_without_effect)
+    noted = ", ".join(name for row in outcome.encoded.values() for name in row.notes)
+    notes = [
+        *outcome.partly_empty.values(),
+        *([f"fields without effect: {unused}"] if unused else []),
+        *([f"noted: {noted}"] if noted else []),
+    ]
+    return "; ".join(notes) or None
 
 
 def encode_visible(

@@ -19,7 +19,13 @@ _Found = tuple[SourceSpec, Block, int]
 """A row: its source, its block, and its position in the block."""
 
 
-def collect(model: ModelSpec, data: DataSpec, count: int, wanted: Sequence[str] = ()) -> list[RowView]:
+def collect(
+    model: ModelSpec,
+    data: DataSpec,
+    count: int,
+    wanted: Sequence[str] = (),
+    evaluation: Sequence[SourceSpec] = (),
+) -> list[RowView]:
     """Return views of the first rows of the training data, over the sources in order, and of given rows.
 
     Rows that are left out are included, with the reason. Sample, weight and repeat have no effect.
@@ -29,6 +35,7 @@ def collect(model: ModelSpec, data: DataSpec, count: int, wanted: Sequence[str] 
         data: The training data.
         count: Number of first rows.
         wanted: Further rows as FILE:LINE, the line being the row number in a file of a table.
+        evaluation: Sources of evaluation data, which wanted rows may be of too.
 
     Raises:
         SpecError: A file cannot be read, or a wanted row does not exist.
@@ -36,12 +43,27 @@ def collect(model: ModelSpec, data: DataSpec, count: int, wanted: Sequence[str] 
     tokenizer = load_tokenizer(model, data.chat_template)
     template = choose(data, model, tokenizer)
     named = [_parse_wanted(text) for text in wanted]
-    found = [*islice(_all_rows(data.train), count), *(_find(data.train, *each) for each in named)]
+    found = [
+        *islice(_all_rows(data.train), count),
+        *(_find((*data.train, *evaluation), *each) for each in named),
+    ]
     views = []
     for source, block, at in found:
         view = view_row(block.values[at], source.format, data, tokenizer, template, block.columns)
         views.append(replace(view, source=block.file, unit=block.unit, line=block.numbers[at]))
-    return views
+    first = len(views) - len(named)
+    return [*_leave_out_duplicates(views[:first]), *views[first:]] if data.deduplicate else views
+
+
+def _leave_out_duplicates(views: Sequence[RowView]) -> Iterator[RowView]:
+    """Yield the first rows of the data with the reason for rows that equal an earlier one."""
+    seen: dict[int, RowView] = {}
+    for view in views:
+        same = view if view.content_hash is None else seen.setdefault(view.content_hash, view)
+        if same is view:
+            yield view
+        else:
+            yield view.leave_out(f"duplicate: equals data file {same.source}, {same.unit} {same.line}")
 
 
 def _all_rows(sources: Sequence[SourceSpec]) -> Iterator[_Found]:
@@ -69,7 +91,7 @@ def _find(sources: Sequence[SourceSpec], name: str, line: int) -> _Found:
     if len({file.name for _, file in matching}) != 1:
         problem = "names several files" if matching else "is not a file"
         names = ", ".join(dict.fromkeys(file.name for _, file in (matching or files)[:8]))
-        raise SpecError(f"--show-row={name}:{line} {problem} of the training data; use one of {names}")
+        raise SpecError(f"--show-row={name}:{line} {problem} of the job's data; use one of {names}")
     source, file = matching[0]
     last = 0
     for found in _rows_of(source, file):

@@ -134,6 +134,12 @@ def test_columns_of_the_source_are_used(tokenizer: Any) -> None:
     assert encoded.tokens.tolist() == view(row, tokenizer, columns=columns).ids.tolist()
 
 
+def test_fields_without_effect_are_noted(tokenizer: Any) -> None:
+    found = view({**ALPACA, "id": 3, "url": "x"}, tokenizer)
+    assert found.left_out is None
+    assert found.note == "fields without effect: id, url"
+
+
 ROWS = [TALK, ALPACA, {"text": "Blue " * 30}, {"prompt": "Name a colour.", "completion": " Blue."}]
 
 
@@ -178,6 +184,33 @@ def test_first_rows_are_those_of_the_sources_in_order(tmp_path: Path) -> None:
     assert [each.as_json()["text"] for each in views] == ["<s>one</s>", "", "<s>two</s>", "<s>three</s>"]
 
 
+def test_duplicates_are_left_out_if_the_job_says_so(tmp_path: Path) -> None:
+    data = sources(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "four"}\n{"text": "one"}\n')
+    model = ModelSpec(path="builtin/tiny-llama")
+    assert [each.left_out for each in collect(model, data, 9)] == [None] * 5
+    views = collect(model, data.model_copy(update={"deduplicate": True}), 9, ["a.jsonl:3"])
+    reasons = [each.left_out for each in views]
+    assert reasons == [
+        None,
+        None,
+        f"duplicate: equals data file {tmp_path / 'a.jsonl'}, line 1",
+        None,
+        f"duplicate: equals data file {tmp_path / 'a.jsonl'}, line 2",
+        None,
+    ]
+    assert views[2].as_json()["learnt"] == []
+    assert views[2].as_json()["text"] == "<s>one</s>"
+
+
+def test_rows_of_evaluation_data_are_found_too(tmp_path: Path) -> None:
+    data = sources(tmp_path)
+    (tmp_path / "e.jsonl").write_text('{"text": "five"}\n')
+    evaluation = [SourceSpec(path=str(tmp_path / "e.jsonl"))]
+    (found,) = collect(ModelSpec(path="builtin/tiny-llama"), data, 0, ["e.jsonl:1"], evaluation)
+    assert found.learnt_pieces == ["five</s>"]
+
+
 @pytest.mark.parametrize("name", ["{}/b.parquet:2", "b.parquet:2"])
 def test_a_row_is_found_by_file_and_line(tmp_path: Path, name: str) -> None:
     (found,) = collect(ModelSpec(path="builtin/tiny-llama"), sources(tmp_path), 0, [name.format(tmp_path)])
@@ -189,7 +222,7 @@ def test_a_row_is_found_by_file_and_line(tmp_path: Path, name: str) -> None:
     [
         ("a.jsonl", "is not FILE:LINE"),
         ("a.jsonl:x", "is not FILE:LINE"),
-        ("c.jsonl:1", "is not a file of the training data; use one of"),
+        ("c.jsonl:1", "is not a file of the job's data; use one of"),
         ("a.jsonl:2", "has no row there"),
         ("a.jsonl:99", "has no row there; rows are numbered as in errors, and the nearest one is 4"),
     ],
