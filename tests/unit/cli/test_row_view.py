@@ -52,7 +52,7 @@ def test_truncated_and_split_rows(tokenizer: Any) -> None:
 
 def test_left_out_rows_show_the_reason_and_the_row(tokenizer: Any) -> None:
     text = row_view.as_text([view({"foo": "\x1b[31m"}, tokenizer)], colour=True)
-    assert "left out: malformed: the fields foo" in text
+    assert "left out: malformed: the field foo" in text
     assert '{"foo": "\\u001b[31m"}' in text
 
 

@@ -100,7 +100,7 @@ def test_rows_that_are_left_out_have_a_reason(tokenizer: Any) -> None:
     assert empty.as_json()["learnt"] == []
     malformed = view({"foo": 1}, tokenizer)
     assert malformed.left_out
-    assert malformed.left_out.startswith("malformed: the fields foo are not")
+    assert malformed.left_out.startswith("malformed: the field foo is not")
     assert malformed.raw == '{"foo": 1}'
     assert view(b"\xff", tokenizer).raw == "\\xff"
 
