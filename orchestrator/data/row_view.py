@@ -168,7 +168,7 @@ def view_row(
 
 
 def _note(outcome: EncodedRows) -> str | None:
-    unused = ", ".join(outcome.fields_without_effect)
+    unused = ", ".join(sorted(outcome.fields_without_effect))
     noted = ", ".join(name for row in outcome.encoded.values() for name in row.notes)
     notes = [
         *outcome.partly_empty.values(),
