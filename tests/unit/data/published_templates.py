@@ -1,0 +1,165 @@
+"""Which kinds of conversations are trained with the chat templates of published models.
+
+    python -m tests.unit.data.published_templates [--write]    print or write the table of docs/templates.md
+
+The templates are those that TRL ships (`pip install --no-deps trl==1.16.0`), unchanged, and the variants that
+have `{% generation %}` marks made by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config.schema import ModelSpec
+from orchestrator.data.chat_template import render
+from orchestrator.data.conversation import Rendered
+from orchestrator.data.formats import Malformed
+from orchestrator.data.model_tokenizer import load_tokenizer
+from orchestrator.data.rows import Conversation
+from orchestrator.data.traced_template import TracedTemplate
+from tests.conftest import ROOT
+from tests.unit.data.talks import WEATHER, talk
+
+DOCUMENT = ROOT / "docs" / "templates.md"
+MARKED = "_training"
+_CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"town": "Oslo"}}}
+_THINKING: tuple[Any, ...] = (
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "Four.", "reasoning_content": "2 and 2"},
+)
+_TOOLS: tuple[Any, ...] = (
+    {"role": "user", "content": "Warm in Oslo?"},
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "content": "12", "name": "get_weather"},
+    {"role": "assistant", "content": "It has 12 degrees."},
+)
+ROWS = {
+    "one turn": talk("Name a colour.", "Blue."),
+    "two turns": talk("Name a colour.", "Blue.", "And a fruit?", "A plum."),
+    "system": talk("Name a colour.", "Blue.", system="Be brief."),
+    "tools": Conversation(_TOOLS, ({"type": "function", "function": WEATHER},)),
+    "reasoning": Conversation(_THINKING),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row rendered with a template: what is trained, or why the row is refused."""
+
+    template: str
+    row: str
+    rendered: Rendered | None
+    reason: str = ""
+
+    @property
+    def learnt(self) -> list[str]:
+        """Texts of the spans that are trained."""
+        if self.rendered is None:
+            return []
+        return [self.rendered.text[start:end] for start, end in self.rendered.answers]
+
+
+def folder() -> Path | None:
+    """Return the folder of TRL's templates; None if TRL is not installed."""
+    found = importlib.util.find_spec("trl")
+    places = (
+        [Path(place) / "chat_templates" for place in (found.submodule_search_locations or ())]
+        if found
+        else []
+    )
+    return next((place for place in places if place.is_dir()), None)
+
+
+def names(templates: Path) -> list[str]:
+    """Return the names of the unchanged templates."""
+    return sorted(path.stem for path in templates.glob("*.jinja") if not path.stem.endswith(MARKED))
+
+
+def tokenizer_of(source: str) -> Any:
+    """Return the built-in tokenizer with a chat template and its tokens of the form <|...|> and <...>."""
+    tokenizer = copy.deepcopy(load_tokenizer(ModelSpec(path="builtin/tiny-llama")))
+    tokenizer.chat_template = source
+    return tokenizer
+
+
+def cells(templates: Path, name: str) -> Iterator[Cell]:
+    """Render every row with a template."""
+    tokenizer = tokenizer_of((templates / f"{name}.jinja").read_text(encoding="utf-8"))
+    for row, conversation in ROWS.items():
+        try:
+            yield Cell(name, row, render(conversation, "chat", tokenizer))
+        except Malformed as problem:
+            yield Cell(name, row, None, str(problem))
+
+
+def marked_by_hand(templates: Path, cell: Cell) -> list[str] | None:
+    """Return what TRL's marked variant marks in the same text; None without one that writes this text."""
+    file = templates / f"{cell.template}{MARKED}.jinja"
+    if not file.exists() or cell.rendered is None:
+        return None
+    tokenizer = tokenizer_of("")
+    template = TracedTemplate(file.read_text(encoding="utf-8"), tokenizer.special_tokens_map)
+    conversation = ROWS[cell.row]
+    try:
+        traced = template.trace(conversation.messages, [dict(tool) for tool in conversation.tools] or None)
+    except Exception:  # the variant refuses the row
+        return None
+    if traced.text != cell.rendered.text:
+        return None
+    spans: list[tuple[int, int]] = []
+    for start, end in traced.generated:
+        if spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], end)
+        elif end > start:
+            spans.append((start, end))
+    return [traced.text[start:end] for start, end in spans]
+
+
+def table(templates: Path) -> str:
+    """Return docs/templates.md."""
+    lines = [
+        "# Chat templates of published models",
+        "",
+        "What is trained with the chat templates of published models, as TRL 1.16 ships them. `yes`: the row",
+        "is trained, with the tokens of `apply_chat_template`, and the loss covers each answer after the",
+        "generation prompt, with its end of turn. Otherwise the reason for which the row is refused. Written by",
+        "`python -m tests.unit.data.published_templates --write`.",
+        "",
+        f"| template | {' | '.join(ROWS)} |",
+        "|---" * (len(ROWS) + 1) + "|",
+    ]
+    for name in names(templates):
+        entries = ["yes" if cell.rendered else _short(cell.reason) for cell in cells(templates, name)]
+        lines.append(f"| {name} | {' | '.join(entries)} |")
+    return "\n".join([*lines, ""])
+
+
+def _short(reason: str) -> str:
+    inner = reason.partition("refuses the row (")[2].rpartition("); change")[0]
+    text = inner or reason.partition(":")[0].partition(", so")[0].removeprefix("the model's chat template ")
+    return " ".join(text.removeprefix("the chat template ").split()).replace("|", "\\|")[:90]
+
+
+def main() -> None:
+    """Print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    templates = folder()
+    if templates is None:
+        parser.error("TRL is not installed: pip install --no-deps trl==1.16.0")
+    text = table(templates)
+    if arguments.write:
+        DOCUMENT.write_text(text, encoding="utf-8")
+    else:
+        print(text)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
