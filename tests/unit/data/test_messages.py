@@ -75,7 +75,7 @@ def test_images_and_the_like_are_refused_by_name(field: str) -> None:
     row = {"messages": [user("<image>What?"), assistant()]}
     for value in (["plum.jpg"], "plum.jpg", {"bytes": "", "path": "plum.jpg"}):
         assert reason_of({**row, field: value}).startswith(f"the row has the field {field}, and only text")
-        assert reason_of({"instruction": "a", "output": "b", field: value}).startswith("the row has the fiel")
+        assert reason_of({"instruction": "a", "output": "b", field: value}).startswith("the row has the ")
         marked = {"messages": [user() | {field: value}, assistant()]}
         assert reason_of(marked).startswith(f"messages[0] has the field {field}, and only text")
     for nothing in (None, [], "", {}):
