@@ -1,10 +1,14 @@
 """With published chat templates, what is learnt is what marks made by hand enclose, after the prompt."""
 
+import os
+import random
 from datetime import UTC, datetime
 
 import pytest
 
 from orchestrator.data import traced_template
+from orchestrator.data.chat_template import render
+from orchestrator.data.rows import Conversation
 from orchestrator.data.traced_template import TracedTemplate
 from tests.unit.data.published_templates import (
     DOCUMENT,
@@ -16,6 +20,7 @@ from tests.unit.data.published_templates import (
     table,
     tokenizer_of,
 )
+from tests.unit.data.talks import talk
 
 TEMPLATES = folder()
 if TEMPLATES is None:
@@ -54,3 +59,56 @@ def test_text_is_that_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_the_page_has_the_table() -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == table(TEMPLATES)
+
+
+PIECES = [
+    "a",
+    "I see.",
+    " ",
+    "\n",
+    "\n\n",
+    "é",
+    "日本",
+    "👩‍👩‍👧",
+    "{x}",
+    "{{ y }}",
+    "<b>",
+    "</think",
+    "'\"",
+    "12",
+    "...",
+    "\t",
+]
+ROWS_A_TEMPLATE = int(os.environ.get("ORCHESTRATOR_FUZZ_ROWS", "20"))
+
+
+def fuzzed(generator: random.Random) -> Conversation:
+    """Return a conversation whose message N contains the word "message-N-" between other texts."""
+    texts = [
+        "".join(generator.choices(PIECES, k=3))
+        + f"message-{number}-"
+        + "".join(generator.choices(PIECES, k=3))
+        for number in range(2 * generator.randint(1, 3))
+    ]
+    return talk(*texts)
+
+
+@pytest.mark.parametrize("name", names(TEMPLATES))
+def test_fuzzed_rows_have_the_tokens_of_transformers_and_learn_their_answers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if next(cells(TEMPLATES, name)).rendered is None:
+        pytest.skip("the template is for content in parts, as of images, and refuses plain text")
+    monkeypatch.setattr(traced_template, "DEFAULT_DATE", datetime.now(UTC).date().isoformat())
+    tokenizer = tokenizer_of((TEMPLATES / f"{name}.jinja").read_text())
+    generator = random.Random(name)
+    for _ in range(ROWS_A_TEMPLATE):
+        row = fuzzed(generator)
+        rendered = render(row, "chat", tokenizer)
+        messages = [dict(message) for message in row.messages]
+        assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert len(rendered.answers) == len(messages) // 2
+        for number, (start, end) in enumerate(rendered.answers):
+            learnt = rendered.text[start:end]
+            assert "".join(row.messages[2 * number + 1]["content"].split()) in "".join(learnt.split())
+            assert [f"message-{at}-" in learnt for at in range(len(messages))].count(True) == 1
