@@ -57,9 +57,9 @@ def load_config_json(path: str) -> Mapping[str, object]:
 def resized(config: Mapping[str, object], model: ModelSpec) -> Mapping[str, object]:
     """Return a config.json with `vocab_size` as model.resize_embeddings will make it.
 
-    If the option is set, raises `vocab_size` to the largest token id in tokenizer.json plus one. Returns the
-    configuration unchanged if tokenizer.json is not on this machine. `orchestrator.model.vocabulary` does the
-    same with transformers.
+    If the option is set, raises `vocab_size` to the largest token id in tokenizer.json plus one, and one for
+    each of model.new_special_tokens that is not in it. Returns the configuration unchanged if tokenizer.json
+    is not on this machine. `orchestrator.model.vocabulary` does the same with transformers.
     """
     if not model.resize_embeddings:
         return config
@@ -67,8 +67,10 @@ def resized(config: Mapping[str, object], model: ModelSpec) -> Mapping[str, obje
         found = json.loads((resolve(model.path) / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = found["model"]["vocab"]
         # Unigram models store a list of (piece, score), with the index as id; others map tokens to ids.
-        ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
-        rows = 1 + max([*ids, *(token["id"] for token in found.get("added_tokens", []))])
+        if isinstance(vocabulary, list):
+            vocabulary = {piece[0]: at for at, piece in enumerate(vocabulary)}
+        tokens = {**vocabulary, **{token["content"]: token["id"] for token in found.get("added_tokens", [])}}
+        rows = 1 + max(tokens.values()) + len(set(model.new_special_tokens).difference(tokens))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return config
     return {**config, "vocab_size": max(rows, config.get("vocab_size") or 0)}

@@ -17,7 +17,7 @@ from orchestrator.config.paths import as_submitted, resolve
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import Problem
 from orchestrator.data.file_patterns import has_wildcards
-from orchestrator.data.model_tokenizer import with_template_text
+from orchestrator.data.model_tokenizer import with_chat_template
 from orchestrator.errors import SpecError
 
 JOB = "job.yaml"
@@ -47,7 +47,8 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def with_absolute_paths(job: JobSpec) -> JobSpec:
-    """Return the job with absolute local paths, and the text of a chat template that it names by file."""
+    """Return the job with absolute local paths, and what its chat template needs (`with_chat_template`)."""
+    job = with_chat_template(job)
 
     def absolute(source: SourceSpec) -> SourceSpec:
         return source.model_copy(update={"path": _absolute(source.path)})
@@ -56,7 +57,7 @@ def with_absolute_paths(job: JobSpec) -> JobSpec:
     adapter = job.method.adapter and _absolute(job.method.adapter)
     method = job.method.model_copy(update={"adapter": adapter})
     train = tuple(map(absolute, job.data.train))
-    data = with_template_text(job.data).model_copy(update={"train": train})
+    data = job.data.model_copy(update={"train": train})
     evaluation = with_sources(job.eval, absolute) if job.eval else None
     storage = str(Path(job.checkpoint.storage).expanduser().absolute())
     checkpoint = job.checkpoint.model_copy(update={"storage": storage})

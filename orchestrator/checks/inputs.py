@@ -12,9 +12,9 @@ from orchestrator.arch.hf_config import local_config
 from orchestrator.checks.folders import run_dir_of
 from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.paths import resolve
-from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec
+from orchestrator.config.schema import JobSpec, ModelSpec
 from orchestrator.config.validation import Problem
-from orchestrator.data.model_tokenizer import with_template_text
+from orchestrator.data.model_tokenizer import with_chat_template
 from orchestrator.data.sources import source_problem
 from orchestrator.errors import SpecError
 
@@ -42,7 +42,7 @@ def input_problems(job: JobSpec) -> Iterator[Problem]:
     for field, source in all_sources(job):
         if message := _run_check(source_problem, source, f"data file {source.path}"):
             yield (f"{field}.path", field), message
-    if message := _template_problem(job.data):
+    if message := _template_problem(job):
         yield ("data.chat_template",), message
     label = f"model.path={job.model.path}"
     if message := _run_check(_model_problem, job.model, label) or _run_check(_missing_weights, job, label):
@@ -52,9 +52,9 @@ def input_problems(job: JobSpec) -> Iterator[Problem]:
         yield ("method.adapter",), message
 
 
-def _template_problem(data: DataSpec) -> str | None:
+def _template_problem(job: JobSpec) -> str | None:
     try:
-        with_template_text(data)
+        with_chat_template(job)
     except SpecError as error:
         return error.problems[0]
     return None

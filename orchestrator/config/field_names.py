@@ -64,7 +64,8 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
         "enable_activation_checkpointing", "disable_gradient_checkpointing", "use_gradient_checkpointing",
         "recompute_granularity"
     ),
-    **_same("model.resize_embeddings", "resize_vocab", "resize_token_embeddings", "new_special_tokens"),
+    **_same("model.resize_embeddings", "resize_vocab", "resize_token_embeddings"),
+    **_same("model.new_special_tokens", "new_special_tokens", "add_tokens", "additional_special_tokens"),
     **_same("model.trust_remote_code", "allow_remote_code"),
     # method
     **_same("method.type", "finetuning_type", "train_type", "tuner_type", "adapter_type", "peft_type"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import date
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -27,9 +28,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from orchestrator.config.chat_templates import NAMED
+
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Device = Literal["auto", "cuda", "cpu"]
 Offload = Literal["none", "cpu"]
+TemplateOption = bool | int | float | str
 OffloadState = Literal["none", "cpu", "nvme"]
 Format = Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "tokens"]
 
@@ -96,6 +100,8 @@ class ModelSpec(Section):
     mlp_tile_tokens: Count | None = None
     """Tokens per tile of each MLP, recomputed in the backward pass, so that memory never holds all of the
     MLP's inner activations; null runs the MLP on all tokens at once."""
+    new_special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Special tokens to add to the tokenizer, if it lacks them; saved with the export."""
     resize_embeddings: bool = False
     """Add rows to the embedding and LM head for tokens of the tokenizer that have none, initialized to the
     mean of the existing rows. With lora, method.train_embeddings is required, which trains and saves them."""
@@ -163,14 +169,30 @@ class SourceSpec(Section):
     """Use a random subset of this many rows, seeded by run.seed."""
 
 
-CHAT_TEMPLATES = ("chatml", "gemma", "llama3", "mistral", "phi3", "qwen", "zephyr")
-"""Names of the chat templates in `orchestrator.data.named_templates`."""
-
-
 def _chat_template(value: str) -> str:
-    names = ("auto", "chat", "alpaca", *CHAT_TEMPLATES)
+    names = ("auto", "chat", "alpaca", *NAMED)
     if value not in names and not any(character in value for character in "/.{"):
         raise ValueError(f"must be one of {', '.join(names)}, the file of a Jinja template, or its text")
+    return value
+
+
+_RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "bos_token", "eos_token"}
+)
+
+
+def _template_options(value: dict[str, TemplateOption]) -> dict[str, TemplateOption]:
+    for name in value:
+        if name in _RESERVED or not name.isidentifier() or name.startswith("_"):
+            raise ValueError(
+                f"{name} is not a variable that a job can set; use the name of an option that the chat "
+                "template reads, such as enable_thinking"
+            )
+    if "date" in value:
+        try:
+            date.fromisoformat(str(value["date"]))
+        except ValueError:
+            raise ValueError(f"date={value['date']} must be a date such as 2026-01-31") from None
     return value
 
 
@@ -198,7 +220,9 @@ class DataSpec(Section):
     """chat: the tokenizer's chat template; alpaca: the Stanford Alpaca prompt; auto: chat if the tokenizer
     has a template, else alpaca; or the name (chatml, llama3, qwen, ...), the file or the text of a template
     that replaces the tokenizer's."""
-    template_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    template_options: Annotated[dict[str, TemplateOption], AfterValidator(_template_options)] = Field(
+        default_factory=dict
+    )
     """Variables of the chat template, such as enable_thinking, and the date that it writes, as 2026-01-01."""
     system_prompt: str = ""
     """System message of rows that have none."""

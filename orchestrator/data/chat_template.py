@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from jinja2 import TemplateError
 
+from orchestrator.config.chat_templates import NAMED
 from orchestrator.config.schema import DataSpec, ModelSpec
 from orchestrator.data.conversation import ChatSettings, Rendered, conversation_template
 from orchestrator.data.formats import Malformed
 from orchestrator.data.model_tokenizer import ends_of_generation
-from orchestrator.data.named_templates import NAMED
-from orchestrator.data.rows import Conversation, Instruction, Message, Row, Text, Tokens
+from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens, as_conversation
 from orchestrator.data.token_positions import tokenize
 from orchestrator.errors import SpecError
 
@@ -101,6 +101,8 @@ def choose(data: DataSpec, model: ModelSpec, tokenizer: PreTrainedTokenizerFast)
     if has_chat:
         try:
             conversation_template(tokenizer, settings).compile()
+        except Malformed:  # it has only templates for other cases, such as tools: told for each row
+            pass
         except TemplateError as error:
             raise SpecError(
                 f"data.chat_template={data.chat_template}: the chat template cannot be compiled "
@@ -133,7 +135,7 @@ def render(
     if isinstance(row, Text):
         return _joined(row.prompt, row.completion + end)
     if isinstance(row, Instruction) and template.name == "chat":
-        row = _as_conversation(row)
+        row = as_conversation(row)
     if isinstance(row, Conversation):
         return conversation_template(tokenizer, template.settings).render(row, learn_ends)
     if row.history:
@@ -233,12 +235,3 @@ def _given(row: Tokens, tokenizer: PreTrainedTokenizerFast) -> Encoded:
 
 def _joined(prompt: str, answer: str) -> Rendered:
     return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), is_plain=True)
-
-
-def _as_conversation(row: Instruction) -> Conversation:
-    messages: list[Message] = [{"role": "system", "content": row.system}] if row.system else []
-    for question, answer in row.history:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": row.output}]
-    return Conversation(tuple(messages))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
-from orchestrator.data.answer_spans import Answer, AnswerLocator, Span
+from orchestrator.data.answer_spans import Answer, AnswerLocator, Span, common_length
 from orchestrator.data.formats import Malformed
 from orchestrator.data.rows import (
+    REASONING_FIELDS,
     Conversation,
     Message,
     is_learnt,
@@ -104,8 +105,8 @@ class ConversationTemplate:
         Tool calls are given to the template in the forms that templates want, until one form is written.
 
         Raises:
-            Malformed: The template refuses the row, leaves out a part of it, or the answers cannot be
-            located.
+            Malformed: The template refuses the row or leaves out a part of it, or the answers cannot be
+                located.
         """
         if self._system_prompt and not any(each["role"] in ("system", "developer") for each in row.messages):
             row = replace(row, messages=({"role": "system", "content": self._system_prompt}, *row.messages))
@@ -222,9 +223,7 @@ def _by_prefixes(
 
 
 def _rewritten(number: int, before: str, after: str) -> Malformed:
-    same = sum(
-        1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
-    )
+    same = common_length(before, after)
     shown = [repr(text[max(0, same - 20) : same + 40]) for text in (before, after)]
     return Malformed(
         f"the chat template writes the text before or in answer {number} as {shown[0]} and, once more "
@@ -272,9 +271,7 @@ def _texts(message: Message) -> tuple[list[str], list[str]]:
     content = message["content"] or ""
     thoughts = [*_THOUGHT.findall(content)]
     fields: Mapping[str, object] = message
-    given = next(
-        (fields[name] for name in ("reasoning_content", "thinking", "reasoning") if fields.get(name)), None
-    )
+    given = next((fields[name] for name in REASONING_FIELDS if fields.get(name)), None)
     if isinstance(given, str):
         thoughts.append(given)
     rest = _THOUGHT.sub("", content)
@@ -284,10 +281,7 @@ def _texts(message: Message) -> tuple[list[str], list[str]]:
 
 def _contains(part: str, text: str) -> bool:
     """Return whether a text is in a part, whatever white space is between its words."""
-    if text.strip() in part:
-        return True
-    squeeze: Callable[[str], str] = lambda value: "".join(value.split())  # noqa: E731
-    return squeeze(text) in squeeze(part)
+    return text.strip() in part or "".join(text.split()) in "".join(part.split())
 
 
 def _tool_left_out(name: str) -> Malformed:

@@ -16,7 +16,7 @@ from orchestrator.data.row_values import (
     require_unicode,
     unicode_text,
 )
-from orchestrator.data.rows import Message
+from orchestrator.data.rows import REASONING_FIELDS, Message
 from orchestrator.data.tool_calls import calls_of, calls_of_message
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -39,7 +39,6 @@ _FIELDS = (
     ("from", "text"),
     ("user", "text"),
 )
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
 _TEXTS = ("text", "value", "content")
@@ -164,7 +163,7 @@ def _reasoning(fields: Mapping[str, Any], thought: str, role: str, place: str) -
 
     Templates of Qwen, DeepSeek and GLM read `reasoning_content`, those of gpt-oss `thinking`.
     """
-    given = {name: fields[name] for name in _REASONING if has_value(fields.get(name))}
+    given = {name: fields[name] for name in REASONING_FIELDS if has_value(fields.get(name))}
     if role != "assistant" or not (given or thought):
         return {}
     texts = {unicode_text(text, f"{place}.{name}") for name, text in given.items()} | ({thought} - {""})
@@ -195,7 +194,7 @@ def _note_fields(
             continue
         if name in ("role", "content") or (name in MARKS and not is_answer and message.get("weight")):
             use.without_effect.add(f"{field}.{name}")
-        elif name in _REASONING and is_answer:
-            use.for_template[f"{field}.{name}"] = _REASONING
+        elif name in REASONING_FIELDS and is_answer:
+            use.for_template[f"{field}.{name}"] = REASONING_FIELDS
         elif name not in _READ:
             use.for_template[f"{field}.{name}"] = (name,)

@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from orchestrator.config.chat_templates import NAMED
 from orchestrator.config.paths import resolve
-from orchestrator.config.schema import DataSpec, ModelSpec
-from orchestrator.data.named_templates import NAMED
+from orchestrator.config.schema import JobSpec, ModelSpec
 from orchestrator.errors import SpecError
 
 if TYPE_CHECKING:
@@ -23,19 +23,22 @@ def load_tokenizer(model: ModelSpec, chat_template: str = "auto") -> PreTrainedT
     """Return the model's tokenizer, with a chat template of its own or the given one.
 
     Args:
-        model: The model.
+        model: The model; its `new_special_tokens` are added if the tokenizer lacks them.
         chat_template: `data.chat_template`. With the name of a template, the tokens that it needs are added
-            if the tokenizer lacks them, and its end of turn becomes the EOS token.
+            as well, and its end of turn becomes the EOS token.
 
     Raises:
         SpecError: The path has no tokenizer, or only a slow one, or the chat template cannot be read.
     """
-    return _load_tokenizer(str(resolve(model.path)), model.path, model.trust_remote_code, chat_template)
+    named = NAMED.get(chat_template)
+    tokens = (*model.new_special_tokens, *(named.tokens if named else ()))
+    path = str(resolve(model.path))
+    return _load_tokenizer(path, model.path, model.trust_remote_code, chat_template, tokens)
 
 
 @lru_cache(maxsize=2)
 def _load_tokenizer(
-    path: str, name: str, trust_remote_code: bool, chat_template: str
+    path: str, name: str, trust_remote_code: bool, chat_template: str, tokens: tuple[str, ...]
 ) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
@@ -53,18 +56,13 @@ def _load_tokenizer(
             "it to a fast tokenizer (tokenizer.json)"
         )
     loaded = cast("PreTrainedTokenizerFast", tokenizer)
+    vocabulary = loaded.get_vocab()
+    loaded.add_tokens([token for token in tokens if token not in vocabulary], special_tokens=True)
     if chat_template not in TOKENIZER_TEMPLATES:
-        _set_template(loaded, chat_template)
+        loaded.chat_template = template_source(chat_template)
+    if (named := NAMED.get(chat_template)) and named.end:
+        loaded.eos_token = named.end
     return loaded
-
-
-def _set_template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> None:
-    tokenizer.chat_template = template_source(chat_template)
-    if named := NAMED.get(chat_template):
-        missing = [token for token in named.tokens if token not in tokenizer.get_vocab()]
-        tokenizer.add_tokens(missing, special_tokens=True)
-        if named.end:
-            tokenizer.eos_token = named.end
 
 
 def template_source(chat_template: str) -> str:
@@ -89,15 +87,23 @@ def template_source(chat_template: str) -> str:
         ) from None
 
 
-def with_template_text(data: DataSpec) -> DataSpec:
-    """Return data settings with the text of the chat template if they name its file.
+def with_chat_template(job: JobSpec) -> JobSpec:
+    """Return a job with the text of a chat template that it names by file, or the tokens of one by name.
+
+    Afterwards `job.model` alone tells how many embedding rows the tokenizer needs.
 
     Raises:
         SpecError: The file cannot be read.
     """
-    if data.chat_template in (*TOKENIZER_TEMPLATES, *NAMED):
-        return data
-    return data.model_copy(update={"chat_template": template_source(data.chat_template)})
+    chosen = job.data.chat_template
+    if chosen in TOKENIZER_TEMPLATES:
+        return job
+    if named := NAMED.get(chosen):
+        tokens = tuple(dict.fromkeys((*job.model.new_special_tokens, *named.tokens)))
+        model = job.model.model_copy(update={"new_special_tokens": tokens})
+        return job.model_copy(update={"model": model})
+    data = job.data.model_copy(update={"chat_template": template_source(chosen)})
+    return job.model_copy(update={"data": data})
 
 
 def ends_of_generation(model: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:

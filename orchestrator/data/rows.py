@@ -17,6 +17,9 @@ Learnt = Literal["answers", "ends", "all"]
 """
 
 
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names of an answer's reasoning, as transformers knows them; the first that has a value counts."""
+
 JsonObject = Mapping[str, Any]
 """A tool or a tool call in OpenAI's format, as chat templates read it."""
 

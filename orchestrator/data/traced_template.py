@@ -20,7 +20,7 @@ from jinja2 import Environment, Template, nodes
 from jinja2.visitor import NodeTransformer
 from transformers.utils import chat_template_utils
 
-from orchestrator.data.rows import Message
+from orchestrator.data.rows import REASONING_FIELDS, Message
 
 DEFAULT_DATE = "2026-01-01"
 """Date that templates write unless `data.template_options.date` is set: tokens must not change daily."""
@@ -29,8 +29,8 @@ DEFAULT_DATE = "2026-01-01"
 # MESSAGE begins the part of a message, "e" LOOP follows a loop, and "g" and "h" enclose what a template marks
 # as generated.
 _OPEN, _CLOSE = f"\ufdd0{secrets.token_hex(8)}", "\ufdd1"
+_GENERATION = -1  # stands for `{% generation %}` among the numbers of loops
 _TAG = re.compile(f"{_OPEN}([megh])(\\d*):?(\\d*){_CLOSE}")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that transformers treats as one
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class TracedTemplate:
         """
         tagged = self._run(self._tagged, messages, tools, generation_prompt)
         traced = _without_tags(tagged)
-        if self._captured.isdisjoint(self._begun) and not traced.generated:
+        begun = self._begun | {_GENERATION} if traced.generated else self._begun
+        if self._captured.isdisjoint(begun):
             return traced
         plain = self.render(messages, tools, generation_prompt)
         return traced if traced.text == plain else Traced(plain, (), ())
@@ -123,7 +124,7 @@ class TracedTemplate:
 def _with_reasoning(message: Message) -> dict[str, Any]:
     """Return a copy of a message with its reasoning under all names that templates read."""
     copy: dict[str, Any] = dict(message)
-    reasoning = next((copy[name] for name in _REASONING if copy.get(name) is not None), None)
+    reasoning = next((copy[name] for name in REASONING_FIELDS if copy.get(name) is not None), None)
     return copy if reasoning is None else {"thinking": reasoning, **copy, "reasoning_content": reasoning}
 
 
@@ -132,7 +133,8 @@ def _compiled(source: str) -> tuple[Template, Template, frozenset[int]]:
     """Compile a template without and with tags.
 
     Returns:
-        Both templates, and the loops inside blocks whose output goes through the template's own code.
+        Both templates, and the loops inside blocks whose output goes through the template's own code, with
+        `_GENERATION` if marks of generated text are inside such blocks.
     """
     compiled: Template = chat_template_utils._compile_jinja_template(source)
     environment: Environment = compiled.environment
@@ -165,6 +167,8 @@ class _Tagger(NodeTransformer):
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
         if not isinstance(node.call.node, nodes.ExtensionAttribute):  # else it is {% generation %}
             return self._visit_capture(node)
+        if self._captures:
+            self.captured.add(_GENERATION)
         self.generic_visit(node)
         node.body = [_text("g"), *node.body, _text("h")]
         return node

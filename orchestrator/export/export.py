@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.checkpoint.checkpointer import FP32_NAMES
+from orchestrator.config.chat_templates import NAMED
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.model_tokenizer import TOKENIZER_TEMPLATES, load_tokenizer
 from orchestrator.errors import TrainingError
@@ -154,11 +155,11 @@ def _write(request: ExportRequest, draft: Draft) -> int:
 def _write_tokenizer(job: JobSpec, directory: Path) -> None:
     """Make the copied tokenizer_config.json readable by transformers 4 and 5."""
     chosen = job.data.chat_template
-    has_own_template = chosen not in TOKENIZER_TEMPLATES
-    if has_own_template or not any(directory.glob("*")):  # the tokenizer has no file of a known name
+    is_changed = chosen not in TOKENIZER_TEMPLATES or job.model.new_special_tokens
+    if is_changed or not any(directory.glob("*")):  # the tokenizer has no file of a known name
         tokenizer = load_tokenizer(job.model, chosen)
         tokenizer.save_pretrained(directory)
-        if has_own_template:
+        if chosen in NAMED and NAMED[chosen].end:
             base_files.add_end_of_generation(directory, cast("int", tokenizer.eos_token_id))
     file = directory / base_files.TOKENIZER_CONFIG
     settings = base_files.read_json(file)

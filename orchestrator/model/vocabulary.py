@@ -44,16 +44,17 @@ def with_tokenizer_rows(config: PretrainedConfig, model: ModelSpec) -> Pretraine
 
 
 def tokenizer_rows(model: ModelSpec) -> int:
-    """Return the number of embedding rows that the tokenizer needs: its largest token id plus one.
+    """Return the number of embedding rows that the tokenizer needs, with `model.new_special_tokens`.
 
     Raises:
         SpecError: The tokenizer cannot be loaded.
     """
-    return _tokenizer_rows(str(resolve(model.path)), model.path, model.trust_remote_code)
+    path = str(resolve(model.path))
+    return _tokenizer_rows(path, model.path, model.trust_remote_code, model.new_special_tokens)
 
 
 @lru_cache(maxsize=4)
-def _tokenizer_rows(path: str, name: str, trust_remote_code: bool) -> int:
+def _tokenizer_rows(path: str, name: str, trust_remote_code: bool, new_tokens: tuple[str, ...]) -> int:
     from transformers import AutoTokenizer
 
     try:
@@ -64,6 +65,7 @@ def _tokenizer_rows(path: str, name: str, trust_remote_code: bool) -> int:
             f"model.path={name} has no tokenizer that can be loaded ({reason}), so the size of its "
             "vocabulary is not known; put its files there, or leave out model.resize_embeddings"
         ) from None
+    tokenizer.add_tokens([token for token in new_tokens if token not in tokenizer.get_vocab()])
     return max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps, so len() may be less
 
 

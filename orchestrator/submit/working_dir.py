@@ -16,7 +16,7 @@ from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.schema import JobSpec, SourceSpec
 from orchestrator.config.validation import broken_rules
 from orchestrator.data.file_patterns import has_wildcards
-from orchestrator.data.model_tokenizer import with_template_text
+from orchestrator.data.model_tokenizer import with_chat_template
 from orchestrator.data.sources import local_files, source_problem
 from orchestrator.errors import SpecError
 from orchestrator.package_data import BUNDLED, PACKAGE, RESOURCES, ROOT, resource
@@ -53,8 +53,7 @@ def create_working_dir(job: JobSpec, folder: Path) -> None:
     if problems:
         raise SpecError(*problems)
     _copy_program(folder)
-    job = job.model_copy(update={"data": with_template_text(job.data)})
-    (folder / JOB).write_text(loader.dump(job), encoding="utf-8")
+    (folder / JOB).write_text(loader.dump(with_chat_template(job)), encoding="utf-8")
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         try:

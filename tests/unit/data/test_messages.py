@@ -100,7 +100,7 @@ def test_different_reasoning_of_one_answer_is_refused() -> None:
     same = assistant(reasoning="hm", reasoning_content="hm")
     assert messages_of({"messages": [user(), same]})[1]["content"] == "Hi."
     assert reason_of({"messages": [user(), assistant(reasoning="hm", thinking="so")]}) == (
-        "messages[1] has different reasoning in reasoning, thinking; keep one of them"
+        "messages[1] has different reasoning in thinking, reasoning; keep one of them"
     )
 
 

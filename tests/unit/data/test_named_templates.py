@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from orchestrator.checks.folders import with_absolute_paths
 from orchestrator.checks.inputs import input_problems
+from orchestrator.config.chat_templates import NAMED
 from orchestrator.config.paths import resolve
-from orchestrator.config.schema import CHAT_TEMPLATES, DataSpec, JobSpec, ModelSpec, SourceSpec
+from orchestrator.config.schema import DataSpec, JobSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import choose, render
 from orchestrator.data.conversation import FEW_TOKENS, NO_END, NOTES
 from orchestrator.data.encode_rows import encode_values
 from orchestrator.data.model_tokenizer import ends_of_generation, load_tokenizer, template_source
-from orchestrator.data.named_templates import NAMED
 from orchestrator.data.skipped_rows import left_out
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from orchestrator.errors import SpecError
@@ -31,10 +32,6 @@ def data(**settings: Any) -> DataSpec:
 
 def job(chat_template: str) -> JobSpec:
     return JobSpec(name="a", model=MODEL, data=data(chat_template=chat_template))
-
-
-def test_the_schema_knows_the_names() -> None:
-    assert set(CHAT_TEMPLATES) == set(NAMED)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +58,21 @@ def test_a_named_template_has_its_tokens_and_teaches_its_end(name: str, spans: l
     assert tokenizer.eos_token == (NAMED[name].end or "</s>")
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"messages": "x"}, "messages is not a variable that a job can set"),
+        ({"eos_token": "x"}, "eos_token is not a variable"),
+        ({"_message_tag": "x"}, "_message_tag is not a variable"),
+        ({"enable thinking": True}, "enable thinking is not a variable"),
+        ({"date": "today"}, "date=today must be a date such as 2026-01-31"),
+    ],
+)
+def test_options_that_a_template_cannot_have_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        data(template_options=options)
+
+
 def test_the_tokenizer_of_the_model_is_not_changed() -> None:
     before = load_tokenizer(MODEL)
     load_tokenizer(MODEL, "chatml")
@@ -74,7 +86,10 @@ def test_a_template_from_a_file_is_kept_as_text(tmp_path: Path) -> None:
     resolved = with_absolute_paths(job(str(file)))
     assert resolved.data.chat_template == file.read_text() == template_source(str(file))
     assert with_absolute_paths(resolved).data.chat_template == file.read_text()
-    assert with_absolute_paths(job("chatml")).data.chat_template == "chatml"
+    named = with_absolute_paths(job("chatml"))
+    assert named.data.chat_template == "chatml"
+    assert named.model.new_special_tokens == ("<|im_start|>", "<|im_end|>")
+    assert with_absolute_paths(named) == named
     tokenizer = load_tokenizer(MODEL, resolved.data.chat_template)
     assert render(TWO_TURNS, "chat", tokenizer).text == (
         "Be brief.</s>Name a colour.</s>Blue.</s>And a fruit?</s>A plum.</s>"

@@ -86,6 +86,16 @@ def test_a_larger_tokenizer_whose_tokens_are_not_used_is_told_of_in_a_line(model
     assert "has 163 tokens and the model embeds 160" in note
 
 
+def test_new_special_tokens_need_rows_and_are_the_tokenizers(model: Path) -> None:
+    more = spec(model, new_special_tokens=("<|im_start|>", "<|im_end|>"))
+    problem = vocabulary_problem(more, load_config(more), {"rows.jsonl": TOKENS + 1})
+    assert problem is not None
+    assert "set model.resize_embeddings: true" in problem
+    grown = more.model_copy(update={"resize_embeddings": True})
+    assert load_config(grown).vocab_size == TOKENS + 2
+    assert vocabulary_problem(grown, load_config(grown), {"rows.jsonl": TOKENS + 1}) is None
+
+
 def test_an_embedding_that_is_larger_than_the_tokenizer_is_nothing_to_tell(tmp_path: Path) -> None:
     material.write_model(tmp_path)
     material.write_tokenizer(tmp_path, 100)
@@ -127,6 +137,10 @@ def test_a_plan_without_transformers_counts_the_same_tokens(kind: str, tmp_path:
     assert load_config(grown).vocab_size == wanted
     assert resized(load_config_json(str(tmp_path)), grown)["vocab_size"] == wanted
     assert resized(load_config_json(str(tmp_path)), spec(tmp_path)) == load_config_json(str(tmp_path))
+    more = spec(tmp_path, resize_embeddings=True, new_special_tokens=("<|a|>", "<|c|>"))
+    wanted += 1 if kind == "added" else 2
+    assert load_config(more).vocab_size == tokenizer_rows(more) == wanted
+    assert resized(load_config_json(str(tmp_path)), more)["vocab_size"] == wanted
     (tmp_path / "tokenizer.json").unlink()
     assert resized(load_config_json(str(tmp_path)), grown) == load_config_json(str(tmp_path))
 
