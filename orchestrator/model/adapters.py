@@ -15,7 +15,8 @@ from orchestrator.config.schema import JobSpec, MethodSpec
 from orchestrator.errors import SpecError
 from orchestrator.model import base_model_id
 from orchestrator.model.quantization import is_quantized, patch_dora
-from orchestrator.model.weights import UnreadableError, WeightsMismatch, shapes_in
+from orchestrator.model.stored_weights import UnreadableError, shapes_in
+from orchestrator.model.weights import WeightsMismatch
 
 if TYPE_CHECKING:
     from peft import PeftModel

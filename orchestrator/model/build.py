@@ -32,6 +32,7 @@ from orchestrator.model.quantization import (
     quantization_problem,
     stored_quantization,
 )
+from orchestrator.model.stored_weights import weight_files
 from orchestrator.model.vocabulary import resize, resize_problem, with_tokenizer_rows
 from orchestrator.model.weights import (
     ADAPTER_CONFIG,
@@ -39,7 +40,6 @@ from orchestrator.model.weights import (
     first_problem_of_ranks,
     load_with_info,
     mismatch_problem,
-    weight_files,
     weights_problem,
     without_empty_biases,
 )

@@ -8,7 +8,6 @@ and tied weights are handled as in real loading.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,21 +20,21 @@ import torch
 from safetensors import safe_open
 from torch import distributed as dist
 
-from orchestrator.config.paths import resolve
 from orchestrator.config.schema import ModelSpec
+from orchestrator.model.stored_weights import (
+    COPY_AGAIN,
+    Shapes,
+    UnreadableError,
+    shapes_in,
+    some_of,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
-_NAMES = ("model.safetensors", "model.safetensors.index.json")
-_OLD_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_LFS = b"version https://git-lfs"
-_COPY_AGAIN = "copy the model again, whole"
-_SHOWN = 3
 _LOADERS = ("transformers.modeling_utils", "transformers.core_model_loading")
-
-Shapes = dict[str, torch.Size]
 
 
 class LoadingInfo(TypedDict):
@@ -47,10 +46,6 @@ class LoadingInfo(TypedDict):
     missing_keys: Iterable[str]
     unexpected_keys: Iterable[str]
     mismatched_keys: Iterable[tuple[str, torch.Size, torch.Size]]
-
-
-class UnreadableError(Exception):
-    """The files of a model cannot be read; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +89,16 @@ class WeightsMismatch:
         """Return a clause that describes the mismatch; its subject is the stored model or adapter."""
         parts = []
         if names := self.missing:
-            parts.append(f"lacks {len(names)} of the tensors of {architecture} ({_some(names)})")
+            parts.append(f"lacks {len(names)} of the tensors of {architecture} ({some_of(names)})")
         if names := self.unexpected:
-            parts.append(f"has {_count(names)} that {architecture} has no place for ({_some(names)})")
+            parts.append(f"has {_count(names)} that {architecture} has no place for ({some_of(names)})")
         if self.reshaped:
             texts = [f"{name} is {list(found)} and not {list(own)}" for name, found, own in self.reshaped]
-            parts.append(f"has {_count(texts)} of another shape than {architecture} ({_some(texts)})")
+            parts.append(f"has {_count(texts)} of another shape than {architecture} ({some_of(texts)})")
         if names := self.unjoined:
             parts.append(
                 f"has {_count(names)} of {architecture} that cannot be joined from those in its files, since "
-                f"one is missing or of another shape ({_some(names)})"
+                f"one is missing or of another shape ({some_of(names)})"
             )
         return ", and ".join(parts)
 
@@ -134,117 +129,6 @@ def weights_problem(
     if getattr(config, "quantization_config", None) is not None:
         return None  # only the quantization package knows its tensor names; checked after loading instead
     return mismatch_problem(_compare(type(bare), config, stored), type(bare).__name__, config)
-
-
-def weight_files(model: ModelSpec, config: PretrainedConfig, download: bool) -> list[Path] | None:
-    """Return the weight files that transformers reads; None for a hub model that is not cached.
-
-    Raises:
-        UnreadableError: There are no weight files, or some are missing.
-    """
-    # The order of transformers: an explicit name in config.json, safetensors, then pickles; a single file
-    # before an index of shards.
-    explicit = getattr(config, "transformers_weights", None)
-    for name in [explicit] if explicit else [*_NAMES, *_OLD_NAMES]:
-        file = _file_of(model, name, download)
-        if file is None:
-            continue
-        if not name.endswith(".json"):
-            return [file]
-        return _shards(model, file, download)
-    folder = resolve(model.path)
-    if not folder.is_dir() and not download:
-        return None
-    raise UnreadableError(_no_weights(folder))
-
-
-def _no_weights(folder: Path) -> str:
-    shards = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
-    if shards:
-        return (
-            f"has {len(shards)} files such as {shards[0]} and no {_NAMES[1]}, which says what belongs to the "
-            f"model; {_COPY_AGAIN}"
-        )
-    return (
-        f"has no weights ({', '.join([*_NAMES, *_OLD_NAMES])}: none is there); {_COPY_AGAIN}, or use "
-        "model.weights: random to train from scratch"
-    )
-
-
-def _file_of(model: ModelSpec, name: str, download: bool) -> Path | None:
-    """Return the path of a file of a model; None if it does not exist or is not cached."""
-    folder = resolve(model.path)
-    if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(
-            str(folder),
-            name,
-            local_files_only=not download,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=download,
-        )
-    except OSError as error:
-        if not download:
-            return None
-        reason = " ".join(str(error).split())[:200]
-        raise UnreadableError(f"cannot be fetched from the hub ({reason}); name a folder") from None
-    return None if found is None else Path(found)
-
-
-def _shards(model: ModelSpec, index: Path, download: bool) -> list[Path] | None:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnreadableError(
-            f"has an index that cannot be read: {index.name} ({error!r}); {_COPY_AGAIN}"
-        ) from None
-    found = {name: _file_of(model, name, download) for name in names}
-    missing = [name for name, file in found.items() if file is None]
-    if missing and not resolve(model.path).is_dir() and not download:
-        return None
-    if missing:
-        raise UnreadableError(
-            f"lacks {len(missing)} of the {len(names)} files that {index.name} names ({_some(missing)}); "
-            f"{_COPY_AGAIN}"
-        )
-    return [file for file in found.values() if file is not None]
-
-
-def shapes_in(file: Path) -> Shapes:
-    """Return the shape of every tensor in a weight file, by name, without reading tensor data.
-
-    Raises:
-        UnreadableError: The file is damaged or truncated, or is not a weight file.
-    """
-    try:
-        with file.open("rb") as opened:
-            is_pointer = opened.read(len(_LFS)) == _LFS
-        if is_pointer:
-            raise UnreadableError(
-                f"has {file.name} as a pointer of Git LFS and not as weights; run `git lfs pull` there"
-            )
-        return _shapes_of_safetensors(file) if file.suffix == ".safetensors" else _shapes_of_pickle(file)
-    except UnreadableError:
-        raise
-    except Exception as error:  # safetensors and pickle raise errors of many classes
-        reason = " ".join((str(error) or type(error).__name__).split())[:150]
-        raise UnreadableError(
-            f"has a file that cannot be read: {file.name} ({reason}); it is damaged or not whole, so copy it "
-            "again"
-        ) from None
-
-
-def _shapes_of_safetensors(file: Path) -> Shapes:
-    with safe_open(file, framework="pt") as opened:
-        return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-
-
-def _shapes_of_pickle(file: Path) -> Shapes:
-    stored = torch.load(file, map_location="meta", weights_only=True)
-    return {name: tensor.shape for name, tensor in stored.items()}
 
 
 def load_with_info(
@@ -362,7 +246,7 @@ def _remedy(mismatch: WeightsMismatch, config: PretrainedConfig) -> str:
         )
     layers = getattr(config, "num_hidden_layers", None)
     described = f"{config.model_type}, num_hidden_layers={layers}" if layers else config.model_type
-    return f"{_COPY_AGAIN}, or name the model that its config.json ({described}) describes"
+    return f"{COPY_AGAIN}, or name the model that its config.json ({described}) describes"
 
 
 def _prefix(mismatch: WeightsMismatch) -> str:
@@ -381,12 +265,6 @@ def _prefix(mismatch: WeightsMismatch) -> str:
                 ):
                     return prefix
     return ""
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first few names and the number of the others."""
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _count(names: Sequence[str]) -> str:

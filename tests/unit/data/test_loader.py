@@ -1,9 +1,4 @@
-"""PackLoader: the same packs for any number of ranks, random access to steps, labels within documents.
-
-Token k of document n is 1000 n + k + 1, so that a test can read the document and position from each token.
-"""
-
-from typing import Any
+"""PackLoader: the same packs for any number of ranks, random access to steps, labels within documents."""
 
 import numpy as np
 import pytest
@@ -14,42 +9,12 @@ from orchestrator.data.balance import BatchShape
 from orchestrator.data.corpus import Document
 from orchestrator.data.loader import MicroBatch, PackLoader, SamplerConfig
 from orchestrator.data.packing import Packs, best_fit, one_each
-
-MAX_LENGTH = 300
-SEED = 11
-
-
-def document(number: int, length: int) -> Document:
-    tokens = np.arange(length, dtype=np.uint32) + 1000 * number + 1
-    trained = np.arange(length) >= max(1, length // 3)
-    return Document(tokens, trained)
-
-
-class Listed:
-    """A list of documents that records which ones are read."""
-
-    def __init__(self, documents: list[Document]) -> None:
-        self.documents = documents
-        self.lengths = np.array([len(document.tokens) for document in documents], dtype=np.int64)
-        self.trained = np.array([document.trained[1:].sum() for document in documents], dtype=np.int64)
-        self.read: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def document(self, number: int) -> Document:
-        self.read.append(number)
-        return self.documents[number]
-
-
-def make(lengths: list[int]) -> Listed:
-    return Listed([document(number, length) for number, length in enumerate(lengths)])
+from tests.unit.data.listed import MAX_LENGTH, SEED, Listed, documents_of, loader, make, sample
 
 
 @pytest.fixture(scope="module")
 def store() -> Listed:
-    lengths = np.random.default_rng(5).integers(2, MAX_LENGTH + 1, 90).tolist()
-    return make([*lengths, MAX_LENGTH, 1, 2])
+    return sample()
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +22,9 @@ def packs(store: Listed) -> Packs:
     return best_fit(store.lengths, MAX_LENGTH, SEED)
 
 
-def loader(
-    store: Listed,
-    packs: Packs,
-    data_parallel_size: int = 1,
-    micro_batch_size: int = 1,
-    global_batch_size: int = 8,
-    seed: int = SEED,
-    shuffle: bool = True,
-    sync_every_micro_step: bool = True,
-    **sampler: Any,
-) -> PackLoader:
-    batch_shape = BatchShape(
-        MAX_LENGTH, global_batch_size, micro_batch_size, data_parallel_size, sync_every_micro_step
-    )
-    options = {"balance_window_steps": 4, "slot_cost": 1.0, "squared_length_cost": 0.01, **sampler}
-    return PackLoader(store, packs, batch_shape, SamplerConfig(seed, shuffle, **options))
-
-
 def step_batches(reader: PackLoader, step: int, ranks: int, last: int | None = None) -> list[MicroBatch]:
     """Return the micro-batches of all ranks in a step, ordered by rank."""
     return [batch for rank in range(ranks) for batch in reader.micro_batches(step, rank, last)]
-
-
-def documents_of(batch: MicroBatch) -> list[int]:
-    """Return the document numbers of a batch in order, read from its tokens."""
-    starts = np.concatenate([[0], np.cumsum(batch.document_lengths)[:-1]]).astype(int)
-    return [int(batch.input_ids[start]) // 1000 for start in starts if batch.input_ids[start]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -377,63 +318,3 @@ def test_a_single_pack_fills_the_whole_global_batch() -> None:
 @pytest.mark.parametrize(("micro", "ranks", "expected"), [(1, 1, 8), (2, 1, 4), (2, 4, 1), (1, 8, 1)])
 def test_gradient_accumulation_steps(micro: int, ranks: int, expected: int) -> None:
     assert BatchShape(MAX_LENGTH, 8, micro, ranks).gradient_accumulation_steps == expected
-
-
-def unpadded(store: Listed, micro: int = 1, shards: int = 1, **sampler: Any) -> PackLoader:
-    batch_shape = BatchShape(MAX_LENGTH, 2 * micro, micro, 1, sequence_parallel_size=shards, pads_packs=False)
-    return PackLoader(store, one_each(store.lengths), batch_shape, SamplerConfig(SEED, **sampler))
-
-
-@pytest.mark.parametrize("numbers", [[4], [4, 7], [7, None, 4], [0, 1, 2, 3, 4]])
-def test_without_padding_documents_lie_end_to_end(store: Listed, numbers: list[int | None]) -> None:
-    batch = unpadded(store).assemble(numbers)
-    real = [number for number in numbers if number is not None]
-    assert batch.document_lengths == batch.real_lengths == tuple(int(store.lengths[each]) for each in real)
-    assert len(batch.input_ids) == batch.tokens == sum(batch.document_lengths)
-    assert documents_of(batch) == real
-    padded = loader(store, one_each(store.lengths)).assemble(numbers)
-    assert batch.labels.tolist() == padded.labels.tolist()
-    assert batch.square_tokens == padded.square_tokens
-    assert (
-        batch.input_ids[batch.label_positions].tolist() == padded.input_ids[padded.label_positions].tolist()
-    )
-
-
-@pytest.mark.parametrize("shards", [2, 3, 4, 7])
-@pytest.mark.parametrize("micro", [1, 2])
-def test_shards_without_padding_equal_the_row(store: Listed, shards: int, micro: int) -> None:
-    whole, shared = unpadded(store, micro), unpadded(store, micro, shards)
-    for step in range(3):
-        rows = [list(shared.micro_batches(step, 0, 11, shard)) for shard in range(shards)]
-        for number, row in enumerate(whole.micro_batches(step, 0, 11)):
-            held = [batches[number] for batches in rows]
-            assert {len(batch.input_ids) for batch in held} == {-(-len(row.input_ids) // shards)}
-            size = len(row.input_ids)
-            ids, positions = (
-                np.concatenate([getattr(batch, name) for batch in held])
-                for name in ("input_ids", "position_ids")
-            )
-            assert ids[:size].tolist() == row.input_ids.tolist()
-            assert positions[:size].tolist() == row.position_ids.tolist()
-            assert not ids[size:].any()
-            assert sum(batch.tokens for batch in held) == row.tokens
-            assert np.concatenate([batch.labels for batch in held]).tolist() == row.labels.tolist()
-            labelled = [batch.label_positions + at * len(batch.input_ids) for at, batch in enumerate(held)]
-            assert np.concatenate(labelled).tolist() == row.label_positions.tolist()
-            assert sum(held[0].document_lengths) == len(ids)
-
-
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_an_empty_row_without_padding_has_a_slot_per_shard(store: Listed, shards: int) -> None:
-    batch = unpadded(store, 2, shards).assemble([None, None])
-    assert len(batch.input_ids) == 1
-    assert batch.document_lengths == (shards,)
-    assert batch.trained_tokens == batch.tokens == batch.square_tokens == 0
-
-
-def test_padding_changes_what_a_pack_costs(store: Listed) -> None:
-    options = {"slot_cost": 2.0, "squared_length_cost": 0.5}
-    squares = 0.5 * store.lengths**2
-    assert unpadded(store, **options).costs.tolist() == (2.0 * store.lengths + squares).tolist()
-    padded = loader(store, one_each(store.lengths), **options)
-    assert padded.costs.tolist() == (2.0 * MAX_LENGTH + squares).tolist()

@@ -11,7 +11,7 @@ import torch
 from orchestrator.config.schema import ModelSpec
 from orchestrator.errors import SpecError
 from orchestrator.model.build import build_model, require_supported, stored_config
-from orchestrator.model.weights import weight_files
+from orchestrator.model.stored_weights import weight_files
 from tests.unit.model.damage import SECOND, STAGE_2, configure, job, shard
 
 
