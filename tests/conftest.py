@@ -22,12 +22,10 @@ import yaml
 from tests.support import load
 
 ROOT = Path(__file__).resolve().parents[1]
-# The real Alpaca data set is not part of the repository; it is used if it exists next to the checkout.
-REAL_ALPACA = ROOT.parent / "shared" / "data" / "alpaca_en.json"
 os.environ["ORCHESTRATOR_CALIBRATION"] = ""  # tests neither read nor write this machine's calibration store
 os.environ["ORCHESTRATOR_TARGETS"] = ""  # nor register their endpoints with a Prometheus on this machine
-if "PYTEST_XDIST_WORKER" in os.environ:  # xdist workers share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread per process: on a busy machine, two make a matmul of the tiny models many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest_plugins = ["tests.support.tiers"]
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -149,11 +147,10 @@ def job_text(storage: Path, **changes: Any) -> str:
         storage: `checkpoint.storage`.
         **changes: `section__key=value` replaces one field, `section=value` a whole section.
     """
-    data = str(REAL_ALPACA) if REAL_ALPACA.exists() else "builtin/alpaca_sample"
     job: dict[str, Any] = {
         "name": "run",
         "model": {"path": "builtin/tiny-llama", "weights": "random"},
-        "data": {"train": [{"path": data}], "max_length": 512},
+        "data": {"train": [{"path": "builtin/alpaca_sample"}], "max_length": 512},
         "parallel": {"workers": 2, "zero_stage": 3},
         "eval": {"data": [{"path": "builtin/alpaca_sample_eval"}]},
         "optim": {"lr": 1e-3, "global_batch_size": 4, "max_steps": 12},
