@@ -57,7 +57,10 @@ def monitored_run(home: Path, steps: int = 60) -> Iterator[Monitored]:
         home / "runs",
         optim__max_steps=steps,
         checkpoint__every_steps=5,
-        eval__every_steps=10,
+        eval={
+            "data": {name: {"path": "builtin/alpaca_sample_eval"} for name in ("one", "two")},
+            "every_steps": 10,
+        },
         metrics__host="0.0.0.0",
         metrics__port=9400,
     )
