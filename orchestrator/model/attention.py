@@ -14,6 +14,7 @@ Sliding windows and soft-capped scores are supported; other attention variants r
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -285,10 +286,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scoring: 
                 f"attention {what} {value} requires the package flash-attn; install the extra "
                 "`cuda`, or use model.attention: sdpa, which is slower"
             )
-    grouped = q.shape[1] != k.shape[1]
+    # PyTorch 2.11 has no such argument: its kernel takes fewer key heads than query heads without it.
+    has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    grouped: dict[str, Any] = {"enable_gqa": True} if has_argument and q.shape[1] != k.shape[1] else {}
     result = varlen_attn(
         q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-        scale=scoring.scaling, window_size=window, enable_gqa=grouped,
+        scale=scoring.scaling, window_size=window, **grouped,
     )  # fmt: skip
     return result if isinstance(result, Tensor) else result[0]
 

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -156,15 +156,28 @@ def varlen(asked: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, bounds: Tenso
     return formula(parts, lengths, window, asked.get("softcap") or None)[0]
 
 
+def varlen_of_torch_2_11(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, scale: float, window_size: tuple[int, int]
+) -> Tensor:
+    assert scale == SCALING
+    return varlen({"window_size": window_size}, q, k, v, bounds)
+
+
+def varlen_of_torch_2_12(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, enable_gqa: bool = False, **asked: Any
+) -> Tensor:
+    assert enable_gqa == (q.shape[1] != k.shape[1]), "torch raises an error for fewer key heads without it"
+    return varlen_of_torch_2_11(q, k, v, bounds, **asked)
+
+
+@pytest.mark.parametrize("kernel", [varlen_of_torch_2_11, varlen_of_torch_2_12])
 @pytest.mark.parametrize("window", [None, 1, 9, 62, 63, 1000])
-def test_torch_is_asked_for_the_window(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_asked_for_the_window(
+    window: int | None, kernel: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.nn.attention import varlen as module
 
-    def stand_in(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, **asked: Any) -> Tensor:
-        assert asked["scale"] == SCALING
-        return varlen(asked, q, k, v, bounds)
-
-    monkeypatch.setattr(module, "varlen_attn", stand_in)
+    monkeypatch.setattr(module, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "_has_flash_attn", lambda: False)
     parts = tensors(LENGTHS)
     ours = packed(parts, LENGTHS, attn_backend="flash", sliding_window=window)
