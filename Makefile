@@ -11,7 +11,7 @@ export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test test-fast check fmt clean
+.PHONY: help setup demo test test-fast gpu check fmt clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -35,6 +35,10 @@ test: setup  ## run all tests, some minutes; what each tier proves is in tests/R
 
 test-fast: setup  ## run the tests that start no process, before every commit
 	$(BIN)/python -m pytest --numprocesses $(CORES) -m "not process"
+
+gpu: setup  ## run the tests that need a GPU, and measure models of published sizes there
+	$(BIN)/python -m pytest tests/gpu -s
+	$(BIN)/python -m tests.gpu.figures
 
 check: setup  ## ruff, mypy strict, import contracts, spelling and words, shell scripts
 	$(BIN)/ruff check .

@@ -13,27 +13,13 @@ import torch
 
 from orchestrator.model.attention import VarlenMetadata, document_attention
 from tests.conftest import job_text, orchestrator
+from tests.gpu.models import write_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 LENGTHS = (1, 7, 128, 333, 64, 1024, 500, 3)
-# Dimensions of Qwen2-0.5B; the weights are random.
-HALF_BILLION = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6,
-    "use_sliding_window": False,
-}
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 333, 1024])
@@ -42,19 +28,23 @@ def test_flash_equals_dense_in_output_and_gradient(kv_heads: int, window: int | 
     device, tokens = torch.device("cuda"), sum(LENGTHS)
     generator = torch.Generator(device).manual_seed(0)
     make = lambda heads: torch.randn(1, heads, tokens, 64, generator=generator, device=device)  # noqa: E731
-    # query [1, 8, tokens, 64]; key and value [1, kv_heads, tokens, 64]. fp32 SDPA is the reference.
-    base = [make(8), make(kv_heads), make(kv_heads)]
+    # query [1, 8, tokens, 64]; key and value [1, kv_heads, tokens, 64]. fp32 SDPA is the reference, on
+    # values that bf16 can hold.
+    base = [tensor.bfloat16() for tensor in (make(8), make(kv_heads), make(kv_heads))]
     results = {}
     for kernel, dtype in (("sdpa", torch.float32), ("flash", torch.bfloat16)):
-        inputs = [tensor.to(dtype).requires_grad_() for tensor in base]
+        inputs = [tensor.to(dtype, copy=True).requires_grad_() for tensor in base]
         documents = VarlenMetadata.from_lengths(LENGTHS, kernel, device)  # type: ignore[arg-type]
         output, _ = document_attention(
             torch.nn.Identity(), *inputs, None, documents=documents, sliding_window=window
         )
         output.float().square().sum().backward()
         results[kernel] = [output, *(tensor.grad for tensor in inputs)]
+    # With a window of one token the gradients of queries and keys are zero, and those of the kernel are
+    # rounding errors: they are compared with the gradient of the values, the last of the results.
+    least = results["sdpa"][-1].norm() if window == 1 else 0.0
     for dense, flash in zip(results["sdpa"], results["flash"], strict=True):
-        error = (dense.float() - flash.float()).norm() / dense.float().norm()
+        error = (dense - flash.float()).norm() / max(dense.norm(), least)
         assert error < 2e-2
 
 
@@ -73,13 +63,7 @@ def test_bf16_over_nccl_trains(tmp_path: Path) -> None:
 
 
 def test_throughput_of_half_a_billion_parameters(tmp_path: Path) -> None:
-    builtin = Path(__file__).resolve().parents[2] / "orchestrator" / "builtin" / "tiny-llama"
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in builtin.glob("*[jt]*"):
-        if file.name != "config.json":
-            (model / file.name).write_bytes(file.read_bytes())
-    (model / "config.json").write_text(json.dumps(HALF_BILLION))
+    model = write_model(tmp_path / "model", "qwen2-0.5b")
     report = _train(
         tmp_path,
         model={"path": str(model), "weights": "random"},
