@@ -42,6 +42,7 @@ RowField = Literal[
     "text", "input_ids", "labels", "completion_mask"
 ]  # fmt: skip
 TurnField = Literal["role", "content", "tool_calls", "weight"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function_call"]
 
 LARGEST = 2**31 - 1  # what a 32-bit index reaches; a larger count is a slip
 
@@ -151,6 +152,9 @@ class SourceSpec(Section):
     columns: dict[str, RowField | TurnField | None] = Field(default_factory=dict)
     """The field of each column with another name, such as {question: instruction, reply: output}; null leaves
     a column out. Keys of messages too: {dialog: messages, speaker: role, words: content}."""
+    roles: dict[str, Role] = Field(default_factory=dict)
+    """The role of messages whose role has another name, such as {customer: user, agent: assistant};
+    function_call is a message whose content is a tool call."""
     field: Annotated[str, Field(min_length=1)] | None = None
     """List of a JSON file's object that has the rows, or sheet of a workbook; null finds the only one."""
     split: SplitName | None = None
@@ -226,6 +230,9 @@ class DataSpec(Section):
     """Variables of the chat template, such as enable_thinking, and the date that it writes, as 2026-01-01."""
     system_prompt: str = ""
     """System message of rows that have none."""
+    append_eos: bool = False
+    """End the last answer of a row with the tokenizer's EOS token where the chat template ends it with no
+    token that ends a turn, so that the model learns to stop."""
     empty_answers: Literal["skip", "error", "learn_end"] = "skip"
     """For answers without text: skip computes no loss on them, and skips and counts rows without any other
     trained token (rows_empty); error treats them as malformed rows; learn_end trains the end-of-turn token.

@@ -100,7 +100,7 @@ class AnswerLocator:
             if max(begin, start) < min(stop, end)
         ]
         last = traced.text[slice(*spans[-1])] if spans else ""
-        return Answer(at, tuple(spans), self._ends_turn(last, conversation.messages[at]), follows_prompt=True)
+        return Answer(at, tuple(spans), self.ends_turn(last, conversation.messages[at]), follows_prompt=True)
 
     def _unmarked(self, conversation: _Conversation, at: int) -> Answer:
         text = conversation.traced.text
@@ -108,7 +108,7 @@ class AnswerLocator:
         start, follows_prompt = self._start(conversation, at, first)
         spans = [(start, first[1]), *others]
         begin, end = spans[-1]
-        is_ended = self._ends_turn(text[begin:end], conversation.messages[at])
+        is_ended = self.ends_turn(text[begin:end], conversation.messages[at])
         if not is_ended and (token := self._next_end.match(text, end)):
             spans[-1], is_ended = (begin, token.end()), True  # the turn ends where the next one begins
         return Answer(at, tuple(span for span in spans if span[0] < span[1]), is_ended, follows_prompt)
@@ -159,7 +159,7 @@ class AnswerLocator:
         text = traced.text[slice(*parts[0])] if parts else ""
         return common_length(conversation.traced.text[slice(*part)], text)
 
-    def _ends_turn(self, text: str, message: Message) -> bool:
+    def ends_turn(self, text: str, message: Message) -> bool:
         """Return whether an answer's last piece ends with a special token, or with text after its content."""
         ends = [token.end() for token in self._special.finditer(text)]
         if ends and not text[ends[-1] :].strip():

@@ -82,12 +82,12 @@ def choose(data: DataSpec, model: ModelSpec, tokenizer: PreTrainedTokenizerFast)
     """Return how rows are rendered; `auto` prefers the tokenizer's chat template for instruction rows.
 
     Args:
-        data: `chat_template`, `template_options` and `system_prompt`.
+        data: `chat_template`, `template_options`, `system_prompt` and `append_eos`.
         model: Its generation_config.json names the tokens that end a turn.
         tokenizer: The tokenizer, with the chosen chat template.
 
     Raises:
-        SpecError: The chosen template is `chat` and the tokenizer has none.
+        SpecError: The chosen template is `chat` and the tokenizer has none, or it has no EOS to append.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if data.chat_template == "chat" and not has_chat:
@@ -95,8 +95,15 @@ def choose(data: DataSpec, model: ModelSpec, tokenizer: PreTrainedTokenizerFast)
             "data.chat_template=chat, but the tokenizer has no chat template; use chat_template: alpaca, or "
             f"the name of a template: {', '.join(NAMED)}"
         )
+    if data.append_eos and not tokenizer.eos_token:
+        raise SpecError(
+            "data.append_eos=true, but the tokenizer has no EOS token; name one in its tokenizer_config.json"
+        )
     settings = ChatSettings(
-        tuple(sorted(data.template_options.items())), ends_of_generation(model, tokenizer), data.system_prompt
+        tuple(sorted(data.template_options.items())),
+        ends_of_generation(model, tokenizer),
+        data.system_prompt,
+        data.append_eos,
     )
     if has_chat:
         try:

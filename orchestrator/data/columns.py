@@ -1,20 +1,37 @@
 """Gives rows the field names of the data formats, by `columns` of the source or by names in common use.
 
 Runs before `orchestrator.data.formats.parse`. A row that has the fields of a format is not changed, except
-for the keys of its messages. `columns` of a source takes precedence over the names that are known here.
+for the keys and roles of its messages. `columns` and `roles` of a source take precedence over the names that
+are known here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 from orchestrator.data import turns
 from orchestrator.data.formats import Malformed, RowFormat
+from orchestrator.data.row_values import yaml_key
 
 Columns = Mapping[str, str | None]
 """`SourceSpec.columns`: the field for the name of a column; None leaves the column out."""
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """Names that the rows of a source have for fields and roles.
+
+    Attributes:
+        columns: `SourceSpec.columns`.
+        roles: `SourceSpec.roles`: the role for the name of a role.
+    """
+
+    columns: Columns = dataclasses.field(default_factory=dict)
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
 
 _OPTIONAL = frozenset({"input", "system", "history", "tools", "labels", "completion_mask"})
 _QUESTIONS = (
@@ -29,21 +46,21 @@ _LISTS = ("history", "input_ids", "labels", "completion_mask")
 _NAMED = "instruction, input, output, system, history, messages, tools, prompt, completion, text"
 
 
-def named_values(values: Sequence[object], columns: Columns, row_format: RowFormat) -> Iterator[object]:
+def named_values(values: Sequence[object], names: RowNames, row_format: RowFormat) -> Iterator[object]:
     """Yield rows with the field names of their format; for a malformed row, why it is malformed."""
     for value in values:
         try:
-            yield with_field_names(value, columns, row_format)
+            yield with_field_names(value, names, row_format)
         except Malformed as problem:
             yield problem
 
 
-def with_field_names(value: object, columns: Columns, row_format: RowFormat) -> object:
-    """Return a row with the field names of its format.
+def with_field_names(value: object, names: RowNames, row_format: RowFormat) -> object:
+    """Return a row with the names of fields and roles of its format.
 
     Args:
         value: JSON as bytes, or a parsed value; a list of messages becomes a row of messages.
-        columns: Names of fields for names of columns.
+        names: Names of the source.
         row_format: The format; `auto` recognizes it from the names.
 
     Returns:
@@ -59,12 +76,13 @@ def with_field_names(value: object, columns: Columns, row_format: RowFormat) -> 
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
-    if isinstance(value, list) and turns.are_turns(value, turns.keys_of(columns)):
+    keys = turns.keys_of(names.columns)
+    if isinstance(value, list) and turns.are_turns(value, keys):
         value = {"messages": value}
     if not isinstance(value, dict):
         return value
-    row: Mapping[str, object] = _renamed(value, columns) if columns else value
-    row = turns.with_messages(_with_lists(row), turns.keys_of(columns))
+    row: Mapping[str, object] = _renamed(value, names.columns) if names.columns else value
+    row = turns.with_messages(_with_lists(row), keys, names.roles)
     if _is_complete(row, row_format, {name for name, content in row.items() if content is not None}):
         return row
     if row_format in ("auto", "alpaca"):
@@ -74,7 +92,7 @@ def with_field_names(value: object, columns: Columns, row_format: RowFormat) -> 
 
 def example(names: Sequence[str]) -> str:
     """Return an example of `columns` for the names of a row that are not known."""
-    keys = [name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else json.dumps(name) for name in names]
+    keys = [yaml_key(name) for name in names]
     fields = ["text"] if len(keys) == 1 else ["instruction", "output"]
     chosen = [keys[0], keys[-1]] if len(keys) > 1 else keys
     return ", ".join(f"{key}: {field}" for key, field in zip(chosen, fields, strict=True))
@@ -90,7 +108,7 @@ def is_row(value: Mapping[str, object], columns: Columns) -> bool:
     if any(name in value for name, field in columns.items() if field not in turns.FIELDS):
         return True
     try:
-        row = with_field_names(value, columns, "auto")
+        row = with_field_names(value, RowNames(columns), "auto")
     except Malformed:
         return False
     if not isinstance(row, Mapping):

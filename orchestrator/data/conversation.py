@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 NO_END, OTHER_PROMPT, NOT_MARKED = "answer_without_end", "other_generation_prompt", "answer_not_marked"
 FEW_TOKENS = "fewer_than_3_learnt_tokens"
 NOTES = {
-    NO_END: "have an answer whose last learnt token ends no turn: the model is not taught to stop there",
+    NO_END: "have an answer whose last learnt token ends no turn: the model is not taught to stop there; "
+    "use data.append_eos: true, or a chat template that ends answers",
     OTHER_PROMPT: "have an answer that does not begin with what the generation prompt ends with",
     NOT_MARKED: "have an answer that the chat template does not mark as generated, which is not learnt",
     FEW_TOKENS: "have fewer than 3 learnt tokens",
@@ -47,11 +48,13 @@ class ChatSettings:
         options: Variables of the template (`data.template_options`), as sorted pairs.
         ends: Texts of tokens that end a generation, besides the tokenizer's EOS token.
         system_prompt: System message of rows without one; empty for none.
+        append_eos: Whether the tokenizer's EOS token follows a last answer that ends no turn.
     """
 
     options: tuple[tuple[str, object], ...] = ()
     ends: tuple[str, ...] = ()
     system_prompt: str = ""
+    append_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class ConversationTemplate:
         self._tokenizer = tokenizer
         self._variables = {**tokenizer.special_tokens_map, **dict(settings.options)}
         self._system_prompt = settings.system_prompt
+        self._appended = tokenizer.eos_token or "" if settings.append_eos else ""
         self._ends = (*settings.ends, tokenizer.eos_token or "")
         self._special = [str(token) for token in tokenizer.get_added_vocab()]
         self._templates: dict[str, tuple[TracedTemplate, AnswerLocator]] = {}
@@ -123,8 +127,8 @@ class ConversationTemplate:
                 continue
             answers = locator.locate(traced, messages, tools, learnt)
             if answers is None:
-                answers = _by_prefixes(template, traced.text, messages, tools, learnt)
-            return _rendered(traced.text, answers)
+                answers = _by_prefixes(template, locator, traced.text, messages, tools, learnt)
+            return _rendered(traced.text, answers, self._appended)
         assert problem is not None
         raise problem
 
@@ -188,23 +192,36 @@ def _traced(template: TracedTemplate, messages: Sequence[Message], tools: _Tools
         ) from None
 
 
-def _rendered(text: str, answers: Sequence[Answer]) -> Rendered:
+def _rendered(text: str, answers: Sequence[Answer], appended: str) -> Rendered:
+    """Return the row, with `appended` at the end of the last answer if that ends no turn."""
     written = [answer for answer in answers if answer.spans]
+    spans = [span for answer in written for span in answer.spans]
+    is_ended = all(answer.is_ended for answer in written)
+    if appended and written and not written[-1].is_ended:
+        start, end = spans[-1]
+        text = text[:end] + appended + text[end:]
+        spans[-1] = (start, end + len(appended))
+        is_ended = True
     problems = [
-        (NO_END, any(not answer.is_ended for answer in written)),
+        (NO_END, not is_ended),
         (OTHER_PROMPT, any(not answer.follows_prompt for answer in written)),
         (NOT_MARKED, len(written) < len(answers)),
     ]
     return Rendered(
         text,
-        tuple(span for answer in written for span in answer.spans),
+        tuple(spans),
         len(written[-1].spans) if written else 0,
         notes=tuple(note for note, applies in problems if applies),
     )
 
 
 def _by_prefixes(
-    template: TracedTemplate, whole: str, messages: Sequence[Message], tools: _Tools, learnt: Sequence[int]
+    template: TracedTemplate,
+    locator: AnswerLocator,
+    whole: str,
+    messages: Sequence[Message],
+    tools: _Tools,
+    learnt: Sequence[int],
 ) -> list[Answer]:
     """Locate answers turn by turn, where the loops of the template do not tell the parts of the messages.
 
@@ -218,7 +235,8 @@ def _by_prefixes(
         for shorter, longer in ((prompt, answered), (answered, whole)):
             if not longer.startswith(shorter):
                 raise _rewritten(len(answers) + 1, shorter, longer)
-        answers.append(Answer(at, ((len(prompt), len(answered)),), is_ended=True, follows_prompt=True))
+        is_ended = locator.ends_turn(answered[len(prompt) :], messages[at])
+        answers.append(Answer(at, ((len(prompt), len(answered)),), is_ended, follows_prompt=True))
     return answers
 
 

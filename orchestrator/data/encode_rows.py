@@ -47,7 +47,7 @@ def encode_block(
     learnt: Learnt,
 ) -> EncodedRows:
     """Give the rows of a block the field names of their format, and encode them; see `encode_values`."""
-    values = list(named_values(block.values, block.columns, row_format))
+    values = list(named_values(block.values, block.names, row_format))
     return encode_values(values, row_format, tokenizer, template, learnt)
 
 

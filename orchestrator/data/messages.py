@@ -15,6 +15,7 @@ from orchestrator.data.row_values import (
     require,
     require_unicode,
     unicode_text,
+    yaml_key,
 )
 from orchestrator.data.rows import REASONING_FIELDS, Message
 from orchestrator.data.tool_calls import calls_of, calls_of_message
@@ -110,9 +111,10 @@ def _names_of(value: Mapping[str, object], fields: tuple[str, str]) -> tuple[str
 def _role(value: object, place: str) -> str:
     role = _SPELLINGS.get(str(value).strip().lower()) if isinstance(value, str) else None
     if role is None:
+        mapped = f", or data.train[].roles: {{{yaml_key(value)}: user}}" if isinstance(value, str) else ""
         raise Malformed(
             f"{place}={value!r} is unknown; use one of {', '.join(_ROLES)}, or another name of these such as "
-            "human, gpt, function_call and observation"
+            f"human, gpt, function_call and observation{mapped}"
         )
     return role
 

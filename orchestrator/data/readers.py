@@ -22,7 +22,7 @@ from pyarrow import fs, ipc, parquet
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import LARGEST, SourceSpec
 from orchestrator.data import delimited, json_layout, json_stream, table_values, turns
-from orchestrator.data.columns import Columns
+from orchestrator.data.columns import RowNames
 from orchestrator.data.file_content import ContentError, open_text, require_table, start_of
 from orchestrator.data.file_patterns import base_of, has_wildcards, matches
 from orchestrator.data.sources import (
@@ -56,14 +56,14 @@ class Block:
         unit: Whether `numbers` count rows or lines; blank lines count, but hold no row.
         numbers: Row or line number of each row, from 1.
         values: The rows: bytes of JSON that is not parsed yet, or parsed values.
-        columns: `SourceSpec.columns`: fields of columns with other names.
+        names: Names that the source has for fields and roles.
     """
 
     file: str
     unit: Literal["row", "line"]
     numbers: tuple[int, ...]
     values: tuple[object, ...]
-    columns: Columns = dataclasses.field(default_factory=dict)
+    names: RowNames = dataclasses.field(default_factory=RowNames)
 
     def source_line(self, index: int) -> str:
         """Return the file and line (or row number) of a row, for messages."""
@@ -80,7 +80,7 @@ class DataFile:
         kind: File format.
         compression: Compression codec by the name of a text file; None to detect it from the content.
         uri: URI of the source, which selects the file system; None for the local file system.
-        columns: `SourceSpec.columns`, for the blocks.
+        names: Names that the source has for fields and roles, for the blocks.
         field: `SourceSpec.field`: the list of a JSON object, or the sheet of a workbook, with the rows.
         rows: First row to read, from 0, and the row after the last; None for all rows.
     """
@@ -90,7 +90,7 @@ class DataFile:
     kind: Kind
     compression: str | None = None
     uri: str | None = None
-    columns: Columns = dataclasses.field(default_factory=dict)
+    names: RowNames = dataclasses.field(default_factory=RowNames)
     field: str | None = None
     rows: tuple[int, int] | None = None
 
@@ -167,7 +167,7 @@ class DataFile:
         if first is None:
             return
         row = next((value for value in first.values if isinstance(value, Mapping)), {})
-        names = self.columns if self.kind not in ("json", "text") and row else {}
+        names = self.names.columns if self.kind not in ("json", "text") and row else {}
         missing = [name for name, key in names.items() if name not in row and key not in turns.FIELDS]
         if missing:
             raise SpecError(
@@ -188,10 +188,10 @@ class DataFile:
                 values.append(value)
                 size += length
                 if len(values) >= _ROWS_PER_BLOCK or size >= _BYTES_PER_BLOCK:
-                    yield Block(self.name, unit, tuple(numbers), tuple(values), self.columns)
+                    yield Block(self.name, unit, tuple(numbers), tuple(values), self.names)
                     numbers, values, size = [], [], 0
             if values:
-                yield Block(self.name, unit, tuple(numbers), tuple(values), self.columns)
+                yield Block(self.name, unit, tuple(numbers), tuple(values), self.names)
 
     def _entries(self, opened: ExitStack) -> tuple[Literal["row", "line"], json_stream.Entries]:
         """Return the unit of the numbers of rows, and the rows with their numbers and sizes."""
@@ -208,7 +208,7 @@ class DataFile:
 
         is_json = self.kind == "json" or (self.kind == "text" and json_layout.is_json_lines(start()))
         if is_json:
-            return json_layout.rows(start, self.field, self.columns)
+            return json_layout.rows(start, self.field, self.names.columns)
         if self.field is not None:
             raise ContentError(f"is a {self.kind} file, which has no list {self.field}; remove field")
         if self.kind == "text":
@@ -227,7 +227,7 @@ class DataFile:
                 for start in range(0, batch.num_rows, rows):
                     values = table_values.rows(batch.slice(start, rows))
                     numbers = tuple(range(first, first + len(values)))
-                    yield Block(self.name, "row", numbers, values, self.columns)
+                    yield Block(self.name, "row", numbers, values, self.names)
                     first += len(values)
 
     def _system(self) -> fs.FileSystem:
@@ -273,7 +273,8 @@ def locate(source: SourceSpec) -> list[DataFile]:
     Raises:
         SpecError: The source does not exist, cannot be read, or has several splits and none was selected.
     """
-    files = [replace(file, columns=source.columns, field=source.field) for file in _files(source)]
+    names = RowNames(source.columns, source.roles)
+    files = [replace(file, names=names, field=source.field) for file in _files(source)]
     _, part = split_of(source.split)
     return files if part is None else _of_slice(files, part, source)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,3 +104,8 @@ def from_json(text: str, name: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"field {name} is not valid JSON ({error}); correct it") from None
+
+
+def yaml_key(name: str) -> str:
+    """Return a name as the key of a mapping in YAML, in quotes where it needs them."""
+    return name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else json.dumps(name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from orchestrator.config.schema import DataSpec
 from orchestrator.data.chat_template import Encoded, Template, encode, render
-from orchestrator.data.columns import Columns, named_values
+from orchestrator.data.columns import RowNames, named_values
 from orchestrator.data.corpus import document_parts
 from orchestrator.data.encode_rows import EncodedRows, encode_values
 from orchestrator.data.formats import Malformed, RowFormat, parse
@@ -125,7 +124,7 @@ def view_row(
     data: DataSpec,
     tokenizer: PreTrainedTokenizerFast,
     template: Template,
-    columns: Columns = MappingProxyType({}),
+    names: RowNames = RowNames(),
 ) -> RowView:
     """Return the view of one row, without its file and line.
 
@@ -135,10 +134,10 @@ def view_row(
         data: Gives loss_on, empty_answers, max_length and truncation.
         tokenizer: The model's tokenizer.
         template: Template of instruction rows.
-        columns: `SourceSpec.columns`.
+        names: Names that the source has for fields and roles.
     """
     learnt = learnt_of(data)
-    (named,) = named_values([value], columns, row_format)
+    (named,) = named_values([value], names, row_format)
     outcome = encode_values([named], row_format, tokenizer, template, learnt)
     left_out = next(
         (

@@ -49,7 +49,7 @@ def collect(
     ]
     views = []
     for source, block, at in found:
-        view = view_row(block.values[at], source.format, data, tokenizer, template, block.columns)
+        view = view_row(block.values[at], source.format, data, tokenizer, template, block.names)
         views.append(replace(view, source=block.file, unit=block.unit, line=block.numbers[at]))
     first = len(views) - len(named)
     return [*_leave_out_duplicates(views[:first]), *views[first:]] if data.deduplicate else views

@@ -306,7 +306,7 @@ def _key(
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting in ("truncation", "padding"):  # state of the last call, switched off for encoding
         backend.pop(setting, None)
-    read_as = [source.format, source.columns, source.field]
+    read_as = [source.format, source.columns, source.roles, source.field]
     settings = [_VERSION, asdict(template), learnt, *read_as, list(prints), backend]
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer)]
     digest.update(json.dumps([settings, special]).encode())

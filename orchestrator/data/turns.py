@@ -14,19 +14,6 @@ FIELDS = frozenset(get_args(TurnField))
 _NAMES = ("messages", "conversations", "conversation", "dialogue", "dialog", "dialogs", "chat", "turns")
 _ROLE_KEYS = ("role", "from", "speaker", "author")
 _CONTENT_KEYS = ("content", "value", "text", "utterance")
-_ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "ai": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
-_KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "function_call"})
 _PAIRS = (("human", "assistant"), ("user", "assistant"), ("human", "gpt"), ("human", "bot"))
 
 
@@ -63,12 +50,15 @@ def list_from_text(text: str, field: str) -> list[object]:
     return value
 
 
-def with_messages(row: Mapping[str, object], columns: Mapping[str, str]) -> Mapping[str, object]:
+def with_messages(
+    row: Mapping[str, object], columns: Mapping[str, str], roles: Mapping[str, str]
+) -> Mapping[str, object]:
     """Return a row with its conversation in `messages` or `conversations`, if it has one.
 
     Args:
         row: The row.
         columns: Fields of messages by key, from `columns` of the source.
+        roles: `SourceSpec.roles`.
 
     Raises:
         Malformed: Several fields hold a conversation, or the keys of its messages are not known.
@@ -89,6 +79,9 @@ def with_messages(row: Mapping[str, object], columns: Mapping[str, str]) -> Mapp
         return row
     others = {key: content for key, content in row.items() if key != name}
     field, messages = _normalized(lists[name], name, columns)
+    if roles:
+        key = "from" if field == "conversations" else "role"
+        messages = [_with_role(each, key, roles) for each in messages]
     return {**others, field: messages}
 
 
@@ -119,19 +112,16 @@ def _normalized(
     if role == "from" and content in ("value", None):
         return "conversations", messages
     keys_of = {key: field for key, field in ((role, "role"), (content, "content")) if key and key != field}
-    return "messages", [_standard(each, keys_of) for each in messages]
+    if not keys_of:
+        return "messages", messages
+    return "messages", [_renamed(each, keys_of) if isinstance(each, Mapping) else each for each in messages]
 
 
-def _standard(message: object, keys: Mapping[str, str]) -> object:
+def _with_role(message: object, key: str, roles: Mapping[str, str]) -> object:
     if not isinstance(message, Mapping):
         return message
-    changed = _renamed(message, keys) if keys else message
-    role = changed.get("role")
-    if not isinstance(role, str) or role in _KNOWN_ROLES:
-        return changed
-    lower = role.strip().lower()
-    known = _ROLES.get(lower, lower if lower in _KNOWN_ROLES else role)
-    return {**changed, "role": known} if known != role else changed
+    role = message.get(key)
+    return {**message, key: roles[role]} if isinstance(role, str) and role in roles else message
 
 
 def _renamed(message: Mapping[str, object], keys: Mapping[str, str]) -> dict[str, object]:

@@ -141,6 +141,28 @@ def test_the_next_turn_ends_an_answer_if_the_model_stops_there(tokenizer: Any) -
     assert rendered.notes == (NO_END,)  # the last answer
 
 
+def test_a_last_answer_without_an_end_can_have_the_eos_token(tokenizer: Any) -> None:
+    settings = Template("chat", ChatSettings(append_eos=True))
+    changed = with_template(tokenizer, NEXT_TURN_ENDS)
+    ended = render(TWO_TURNS, settings, changed)
+    assert [ended.text[start:end] for start, end in ended.answers] == ["Blue.", "A plum.</s>"]
+    plain = render(TWO_TURNS, "chat", changed)
+    assert (plain.notes, ended.notes) == ((NO_END,), ())
+    assert ended.text == plain.text + "</s>"
+    for template in (PLAIN, EOS_AT_THE_END):  # these end their answers
+        changed = with_template(tokenizer, template)
+        assert render(TWO_TURNS, settings, changed) == render(TWO_TURNS, "chat", changed)
+
+
+def test_eos_stands_before_what_follows_the_answer(tokenizer: Any) -> None:
+    template = NEXT_TURN_ENDS + "{{ '\n--\n' }}"
+    row = Conversation((*TWO_TURNS.messages, {"role": "user", "content": "Thanks."}))
+    ended = render(row, Template("chat", ChatSettings(append_eos=True)), with_template(tokenizer, template))
+    (_, last) = ended.answers
+    assert ended.text[slice(*last)] == "A plum.</s>"
+    assert ended.text[last[1] :].startswith("<|user|>\nThanks.")
+
+
 def test_reasoning_of_earlier_answers_may_be_left_out_and_that_of_the_last_may_not(tokenizer: Any) -> None:
     row = talk("2+2?", "<think>2+2</think>Four.", "4+1?", "<think>\n4+1</think>\nFive.")
     assert learnt(row, tokenizer, THINKING) == ["Four.<|im_end|>\n", "4+1\n</think>\n\nFive.<|im_end|>\n"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.data.columns import named_values, with_field_names
+from orchestrator.data.columns import RowNames, named_values, with_field_names
 from orchestrator.data.formats import Malformed, parse
 from orchestrator.data.rows import Conversation, Instruction, Row, Text, Tokens
 
@@ -19,10 +19,11 @@ CALL = {"name": "get_temp", "arguments": {"town": "Oslo"}}
 ABC = {"a": "instruction", "b": "input", "c": "output"}
 
 
-def row_of(value: Any, columns: dict[str, Any] | None = None, row_format: Any = "auto") -> Row:
+def row_of(value: Any, columns: dict[str, Any] | None = None, row_format: Any = "auto", **roles: str) -> Row:
     spellings = (value, json.dumps(value).encode())
     first, second = (
-        parse(with_field_names(each, columns or {}, row_format), row_format) for each in spellings
+        parse(with_field_names(each, RowNames(columns or {}, roles), row_format), row_format)
+        for each in spellings
     )
     assert first == second
     return first
@@ -229,7 +230,7 @@ def test_fields_that_are_not_known_are_named_with_an_example(
     ],
 )
 def test_rows_with_the_fields_of_a_format_are_not_changed(row: dict[str, Any], row_format: Any) -> None:
-    assert with_field_names(row, {}, row_format) == row
+    assert with_field_names(row, RowNames(), row_format) == row
 
 
 def test_a_format_that_is_given_is_kept() -> None:
@@ -241,9 +242,33 @@ def test_a_format_that_is_given_is_kept() -> None:
 
 def test_a_row_that_is_malformed_is_named_and_the_next_one_is_read() -> None:
     values = [b"{", b'{"x": 1}', b'{"question": "a", "answer": "b"}', Malformed("it has 3 cells")]
-    found = list(named_values(values, {}, "auto"))
+    found = list(named_values(values, RowNames(), "auto"))
     assert found[0] == b"{"
     assert [str(each) for each in found if isinstance(each, Malformed)][1] == "it has 3 cells"
     assert found[2] == {"instruction": "a", "output": "b"}
     with pytest.raises(Malformed, match="it has 3 cells"):
         parse(found[3], "auto")
+
+
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("speaker", "text")])
+def test_roles_of_the_source_are_used(keys: tuple[str, str]) -> None:
+    turns = [("customer", "Name a colour."), ("agent 2", "Blue.")]
+    messages = [dict(zip(keys, turn, strict=True)) for turn in turns]
+    roles = {"customer": "user", "agent 2": "assistant"}
+    for name in ("messages", "conversations", "dialog"):
+        assert row_of({name: messages}, **roles) == TALK
+    assert row_of(messages, **roles) == TALK
+    swapped = [dict(zip(keys, turn, strict=True)) for turn in (("gpt", "Name a colour."), ("human", "Blue."))]
+    assert row_of({"messages": swapped}, human="assistant", gpt="user") == TALK
+    reason = reason_of({"messages": messages})
+    assert "'customer' is unknown" in reason
+    assert "data.train[].roles: {customer: user}" in reason
+
+
+def test_a_call_in_the_content_of_a_role_of_the_source() -> None:
+    turns = [("user", "Warm?"), ("act", json.dumps(CALL)), ("result", "4"), ("assistant", "No.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    row = row_of({"messages": messages}, act="function_call", result="tool")
+    assert isinstance(row, Conversation)
+    assert [message["role"] for message in row.messages] == ["user", "assistant", "tool", "assistant"]
+    assert row.messages[1]["tool_calls"][0]["function"]["name"] == "get_temp"

@@ -35,7 +35,7 @@ def rows_of(path: Path | str, **more: Any) -> list[Row | str]:
     """Return the rows of a source; for a malformed one its place and reason."""
     found: list[Row | str] = []
     for block in blocks_of(locate(source(path, **more))):
-        named = named_values(block.values, block.columns, "auto")
+        named = named_values(block.values, block.names, "auto")
         for at, value in enumerate(named):
             try:
                 found.append(parse(value, "auto"))
@@ -388,3 +388,15 @@ def test_values_of_cells_of_a_workbook() -> None:
     cells = [None, "", "007", 7, 7.0, 7.25, True, day, day.date()]
     texts = ["", "", "007", "7", "7", "7.25", "TRUE", "2026-01-02T03:04:00", "2026-01-02"]
     assert [workbook._text(cell) for cell in cells] == texts
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_roles_of_the_source_are_those_of_its_files(tmp_path: Path, name: str) -> None:
+    spoken = [("customer", "Name a colour."), ("agent", "Blue.")]
+    turns = [{"speaker": role, "text": text} for role, text in spoken]
+    if name.endswith(".parquet"):
+        write_parquet(tmp_path / name, [{"talk": turns}])
+    else:
+        written(tmp_path, name, json.dumps({"talk": turns}) + "\n")
+    columns, roles = {"talk": "messages"}, {"customer": "user", "agent": "assistant"}
+    assert rows_of(tmp_path / name, columns=columns, roles=roles) == [TALK]

@@ -1,5 +1,6 @@
 """Chat templates by name, file and text."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_rows_without_a_system_message_get_the_prompt_of_the_job(tokenizer: Any)
         "<s><|system|>Be kind.<|user|>Hi."
     )
     assert "Be kind." not in render(TWO_TURNS, template, tokenizer).text
+
+
+def test_eos_cannot_be_appended_without_an_eos_token() -> None:
+    tokenizer = copy.deepcopy(load_tokenizer(MODEL))
+    tokenizer.eos_token = None
+    with pytest.raises(
+        SpecError, match=r"data.append_eos=true, but the tokenizer has no EOS token; name one"
+    ):
+        choose(data(append_eos=True), MODEL, tokenizer)
 
 
 def test_ends_of_a_generation_come_from_the_model(tmp_path: Path, tokenizer: Any) -> None:

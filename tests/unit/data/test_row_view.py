@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
+from orchestrator.data.columns import RowNames
 from orchestrator.data.corpus import build
 from orchestrator.data.encode_rows import encode_block, encode_values
 from orchestrator.data.readers import Block
@@ -129,7 +130,7 @@ def test_columns_of_the_source_are_used(tokenizer: Any) -> None:
     columns: dict[str, str | None] = {"ask": "instruction", "say": "output"}
     text, learnt = text_and_learnt(row, tokenizer, columns=columns)
     assert (text, learnt) == ("<s><|user|>Name a colour.<|assistant|>Blue.</s>", ["Blue.</s>"])
-    block = Block("rows.jsonl", "line", (1,), (json.dumps(row).encode(),), columns)
+    block = Block("rows.jsonl", "line", (1,), (json.dumps(row).encode(),), RowNames(columns))
     (encoded,) = encode_block(block, "auto", tokenizer, "chat", "answers").encoded.values()
     assert encoded.tokens.tolist() == view(row, tokenizer, columns=columns).ids.tolist()
 

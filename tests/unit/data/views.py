@@ -5,6 +5,7 @@ from typing import Any
 
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import choose
+from orchestrator.data.columns import RowNames
 from orchestrator.data.formats import RowFormat
 from orchestrator.data.row_view import RowView, view_row
 
@@ -14,6 +15,7 @@ def view(
     tokenizer: Any,
     row_format: RowFormat = "auto",
     columns: dict[str, str | None] | None = None,
+    roles: dict[str, str] | None = None,
     **data: Any,
 ) -> RowView:
     """The view of a row in a job with these fields of `data`."""
@@ -25,7 +27,7 @@ def view(
         spec,
         tokenizer,
         choose(spec, ModelSpec(path="builtin/tiny-llama"), tokenizer),
-        columns or {},
+        RowNames(columns or {}, roles or {}),
     )
 
 
