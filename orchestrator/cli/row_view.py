@@ -79,7 +79,8 @@ def shown_rows(
     with stdout_for_results():
         with_paths = with_absolute_paths(job)
         evaluation = [source for _, source in eval_sources(with_paths)]
-        views = collect(with_paths.model, with_paths.data, count, wanted, evaluation)
+        share = job.eval.share or 0.0 if job.eval else 0.0
+        views = collect(with_paths.model, with_paths.data, count, wanted, evaluation, share, job.run.seed)
     if page:
         write_html(views, page, f"Rows of {job.name}")
         write_message(f"written: {page}")

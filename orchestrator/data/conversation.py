@@ -132,6 +132,19 @@ class ConversationTemplate:
         assert problem is not None
         raise problem
 
+    def depends_on(self, row: Conversation, field: str) -> bool:
+        """Return whether the text of a conversation depends on a field of its messages."""
+        tools: _Tools = [dict(tool) for tool in row.tools] or None
+        template, _ = self._template(tools)
+        without = [
+            cast("Message", {name: value for name, value in message.items() if name != field})
+            for message in row.messages
+        ]
+        try:
+            return template.render(row.messages, tools) != template.render(without, tools)
+        except Exception:  # it is needed, or the template wants tool calls in another form
+            return True
+
     def compile(self) -> None:
         """Compile the template for rows without tools.
 

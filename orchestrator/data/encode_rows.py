@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from orchestrator.data.chat_template import Encoded, Template, encode
+from orchestrator.data.chat_template import Encoded, Template, TemplateName, encode
 from orchestrator.data.columns import named_values
-from orchestrator.data.conversation import FEW_TOKENS
+from orchestrator.data.conversation import FEW_TOKENS, ChatSettings, conversation_template
 from orchestrator.data.field_use import fields_without_effect
 from orchestrator.data.formats import ReadRow, RowFormat, read
 from orchestrator.data.readers import Block
 from orchestrator.data.row_values import Malformed
-from orchestrator.data.rows import Learnt, empty_answers, nothing_to_learn
+from orchestrator.data.rows import Conversation, Learnt, Row, empty_answers, nothing_to_learn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +44,7 @@ def encode_block(
     block: Block,
     row_format: RowFormat,
     tokenizer: PreTrainedTokenizerFast,
-    template: Template,
+    template: Template | TemplateName,
     learnt: Learnt,
 ) -> EncodedRows:
     """Give the rows of a block the field names of their format, and encode them; see `encode_values`."""
@@ -55,7 +56,7 @@ def encode_values(
     values: Sequence[object],
     row_format: RowFormat,
     tokenizer: PreTrainedTokenizerFast,
-    template: Template,
+    template: Template | TemplateName,
     learnt: Learnt,
 ) -> EncodedRows:
     """Parse and tokenize rows without truncation, and tell the rows to train on from the others.
@@ -80,10 +81,21 @@ def encode_values(
             is_short = learnt != "all" and tokens.turn[1:].astype(bool).sum() < 3
             notes = (*tokens.notes, FEW_TOKENS) if is_short else tokens.notes
             result.encoded[at] = replace(tokens, notes=notes)
-            result.fields_without_effect.update(fields_without_effect(each.use, tokenizer.chat_template))
+            has_effect = partial(_has_effect, each.row, tokenizer, template)
+            result.fields_without_effect.update(
+                fields_without_effect(each.use, tokenizer.chat_template, has_effect)
+            )
             if learnt == "answers" and (lack := empty_answers(each.row)):
                 result.partly_empty[at] = lack
     return result
+
+
+def _has_effect(
+    row: Row, tokenizer: PreTrainedTokenizerFast, template: Template | TemplateName, field: str
+) -> bool:
+    """Return whether the text of a row depends on a field of its messages."""
+    settings = ChatSettings() if isinstance(template, str) else template.settings
+    return isinstance(row, Conversation) and conversation_template(tokenizer, settings).depends_on(row, field)
 
 
 def _rows(

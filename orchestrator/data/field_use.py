@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+from orchestrator.data.rows import REASONING_FIELDS
 
 
 @dataclass
@@ -21,22 +24,29 @@ class FieldUse:
     for_template: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def fields_without_effect(use: FieldUse, chat_template: object) -> set[str]:
+def fields_without_effect(
+    use: FieldUse, chat_template: object, has_effect: Callable[[str], bool]
+) -> set[str]:
     """Return the names of the fields that a row's tokens do not depend on.
 
     Args:
         use: Unused fields of the row.
         chat_template: Source of the template that renders it, by name if there are several; None for none.
+        has_effect: Whether the text depends on a field of messages, given its name. Called only for names
+            that the template has, which may be those of a field of something else, such as `tool.name`.
     """
     if not use.for_template:
         return use.without_effect
     source = str(chat_template)
     return use.without_effect | {
-        name for name, words in use.for_template.items() if not any(_is_read(word, source) for word in words)
+        name
+        for name, words in use.for_template.items()
+        if not any(_has_name(word, source) for word in words)
+        or (words != REASONING_FIELDS and not has_effect(name.rpartition(".")[2]))
     }
 
 
 @lru_cache(maxsize=1024)
-def _is_read(word: str, source: str) -> bool:
+def _has_name(word: str, source: str) -> bool:
     """Return whether a template has an attribute or key of this name, such as `message.name`."""
     return bool(re.search(rf"(\.\s*|['\"]){re.escape(word)}\b", source))

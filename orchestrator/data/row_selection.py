@@ -174,8 +174,23 @@ def _held_out(
             f"its {len(joined)} rows are all equal; add rows, or use eval.data instead"
         )
     # Of few rows, chance may put none below the limit, or all.
-    limit = min(max(np.uint64(int(share * 2.0**64)), joined.min() + np.uint64(1)), joined.max())
+    limit = min(max(_limit(share), joined.min() + np.uint64(1)), joined.max())
     return [place < limit for place in places]
+
+
+def is_held_out(content_hash: int, share: float, seed: int) -> bool:
+    """Return whether a row is held out of data with enough rows that chance leaves none on one side.
+
+    Args:
+        content_hash: Its hash in the token store.
+        share: Fraction of the rows that is held out.
+        seed: `run.seed`.
+    """
+    return bool(_place(np.array([content_hash], np.uint64), seed)[0] < _limit(share))
+
+
+def _limit(share: float) -> np.uint64:
+    return np.uint64(int(share * 2.0**64))
 
 
 def _place(hashes: Uint64Array, seed: int) -> Uint64Array:

@@ -87,6 +87,10 @@ class RowView:
         none = np.zeros_like(self.kept)
         return replace(self, kept=none, learnt=none, starts=(), left_out=reason)
 
+    def with_note(self, note: str) -> RowView:
+        """Return the view with a further note."""
+        return replace(self, note=f"{self.note}; {note}" if self.note else note)
+
     @property
     def learnt_pieces(self) -> list[str]:
         """Texts of the runs of consecutive tokens that are targets of the loss, in order."""

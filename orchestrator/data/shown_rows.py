@@ -12,9 +12,11 @@ from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
 from orchestrator.data.chat_template import choose
 from orchestrator.data.model_tokenizer import load_tokenizer
 from orchestrator.data.readers import Block, DataFile, locate
+from orchestrator.data.row_selection import is_held_out
 from orchestrator.data.row_view import RowView, view_row
 from orchestrator.errors import SpecError
 
+_HELD_OUT = "held out for evaluation (eval.share)"
 _Found = tuple[SourceSpec, Block, int]
 """A row: its source, its block, and its position in the block."""
 
@@ -25,6 +27,8 @@ def collect(
     count: int,
     wanted: Sequence[str] = (),
     evaluation: Sequence[SourceSpec] = (),
+    share: float = 0.0,
+    seed: int = 0,
 ) -> list[RowView]:
     """Return views of the first rows of the training data, over the sources in order, and of given rows.
 
@@ -36,6 +40,8 @@ def collect(
         count: Number of first rows.
         wanted: Further rows as FILE:LINE, the line being the row number in a file of a table.
         evaluation: Sources of evaluation data, which wanted rows may be of too.
+        share: `eval.share`; rows of the training data that it holds out have a note.
+        seed: `run.seed`.
 
     Raises:
         SpecError: A file cannot be read, or a wanted row does not exist.
@@ -50,6 +56,9 @@ def collect(
     views = []
     for source, block, at in found:
         view = view_row(block.values[at], source.format, data, tokenizer, template, block.names)
+        row_hash = view.content_hash if source in data.train else None
+        if share and row_hash is not None and is_held_out(row_hash, share, seed):
+            view = view.with_note(_HELD_OUT)
         views.append(replace(view, source=block.file, unit=block.unit, line=block.numbers[at]))
     first = len(views) - len(named)
     return [*_leave_out_duplicates(views[:first]), *views[first:]] if data.deduplicate else views

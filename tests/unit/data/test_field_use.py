@@ -10,6 +10,7 @@ from orchestrator.data.corpus import TokenCounts
 from orchestrator.data.encode_rows import encode_values
 from orchestrator.data.field_use import FieldUse, fields_without_effect
 from orchestrator.data.formats import read
+from orchestrator.data.rows import REASONING_FIELDS
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
 from tests.unit.data.talks import with_template
 from tests.unit.data.test_formats import CALL, TOOL, assistant, turn, user
@@ -38,18 +39,44 @@ from tests.unit.data.test_formats import CALL, TOOL, assistant, turn, user
     ],
 )  # fmt: skip
 def test_fields_that_are_not_used(row: dict[str, Any], names: set[str]) -> None:
-    assert fields_without_effect(read(row, "auto").use, "{{ messages }}") == names
+    assert fields_without_effect(read(row, "auto").use, "{{ messages }}", never) == names
+
+
+def never(field: str) -> bool:
+    raise AssertionError(f"asked for {field}, which the template does not have")
 
 
 def test_a_field_that_the_template_reads_has_an_effect() -> None:
-    use = FieldUse({"id"}, {"messages.name": ("name",), "messages.reasoning": ("reasoning", "thinking")})
-    assert fields_without_effect(use, None) == {"id", "messages.name", "messages.reasoning"}
-    assert fields_without_effect(use, "{{ message.name }}") == {"id", "messages.reasoning"}
-    assert fields_without_effect(use, "{{ message['thinking'] }} {{ filename }}") == {"id", "messages.name"}
-    assert fields_without_effect(use, "{% if enable_thinking %}{% endif %}") == {
-        "id", "messages.name", "messages.reasoning",
+    use = FieldUse({"id"}, {"messages.name": ("name",), "messages.reasoning": REASONING_FIELDS})
+
+    def of(template: object) -> set[str]:
+        return fields_without_effect(use, template, lambda field: field == "name")
+
+    assert of(None) == {"id", "messages.name", "messages.reasoning"}
+    assert of("{{ message.name }}") == {"id", "messages.reasoning"}
+    assert of("{{ message['thinking'] }} {{ filename }}") == {"id", "messages.name"}
+    assert of("{% if enable_thinking %}{% endif %}") == {"id", "messages.name", "messages.reasoning"}
+    assert of({"default": "{{ m.name }}", "tool": "{{ m.thinking }}"}) == {"id"}
+    assert fields_without_effect(use, "{{ m.name }} {{ m.thinking }}", lambda _: False) == {
+        "id", "messages.name",
     }  # fmt: skip
-    assert fields_without_effect(use, {"default": "{{ m.name }}", "tool": "{{ m.thinking }}"}) == {"id"}
+
+
+@pytest.mark.parametrize(
+    ("addition", "names"),
+    [
+        ("{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}", ["messages.name"]),
+        ("{% for message in messages %}{{ message.name or '' }}{% endfor %}", []),
+        ("{% if messages[0].role == 'system' %}{{ messages[0].name }}{% endif %}", ["messages.name"]),
+        ("{{ messages[0].name }}", []),
+    ],
+)
+def test_a_name_that_the_template_reads_elsewhere_has_no_effect(
+    addition: str, names: list[str], tokenizer: Any
+) -> None:
+    row = {"messages": [user() | {"name": "Ann"}, assistant()]}
+    changed = with_template(tokenizer, tokenizer.chat_template + addition)
+    assert list(encode_values([row], "auto", changed, "chat", "answers").fields_without_effect) == names
 
 
 def test_rows_are_counted_by_the_names_of_such_fields(tmp_path: Path, tokenizer: Any) -> None:

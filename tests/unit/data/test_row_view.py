@@ -12,6 +12,7 @@ from orchestrator.data.columns import RowNames
 from orchestrator.data.corpus import build
 from orchestrator.data.encode_rows import encode_block, encode_values
 from orchestrator.data.readers import Block
+from orchestrator.data.row_selection import Split, select_rows
 from orchestrator.data.rows import learnt_of
 from orchestrator.data.shown_rows import collect
 from orchestrator.data.token_cache import TokenStore, write_index, write_shard
@@ -202,6 +203,22 @@ def test_duplicates_are_left_out_if_the_job_says_so(tmp_path: Path) -> None:
     ]
     assert views[2].as_json()["learnt"] == []
     assert views[2].as_json()["text"] == "<s>one</s>"
+
+
+def test_rows_that_are_held_out_have_a_note(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "store").mkdir()
+    rows = [{"instruction": str(at), "output": "A long answer."} for at in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataSpec(train=(SourceSpec(path=str(tmp_path / "a.jsonl")),))
+    views = collect(ModelSpec(path="builtin/tiny-llama"), data, 200, share=0.3, seed=5)
+    encoded = encode_values(rows, "auto", tokenizer, "chat", "answers").encoded
+    write_index(tmp_path / "store", [write_shard(tmp_path / "store", 0, list(encoded.values()))], {})
+    store = TokenStore(tmp_path / "store")
+    (selection,) = select_rows([store], data.train, 5, Split(0.3, held_out=True))
+    noted = [at for at, view in enumerate(views) if view.note == "held out for evaluation (eval.share)"]
+    assert noted == selection.rows.tolist()
+    assert 0 < len(noted) < 200
+    assert all(view.left_out is None and view.learnt.any() for view in views)
 
 
 def test_rows_of_evaluation_data_are_found_too(tmp_path: Path) -> None:
