@@ -2,7 +2,7 @@
 
     python -m tests.unit.data.published_templates [--write]    print or write the table of docs/templates.md
 
-The templates are those that TRL ships (`pip install --no-deps trl==1.16.0`), unchanged, and the variants that
+The templates are those that TRL ships (`pip install trl==1.16.0`), unchanged, and the variants that
 have `{% generation %}` marks made by hand.
 """
 
@@ -153,7 +153,7 @@ def main() -> None:
     arguments = parser.parse_args()
     templates = folder()
     if templates is None:
-        parser.error("TRL is not installed: pip install --no-deps trl==1.16.0")
+        parser.error("TRL is not installed: pip install trl==1.16.0")
     text = table(templates)
     if arguments.write:
         DOCUMENT.write_text(text, encoding="utf-8")

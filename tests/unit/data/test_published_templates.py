@@ -24,7 +24,7 @@ from tests.unit.data.talks import talk
 
 TEMPLATES = folder()
 if TEMPLATES is None:
-    pytest.skip("TRL is not installed: pip install --no-deps trl==1.16.0", allow_module_level=True)
+    pytest.skip("TRL is not installed: pip install trl==1.16.0", allow_module_level=True)
 
 
 @pytest.mark.parametrize("name", names(TEMPLATES))
