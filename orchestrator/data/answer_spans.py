@@ -49,12 +49,19 @@ class _Conversation:
     tools: Sequence[object] | None
 
     def parts_of(self, at: int) -> list[Span]:
-        """Return the parts of a message; those of the last message include what follows the loop."""
+        """Return the parts of a message; some templates write the last message after their loop."""
         parts = [(start, end) for start, end, message in self.traced.parts if message == at]
-        is_last = at + 1 == len(self.messages)
-        if parts and is_last and parts[-1][1] == self.traced.parts[-1][1]:
-            parts[-1] = (parts[-1][0], len(self.traced.text))
+        if not parts and self.traced.parts and at + 1 == len(self.messages):
+            end = self.traced.parts[-1][1]
+            rest = self.traced.text[end:]
+            if rest.strip() and (self.messages[at]["content"] or "").strip() in rest:
+                return [(end, len(self.traced.text))]
         return parts
+
+    def is_followed_by_the_end(self, at: int) -> bool:
+        """Return whether the last part of a message is followed by what the template writes at the end."""
+        last = self.parts_of(at)[-1:]
+        return at + 1 == len(self.messages) and bool(last) and last[0][1] == self.traced.parts[-1][1]
 
 
 class AnswerLocator:
@@ -92,11 +99,13 @@ class AnswerLocator:
         return [find(conversation, at) for at in learnt]
 
     def _marked(self, conversation: _Conversation, at: int) -> Answer:
-        traced = conversation.traced
+        traced, parts = conversation.traced, conversation.parts_of(at)
+        if conversation.is_followed_by_the_end(at):
+            parts[-1] = (parts[-1][0], len(traced.text))
         spans = [
             (max(begin, start), min(stop, end))
             for begin, stop in traced.generated
-            for start, end in conversation.parts_of(at)
+            for start, end in parts
             if max(begin, start) < min(stop, end)
         ]
         last = traced.text[slice(*spans[-1])] if spans else ""
@@ -108,6 +117,9 @@ class AnswerLocator:
         start, follows_prompt = self._start(conversation, at, first)
         spans = [(start, first[1]), *others]
         begin, end = spans[-1]
+        if conversation.is_followed_by_the_end(at):
+            end += self._end_after(text[begin:end], text[end:], conversation.messages[at])
+            spans[-1] = (begin, end)
         is_ended = self.ends_turn(text[begin:end], conversation.messages[at])
         if not is_ended and (token := self._next_end.match(text, end)):
             spans[-1], is_ended = (begin, token.end()), True  # the turn ends where the next one begins
@@ -127,18 +139,44 @@ class AnswerLocator:
         if part[0] <= len(prompt) and text.startswith(prompt):
             header = "" if len(prompt) > part[0] else self._turn_header
             return len(prompt) + len(header) * text.startswith(header, len(prompt)), True
-        # The messages before the answer were rewritten: compare what follows the last of them.
+        # The messages before the answer were rewritten: compare what follows the last of them. White space
+        # between turns may differ, for example where one loop writes both.
+        tail = self._tail(before, conversation.tools)
         start = part[0]
-        for piece in self._border.split(self._tail(before, conversation.tools)):
+        if tail.lstrip():
+            start += _leading_space(text[start : part[1]])
+        for piece in self._border.split(tail.lstrip()):
             if not text.startswith(piece, start, part[1]):
                 return start, False
             start += len(piece)
         return start, True
 
+    def _end_after(self, answer: str, rest: str, message: Message) -> int:
+        """Return how many characters belong to the last answer of what the template writes at the end.
+
+        These are a token that ends the generation, or any other if the answer has no end yet, but not the
+        generation prompt, which some templates always write.
+        """
+        if self._turn_header.strip() and rest.rstrip().endswith(self._turn_header.rstrip()):
+            rest = rest[: rest.rindex(self._turn_header.rstrip())]
+        if self.ends_turn(answer, message):
+            token = self._next_end.match(rest)
+        elif token := self._special.search(rest):
+            following = rest[token.end() :]
+            return token.end() if following.strip() and not self._next_end.match(following) else len(rest)
+        else:
+            return len(rest)
+        return token.end() if token else 0
+
     def _tail(self, messages: Sequence[Message], tools: Sequence[object] | None) -> str:
         """Return what follows the last message in the text that ends with the generation prompt."""
         prompt = self._template.trace(messages, tools, generation_prompt=True)
-        return prompt.text[prompt.parts[-1][1] :] if prompt.parts else ""
+        if not prompt.parts:
+            return ""
+        without = self._template.trace(messages, tools)
+        end = without.parts[-1][1] if without.parts else 0
+        is_inside = end < prompt.parts[-1][1] and prompt.text.startswith(without.text[:end])
+        return prompt.text[end if is_inside else prompt.parts[-1][1] :]
 
     @cached_property
     def _turn_header(self) -> str:
@@ -167,6 +205,10 @@ class AnswerLocator:
         content = (message["content"] or "").strip()
         after = text.rpartition(content)[2] if content else ""
         return not message.get("tool_calls") and bool(after.strip())
+
+
+def _leading_space(text: str) -> int:
+    return len(text) - len(text.lstrip())
 
 
 def common_length(one: str, other: str) -> int:

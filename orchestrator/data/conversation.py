@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -114,21 +115,27 @@ class ConversationTemplate:
         """
         if self._system_prompt and not any(each["role"] in ("system", "developer") for each in row.messages):
             row = replace(row, messages=({"role": "system", "content": self._system_prompt}, *row.messages))
-        tools: _Tools = [dict(tool) for tool in row.tools] or None
-        template, locator = self._template(tools)
+        given: _Tools = [dict(tool) for tool in row.tools] or None
+        template, locator = self._template(given)
         learnt = [at for at, message in enumerate(row.messages) if is_learnt(message, learn_ends)]
-        problem: Malformed | None = None
-        for messages in _forms(row.messages):
+        refused: Malformed | None = None
+        incomplete: Malformed | None = None
+        for messages, tools in _forms(row.messages, given):
             try:
                 traced = _traced(template, messages, tools)
+            except Malformed as error:
+                refused = refused or error
+                continue
+            try:
                 _require_written(row, messages, traced, learnt)
             except Malformed as error:
-                problem = problem or error
+                incomplete = incomplete or error
                 continue
             answers = locator.locate(traced, messages, tools, learnt)
             if answers is None:
                 answers = _by_prefixes(template, locator, traced.text, messages, tools, learnt)
             return _rendered(traced.text, answers, self._appended)
+        problem = incomplete or refused
         assert problem is not None
         raise problem
 
@@ -167,13 +174,15 @@ class ConversationTemplate:
         return self._templates[source]
 
 
-def _forms(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
-    """Yield the messages as they are and, if they have tool calls, in the other forms that templates accept.
+def _forms(messages: tuple[Message, ...], tools: _Tools) -> Iterator[tuple[tuple[Message, ...], _Tools]]:
+    """Yield messages and tools as they are and then in the other forms that templates accept.
 
-    Some templates need an id in each call, some concatenate the arguments as text, and some write calls only
-    of a message whose content is null.
+    Some templates loop over tools, whether there are any or not. Some need an id in each call, some
+    concatenate the arguments as text, and some write calls only of a message whose content is null.
     """
-    yield messages
+    yield messages, tools
+    if tools is None:
+        yield messages, []
     if not any(message.get("tool_calls") for message in messages):
         return
     changes = (with_call_ids, with_text_arguments, _without_empty_content)
@@ -182,7 +191,7 @@ def _forms(messages: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
             changed = messages
             for change in chosen:
                 changed = change(changed)
-            yield changed
+            yield changed, tools
 
 
 def _without_empty_content(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -283,9 +292,16 @@ def _require_written(
     for at, message in enumerate(messages):
         spans = [span for *span, owner in traced.parts if owner == at]
         part = "".join(traced.text[start:end] for start, end in spans) if spans else traced.text
-        for call in message.get("tool_calls") or ():
-            if call["function"]["name"] not in part:
-                raise _tool_left_out(call["function"]["name"])
+        calls = Counter(call["function"]["name"] for call in message.get("tool_calls") or ())
+        for name, count in calls.items():
+            if name not in part:
+                raise _tool_left_out(name)
+            if (written := part.count(name)) < count:
+                raise Malformed(
+                    f"the chat template writes {written} of the {count} calls of {name} in message {at}; use "
+                    "a chat template that writes parallel calls (data.chat_template), or give each call a "
+                    "message of its own"
+                )
         if at not in learnt:
             continue
         thoughts, texts = _texts(message)

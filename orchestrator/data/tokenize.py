@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _logger = logging.getLogger(__name__)
-_VERSION = 12  # part of the cache key: raise it when the files change, and older stores are ignored
+_VERSION = 13  # part of the cache key: raise it when the files change, and older stores are ignored
 _SECONDS_BETWEEN_LOGS = 5.0
 _DRAFT = re.compile(
     r"(packed-)?[0-9a-f]{24}\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial"

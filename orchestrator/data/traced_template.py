@@ -214,7 +214,9 @@ def _without_tags(tagged: str) -> Traced:
         text = tagged[done : tag.start()]
         done = tag.end()
         if text and owners:
-            _extend(parts, length, length + len(text), owners[-1][1])
+            # The latest message, whether a result is written in the loop of its call, or a call is looked up
+            # in that of its result.
+            _extend(parts, length, length + len(text), max(message for _, message in owners))
         texts.append(text)
         length += len(text)
         kind, loop, message = tag.groups()

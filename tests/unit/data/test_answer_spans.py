@@ -287,3 +287,102 @@ def test_options_are_variables_of_the_template(tokenizer: Any) -> None:
 def test_text_with_the_characters_of_tags_is_text(tokenizer: Any) -> None:
     row = talk("Hi.", "\ufdd0m0:0\ufdd1Hello.")
     assert learnt(row, tokenizer, PLAIN) == ["\ufdd0m0:0\ufdd1Hello.<|im_end|>\n"]
+
+
+# The generation prompt is written in the loop, and white space before it differs from that of an answer.
+PROMPT_IN_THE_LOOP = """
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+{{ '\n[bot]\n' + message.content + '<|im_end|>' }}
+    {%- else %}
+{{ '[' + message.role + ']\n' + message.content }}
+    {%- endif %}
+    {%- if loop.last and add_generation_prompt %}{{ '\n[bot]\n' }}{%- endif %}
+{%- endfor -%}
+"""
+PROMPT_ALWAYS = PLAIN.replace("{%- if add_generation_prompt -%}", "").replace("{%- endif -%}\n", "")
+PROMPT_ALWAYS_ENDS_THINKING = PROMPT_ALWAYS.replace("assistant\\n'", "assistant\\n</think>\\n'")
+TOOLS_UNCHECKED = "{%- for tool in tools -%}{{- tool.function.name + '\\n' -}}{%- endfor -%}" + PLAIN
+LAST_AFTER_THE_LOOP = """
+{%- set last = messages[-1] if messages[-1].role == 'assistant' else none -%}
+{%- for message in messages -%}
+    {%- if not (last and loop.last) -%}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if last -%}{{- '<|im_start|>assistant\\n<think>\\n' + last.content + '<|im_end|>\\n' -}}
+{%- elif add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize(
+    ("template", "spans"),
+    [
+        (PROMPT_IN_THE_LOOP, ["Blue.<|im_end|>", "A plum.<|im_end|>"]),
+        (PROMPT_ALWAYS, ["Blue.<|im_end|>\n", "A plum.<|im_end|>\n"]),
+        (PROMPT_ALWAYS_ENDS_THINKING, ["Blue.<|im_end|>\n", "A plum.<|im_end|>\n"]),
+        (LAST_AFTER_THE_LOOP, ["Blue.<|im_end|>\n", "A plum.<|im_end|>\n"]),
+    ],
+)
+def test_no_part_of_a_generation_prompt_is_learnt(tokenizer: Any, template: str, spans: list[str]) -> None:
+    assert learnt(TWO_TURNS, tokenizer, template) == spans
+    assert learnt(talk("Name a colour.", "Blue.", system="Be brief."), tokenizer, template) == spans[:1]
+
+
+def test_a_template_that_loops_over_no_tools_gets_an_empty_list(tokenizer: Any) -> None:
+    rendered = render(TWO_TURNS, "chat", with_template(tokenizer, TOOLS_UNCHECKED))
+    assert [rendered.text[start:end] for start, end in rendered.answers] == [
+        "Blue.<|im_end|>\n", "A plum.<|im_end|>\n",
+    ]  # fmt: skip
+    assert rendered.text == expected_text(TWO_TURNS, tokenizer, PLAIN)
+    problem = talk("2+2?", "<think>hm</think>Four.")
+    with pytest.raises(Malformed, match="leaves out reasoning"):
+        render(problem, "chat", with_template(tokenizer, TOOLS_UNCHECKED.replace(
+            "message.content +", "message.content.split('</think>')[-1] +")))  # fmt: skip
+
+
+CALL_LOOKED_UP = """
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- for call in message.tool_calls or [] -%}
+        {{- call.function.name ~ call.function.arguments -}}
+    {%- endfor -%}
+    {%- if message.role == 'tool' -%}
+        {%- for other in messages -%}
+            {%- if other.tool_calls -%}{{- other.tool_calls[0].function.name + ': ' -}}{%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- message.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def with_calls(*towns: str) -> Conversation:
+    calls = [
+        {"type": "function", "function": {"name": "get_weather", "arguments": {"town": town}}}
+        for town in towns
+    ]
+    messages: list[Any] = [
+        {"role": "user", "content": "Warm?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *({"role": "tool", "content": str(number)} for number, _ in enumerate(towns)),
+        {"role": "assistant", "content": "Yes."},
+    ]
+    return Conversation(tuple(messages))
+
+
+def test_what_a_result_repeats_of_its_call_is_not_learnt(tokenizer: Any) -> None:
+    assert learnt(with_calls("Oslo", "Rome"), tokenizer, CALL_LOOKED_UP) == [
+        "get_weather{'town': 'Oslo'}get_weather{'town': 'Rome'}<|im_end|>\n",
+        "Yes.<|im_end|>\n",
+    ]
+
+
+def test_a_template_that_writes_only_the_first_call_is_refused(tokenizer: Any) -> None:
+    first = with_template(
+        tokenizer, CALL_LOOKED_UP.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]")
+    )
+    assert render(with_calls("Oslo"), "chat", first).answers
+    with pytest.raises(Malformed, match="writes 1 of the 2 calls of get_weather in message 1; use a chat"):
+        render(with_calls("Oslo", "Rome"), "chat", first)
