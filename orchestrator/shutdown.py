@@ -13,15 +13,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 EXIT_CODE = 128 + signal.SIGTERM
 _INTERRUPT = signal.SIGRTMIN + 7  # from the thread to the main thread; no library uses this signal
 _PR_SET_CHILD_SUBREAPER = 36
 _SECONDS_TO_UNWIND = 15.0  # Ray takes about 2 s to end its processes
+_SECONDS_OF_A_DESTRUCTOR = 0.1
 _SECONDS_OF_ONE_SIGNAL = 0.5  # `timeout` and service managers may signal both the process and its group
 
 
@@ -49,6 +54,7 @@ class _Listener:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
             self.signals.add(signal.SIGHUP)
         signal.signal(_INTERRUPT, self._interrupt)
+        sys.unraisablehook = partial(self._interrupt_again, sys.unraisablehook)
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)  # inherited by threads that start later
         # Child processes inherit the mask too; Ray forks its processes from Python, which unblocks them here.
         os.register_at_fork(after_in_child=self._unblock)
@@ -74,7 +80,19 @@ class _Listener:
             _terminate(f"stopped by {self.received}: {self.hint or 'nothing was started'}")
         self.event.set()
         if self.mode == "interrupt":
-            signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
+            _send_to_main_thread(_INTERRUPT)
+
+    def _interrupt_again(
+        self, otherwise: Callable[[UnraisableHookArgs], object], ignored: UnraisableHookArgs
+    ) -> None:
+        """Interrupt the main thread once more if it ran a destructor, where exceptions are ignored."""
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            otherwise(ignored)
+            return
+        number = _INTERRUPT if isinstance(ignored.exc_value, Stopped) else signal.SIGINT
+        timer = threading.Timer(_SECONDS_OF_A_DESTRUCTOR, _send_to_main_thread, [number])
+        timer.daemon = True
+        timer.start()
 
     def _interrupt(self, number: int, frame: object) -> None:
         if self.mode == "interrupt":
@@ -141,6 +159,10 @@ def deferred(grace_seconds: float) -> Iterator[threading.Event]:
     finally:
         # A first signal after this point raises `Stopped`; one before it was handled by the caller.
         _listener.mode = "interrupt"
+
+
+def _send_to_main_thread(number: int) -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def leave() -> NoReturn:

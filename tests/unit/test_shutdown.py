@@ -57,6 +57,44 @@ except KeyboardInterrupt as error:
     assert ended(process) == (143, f"Stopped {signal.Signals(number).name}\n", "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_a_destructor_is_not_lost(number: int) -> None:
+    """Exceptions in a destructor are ignored, that of the signal too."""
+    body = f"""
+class Slow:
+    def __del__(self):
+        {_READY}        time.sleep(60)
+try:
+    with shutdown.interruptible("do it again"):
+        slow = Slow()
+        del slow
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", shutdown.received(), flush=True)
+    sys.exit(shutdown.EXIT_CODE)
+"""
+    process = started(body)
+    sent = time.monotonic()
+    process.send_signal(number)
+    name = "SIGTERM" if number == signal.SIGTERM else None
+    assert ended(process) == (143, f"interrupted {name}\n", "")
+    assert time.monotonic() - sent < 30
+
+
+def test_other_exceptions_of_a_destructor_are_printed() -> None:
+    body = f"""
+class Wrong:
+    def __del__(self):
+        raise ValueError("in vain")
+with shutdown.interruptible("again"):
+    {_READY}    wrong = Wrong()
+    del wrong
+"""
+    code, _, said = ended(started(body))
+    assert code == 0
+    assert "ValueError: in vain" in said
+
+
 def test_where_nothing_has_begun_one_line_is_all() -> None:
     process = started(f"{_READY}time.sleep(60)")
     process.terminate()
