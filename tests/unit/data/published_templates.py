@@ -1,9 +1,10 @@
 """Which kinds of conversations are trained with the chat templates of published models.
 
-    python -m tests.unit.data.published_templates [--write]    print or write the table of docs/templates.md
+    python -m tests.unit.data.published_templates [--others DIR] [--write]
 
-The templates are those that TRL ships (`pip install trl==1.16.0`), unchanged, and the variants that
-have `{% generation %}` marks made by hand.
+Prints or writes docs/templates.md. The templates are those that TRL ships (`pip install trl==1.16.0`),
+unchanged, and the variants that have `{% generation %}` marks made by hand. `--others` adds those in the
+subfolders of a folder, each with the name of the distribution that has them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from orchestrator.data.rows import Conversation
 from orchestrator.data.traced_template import TracedTemplate
 from tests.conftest import ROOT
 from tests.unit.data.talks import WEATHER, talk
+from tests.unit.data.template_folder import tokenizer_of as with_special_tokens
 
 DOCUMENT = ROOT / "docs" / "templates.md"
 MARKED = "_training"
@@ -90,7 +92,11 @@ def tokenizer_of(source: str) -> Any:
 
 def cells(templates: Path, name: str) -> Iterator[Cell]:
     """Render every row with a template."""
-    tokenizer = tokenizer_of((templates / f"{name}.jinja").read_text(encoding="utf-8"))
+    return cells_of(name, tokenizer_of((templates / f"{name}.jinja").read_text(encoding="utf-8")))
+
+
+def cells_of(name: str, tokenizer: Any) -> Iterator[Cell]:
+    """Render every row with the template of a tokenizer."""
     for row, conversation in ROWS.items():
         try:
             yield Cell(name, row, render(conversation, "chat", tokenizer))
@@ -131,13 +137,37 @@ def table(templates: Path) -> str:
         "generation prompt, with its end of turn. Otherwise the reason for which the row is refused.",
         "Written by `python -m tests.unit.data.published_templates --write`.",
         "",
-        f"| template | {' | '.join(ROWS)} |",
-        "|---" * (len(ROWS) + 1) + "|",
+        *_rows((name, cells(templates, name)) for name in names(templates)),
     ]
-    for name in names(templates):
-        entries = ["yes" if cell.rendered else _short(cell.reason) for cell in cells(templates, name)]
-        lines.append(f"| {name} | {' | '.join(entries)} |")
     return "\n".join([*lines, ""])
+
+
+def table_of_others(others: Path) -> str:
+    """Return the part of docs/templates.md for the templates in the subfolders of a folder."""
+    lines = [
+        "",
+        "## Others",
+        "",
+        "Templates without marks made by hand; `template_folder` checks what they learn.",
+    ]
+    seen: set[str] = set()
+    for distribution in sorted(path for path in others.iterdir() if path.is_dir()):
+        sources = {
+            path.stem: path.read_text(encoding="utf-8") for path in sorted(distribution.rglob("*.jinja"))
+        }
+        new = {name: source for name, source in sources.items() if source not in seen}
+        seen.update(new.values())
+        lines += ["", f"### {distribution.name}", ""]
+        lines += _rows((name, cells_of(name, with_special_tokens(source))) for name, source in new.items())
+    return "\n".join([*lines, ""])
+
+
+def _rows(templates: Iterable[tuple[str, Iterable[Cell]]]) -> Iterator[str]:
+    yield f"| template | {' | '.join(ROWS)} |"
+    yield "|---" * (len(ROWS) + 1) + "|"
+    for name, found in templates:
+        entries = ["yes" if cell.rendered else _short(cell.reason) for cell in found]
+        yield f"| {name} | {' | '.join(entries)} |"
 
 
 def _short(reason: str) -> str:
@@ -149,12 +179,13 @@ def _short(reason: str) -> str:
 def main() -> None:
     """Print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--others", type=Path, help="folder with a subfolder for each distribution")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     templates = folder()
     if templates is None:
         parser.error("TRL is not installed: pip install trl==1.16.0")
-    text = table(templates)
+    text = table(templates) + (table_of_others(arguments.others) if arguments.others else "")
     if arguments.write:
         DOCUMENT.write_text(text, encoding="utf-8")
     else:
