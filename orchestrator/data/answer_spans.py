@@ -142,12 +142,11 @@ class AnswerLocator:
         # The messages before the answer were rewritten: compare what follows the last of them. White space
         # between turns may differ, for example where one loop writes both.
         tail = self._tail(before, conversation.tools)
-        start = part[0]
-        if tail.lstrip():
-            start += _leading_space(text[start : part[1]])
+        begin = part[0] + _leading_space(text[slice(*part)]) if tail.strip() else part[0]
+        start = begin
         for piece in self._border.split(tail.lstrip()):
             if not text.startswith(piece, start, part[1]):
-                return start, False
+                return (start if start > begin else part[0]), False
             start += len(piece)
         return start, True
 
