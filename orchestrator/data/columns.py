@@ -42,6 +42,7 @@ _ANSWERS = (
     "output", "response", "answer", "completion", "solution", "assistant", "target", "targets", "reply",
     "output_text", "answers",
 )  # fmt: skip
+_ALPACA = {"instruction", "input", "output"}
 _LISTS = ("history", "input_ids", "labels", "completion_mask")
 _NAMED = "instruction, input, output, system, history, messages, tools, prompt, completion, text"
 
@@ -76,6 +77,8 @@ def with_field_names(value: object, names: RowNames, row_format: RowFormat) -> o
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
+    if isinstance(value, dict) and value.keys() == _ALPACA and not names.columns:
+        return value
     keys = turns.keys_of(names.columns)
     if isinstance(value, list) and turns.are_turns(value, keys):
         value = {"messages": value}

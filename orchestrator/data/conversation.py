@@ -79,7 +79,10 @@ class Rendered:
 
 def conversation_template(tokenizer: PreTrainedTokenizerFast, settings: ChatSettings) -> ConversationTemplate:
     """Return the renderer of a tokenizer's chat template; those of the last few are kept."""
-    return _kept(tokenizer, settings, json.dumps(tokenizer.chat_template, sort_keys=True, default=str))
+    source = tokenizer.chat_template
+    return _kept(
+        tokenizer, settings, source if isinstance(source, str) else json.dumps(source, sort_keys=True)
+    )
 
 
 @lru_cache(maxsize=4)
@@ -161,6 +164,9 @@ class ConversationTemplate:
         self._template(None)
 
     def _template(self, tools: _Tools) -> tuple[TracedTemplate, AnswerLocator]:
+        given = self._tokenizer.chat_template
+        if isinstance(given, str) and (known := self._templates.get(given)):
+            return known
         try:
             source = self._tokenizer.get_chat_template(None, tools)
         except ValueError:
@@ -290,8 +296,10 @@ def _require_written(
         if name not in traced.text:
             raise _tool_left_out(name)
     for at, message in enumerate(messages):
-        spans = [span for *span, owner in traced.parts if owner == at]
-        part = "".join(traced.text[start:end] for start, end in spans) if spans else traced.text
+        if at not in learnt and "tool_calls" not in message:
+            continue
+        part = "".join([traced.text[start:end] for start, end, owner in traced.parts if owner == at])
+        part = part or traced.text
         calls = Counter(call["function"]["name"] for call in message.get("tool_calls") or ())
         for name, count in calls.items():
             if name not in part:
@@ -316,6 +324,8 @@ def _require_written(
 def _texts(message: Message) -> tuple[list[str], list[str]]:
     """Return the reasoning and the other texts of an answer."""
     content = message["content"] or ""
+    if len(message) == 2 and "think>" not in content:  # nothing but its role and its text
+        return [], [content]
     thoughts = [*_THOUGHT.findall(content)]
     fields: Mapping[str, object] = message
     given = next((fields[name] for name in REASONING_FIELDS if fields.get(name)), None)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from orchestrator.data.chat_template import Encoded, Template, TemplateName, encode
 from orchestrator.data.columns import named_values
 from orchestrator.data.conversation import FEW_TOKENS, ChatSettings, conversation_template
@@ -19,6 +21,8 @@ from orchestrator.data.rows import Conversation, Learnt, Row, empty_answers, not
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_FEW = 3
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,14 @@ def encode_values(
         elif len(tokens.tokens) < 2 or not (learnt == "all" or tokens.turn[1:].any()):
             empty[at] = "no trained tokens"
         else:
-            is_short = learnt != "all" and tokens.turn[1:].astype(bool).sum() < 3
-            notes = (*tokens.notes, FEW_TOKENS) if is_short else tokens.notes
-            result.encoded[at] = replace(tokens, notes=notes)
-            has_effect = partial(_has_effect, each.row, tokenizer, template)
-            result.fields_without_effect.update(
-                fields_without_effect(each.use, tokenizer.chat_template, has_effect)
-            )
+            if learnt != "all" and np.count_nonzero(tokens.turn[1:]) < _FEW:
+                tokens = replace(tokens, notes=(*tokens.notes, FEW_TOKENS))
+            result.encoded[at] = tokens
+            if each.use.without_effect or each.use.for_template:
+                has_effect = partial(_has_effect, each.row, tokenizer, template)
+                result.fields_without_effect.update(
+                    fields_without_effect(each.use, tokenizer.chat_template, has_effect)
+                )
             if learnt == "answers" and (lack := empty_answers(each.row)):
                 result.partly_empty[at] = lack
     return result

@@ -61,8 +61,7 @@ class TracedTemplate:
         self.source = source
         self._variables = {name: value for name, value in variables.items() if name != "date"}
         self._date = datetime.fromisoformat(str(variables.get("date", DEFAULT_DATE)))
-        self._positions: dict[int, int] = {}
-        self._begun: set[int] = set()  # loops that have written a tag
+        self._begun: set[int] = set()  # loops in captured blocks that have written a tag
         self._plain, self._tagged, self._captured = _compiled(source)
 
     def render(
@@ -94,8 +93,10 @@ class TracedTemplate:
         tools: Sequence[object] | None,
         generation_prompt: bool,
     ) -> str:
-        copies = [_with_reasoning(message) for message in messages]
-        self._positions = {id(message): at for at, message in enumerate(copies)}
+        copies = []
+        for at, message in enumerate(messages):
+            copies.append(copy := _TracedMessage(_with_reasoning(message)))
+            copy.trace_position = at
         self._begun.clear()
         return template.render(
             {
@@ -111,19 +112,27 @@ class TracedTemplate:
         )
 
     def _message_tag(self, loop: int, value: object) -> str:
-        position = self._positions.get(id(value))
-        if position is None:
+        if not isinstance(value, _TracedMessage):
             return ""
         self._begun.add(loop)
-        return f"{_OPEN}m{loop}:{position}{_CLOSE}"
+        return f"{_OPEN}m{loop}:{value.trace_position}{_CLOSE}"
 
     def _end_tag(self, loop: int) -> str:
         return f"{_OPEN}e{loop}{_CLOSE}" if loop in self._begun else ""
 
 
+class _TracedMessage(dict[str, Any]):
+    """A message that knows its position; attributes are not seen by templates that loop over its keys."""
+
+    __slots__ = ("trace_position",)
+    trace_position: int
+
+
 def _with_reasoning(message: Message) -> dict[str, Any]:
     """Return a copy of a message with its reasoning under all names that templates read."""
     copy: dict[str, Any] = dict(message)
+    if len(copy) == 2:
+        return copy
     reasoning = next((copy[name] for name in REASONING_FIELDS if copy.get(name) is not None), None)
     return copy if reasoning is None else {"thinking": reasoning, **copy, "reasoning_content": reasoning}
 
@@ -161,8 +170,13 @@ class _Tagger(NodeTransformer):
         message = _message_of(node)
         if message is None:
             return [node]
-        node.body = [_call("_message_tag", nodes.Const(loop), message), *node.body]
-        return [node, _call("_end_tag", nodes.Const(loop))]
+        if self._captures:  # a tag only for a message: the block's output may be changed
+            node.body = [_call("_message_tag", nodes.Const(loop), message), *node.body]
+            return [node, _call("_end_tag", nodes.Const(loop))]
+        position = nodes.Getattr(message, "trace_position", "load")  # undefined for other values
+        begin, end = (nodes.TemplateData(text) for text in (f"{_OPEN}m{loop}:", _CLOSE))
+        node.body = [nodes.Output([begin, position, end]), *node.body]
+        return [node, nodes.Output([nodes.TemplateData(f"{_OPEN}e{loop}{_CLOSE}")])]
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
         if not isinstance(node.call.node, nodes.ExtensionAttribute):  # else it is {% generation %}
@@ -227,7 +241,7 @@ def _without_tags(tagged: str) -> Traced:
         else:
             if owners and owners[-1][0] == loop:
                 owners.pop()
-            if kind == "m":
+            if message:
                 owners.append((loop, int(message)))
     texts.append(tagged[done:])
     return Traced("".join(texts), tuple(parts), tuple(generated))
