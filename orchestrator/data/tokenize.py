@@ -14,7 +14,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
@@ -25,6 +25,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.config.schema import DataSpec, ModelSpec, SourceSpec
+from orchestrator.data import turns
 from orchestrator.data.chat_template import Template, choose
 from orchestrator.data.encode_rows import encode_block
 from orchestrator.data.formats import RowFormat
@@ -41,7 +42,7 @@ from orchestrator.data.token_cache import (
     write_index,
     write_shard,
 )
-from orchestrator.errors import ClusterError, OrchestratorError
+from orchestrator.errors import ClusterError, OrchestratorError, SpecError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -203,8 +204,39 @@ def _write_shards(
 
 @ray.remote(num_cpus=0, max_retries=3)
 def _read_blocks(files: list[DataFile]) -> Iterator[Block]:
+    yield from blocks_of(files)
+
+
+def blocks_of(files: Sequence[DataFile]) -> Iterator[Block]:
+    """Yield the blocks of all files of a source, in order.
+
+    Raises:
+        SpecError: As `DataFile.blocks`, or no row has a column that `columns` names.
+    """
+    columns = files[0].names.columns if files else {}
+    unseen = {name: key for name, key in columns.items() if key is not None and key not in turns.FIELDS}
     for file in files:
-        yield from file.blocks()
+        for block in file.blocks():
+            if unseen:
+                unseen = {name: key for name, key in unseen.items() if not _has_column(block, name)}
+            yield block
+    for name, key in unseen.items():
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise SpecError(
+            f"no row of data file {files[0].name}{more} has the column {name}, which columns maps to {key}; "
+            "correct data.train[].columns"
+        )
+
+
+def _has_column(block: Block, name: str) -> bool:
+    """Return whether a row has a column, or, of JSON that is not parsed yet, may have it."""
+    keys = [json.dumps(name, ensure_ascii=is_ascii).encode() for is_ascii in (True, False)]
+    for value in block.values:
+        if isinstance(value, bytes) and any(key in value for key in keys):
+            return True
+        if isinstance(value, Mapping) and name in value:
+            return True
+    return False
 
 
 @ray.remote(num_cpus=1, max_retries=3)

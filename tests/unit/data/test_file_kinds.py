@@ -20,6 +20,8 @@ from orchestrator.data.columns import named_values
 from orchestrator.data.formats import Malformed, parse
 from orchestrator.data.readers import locate
 from orchestrator.data.rows import Conversation, Instruction, Row, Text
+from orchestrator.data.tokenize import blocks_of as blocks_of_source
+from orchestrator.errors import SpecError
 from tests.unit.data.test_readers import blocks_of, problem_of, source, write_parquet
 
 ASKED = [Instruction("Name a colour.", "", "Blue."), Instruction("Say é, please", "x\ny", 'A "plum"')]
@@ -400,3 +402,22 @@ def test_roles_of_the_source_are_those_of_its_files(tmp_path: Path, name: str) -
         written(tmp_path, name, json.dumps({"talk": turns}) + "\n")
     columns, roles = {"talk": "messages"}, {"customer": "user", "agent": "assistant"}
     assert rows_of(tmp_path / name, columns=columns, roles=roles) == [TALK]
+
+
+def test_an_optional_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:
+    rows = [{"frage": "a", "antwort": "b"}, {"frage": "a", "antwort": "b", 'über "x"': "c"}]
+    lines = [json.dumps(row, ensure_ascii=is_ascii) for row in rows for is_ascii in (True, False)]
+    path = written(tmp_path, "rows.jsonl", "\n".join(lines))
+    asked: dict[str, Any] = {"frage": "instruction", "antwort": "output"}
+    found = {'über "x"': "input", "kein": None}
+    files = locate(source(path, columns=asked | found))
+    assert sum(len(block.values) for block in blocks_of_source([*files, *files])) == 8
+    files = locate(source(path, columns=asked | {"wishes": "input"}))
+    blocks = blocks_of_source([*files, *files])
+    assert len(next(blocks).values) == 4
+    with pytest.raises(SpecError) as caught:
+        list(blocks)
+    assert caught.value.problems == (
+        f"no row of data file {path} and 1 more has the column wishes, which columns maps to input; correct "
+        "data.train[].columns",
+    )
