@@ -21,6 +21,12 @@ _START = (
 _READY = "print('ready', flush=True)\n"
 
 
+def _heed_signals() -> None:
+    """Undo that signals are ignored, as a shell makes it for what runs in the background or with nohup."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(body: str, **options: object) -> subprocess.Popen[str]:
     """Start a process and wait until it says that it is ready."""
     process = subprocess.Popen(
@@ -29,7 +35,7 @@ def started(body: str, **options: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **{"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **options},  # type: ignore[call-overload]
+        **{"preexec_fn": _heed_signals, **options},  # type: ignore[call-overload]
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
