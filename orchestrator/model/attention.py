@@ -16,8 +16,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -287,13 +288,18 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, documents: VarlenMetadata, scoring: 
                 "`cuda`, or use model.attention: sdpa, which is slower"
             )
     # PyTorch 2.11 has no such argument: its kernel takes fewer key heads than query heads without it.
-    has_argument = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    grouped: dict[str, Any] = {"enable_gqa": True} if has_argument and q.shape[1] != k.shape[1] else {}
+    is_grouped = q.shape[1] != k.shape[1] and _has_parameter(varlen_attn, "enable_gqa")
+    grouped: dict[str, Any] = {"enable_gqa": True} if is_grouped else {}
     result = varlen_attn(
         q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
         scale=scoring.scaling, window_size=window, **grouped,
     )  # fmt: skip
     return result if isinstance(result, Tensor) else result[0]
+
+
+@lru_cache
+def _has_parameter(function: Callable[..., object], name: str) -> bool:
+    return name in inspect.signature(function).parameters
 
 
 def _has_flash_attn() -> bool:
