@@ -159,23 +159,23 @@ class AnswerLocator:
         if self._turn_header.strip() and rest.rstrip().endswith(self._turn_header.rstrip()):
             rest = rest[: rest.rindex(self._turn_header.rstrip())]
         if self.ends_turn(answer, message):
-            token = self._next_end.match(rest)
-        elif token := self._special.search(rest):
-            following = rest[token.end() :]
-            return token.end() if following.strip() and not self._next_end.match(following) else len(rest)
-        else:
-            return len(rest)
-        return token.end() if token else 0
+            end = self._next_end.match(rest)
+            return end.end() if end else 0
+        token = self._special.search(rest)
+        following = rest[token.end() :] if token else ""
+        is_whole = not following.strip() or self._next_end.match(following)
+        return len(rest) if token is None or is_whole else token.end()
 
     def _tail(self, messages: Sequence[Message], tools: Sequence[object] | None) -> str:
         """Return what follows the last message in the text that ends with the generation prompt."""
         prompt = self._template.trace(messages, tools, generation_prompt=True)
-        if not prompt.parts:
-            return ""
-        without = self._template.trace(messages, tools)
+        tail = prompt.text[prompt.parts[-1][1] :] if prompt.parts else ""
+        if tail.strip() or not prompt.parts:
+            return tail
+        without = self._template.trace(messages, tools)  # the loop itself may write the generation prompt
         end = without.parts[-1][1] if without.parts else 0
         is_inside = end < prompt.parts[-1][1] and prompt.text.startswith(without.text[:end])
-        return prompt.text[end if is_inside else prompt.parts[-1][1] :]
+        return prompt.text[end:] if is_inside else tail
 
     @cached_property
     def _turn_header(self) -> str:
