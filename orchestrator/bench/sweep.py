@@ -26,7 +26,8 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.config import loader, yaml_loader
-from orchestrator.config.schema import Count, JobSpec, PathStr, Section
+from orchestrator.config.field_types import Count, PathStr
+from orchestrator.config.schema import JobSpec, Section
 from orchestrator.errors import SpecError
 
 Layout = Literal["plain", "xtuner", "qwen", "ms-swift", "llm-action", "llama2-lora"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from orchestrator.config.schema import Device, Dtype
+from orchestrator.config.field_types import Device, Dtype
 from orchestrator.errors import SpecError
 
 DeviceType = Literal["cuda", "cpu"]

@@ -19,8 +19,9 @@ from typing import Literal
 import pyarrow as pa
 from pyarrow import fs, ipc, parquet
 
+from orchestrator.config.field_types import LARGEST
 from orchestrator.config.paths import resolve
-from orchestrator.config.schema import LARGEST, SourceSpec
+from orchestrator.config.schema import SourceSpec
 from orchestrator.data import delimited, json_layout, json_stream, table_values, turns
 from orchestrator.data.columns import RowNames
 from orchestrator.data.file_content import ContentError, open_text, require_table, start_of

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from orchestrator.config.schema import TurnField
+from orchestrator.config.field_types import TurnField
 from orchestrator.data.formats import Malformed
 
 FIELDS = frozenset(get_args(TurnField))
