@@ -10,23 +10,20 @@ subfolders of a folder, each with the name of the distribution that has them.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config.schema import ModelSpec
 from orchestrator.data.chat_template import render
 from orchestrator.data.conversation import Rendered
 from orchestrator.data.formats import Malformed
-from orchestrator.data.model_tokenizer import load_tokenizer
 from orchestrator.data.rows import Conversation
 from orchestrator.data.traced_template import TracedTemplate
 from tests.conftest import ROOT
 from tests.unit.data.talks import WEATHER, talk
-from tests.unit.data.template_folder import tokenizer_of as with_special_tokens
+from tests.unit.data.template_folder import tokenizer_of
 
 DOCUMENT = ROOT / "docs" / "templates.md"
 MARKED = "_training"
@@ -81,13 +78,6 @@ def folder() -> Path | None:
 def names(templates: Path) -> list[str]:
     """Return the names of the unchanged templates."""
     return sorted(path.stem for path in templates.glob("*.jinja") if not path.stem.endswith(MARKED))
-
-
-def tokenizer_of(source: str) -> Any:
-    """Return the built-in tokenizer with a chat template and its tokens of the form <|...|> and <...>."""
-    tokenizer = copy.deepcopy(load_tokenizer(ModelSpec(path="builtin/tiny-llama")))
-    tokenizer.chat_template = source
-    return tokenizer
 
 
 def cells(templates: Path, name: str) -> Iterator[Cell]:
@@ -158,7 +148,7 @@ def table_of_others(others: Path) -> str:
         new = {name: source for name, source in sources.items() if source not in seen}
         seen.update(new.values())
         lines += ["", f"### {distribution.name}", ""]
-        lines += _rows((name, cells_of(name, with_special_tokens(source))) for name, source in new.items())
+        lines += _rows((name, cells_of(name, tokenizer_of(source))) for name, source in new.items())
     return "\n".join([*lines, ""])
 
 
