@@ -150,7 +150,7 @@ def job_text(storage: Path, **changes: Any) -> str:
     job: dict[str, Any] = {
         "name": "run",
         "model": {"path": "builtin/tiny-llama", "weights": "random"},
-        "data": {"train": [{"path": "builtin/alpaca_sample"}], "max_length": 512},
+        "data": {"train": [{"path": "builtin/alpaca_sample"}], "max_length": 256},
         "parallel": {"workers": 2, "zero_stage": 3},
         "eval": {"data": [{"path": "builtin/alpaca_sample_eval"}]},
         "optim": {"lr": 1e-3, "global_batch_size": 4, "max_steps": 12},

@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_an_error_until_it_is_removed(undisturbed: Packed, tm
     _flip_a_byte(damaged)
 
     # Another max_length needs the turns of every row again, which are in the shards only.
-    again = ("pack", "job.yaml", "--json", "--set", "data.max_length=256")
+    again = ("pack", "job.yaml", "--json", "--set", "data.max_length=128")
     _assert_clear(_run(*again, cwd=tmp_path), str(damaged), "checksum", f"remove the folder {damaged.parent}")
     assert len(list(cache.glob("packed-*"))) == 1, "no dataset was packed from it"
 
