@@ -1,9 +1,10 @@
 """The checkpoints directory of a run: published checkpoints, their manifests, retention and cleanup.
 
-    step-00000020/manifest.json       step, world size, ZeRO stage, and the size and SHA-256 of every shard
-    step-00000020/shards/             DeepSpeed's files: one set a rank; under ZeRO-0 of rank 0 only
-    step-00000040.attempt-2.partial   being written; never read
-    step-00000020.replaced.partial    replaced by a newer checkpoint of the same step, to be removed
+    step-00000020/manifest.json                step, tensors, files and digests (`manifest`)
+    step-00000020/tensors-00000.safetensors    parts of tensors, a file for each rank (`tensor_writer`)
+    step-00000040.attempt-2.partial            being written; never read
+    step-00000040.damaged                      could not be read, kept for the user
+    step-00000020.replaced.partial             replaced by a newer one of the same step, to be removed
 
 A checkpoint is complete if and only if it has a manifest. Files that this program did not write are never
 removed, wherever they are. Nothing here is collective.
@@ -11,48 +12,22 @@ removed, wherever they are. Nothing here is collective.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import itertools
 import re
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict, cast
 
+from orchestrator.checkpoint.manifest import MANIFEST, loads, read_manifest
 from orchestrator.checks.owned_files import move_others, remove_own
-from orchestrator.errors import TrainingError
 
-MANIFEST = "manifest.json"
-SHARDS = "shards"
 # Eight digits or more: names are zero-padded to eight, and longer from step 100,000,000.
+DAMAGED = ".damaged"
+"""Suffix of a checkpoint that could not be read; it is kept, and never read or removed."""
 _PUBLISHED = re.compile(r"step-\d{8,}")
 _DRAFT = re.compile(r"step-\d{8,}\.(attempt-\d+|old)\.partial")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced\.partial")
 _RETIRED = "manifest.retired.json"  # name of the manifest while the files of the checkpoint are removed
-_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # DeepSpeed writes them next to the shards
-
-
-class FileEntry(TypedDict):
-    """A file in a manifest: size and hash."""
-
-    bytes: int
-    sha256: str
-
-
-class Layout(TypedDict):
-    """What must be the same when a checkpoint is loaded: it determines the content of each shard."""
-
-    world_size: int
-    zero_stage: int
-
-
-class Manifest(Layout):
-    """Content of manifest.json: `files` maps names in shards/ to their entries."""
-
-    step: int
-    files: dict[str, FileEntry]
 
 
 def published(directory: Path) -> list[Path]:
@@ -110,18 +85,26 @@ def _remove(checkpoint: Path, manifest: str) -> None:
     names = _own_files(checkpoint, manifest)
     if names:
         remove_own(checkpoint, names - {manifest})
-        with suppress(OSError):  # not empty if the user added files
-            (checkpoint / SHARDS).rmdir()
         remove_own(checkpoint, {manifest})
 
 
 def _own_files(checkpoint: Path, manifest: str = MANIFEST) -> set[str]:
     """Return the files of a checkpoint that this program wrote; empty if there is no valid manifest."""
     try:
-        files = json.loads((checkpoint / manifest).read_text(encoding="utf-8"))["files"]
-        return {manifest, *_SCRIPTS, *(f"{SHARDS}/{name}" for name in files)}
-    except (OSError, ValueError, KeyError, TypeError):
+        files = loads((checkpoint / manifest).read_bytes())["files"]
+        return {manifest, *(file["name"] for file in files)}
+    except (OSError, ValueError):
         return set()
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint, so that it does not count as one that is kept."""
+    for number in itertools.count(1):
+        aside = checkpoint.with_name(f"{checkpoint.name}{DAMAGED}{f'-{number}' if number > 1 else ''}")
+        if not aside.exists():
+            with suppress(OSError):
+                checkpoint.rename(aside)
+            return
 
 
 def resolve_replaced(replaced: Path, final: Path) -> None:
@@ -141,76 +124,18 @@ def resolve_replaced(replaced: Path, final: Path) -> None:
     remove_own(replaced, names)
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """Return the manifest of a checkpoint.
-
-    Raises:
-        TrainingError: The manifest is missing or invalid.
-    """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        missing = Manifest.__required_keys__ - manifest.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise TrainingError(
-            f"{checkpoint / MANIFEST} cannot be read ({error_text(error)}); {remedy(checkpoint)}"
-        ) from None
-    if missing:
-        raise TrainingError(
-            f"{checkpoint / MANIFEST} lacks {', '.join(sorted(missing))}; {remedy(checkpoint)}"
-        )
-    return cast(Manifest, manifest)
-
-
 def verify(checkpoint: Path) -> list[str]:
-    """Return an error message for each file that is missing or differs from the manifest.
+    """Return an error message for each file that is missing or damaged.
 
     Raises:
-        TrainingError: The manifest is missing or invalid.
+        DamagedCheckpointError: The manifest is missing, damaged, or of another format.
     """
-    files = read_manifest(checkpoint)["files"]
-    return file_problems(checkpoint, files)
+    from orchestrator.checkpoint.tensor_reader import TensorReader  # imports torch
+
+    with TensorReader(checkpoint, read_manifest(checkpoint)) as reader:
+        return reader.problems()
 
 
-def file_problems(checkpoint: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    """Return an error message for each of these files that is missing or differs from its entry."""
-    problems = (_file_problem(checkpoint, name, entry) for name, entry in files.items())
-    return [problem for problem in problems if problem]
-
-
-def _file_problem(checkpoint: Path, name: str, entry: FileEntry) -> str | None:
-    path = checkpoint / SHARDS / name
-    try:
-        # Size and hash: a truncated file and a flipped bit are both found before DeepSpeed reads it.
-        actual = file_entry(path)
-    except OSError as error:
-        return f"{path}, a file of the checkpoint, cannot be read ({error.strerror}); {remedy(checkpoint)}"
-    if actual != entry:
-        return (
-            f"{path} does not match its manifest: it has {actual['bytes']} bytes, and {entry['bytes']} bytes "
-            f"with another hash were written; {remedy(checkpoint)}"
-        )
-    return None
-
-
-def file_entry(path: Path) -> FileEntry:
-    """Return the size and SHA-256 of a file.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    # fstat of the open file: size and hash belong together even if the path is replaced meanwhile.
-    with path.open("rb") as file:
-        return {
-            "bytes": os.fstat(file.fileno()).st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
-
-
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """Return the message of an exception on one line."""
     return " ".join((str(error) or type(error).__name__).split())[:200]
-
-
-def remedy(checkpoint: Path) -> str:
-    """Return what to do about a damaged checkpoint."""
-    return f"remove {checkpoint} and run the job again to resume from the previous checkpoint"

@@ -1,43 +1,56 @@
-"""Save and load checkpoints: all ranks write shards to shared storage, and rank 0 publishes by one rename.
+"""Save and load checkpoints: all ranks write their parts to shared storage, and rank 0 publishes.
 
 All functions are collective: every rank calls them, and an error on one rank is raised on all, so that no
 rank waits in a collective for one that is gone.
 
-Saving: create a draft directory -> DeepSpeed writes the shards -> flush and hash them, each rank its share ->
-write the manifest -> rename. A crash at any time leaves the published checkpoints as they are.
+Saving: create a draft directory -> DCP plans and every rank writes and flushes its file -> write the manifest
+-> rename. A crash at any time leaves the published checkpoints as they are.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
 from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from orchestrator.atomic_files import write_json
-from orchestrator.checkpoint.checkpoint_dir import (
+from orchestrator import __version__
+from orchestrator.checkpoint import manifest as manifests
+from orchestrator.checkpoint import training_state
+from orchestrator.checkpoint.checkpoint_dir import DAMAGED, error_text, resolve_replaced, set_aside
+from orchestrator.checkpoint.manifest import (
+    FORMAT,
     MANIFEST,
-    SHARDS,
-    FileEntry,
-    Layout,
+    DamagedCheckpointError,
     Manifest,
-    error_text,
-    file_entry,
-    file_problems,
+    TensorEntry,
+    TensorFile,
     read_manifest,
-    remedy,
-    resolve_replaced,
 )
-from orchestrator.engine.nvme_checkpoint import mapped_optimizer_state, restore_to_nvme, without_swap_folder
-from orchestrator.engine.train_engine import CheckpointIO, TrainEngine
+from orchestrator.checkpoint.tensor_parts import Parts, PartsSavePlanner, TensorPart
+from orchestrator.checkpoint.tensor_reader import TensorReader
+from orchestrator.checkpoint.tensor_writer import TensorFileWriter
+from orchestrator.engine.fragments import refresh_weights
+from orchestrator.engine.optimizer_state import state_format
+from orchestrator.engine.train_engine import TrainEngine
 from orchestrator.errors import TrainingError
 
-FP32_NAMES = "fp32_names"  # names of the fp32 weights, which DeepSpeed saves without names under ZeRO-0
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+_OPTIMIZERS: Mapping[str, str] = {
+    "adamw": "adamw",
+    "muon": "muon",
+    "adamw_8bit": "adamw_8bit or paged_adamw_8bit",
+    "paged_adamw": "paged_adamw",
+}
 _T = TypeVar("_T")
 
 
@@ -67,120 +80,196 @@ def save(
     # A step that may fail on one rank ends with a collective: all ranks learn of an error and raise it.
     raise_on_all_ranks = partial(_raise_on_all_ranks, draft=draft, step=step)
     raise_on_all_ranks(_error_of(lambda: _create(draft)) if is_rank_zero else None)
-    raise_on_all_ranks(_write_shards(engine, draft, step))
-    entries: dict[str, FileEntry] = {}
-    raise_on_all_ranks(_error_of(lambda: entries.update(_hash_own_share(draft / SHARDS))))
-    # Hashing reads every file again, so it is split over the ranks.
-    files = {name: entry for part in _gather(entries) for name, entry in part.items()}
-    _require_shared_storage(engine, draft / SHARDS, files, step)
+    raise_on_all_ranks(_require_shared(draft))
+    described = _describe(engine, step, attempt)
+
+    def finish(tensors: dict[str, TensorEntry], files: list[TensorFile]) -> None:
+        shapes = training_state.shapes(engine)
+        for name, tensor in tensors.items():
+            tensor["shape"] = training_state.shape_of(shapes, name, tensor["shape"])
+        described["tensors"], described["files"] = tensors, files
+
+    with ExitStack() as stack:
+        parts: dict[str, TensorPart] = {}
+        gather = partial(training_state.saved_parts, engine)
+        raise_on_all_ranks(_error_of(lambda: parts.update(stack.enter_context(gather()))))
+        writer = TensorFileWriter(draft, finish)
+        try:
+            dcp_save(dict(parts), storage_writer=writer, planner=PartsSavePlanner())
+        except CheckpointException as error:
+            raise _cannot_be_written(_reasons(error), draft, step) from error
 
     # As late as possible, so that a newer attempt can hardly begin between this and the rename.
     _authorize_on_rank_zero(authorize_publish, draft)
-    manifest: Manifest = {"step": step, **_layout(engine), "files": files}
-    raise_on_all_ranks(_error_of(lambda: _publish(draft, final, manifest)) if is_rank_zero else None)
+    raise_on_all_ranks(_error_of(lambda: _publish(draft, final, described)) if is_rank_zero else None)
     return final
 
 
-def load(engine: TrainEngine, checkpoint: Path) -> int:
-    """Verify a checkpoint and restore the engine from it.
+@dataclass(frozen=True)
+class Restored:
+    """What a rank read from a checkpoint.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        step: Number of completed steps.
+        bytes_read: Bytes read, with the digests that verify them.
+        bytes_held: Bytes of this rank's parts.
+    """
+
+    checkpoint: Path
+    step: int
+    bytes_read: int
+    bytes_held: int
+
+
+def load_newest(engine: TrainEngine, checkpoints: Sequence[Path]) -> tuple[Restored, list[str]]:
+    """Restore the engine from the newest checkpoint that is whole.
+
+    Args:
+        engine: The engine.
+        checkpoints: Published checkpoints, oldest first; at least one.
 
     Returns:
-        The number of completed steps.
+        What was restored, and a line for each problem of a newer checkpoint that is damaged.
 
     Raises:
-        TrainingError: A file is missing or damaged, or world size or ZeRO stage differ.
+        TrainingError: None is whole, or a whole one is of another model or optimizer.
     """
-    step, problems = 0, []
+    damage: dict[Path, list[str]] = {}
+    for checkpoint in reversed(checkpoints):
+        try:
+            restored = load(engine, checkpoint)
+        except DamagedCheckpointError as error:
+            damage[checkpoint] = [problem.rpartition("; ")[0] for problem in error.problems]
+            continue
+        if dist.get_rank() == 0:
+            for damaged in damage:
+                set_aside(damaged)
+        instead = f"resuming from step {restored.step} instead, and it is renamed to *{DAMAGED}"
+        return restored, [f"{problem}; {instead}" for of_one in damage.values() for problem in of_one]
+    folder = checkpoints[0].parent
+    raise TrainingError(
+        *(f"{problem}; restore it from a copy" for of_one in damage.values() for problem in of_one),
+        f"no whole checkpoint is left in {folder}; restore one from a copy, or remove the folder to train "
+        "from step 0 again",
+    )
+
+
+def load(engine: TrainEngine, checkpoint: Path) -> Restored:
+    """Restore the engine from a checkpoint, whatever number of workers and ZeRO stage wrote it.
+
+    Each rank reads and verifies the parts that it holds.
+
+    Raises:
+        DamagedCheckpointError: A file is missing or damaged.
+        TrainingError: The checkpoint is of another model or optimizer.
+    """
+    problems: list[str] = []
+    is_damaged = False
+    held = 0
+
+    def fill(parts: Parts) -> None:
+        nonlocal held
+        reader.fill(parts)
+        held += sum(part.values.nbytes for part in parts.values())
+
     try:
         manifest = read_manifest(checkpoint)
-        step = int(manifest["step"])
-        problems = _layout_problems(checkpoint, manifest, engine) or _own_file_problems(
-            checkpoint, manifest["files"]
-        )
+        problems = _differences(checkpoint, manifest, engine)
+        if not problems:
+            with TensorReader(checkpoint, manifest) as reader:
+                training_state.replace_state(engine, manifest["tensors"], fill)
     except TrainingError as error:
-        problems = list(error.problems)
+        problems, is_damaged = list(error.problems), isinstance(error, DamagedCheckpointError)
+    of_ranks = _gather((problems, is_damaged))
     # All ranks read the same manifest, so that several may report the same problem.
-    all_problems = list(dict.fromkeys(problem for part in _gather(problems) for problem in part))
+    all_problems = list(dict.fromkeys(problem for part, _ in of_ranks for problem in part))
     if all_problems:
-        raise TrainingError(*all_problems)
-    # Frozen weights are not in the checkpoint; they come from the base model.
-    is_fully_trained = all(parameter.requires_grad for parameter in engine.module.parameters())
-    with restore_to_nvme(engine):
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=SHARDS, load_module_strict=is_fully_trained)
-    if path is None:
-        raise TrainingError(f"DeepSpeed found no checkpoint in {checkpoint / SHARDS}; {remedy(checkpoint)}")
-    return step
+        raise (DamagedCheckpointError if any(each for _, each in of_ranks) else TrainingError)(*all_problems)
+    refresh_weights(engine)
+    training_state.restore_counters(engine, manifest["engine"])
+    return Restored(checkpoint, manifest["step"], reader.bytes_read, held)
 
 
-class _DeferringWriter:
-    """DeepSpeed's checkpoint writer, except that it records the first error instead of raising it."""
-
-    def __init__(self, writer: CheckpointIO) -> None:
-        self._writer = writer
-        self.error: str | None = None
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._writer, name)
-
-    def attempt(self, action: Callable[[], object]) -> None:
-        """Run an action on storage, unless an earlier one failed."""
-        if self.error is None:
-            self.error = _error_of(action)
-
-    def save(self, state_dict: Mapping[str, object], path: str) -> None:
-        """Write a file, or leave no part of it."""
-        self.attempt(lambda: self._writer.save(state_dict, path))
-        if self.error is not None:
-            Path(path).unlink(missing_ok=True)
-
-    def load(self, path: str, map_location: object = None) -> object:
-        """Return the content of a file."""
-        return self._writer.load(path, map_location)
+def _describe(engine: TrainEngine, step: int, attempt: int) -> Manifest:
+    """Return the manifest without its tensors and files."""
+    layout = _layout(engine)
+    return {
+        "format": FORMAT,
+        "step": step,
+        "attempt": attempt,
+        "written_by": {
+            "orchestrator": __version__,
+            **{name: metadata.version(name) for name in _PACKAGES},
+            "workers": dist.get_world_size(),
+            "zero_stage": int(engine.zero_optimization_stage()),
+        },
+        "engine": training_state.counters(engine),
+        "optimizer": state_format(engine),
+        "tied": training_state.tied_names(engine),
+        "layout": layout,
+        "files": [],
+        "tensors": {},
+    }
 
 
-def _write_shards(engine: TrainEngine, draft: Path, step: int) -> str | None:
-    """Let DeepSpeed write the shards of this rank; return the error, if any.
-
-    `save_checkpoint` has barriers between and after the files (deepspeed/runtime/engine.py, 0.19). A rank
-    that left it by an exception would enter another collective while the others wait in a barrier, and
-    gloo aborts on such a mismatch. So errors are recorded until all ranks have left it.
-    """
-    writer, copy_script = engine.checkpoint_engine, engine._copy_recovery_script
-    # zero_to_fp32.py is copied outside of the checkpoint engine, so it is wrapped separately.
-    deferring = _DeferringWriter(writer)
-    engine.checkpoint_engine = deferring
-    engine._copy_recovery_script = lambda path: deferring.attempt(lambda: copy_script(path))
-    try:
-        with without_swap_folder(engine), ExitStack() as stack:
-            deferring.attempt(lambda: stack.enter_context(mapped_optimizer_state(engine)))
-            engine.save_checkpoint(
-                str(draft),
-                tag=SHARDS,
-                client_state={"step": step, FP32_NAMES: _fp32_names(engine)},
-                save_latest=False,  # manifests name the complete checkpoints; `latest` is not atomic
-                exclude_frozen_parameters=True,
-            )
-    finally:
-        engine.checkpoint_engine, engine._copy_recovery_script = writer, copy_script
-    return deferring.error
+def _layout(engine: TrainEngine) -> list[int] | None:
+    """Return ZeRO stage and workers if the optimizer's state fits only these: blocks are of a partition."""
+    if state_format(engine) != "adamw_8bit":
+        return None
+    stage = int(engine.zero_optimization_stage())
+    return [stage, dist.get_world_size() if stage else 0]
 
 
-def _fp32_names(engine: TrainEngine) -> list[str]:
-    """Return the names of the optimizer's fp32 weights under ZeRO-0, in the order in which they are saved.
+def _differences(checkpoint: Path, manifest: Manifest, engine: TrainEngine) -> list[str]:
+    """Return an error message for each reason why a checkpoint does not fit the engine."""
+    fresh = "or export the checkpoint and start a new run from the exported model"
+    used = state_format(engine)
+    if manifest["optimizer"] != used:
+        saved = _OPTIMIZERS.get(manifest["optimizer"], manifest["optimizer"])
+        return [
+            f"{checkpoint} has the state of optim.optimizer={saved}, and this run uses "
+            f"{_OPTIMIZERS[used]}; use the optimizer that wrote it, {fresh}"
+        ]
+    layout = _layout(engine)
+    if manifest["layout"] != layout and manifest["layout"] and layout:
+        (stage, workers), (old_stage, old_workers) = layout, manifest["layout"]
+        return [
+            f"{checkpoint} has 8-bit optimizer state in blocks of the partitions of "
+            f"zero_stage={old_stage}{f', workers={old_workers}' if old_workers else ''}, and this run has "
+            f"zero_stage={stage}{f', workers={workers}' if workers else ''}; use that layout, {fresh}"
+        ]
+    shapes = training_state.shapes(engine)
+    saved_shapes = {
+        name.removeprefix("model."): tuple(entry["shape"])
+        for name, entry in manifest["tensors"].items()
+        if name.startswith("model.")
+    }
+    differing = [name for name in {**shapes, **saved_shapes} if shapes.get(name) != saved_shapes.get(name)]
+    if differing:
+        name = differing[0]
+        return [
+            f"{checkpoint} has {len(saved_shapes)} weights, this run trains {len(shapes)}, and "
+            f"{len(differing)} differ: {name} is {_shape_text(saved_shapes.get(name))} there and "
+            f"{_shape_text(shapes.get(name))} here; use the model and method that wrote it, {fresh}"
+        ]
+    return []
 
-    Under ZeRO-1 to 3 DeepSpeed saves the names itself.
-    """
-    if engine.zero_optimization_stage() > 0:
-        return []
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    # PyTorch's own optimizer (ZeRO-0 in fp32) has no such groups: the model's weights are fp32 already.
-    groups = getattr(engine.optimizer, "fp16_groups", [])
-    return [names[id(parameter)] for group in groups for parameter in group]
+
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
 
 
 def _create(draft: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
-    (draft / SHARDS).mkdir(parents=True)
+    draft.mkdir(parents=True)
+
+
+def _require_shared(draft: Path) -> str | None:
+    """Return an error if this rank does not see the draft of rank 0."""
+    if draft.is_dir():
+        return None
+    return "the nodes do not share the storage; set checkpoint.storage to a directory that all nodes mount"
 
 
 def _authorize_on_rank_zero(authorize_publish: Callable[[], None], draft: Path) -> None:
@@ -200,8 +289,10 @@ def _authorize_on_rank_zero(authorize_publish: Callable[[], None], draft: Path) 
 
 def _publish(draft: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest and rename the draft, each durable before the next: fsync file, then directory."""
-    write_json(draft / MANIFEST, manifest, fsync=True)
-    _fsync(draft / SHARDS)
+    with (draft / MANIFEST).open("wb") as file:
+        file.write(manifests.dumps(manifest))
+        file.flush()
+        os.fsync(file.fileno())
     _fsync(draft)
     replaced = final.with_name(f"{final.name}.replaced.partial")
     if replaced.exists():
@@ -217,7 +308,7 @@ def _publish(draft: Path, final: Path, manifest: Manifest) -> None:
 
 
 def _error_of(action: Callable[[], object]) -> str | None:
-    """Run an action on storage; return its error, if any. torch reports a full disk as RuntimeError."""
+    """Run an action on storage; return its error, if any."""
     try:
         action()
     except (OSError, RuntimeError) as error:
@@ -228,12 +319,20 @@ def _error_of(action: Callable[[], object]) -> str | None:
 def _raise_on_all_ranks(error: str | None, draft: Path, step: int) -> None:
     """Raise on every rank if any rank has an error."""
     errors = {rank: text for rank, text in enumerate(_gather(error)) if text is not None}
-    if not errors:
-        return
+    if errors:
+        raise _cannot_be_written(errors, draft, step)
+
+
+def _reasons(error: CheckpointException) -> dict[int, str]:
+    """Return the message of each rank's exception, which DCP gathered."""
+    return {rank: error_text(cause) for rank, (cause, _) in error.failures.items()}
+
+
+def _cannot_be_written(errors: Mapping[int, str], draft: Path, step: int) -> TrainingError:
     if dist.get_rank() == 0:
         shutil.rmtree(draft, ignore_errors=True)
     reasons = "; ".join(f"rank {rank}: {text}" for rank, text in errors.items())
-    raise TrainingError(
+    return TrainingError(
         f"the checkpoint of step {step} cannot be written to {draft.parent} ({reasons}); free some space or "
         "repair the storage, then run the job again to resume from the last published checkpoint"
     )
@@ -244,56 +343,6 @@ def _gather(value: _T) -> list[_T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _layout(engine: TrainEngine) -> Layout:
-    return {"world_size": dist.get_world_size(), "zero_stage": int(engine.zero_optimization_stage())}
-
-
-def _layout_problems(checkpoint: Path, manifest: Mapping[str, object], engine: TrainEngine) -> list[str]:
-    return [
-        f"{checkpoint} was written with {key}={manifest[key]}, and this run has {key}={value}; run it with "
-        "the same layout, or export the checkpoint and start a new run from the exported model"
-        for key, value in _layout(engine).items()
-        if manifest[key] != value
-    ]
-
-
-def _own_share(names: list[str]) -> list[str]:
-    """Return the files that this rank hashes: every world_size-th one, whichever rank wrote it."""
-    # Sorted, because directory listings differ between nodes: shares must be disjoint and cover every file.
-    return sorted(names)[dist.get_rank() :: dist.get_world_size()]
-
-
-def _hash_own_share(shards: Path) -> dict[str, FileEntry]:
-    """Flush, read back and hash this rank's share of the files."""
-    names = _own_share([path.name for path in shards.iterdir()])
-    for name in names:
-        _fsync(shards / name)
-    return {name: file_entry(shards / name) for name in names}
-
-
-def _own_file_problems(checkpoint: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    return file_problems(checkpoint, {name: files[name] for name in _own_share(list(files))})
-
-
-def _require_shared_storage(
-    engine: TrainEngine, shards: Path, files: Mapping[str, FileEntry], step: int
-) -> None:
-    """Raise on every rank if some rank does not see the files that the others wrote.
-
-    Without shared storage each node would have a part of the checkpoint, and none could resume from it.
-    """
-    ranks = dist.get_world_size()
-    if engine.zero_optimization_stage() == 0:  # rank 0 writes for all
-        count, what = sum(_gather(any(shards.glob("*model_states.pt")))), "is seen by"
-    else:
-        count, what = sum(name.endswith("optim_states.pt") for name in files), "has the optimizer shards of"
-    if count != ranks:
-        raise TrainingError(
-            f"the checkpoint of step {step} {what} {count} ranks, and there are {ranks}: the nodes do not "
-            "share the storage; set checkpoint.storage to a directory that all nodes mount"
-        )
 
 
 def _fsync(path: Path) -> None:

@@ -22,7 +22,7 @@ from orchestrator.errors import SpecError
 
 JOB = "job.yaml"
 ATTEMPTS = "attempts.jsonl"
-# Fields that may change between attempts of a run, because no trained weight depends on them.
+# Fields that may change between attempts of a run: no trained weight depends on them, beyond rounding.
 _FREE = (
     "optim.max_steps",  # train/resume.py rejects fewer steps than are done
     "optim.epochs",
@@ -36,9 +36,8 @@ _FREE = (
     "model.gradient_checkpointing",
     "model.loss_tile_tokens",
     "model.mlp_tile_tokens",
-    "parallel.offload_activations",
-    "parallel.offload_path",
-    "parallel.expandable_segments",
+    "optim.micro_batch_size",
+    "parallel",  # a checkpoint is of the model, and the packs of a step are the same for any workers
 )
 # Virtual file systems of the kernel, which hold no files of users although their modes allow writing.
 _NO_FILES = frozenset({"proc", "sysfs", "cgroup", "cgroup2", "devpts", "securityfs", "debugfs", "tracefs"})

@@ -6,23 +6,13 @@ that are methods upstream are declared as attributes if this project replaces th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from orchestrator.model.loss import CausalOutput
-
-
-class CheckpointIO(Protocol):
-    """Reads and writes the files of a checkpoint (deepspeed/runtime/checkpoint_engine)."""
-
-    def save(self, state_dict: Mapping[str, object], path: str) -> object:
-        """Write one file."""
-
-    def load(self, path: str, map_location: object = None) -> object:
-        """Return the content of a file."""
 
 
 class EngineOptimizer(Protocol):
@@ -53,14 +43,12 @@ class TrainEngine(Protocol):
     Attributes:
         module: The model, a `PreTrainedModel` or a `PeftModel`.
         optimizer: DeepSpeed's optimizer around the one that was configured.
-        checkpoint_engine: Reader and writer of checkpoint files.
+        micro_steps: Micro-steps so far; those of a step are counted from a multiple of their number.
     """
 
     module: nn.Module
     optimizer: EngineOptimizer
-    checkpoint_engine: CheckpointIO
-    zero_nvme_offload_optimizer: Callable[[], bool]
-    _copy_recovery_script: Callable[[str], object]
+    micro_steps: int
     _global_grad_norm: float | Tensor
 
     def __call__(self, *args: object, **kwargs: object) -> CausalOutput:
@@ -90,20 +78,8 @@ class TrainEngine(Protocol):
     def fp16_enabled(self) -> bool:
         """Return whether parameters are in fp16."""
 
+    def gradient_accumulation_steps(self) -> int:
+        """Return the number of micro-steps of a step."""
+
     def zero_optimization_stage(self) -> int:
         """Return the ZeRO stage, 0 to 3."""
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: Mapping[str, object] = ...,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> object:
-        """Write this rank's shards; collective."""
-
-    def load_checkpoint(
-        self, load_dir: str, tag: str | None = None, load_module_strict: bool = True
-    ) -> tuple[str | None, Mapping[str, object]]:
-        """Read this rank's shards; collective. Returns the path, None if there is no checkpoint."""

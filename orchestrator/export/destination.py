@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from itertools import count
 from pathlib import Path
+from typing import TypedDict
 
-from orchestrator.checkpoint.checkpoint_dir import FileEntry
 from orchestrator.config.eval_sets import all_sources
 from orchestrator.config.paths import resolve
 from orchestrator.config.schema import JobSpec
@@ -36,6 +36,13 @@ _HASHED_END_BYTES = 2**20
 _RUN_EXPORT = re.compile(r"export(-[0-9]+)?")
 _RUN_FILES = ("checkpoints", "attempts.jsonl", "steps.jsonl", "data.json")
 _MAX_SHOWN = 3
+
+
+class FileEntry(TypedDict):
+    """A file in the marker: size and hash."""
+
+    bytes: int
+    sha256: str
 
 
 def target_problem(to: Path, run_dir: Path, job: JobSpec) -> str | None:

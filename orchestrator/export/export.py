@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -13,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from orchestrator.checkpoint import checkpoint_dir
-from orchestrator.checkpoint.checkpointer import FP32_NAMES
+from orchestrator.checkpoint.manifest import MODEL, read_manifest
+from orchestrator.checkpoint.tensor_reader import SavedTensor
 from orchestrator.config.chat_templates import NAMED
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.model_tokenizer import TOKENIZER_TEMPLATES, load_tokenizer
@@ -107,9 +106,6 @@ def export(request: ExportRequest, to: Path) -> ExportResult:
         TrainingError: The checkpoint is damaged, or the export cannot be written.
     """
     target = require_target(to, request.run_dir, request.job)
-    problems = checkpoint_dir.verify(request.checkpoint)
-    if problems:
-        raise TrainingError(*problems)
     step = checkpoint_dir.step_of(request.checkpoint)
     properties = {"run": request.job.name, "kind": request.kind, "step": step, "dtype": request.dtype}
     try:
@@ -136,7 +132,7 @@ def _write(request: ExportRequest, draft: Draft) -> int:
     base_files.copy_files(base, directory, only_tokenizer=is_adapter)
     _write_tokenizer(job, directory)
     if is_adapter:
-        weights = fp32_weights(request.checkpoint, only_trained=True)
+        weights = fp32_weights(request.checkpoint)
         size = weight_files.total_bytes(weights, weight_format)
         weight_files.require_free_space(directory, size, draft.target)
         parameters = write_adapter(job, weights, directory, weight_format.dtype, request.base or {})
@@ -174,7 +170,7 @@ def _write_model(request: ExportRequest, config: PretrainedConfig, base: Path, d
 
 def _write_merged(request: ExportRequest, config: PretrainedConfig, base: Path, draft: Draft) -> int:
     dtype = request.weight_format.dtype
-    adapter_weights = fp32_weights(request.checkpoint, only_trained=True)
+    adapter_weights = fp32_weights(request.checkpoint)
     write_adapter(request.job, adapter_weights, draft.scratch, dtype, request.base or {})
     model = merged_model(request.job, draft.scratch, dtype)
     weights = weight_files.without_tied_duplicates(model.state_dict())
@@ -234,50 +230,22 @@ def _architecture(config: PretrainedConfig) -> str | None:
     return str(mapping[type(config)].__name__) if type(config) in mapping else None  # type: ignore[attr-defined]
 
 
-def fp32_weights(checkpoint: Path, only_trained: bool = False) -> dict[str, LazyTensor]:
+def fp32_weights(checkpoint: Path) -> dict[str, LazyTensor]:
     """Return the fp32 weights of a checkpoint by name; each is read when its `contiguous` is called.
 
     Tied weights are one object under several names.
 
     Args:
         checkpoint: A published checkpoint.
-        only_trained: Whether to leave out frozen weights.
 
     Raises:
-        TrainingError: The checkpoint is of an earlier version, which did not save all names.
+        TrainingError: The manifest is missing, damaged, or of another format.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    if checkpoint_dir.read_manifest(checkpoint)["zero_stage"] == 0:
-        return _unpartitioned_weights(checkpoint)
-    # DeepSpeed prints its progress. lazy_mode merges the partitions of all ranks one weight at a time.
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        weights: dict[str, LazyTensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint),
-            tag=checkpoint_dir.SHARDS,
-            exclude_frozen_parameters=only_trained,
-            lazy_mode=True,
-        )
-    return weights
-
-
-def _unpartitioned_weights(checkpoint: Path) -> dict[str, LazyTensor]:
-    """Return the weights of a ZeRO-0 checkpoint: the optimizer's fp32 weights if it has its own."""
-    (file,) = (checkpoint / checkpoint_dir.SHARDS).glob("*model_states.pt")
-    state = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-    by_address: dict[int, torch.Tensor] = {}
-    weights = {
-        name: by_address.setdefault(tensor.data_ptr(), tensor) for name, tensor in state["module"].items()
+    manifest = read_manifest(checkpoint)
+    prefix = f"{MODEL}."
+    weights: dict[str, LazyTensor] = {
+        name.removeprefix(prefix): SavedTensor(checkpoint, manifest, name)
+        for name in manifest["tensors"]
+        if name.startswith(prefix)
     }
-    if "fp32_groups" not in state["optimizer"]:
-        return dict(weights)
-    if FP32_NAMES not in state:
-        raise TrainingError(
-            f"{checkpoint} has fp32 weights without names, as an earlier version wrote them; export it with "
-            "that version"
-        )
-    # Matched by name and not by order: Muon has parameter groups of its own, and quantized layers save
-    # tensors that are not parameters.
-    fp32 = (tensor.detach() for group in state["optimizer"]["fp32_groups"] for tensor in group)
-    replacements = {id(weights[name]): tensor for name, tensor in zip(state[FP32_NAMES], fp32, strict=True)}
-    return {name: replacements.get(id(tensor), tensor) for name, tensor in weights.items()}
+    return weights | {alias: weights[name] for alias, name in manifest["tied"].items()}

@@ -122,7 +122,12 @@ class Recorder:
             self._announce()
 
     def begin_attempt(
-        self, workers: Sequence[WorkerInfo], info: Mapping[str, object], start: int, steps: int
+        self,
+        workers: Sequence[WorkerInfo],
+        info: Mapping[str, object],
+        start: int,
+        steps: int,
+        notes: Sequence[str] = (),
     ) -> int:
         """Start an attempt; messages of earlier attempts are rejected afterwards.
 
@@ -131,6 +136,7 @@ class Recorder:
             info: Parallelism, dtype and device type, for attempts.jsonl.
             start: Step of the checkpoint that it resumes from.
             steps: Steps of the whole run.
+            notes: Messages for the driver.
 
         Returns:
             Number of the attempt, from 1.
@@ -162,6 +168,7 @@ class Recorder:
         self._status.is_running = True
         self._recent.clear()
         self._recent_tokens.clear()
+        self._notes.extend(notes)
         self._announce()
         return attempt
 

@@ -91,7 +91,7 @@ def report(
         "first_loss": steps[0]["loss"],
         "evaluation_loss": evaluations[-1]["evaluation_loss"] if evaluations else None,
         "evaluation_losses": evaluations[-1].get("evaluation_losses", {}) if evaluations else {},
-        **_totals(steps, len(workers)),
+        **_totals(steps, {attempt["attempt"]: attempt["world_size"] for attempt in attempts}),
         "medians": {
             name: statistics.median(row[name] for row in steps)
             for name in _MEDIANS
@@ -124,18 +124,25 @@ def report(
     }
 
 
-def _totals(steps: Sequence[Mapping[str, float]], world_size: int) -> dict[str, float]:
-    """Return totals and rates over the whole run; each rate is weighted by the duration of its step."""
-    seconds = sum(row["step_seconds"] for row in steps)
+def _totals(steps: Sequence[Mapping[str, float]], workers_of: Mapping[float, int]) -> dict[str, float]:
+    """Return totals and rates over the whole run.
+
+    Args:
+        steps: The rows of steps.jsonl.
+        workers_of: Number of workers by attempt. Rates are those of one, so that each step is weighted by
+            its duration times its workers.
+    """
+    weights = [row["step_seconds"] * workers_of[row["attempt"]] for row in steps]
     totals = {
-        "step_seconds": seconds,
+        "step_seconds": sum(row["step_seconds"] for row in steps),
         "tokens": sum(row["tokens"] for row in steps),
         "trained_tokens": sum(row["trained_tokens"] for row in steps),
     }
     for name in _RATES:
         if all(name in row for row in steps):
-            totals[name] = sum(row[name] * row["step_seconds"] for row in steps) / seconds
-    slots = totals["tgs_slots"] * seconds * world_size
+            rates = (row[name] * weight for row, weight in zip(steps, weights, strict=True))
+            totals[name] = sum(rates) / sum(weights)
+    slots = totals["tgs_slots"] * sum(weights)
     return {**totals, "padding_fraction": 1.0 - totals["tokens"] / slots}
 
 

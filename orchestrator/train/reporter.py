@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -104,8 +104,15 @@ class Reporter:
         self.step: int | None = None
         self.stop_requested = False
 
-    def begin(self, device: torch.device, start: int, steps: int) -> None:
-        """Register all workers with the recorder, which returns the number of this attempt."""
+    def begin(self, device: torch.device, start: int, steps: int, notes: Sequence[str] = ()) -> None:
+        """Register all workers with the recorder, which returns the number of this attempt.
+
+        Args:
+            device: Device of this worker.
+            start: Steps that are already done.
+            steps: Steps of the whole run.
+            notes: Messages for the driver.
+        """
         workers: list[WorkerInfo] = [worker_info(self._config, device)] * dist.get_world_size()
         dist.all_gather_object(workers, workers[0])
         info = {
@@ -117,7 +124,7 @@ class Reporter:
         }
         attempt = 0
         if self._is_rank_zero:
-            attempt = ray.get(self._recorder.begin_attempt.remote(workers, info, start, steps))
+            attempt = ray.get(self._recorder.begin_attempt.remote(workers, info, start, steps, notes))
         self.attempt = broadcast_object(attempt)
         self.step = start
         _logger.info("attempt %d: from step %d of %d", self.attempt, start, steps)

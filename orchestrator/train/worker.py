@@ -90,11 +90,12 @@ def _train_with(
     from orchestrator.train.loop import TrainContext, train
 
     job, rank = config.job, dist.get_rank()
-    saved = broadcast_object(checkpoint_dir.published(config.checkpoints)[-1:])
+    saved = broadcast_object(checkpoint_dir.published(config.checkpoints))
     dtype = torch_dtype(config.dtype)
     model = build_model(job, dtype, ds_config, load_weights=not saved)
     engine = start_engine(model, ds_config)
-    start = checkpointer.load(engine, saved[0]) if saved else 0
+    restored, notes = checkpointer.load_newest(engine, saved) if saved else (None, [])
+    start = restored.step if restored else 0
     loader, packs, steps = training_loader(job, *packed_dataset.load(config.training))
     evaluation = {
         name: evaluation_loader(job, *packed_dataset.load(folder))
@@ -116,8 +117,8 @@ def _train_with(
         num_adapter_params=num_adapter_params(model),
         adapts_last_matmul=adapts_last_matmul(model),
     )
-    reporter.begin(device, start, steps)
-    if saved:
-        reporter.register_checkpoint(saved[0])
+    reporter.begin(device, start, steps, notes)
+    if restored:
+        reporter.register_checkpoint(restored.checkpoint)
     train(engine, context, reporter, start)
     reporter.end()

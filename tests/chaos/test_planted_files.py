@@ -18,7 +18,7 @@ RUN = "runs/run"
 FOLDERS = (
     "runs", "runs/.cache", "runs/.cache/mine.partial", "runs/.cache/a.b.c.partial", RUN, f"{RUN}/export",
     f"{RUN}/checkpoints", f"{RUN}/checkpoints/mine.partial", f"{RUN}/checkpoints/step-00000001",
-    f"{RUN}/checkpoints/step-00000003/shards", f"{RUN}/logs", "swap", "swap/mine.swap", "plots", "shelf",
+    f"{RUN}/checkpoints/step-00000003/deep", f"{RUN}/logs", "swap", "swap/mine.swap", "plots", "shelf",
     "model/mine", ".model.partial", "runs/demo", "results/s", "results/s/cells",
 )  # fmt: skip
 

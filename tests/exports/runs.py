@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from typing import Any
 import torch
 
 import orchestrator.builtin
-from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
-from orchestrator.export.destination import describe
 from orchestrator.model.adapters import adapt
 from orchestrator.model.base_model_id import BASE_MODEL_FILE, identity
 from orchestrator.model.build import base_model
+from tests.support.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = Path(orchestrator.builtin.__file__).parent / "tiny-llama"
@@ -220,15 +218,3 @@ def trained_state(model: Any) -> dict[str, torch.Tensor]:
     """Return the state dict of a model without frozen weights, as a checkpoint has it."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-
-
-def write_checkpoint(folder: Path, step: int, state: Mapping[str, torch.Tensor]) -> Path:
-    """Write and publish a checkpoint of ZeRO-0."""
-    saved = folder / f"step-{step:08d}"
-    shards = saved / checkpoint_dir.SHARDS
-    shards.mkdir(parents=True)
-    file = shards / "mp_rank_00_model_states.pt"
-    torch.save({"module": dict(state), "optimizer": {}, "buffer_names": []}, file)
-    manifest = {"step": step, "world_size": 1, "zero_stage": 0, "files": {file.name: describe(file)}}
-    (saved / checkpoint_dir.MANIFEST).write_text(json.dumps(manifest))
-    return saved

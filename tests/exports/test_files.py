@@ -28,6 +28,7 @@ from orchestrator.export.run_exports import export_run
 from orchestrator.export.weight_files import parse_size
 from tests.exports import compute, runs
 from tests.exports.conftest import LORA, Exported
+from tests.support.checkpoints import write_checkpoint
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -120,7 +121,7 @@ def test_config_has_the_dtype_and_vocab_size_of_the_weights_and_no_quantization(
 def test_a_resized_embedding_changes_vocab_size(tmp_path: Path) -> None:
     made = runs.write_run(tmp_path / "runs" / "run", runs.write_base(tmp_path / "base"), steps=())
     made.model.resize_token_embeddings(2050, mean_resizing=False)
-    runs.write_checkpoint(made.folder / "checkpoints", 6, runs.trained_state(made.model))
+    write_checkpoint(made.folder / "checkpoints", 6, runs.trained_state(made.model))
     export_run(made.folder, tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["vocab_size"] == 2050
     answer = compute.answer(str(tmp_path / "export"))
@@ -159,7 +160,7 @@ def test_a_value_out_of_range_of_fp16_is_an_error(tmp_path: Path) -> None:
     made = runs.write_run(tmp_path / "runs" / "run", runs.write_base(tmp_path / "base"), steps=())
     with torch.no_grad():
         made.model.lm_head.weight[0, :2] = 1.0e5
-    runs.write_checkpoint(made.folder / "checkpoints", 6, runs.trained_state(made.model))
+    write_checkpoint(made.folder / "checkpoints", 6, runs.trained_state(made.model))
     with pytest.raises(TrainingError, match=r"2 values of lm_head\.weight exceed the range of fp16"):
         export_run(made.folder, tmp_path / "export", dtype="fp16")
     assert not (tmp_path / "export").exists()

@@ -21,6 +21,7 @@ import torch
 from torch import distributed as dist
 
 from orchestrator.checkpoint import checkpointer
+from orchestrator.checkpoint.hashed_file import HashingWriter
 from orchestrator.config.schema import JobSpec
 from orchestrator.engine.deepspeed_engine import join_process_group, start_engine
 from orchestrator.errors import SpecError, TrainingError
@@ -140,13 +141,20 @@ def run_training(task: Task) -> Answer:
         Steps, evaluations and optimizer state, and arrays: the gradients of the first step, and the
         parameters before and after training if the task requests them.
     """
-    resumed = "resume" in task
+    resumed = "resume" in task or "fall_back" in task
     engine = engine_of(task, load_weights=not resumed)
     context, recorder = train_context(task, engine.module), _Recorder(task)
     initial = probe.full_parameters(engine.module) if task.get("initial") else {}
     answer: dict[str, Any] = {}
     with probe.first_gradients(engine) as gradients:
-        start = checkpointer.load(engine, Path(task["resume"])) if resumed else 0
+        start = 0
+        if resumed:
+            paths = [Path(path) for path in task.get("fall_back", [task.get("resume")])]
+            restored, answer["notes"] = checkpointer.load_newest(engine, paths)
+            start = restored.step
+            answer |= {"bytes_read": restored.bytes_read, "bytes_held": restored.bytes_held}
+        if "save_again_to" in task:
+            checkpointer.save(engine, Path(task["save_again_to"]), start, 1, lambda: None)
         try:
             train(engine, context, recorder, start)
         except _End:
@@ -183,33 +191,22 @@ def refuse_to_load(task: Task) -> Answer:
 def fail_to_save(task: Task) -> Answer:
     """Save a checkpoint for each case, with an injected failure, and return the error of each or None."""
     engine = engine_of(task)
-    writer, copy_script = engine.checkpoint_engine.save, engine._copy_recovery_script
+    write = HashingWriter.write
     found = {}
     for step, case in enumerate(task["cases"], start=1):
         if "lose" in case and dist.get_rank() == 1:
             for folder in list(Path(case["lose"]).rglob("rank1")):
                 shutil.rmtree(folder)
-        engine.checkpoint_engine.save = _sabotaged(writer, case)
-        if case.get("no_room_for_script"):
-            engine._copy_recovery_script = _full
+        if case.get("full_on_rank") == dist.get_rank():
+            HashingWriter.write = _full
         try:
             with _file_limit(case.get("file_limit_bytes")):
                 checkpointer.save(engine, Path(case["folder"]), step, 1, lambda case=case: _permit(case))
             found[case["name"]] = None
         except Exception as error:
             found[case["name"]] = f"{type(error).__name__}: {error}"
-        engine.checkpoint_engine.save, engine._copy_recovery_script = writer, copy_script
+        HashingWriter.write = write
     return {"errors": found}, {}
-
-
-def _sabotaged(writer: Callable[[Any, str], None], case: Task) -> Callable[[Any, str], None]:
-    def save(state_dict: Any, path: str) -> None:
-        if case.get("full_on_rank") == dist.get_rank():
-            Path(path).write_bytes(b"half a file")
-            _full(path)
-        writer(state_dict, path)
-
-    return save
 
 
 @contextmanager
@@ -223,8 +220,8 @@ def _file_limit(size_bytes: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def _full(path: str) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _permit(case: Task) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.bench import report
 from orchestrator.bench.runner import run_cells
 from orchestrator.bench.sweep import load
 from orchestrator.checkpoint import checkpoint_dir, checkpointer
+from orchestrator.checkpoint.manifest import MANIFEST, read_manifest
 from orchestrator.cli import demo
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
@@ -22,7 +24,11 @@ from orchestrator.data.token_cache import draft_of
 from orchestrator.data.tokenize import _sweep
 from orchestrator.engine import nvme_dir
 from orchestrator.errors import SpecError
+from orchestrator.export.export import fp32_weights
 from orchestrator.run.run_dir import open_run, record_job
+from tests.support.checkpoints import write_checkpoint
+
+TENSORS = "tensors-00000.safetensors"
 
 
 def plant(*folders: Path) -> dict[Path, str]:
@@ -34,14 +40,12 @@ def plant(*folders: Path) -> dict[Path, str]:
     return planted
 
 
-def published(folder: Path, step: int, content: str = "x") -> Path:
-    saved = folder / f"step-{step:08d}"
-    (saved / checkpoint_dir.SHARDS).mkdir(parents=True, exist_ok=True)
-    for name in ("zero_to_fp32.py", "zero_to_torch.py", f"{checkpoint_dir.SHARDS}/a.pt"):
-        (saved / name).write_text(content)
-    manifest = {"step": step, "world_size": 1, "zero_stage": 2, "files": {"a.pt": {}}}
-    (saved / checkpoint_dir.MANIFEST).write_text(json.dumps(manifest))
-    return saved
+def published(folder: Path, step: int, content: float = 0.0) -> Path:
+    return write_checkpoint(folder, step, {"a": torch.full((3,), content)})
+
+
+def content_of(saved: Path) -> float:
+    return fp32_weights(saved)["a"].contiguous()[0].item()
 
 
 def assert_unchanged(planted: dict[Path, str]) -> None:
@@ -52,28 +56,28 @@ def test_retention_keeps_files_of_the_user_in_checkpoints(tmp_path: Path) -> Non
     old = [published(tmp_path, step) for step in (1, 2, 3, 4)]
     pinned = shutil.copytree(old[0], tmp_path / "step-00000001-best")
     mine = (tmp_path / "mine.partial", tmp_path / "step-00000009", tmp_path / "step-x.old.partial")
-    planted = plant(tmp_path, old[0], old[1] / checkpoint_dir.SHARDS, old[3], *mine)
+    planted = plant(tmp_path, old[0], old[1] / "deep", old[3], *mine)
     for _ in range(2):
         checkpoint_dir.clean(tmp_path, keep=2)
         assert_unchanged(planted)
         assert checkpoint_dir.published(tmp_path) == old[2:]
-        assert (pinned / checkpoint_dir.SHARDS / "a.pt").is_file()
+        assert content_of(pinned) == 0.0
     assert [path.name for path in old[0].iterdir()] == ["notes.txt"]
-    assert [path.name for path in (old[1] / checkpoint_dir.SHARDS).iterdir()] == ["notes.txt"]
+    assert [path.name for path in old[1].rglob("*.*")] == ["notes.txt"]
 
 
 def test_retention_removes_whole_checkpoints_and_our_drafts(tmp_path: Path) -> None:
     old = [published(tmp_path, step) for step in (1, 2, 3)]
     for name in ("step-00000004.attempt-1.partial", "step-00000001.old.partial"):
-        (tmp_path / name / checkpoint_dir.SHARDS).mkdir(parents=True)
+        (tmp_path / name).mkdir(parents=True)
     checkpoint_dir.clean(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [old[2]]
 
 
 def test_an_interrupted_removal_is_finished(tmp_path: Path) -> None:
     first, second = published(tmp_path, 1), published(tmp_path, 2)
-    (first / checkpoint_dir.MANIFEST).rename(first / "manifest.retired.json")
-    (first / checkpoint_dir.SHARDS / "a.pt").unlink()
+    (first / MANIFEST).rename(first / "manifest.retired.json")
+    (first / TENSORS).unlink()
     assert checkpoint_dir.published(tmp_path) == [second]
     checkpoint_dir.clean(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [second]
@@ -81,26 +85,26 @@ def test_an_interrupted_removal_is_finished(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_publishing_a_step_again_keeps_files_of_the_user(tmp_path: Path, with_manifest: bool) -> None:
-    final = published(tmp_path, 1, "old")
+    final = published(tmp_path, 1, 1.0)
     if not with_manifest:
         shutil.rmtree(final)
-    planted = plant(final, final / checkpoint_dir.SHARDS / "deep")
-    draft = published(tmp_path / "draft", 1, "new")
-    manifest = json.loads((draft / checkpoint_dir.MANIFEST).read_text())
+    planted = plant(final, final / "deep")
+    draft = published(tmp_path / "draft", 1, 2.0)
+    manifest = read_manifest(draft)
     checkpointer._publish(draft, final, manifest)
     assert_unchanged(planted)
-    assert (final / checkpoint_dir.SHARDS / "a.pt").read_text() == "new"
+    assert content_of(final) == 2.0
     assert checkpoint_dir.published(tmp_path) == [final]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", final.name]
 
 
 @pytest.mark.parametrize("new_is_there", [True, False])
 def test_an_interrupted_replacement_is_finished(tmp_path: Path, new_is_there: bool) -> None:
-    replaced = published(tmp_path, 1, "old").rename(tmp_path / "step-00000001.replaced.partial")
+    replaced = published(tmp_path, 1, 1.0).rename(tmp_path / "step-00000001.replaced.partial")
     planted = plant(replaced)
-    final = published(tmp_path, 1, "new") if new_is_there else tmp_path / "step-00000001"
+    final = published(tmp_path, 1, 2.0) if new_is_there else tmp_path / "step-00000001"
     checkpoint_dir.clean(tmp_path, keep=1)
-    assert (final / checkpoint_dir.SHARDS / "a.pt").read_text() == ("new" if new_is_there else "old")
+    assert content_of(final) == (2.0 if new_is_there else 1.0)
     assert (final / "notes.txt").read_text() == planted[replaced / "notes.txt"]
     assert list(tmp_path.iterdir()) == [final]
 

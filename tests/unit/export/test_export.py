@@ -1,37 +1,38 @@
-"""Weights of a checkpoint get their names back."""
+"""Weights of a checkpoint are read by name."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.errors import TrainingError
 from orchestrator.export.export import fp32_weights
+from tests.support.checkpoints import flip_a_bit, write_checkpoint
 
 
-def write(saved: Path, **state: Any) -> None:
-    """Write a checkpoint of a bf16 run under ZeRO-0."""
-    (saved / checkpoint_dir.SHARDS).mkdir()
-    torch.save({"buffer_names": [], **state}, saved / checkpoint_dir.SHARDS / "mp_rank_00_model_states.pt")
+def test_weights_are_those_that_were_saved_and_tied_ones_are_one_object(tmp_path: Path) -> None:
+    embedding = torch.randn(7, 5)
+    state = {"embed": embedding, "layer": torch.randn(3, 2, dtype=torch.bfloat16), "head": embedding}
+    weights = fp32_weights(write_checkpoint(tmp_path, 3, state))
+    assert set(weights) == set(state)
+    assert weights["head"] is weights["embed"]
+    for name, weight in weights.items():
+        assert (weight.dtype, weight.shape) == (state[name].dtype, state[name].shape)
+        assert torch.equal(weight.contiguous(), state[name])
+
+
+def test_damage_is_found_when_a_weight_is_read(tmp_path: Path) -> None:
+    saved = write_checkpoint(tmp_path, 3, {"a": torch.randn(50_000), "b": torch.randn(50_000)})
+    file = flip_a_bit(saved, "model.b", at=0.9)
+    weights = fp32_weights(saved)
+    with pytest.raises(TrainingError, match=rf"{file.name} is damaged: bytes .*\(model\.b\); remove"):
+        weights["b"].contiguous()
+    assert weights["a"].contiguous().shape == (50_000,)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None:
     manifest = {"step": 1, "world_size": 2, "zero_stage": 0, "files": {}}
-    (saved / checkpoint_dir.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-
-
-def test_fp32_weights_of_zero_0_are_told_by_name_and_not_by_their_place(tmp_path: Path) -> None:
-    """Muon's weights form separate parameter groups, and a quantized layer also saves its scales."""
-    rounded = {name: torch.full((2,), 1.0, dtype=torch.bfloat16) for name in ("a", "b", "c")}
-    groups = [[torch.full((2,), 3.0)], [torch.full((2,), 1.5), torch.full((2,), 2.5)]]
-    named = {checkpointer.FP32_NAMES: ["c", "a", "b"]}
-    module = {**rounded, "b.scales": torch.full((2,), 9.0)}
-    write(tmp_path, module=module, optimizer={"fp32_groups": groups}, **named)
-    found = {name: weight.contiguous()[0].item() for name, weight in fp32_weights(tmp_path).items()}
-    assert found == {"a": 1.5, "b": 2.5, "c": 3.0, "b.scales": 9.0}
-
-
-def test_fp32_weights_without_names_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, module={"a": torch.ones(2)}, optimizer={"fp32_groups": [[torch.ones(2)]]})
-    with pytest.raises(TrainingError, match="export it with that version"):
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(TrainingError, match="format 1, DeepSpeed's files of each rank, which an earlier"):
         fp32_weights(tmp_path)

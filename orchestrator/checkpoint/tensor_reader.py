@@ -1,0 +1,222 @@
+"""Reads tensors of a checkpoint, or parts of them, and verifies the blocks that it reads."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from orchestrator.checkpoint.hashed_file import DamagedFileError, VerifiedReader
+from orchestrator.checkpoint.manifest import DamagedCheckpointError, Manifest, TensorEntry, remedy
+from orchestrator.checkpoint.tensor_parts import Parts, TensorPart, dtype_of
+from orchestrator.errors import TrainingError
+
+
+class _Read(NamedTuple):
+    """Bytes of a file that hold some elements of a tensor."""
+
+    start: int
+    length: int
+    dtype: torch.dtype
+    target: Tensor
+
+
+class TensorReader:
+    """Reads from the files of one checkpoint, which are open until the context ends.
+
+    Args:
+        checkpoint: The checkpoint.
+        manifest: Its manifest.
+
+    Attributes:
+        bytes_read: Bytes read so far, tables of digests included.
+    """
+
+    def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
+        self._checkpoint, self._manifest = checkpoint, manifest
+        self._opened: dict[int, VerifiedReader] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far, tables of digests included."""
+        return sum(reader.bytes_read for reader in self._opened.values())
+
+    def fill(self, parts: Parts) -> None:
+        """Read the values of parts, whichever chunks hold them.
+
+        Args:
+            parts: Parts of tensors that the checkpoint has with the same number of elements.
+
+        Raises:
+            DamagedCheckpointError: A file is missing or damaged.
+        """
+        reads: dict[int, list[_Read]] = defaultdict(list)
+        for name, part in parts.items():
+            entry = self._manifest["tensors"][name]
+            dtype = dtype_of(entry["dtype"])
+            for item in create_read_items_for_chunk_list(name, _as_dcp(entry), [part.chunk]):
+                assert item.storage_index.index is not None
+                _, _, number, start = entry["chunks"][item.storage_index.index]
+                length = item.lengths[0]
+                target = part.values.narrow(0, item.dest_offsets[0], length)
+                start += item.storage_offsets[0] * dtype.itemsize
+                reads[number].append(_Read(start, length * dtype.itemsize, dtype, target))
+        for number, of_file in sorted(reads.items()):
+            with self._damage_named(number):
+                reader = self._reader(number)
+                for each in sorted(of_file, key=lambda read: read.start):
+                    _fill(each, reader.read(each.start, each.length))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a whole tensor.
+
+        Raises:
+            DamagedCheckpointError: A file is missing or damaged.
+        """
+        entry = self._manifest["tensors"][name]
+        values = torch.empty(math.prod(entry["shape"]), dtype=dtype_of(entry["dtype"]))
+        self.fill({name: TensorPart(values, 0, values.numel())})
+        return values.view(entry["shape"])
+
+    def problems(self, numbers: Iterable[int] | None = None) -> list[str]:
+        """Return an error message for each file that is missing or damaged.
+
+        Args:
+            numbers: The files to read, in whole; None for all.
+        """
+        files = self._manifest["files"]
+        found: list[str] = []
+        for number in range(len(files)) if numbers is None else numbers:
+            try:
+                with self._damage_named(number):
+                    for _ in self._reader(number).read(0, files[number]["table_start"]):
+                        pass
+            except DamagedCheckpointError as error:
+                found += error.problems
+        return found
+
+    def _reader(self, number: int) -> VerifiedReader:
+        if number not in self._opened:
+            entry = self._manifest["files"][number]
+            file = self._stack.enter_context((self._checkpoint / entry["name"]).open("rb"))
+
+            def read(start: int, length: int) -> bytes:
+                file.seek(start)
+                return file.read(length)
+
+            self._opened[number] = VerifiedReader(read, entry["table_start"], entry["table_digest"])
+        return self._opened[number]
+
+    @contextmanager
+    def _damage_named(self, number: int) -> Iterator[None]:
+        """Turn errors of a file into a TrainingError with its path and the tensors that are hit."""
+        file = self._checkpoint / self._manifest["files"][number]["name"]
+        try:
+            yield
+        except DamagedFileError as error:
+            names = self._tensors_at(number, error.start, error.end) if error.start is not None else []
+            hit = f" ({', '.join(names)})" if names else ""
+            raise DamagedCheckpointError(
+                f"{file} is damaged: {error}{hit}; {remedy(self._checkpoint)}"
+            ) from None
+        except FileNotFoundError:
+            raise DamagedCheckpointError(
+                f"{file}, a file of the checkpoint, is missing; {remedy(self._checkpoint)}"
+            ) from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise TrainingError(
+                f"{file}, a file of the checkpoint, cannot be read ({reason}); make it readable on every node"
+            ) from None
+
+    def _tensors_at(self, number: int, start: int, end: int) -> list[str]:
+        """Return the names of the tensors with bytes in a range of a file."""
+        return [
+            name
+            for name, entry in self._manifest["tensors"].items()
+            for _, length, of_file, at in entry["chunks"]
+            if of_file == number and at < end and start < at + length * dtype_of(entry["dtype"]).itemsize
+        ]
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a checkpoint that is read when its values are asked for.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        manifest: Its manifest.
+        name: Name of the tensor in the manifest.
+    """
+
+    checkpoint: Path
+    manifest: Manifest
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in the checkpoint."""
+        return dtype_of(self.manifest["tensors"][self.name]["dtype"])
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole tensor."""
+        return torch.Size(self.manifest["tensors"][self.name]["shape"])
+
+    def contiguous(self) -> Tensor:
+        """Read the tensor.
+
+        Raises:
+            DamagedCheckpointError: A file is missing or damaged.
+        """
+        with TensorReader(self.checkpoint, self.manifest) as reader:
+            return reader.tensor(self.name)
+
+
+def _as_dcp(entry: TensorEntry) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        TensorProperties(dtype_of(entry["dtype"])),
+        torch.Size([math.prod(entry["shape"])]),
+        [
+            ChunkStorageMetadata(torch.Size([first]), torch.Size([length]))
+            for first, length, *_ in entry["chunks"]
+        ],
+    )
+
+
+@torch.no_grad()
+def _fill(read: _Read, pieces: Iterable[memoryview]) -> None:
+    """Copy bytes to a tensor, which may be on a device or of another dtype."""
+    target = read.target
+    is_direct = target.device.type == "cpu" and target.dtype == read.dtype and target.is_contiguous()
+    values = target if is_direct else torch.empty(target.shape, dtype=read.dtype)
+    buffer = values.view(torch.uint8).numpy().data
+    at = 0
+    for piece in pieces:
+        buffer[at : at + len(piece)] = piece
+        at += len(piece)
+    if not is_direct:
+        target.copy_(values)
