@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import typer
 
 from orchestrator.checks.inputs import input_problems
+from orchestrator.cli import checkpoint_commands
 from orchestrator.cli.exit_codes import exit_codes, fail
 from orchestrator.cli.job_files import check_job_files, load_for_submit, load_for_train, print_warnings
 from orchestrator.cli.options import (
@@ -76,6 +77,8 @@ app = _App(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
 def _print_version(requested: bool) -> None:

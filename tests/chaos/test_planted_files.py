@@ -68,6 +68,9 @@ def test_every_planted_file_survives_every_command(
     for _ in range(2):
         exported = json.loads(run("export", RUN, "--to", "exported", "--json").splitlines()[0])
         assert exported["step"] == 3
+    run("checkpoint", "verify", RUN)
+    run("checkpoint", "convert", RUN, "--to", "shelf", code=2)
+    run("checkpoint", "convert", RUN, "--to", "converted")
     storage = f"checkpoint.storage={tmp_path / 'runs'}"
     run("submit", "job.yaml", "--address", "http://127.0.0.1:9", "--set", storage, code=3)
     run("doctor", "--storage", "runs")
