@@ -184,7 +184,7 @@ def _conversation(
 
 
 def _system(value: Mapping[str, object]) -> str:
-    texts = {name: text for name in _SYSTEM if (text := text_of(value, name))}
+    texts = {name: text for name in _SYSTEM if name in value and (text := text_of(value, name))}
     if len(set(texts.values())) > 1:
         raise Malformed(f"fields {' and '.join(texts)} differ; keep one of them")
     return next(iter(texts.values()), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def tokenize(
         batch = slice(start, start + _TEXTS_AT_ONCE)
         encodings = backend.encode_batch(texts[batch], add_special_tokens=False)
         for text, encoding, characters in zip(texts[batch], encodings, offsets[batch], strict=True):
-            ids = np.array(encoding.ids, dtype=np.uint32)
+            ids = np.frombuffer(array("I", encoding.ids), np.uint32)
             results.append((ids, [_token_at(encoding, at, len(text)) for at in characters]))
     return results
 

@@ -150,6 +150,8 @@ def _compiled(source: str) -> tuple[Template, Template, frozenset[int]]:
     tagger = _Tagger()
     code = environment.compile(tagger.visit(environment.parse(source)))
     tagged = environment.template_class.from_code(environment, code, environment.make_globals(None))
+    for template in (compiled, tagged):
+        template.globals = dict(template.globals)  # each rendering copies them; a ChainMap copies slowly
     return compiled, tagged, frozenset(tagger.captured)
 
 
