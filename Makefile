@@ -1,9 +1,9 @@
 # `make demo` trains the embedded default end to end; `make test` passes the tests. Both set up what they need first.
 PYTHON ?= python3
 CORES := $(shell nproc)
-# Tests that start processes run one at a time by default: real runs keep two cores busy, and more of them at once run into the
-# time limits of Ray and of the tests. On a machine with many cores, `make test WORKERS=4` shares them out.
-WORKERS ?= 0
+# Tests that start processes run two at a time by default: a real run keeps 1.3 cores busy. On a machine with many cores,
+# `make test WORKERS=4` shares them out; WORKERS=0 runs one after the other.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
