@@ -132,8 +132,7 @@ def verify(checkpoint: Path) -> list[str]:
     """
     from orchestrator.checkpoint.tensor_reader import TensorReader  # imports torch
 
-    with TensorReader(checkpoint, read_manifest(checkpoint)) as reader:
-        return reader.problems()
+    return TensorReader(checkpoint, read_manifest(checkpoint)).problems()
 
 
 def error_text(error: BaseException) -> str:

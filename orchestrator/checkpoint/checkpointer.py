@@ -177,8 +177,8 @@ def load(engine: TrainEngine, checkpoint: Path) -> Restored:
         manifest = read_manifest(checkpoint)
         problems = _differences(checkpoint, manifest, engine)
         if not problems:
-            with TensorReader(checkpoint, manifest) as reader:
-                training_state.replace_state(engine, manifest["tensors"], fill)
+            reader = TensorReader(checkpoint, manifest)
+            training_state.replace_state(engine, manifest["tensors"], fill)
     except TrainingError as error:
         problems, is_damaged = list(error.problems), isinstance(error, DamagedCheckpointError)
     of_ranks = _gather((problems, is_damaged))

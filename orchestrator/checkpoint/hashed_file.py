@@ -92,8 +92,8 @@ def table_bytes(length: int) -> int:
     return -(-length // BLOCK_BYTES) * DIGEST_BYTES
 
 
-class VerifiedReader:
-    """Reads parts of a file, and compares each block that they touch with its digest.
+def read_table(read: RangeReader, length: int, table_digest: str) -> bytes:
+    """Return the table of a file.
 
     Args:
         read: Reads from the file.
@@ -102,14 +102,29 @@ class VerifiedReader:
 
     Raises:
         DamagedFileError: The table is damaged.
+        OSError: The file cannot be read.
+    """
+    table = read(length, table_bytes(length))
+    if digest(table).hex() != table_digest:
+        raise DamagedFileError
+    return table
+
+
+class VerifiedReader:
+    """Reads parts of a file, and compares each block that they touch with its digest.
+
+    Args:
+        read: Reads from the file.
+        length: Bytes before the table.
+        table: The table, of `read_table`.
+
+    Attributes:
+        bytes_read: Bytes read so far.
     """
 
-    def __init__(self, read: RangeReader, length: int, table_digest: str) -> None:
-        self._read, self._length = read, length
-        self._table = read(length, table_bytes(length))
-        self.bytes_read = len(self._table)
-        if digest(self._table).hex() != table_digest:
-            raise DamagedFileError
+    def __init__(self, read: RangeReader, length: int, table: bytes) -> None:
+        self._read, self._length, self._table = read, length, table
+        self.bytes_read = 0
         self._kept: tuple[int, bytes] = (-1, b"")  # the last block that was read, by number
 
     def read(self, start: int, length: int) -> Iterator[memoryview]:

@@ -98,17 +98,17 @@ def differences(one: Path, other: Path) -> Iterator[Difference]:
         TrainingError: A file is missing or damaged.
     """
     first, second = read_manifest(one), read_manifest(other)
-    with TensorReader(one, first) as reader, TensorReader(other, second) as against:
-        for name in dict.fromkeys((*first["tensors"], *second["tensors"])):
-            if not _are_comparable(first, second, name):
-                yield Difference(name, None, None)
-                continue
-            before, after = reader.tensor(name).double(), against.tensor(name).double()
-            if not torch.equal(before, after):
-                change = after - before
-                norm = float(before.norm())
-                relative = float(change.norm()) / norm if norm else math.inf
-                yield Difference(name, float(change.abs().max()), relative)
+    reader, against = TensorReader(one, first), TensorReader(other, second)
+    for name in dict.fromkeys((*first["tensors"], *second["tensors"])):
+        if not _are_comparable(first, second, name):
+            yield Difference(name, None, None)
+            continue
+        before, after = reader.tensor(name).double(), against.tensor(name).double()
+        if not torch.equal(before, after):
+            change = after - before
+            norm = float(before.norm())
+            relative = float(change.norm()) / norm if norm else math.inf
+            yield Difference(name, float(change.abs().max()), relative)
 
 
 def _are_comparable(first: Manifest, second: Manifest, name: str) -> bool:
@@ -139,13 +139,13 @@ def convert(checkpoint: Path, to: Path) -> list[Path]:
     written = []
     try:
         draft.mkdir(parents=True)
-        with TensorReader(checkpoint, manifest) as reader:
-            for number, names in enumerate(_files(manifest)):
-                section = names[0].partition(".")[0]
-                file = draft / f"{section}-{number:05d}.safetensors"
-                save_file({name: reader.tensor(name) for name in names}, file, {"format": "pt"})
-                file.chmod(draft.stat().st_mode & 0o666)  # safetensors ignores the umask
-                written.append(to / file.name)
+        reader = TensorReader(checkpoint, manifest)
+        for number, names in enumerate(_files(manifest)):
+            section = names[0].partition(".")[0]
+            file = draft / f"{section}-{number:05d}.safetensors"
+            save_file({name: reader.tensor(name) for name in names}, file, {"format": "pt"})
+            file.chmod(draft.stat().st_mode & 0o666)  # safetensors ignores the umask
+            written.append(to / file.name)
         if to.is_dir():
             to.rmdir()
         draft.rename(to)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from orchestrator.checkpoint.hashed_file import DamagedFileError, VerifiedReader
+from orchestrator.checkpoint.hashed_file import DamagedFileError, VerifiedReader, read_table
 from orchestrator.checkpoint.manifest import DamagedCheckpointError, Manifest, TensorEntry, remedy
 from orchestrator.checkpoint.tensor_parts import Parts, TensorPart, dtype_of
 from orchestrator.errors import TrainingError
@@ -36,7 +35,7 @@ class _Read(NamedTuple):
 
 
 class TensorReader:
-    """Reads from the files of one checkpoint, which are open until the context ends.
+    """Reads from the files of one checkpoint, and keeps their tables of digests.
 
     Args:
         checkpoint: The checkpoint.
@@ -48,21 +47,12 @@ class TensorReader:
 
     def __init__(self, checkpoint: Path, manifest: Manifest) -> None:
         self._checkpoint, self._manifest = checkpoint, manifest
-        self._opened: dict[int, VerifiedReader] = {}
-        self._stack = ExitStack()
+        self._tables: dict[int, bytes] = {}
+        self.bytes_read = 0
 
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read so far, tables of digests included."""
-        return sum(reader.bytes_read for reader in self._opened.values())
+    def entry(self, name: str) -> TensorEntry:
+        """Return the entry of a tensor in the manifest."""
+        return self._manifest["tensors"][name]
 
     def fill(self, parts: Parts) -> None:
         """Read the values of parts, whichever chunks hold them.
@@ -85,8 +75,7 @@ class TensorReader:
                 start += item.storage_offsets[0] * dtype.itemsize
                 reads[number].append(_Read(start, length * dtype.itemsize, dtype, target))
         for number, of_file in sorted(reads.items()):
-            with self._damage_named(number):
-                reader = self._reader(number)
+            with self._opened(number) as reader:
                 for each in sorted(of_file, key=lambda read: read.start):
                     _fill(each, reader.read(each.start, each.length))
 
@@ -111,45 +100,45 @@ class TensorReader:
         found: list[str] = []
         for number in range(len(files)) if numbers is None else numbers:
             try:
-                with self._damage_named(number):
-                    for _ in self._reader(number).read(0, files[number]["table_start"]):
+                with self._opened(number) as reader:
+                    for _ in reader.read(0, files[number]["table_start"]):
                         pass
             except DamagedCheckpointError as error:
                 found += error.problems
         return found
 
-    def _reader(self, number: int) -> VerifiedReader:
-        if number not in self._opened:
-            entry = self._manifest["files"][number]
-            file = self._stack.enter_context((self._checkpoint / entry["name"]).open("rb"))
-
-            def read(start: int, length: int) -> bytes:
-                file.seek(start)
-                return file.read(length)
-
-            self._opened[number] = VerifiedReader(read, entry["table_start"], entry["table_digest"])
-        return self._opened[number]
-
     @contextmanager
-    def _damage_named(self, number: int) -> Iterator[None]:
-        """Turn errors of a file into a TrainingError with its path and the tensors that are hit."""
-        file = self._checkpoint / self._manifest["files"][number]["name"]
+    def _opened(self, number: int) -> Iterator[VerifiedReader]:
+        """Open a file; errors name its path and the tensors that are hit."""
+        entry = self._manifest["files"][number]
+        path = self._checkpoint / entry["name"]
         try:
-            yield
+            with path.open("rb") as file:
+
+                def read(start: int, length: int) -> bytes:
+                    file.seek(start)
+                    return file.read(length)
+
+                if number not in self._tables:
+                    self._tables[number] = read_table(read, entry["table_start"], entry["table_digest"])
+                    self.bytes_read += len(self._tables[number])
+                reader = VerifiedReader(read, entry["table_start"], self._tables[number])
+                yield reader
+                self.bytes_read += reader.bytes_read
         except DamagedFileError as error:
             names = self._tensors_at(number, error.start, error.end) if error.start is not None else []
             hit = f" ({', '.join(names)})" if names else ""
             raise DamagedCheckpointError(
-                f"{file} is damaged: {error}{hit}; {remedy(self._checkpoint)}"
+                f"{path} is damaged: {error}{hit}; {remedy(self._checkpoint)}"
             ) from None
         except FileNotFoundError:
             raise DamagedCheckpointError(
-                f"{file}, a file of the checkpoint, is missing; {remedy(self._checkpoint)}"
+                f"{path}, a file of the checkpoint, is missing; {remedy(self._checkpoint)}"
             ) from None
         except OSError as error:
             reason = error.strerror or str(error)
             raise TrainingError(
-                f"{file}, a file of the checkpoint, cannot be read ({reason}); make it readable on every node"
+                f"{path}, a file of the checkpoint, cannot be read ({reason}); make it readable on every node"
             ) from None
 
     def _tensors_at(self, number: int, start: int, end: int) -> list[str]:
@@ -167,24 +156,22 @@ class SavedTensor:
     """A tensor of a checkpoint that is read when its values are asked for.
 
     Attributes:
-        checkpoint: The checkpoint.
-        manifest: Its manifest.
+        reader: Reads from the checkpoint.
         name: Name of the tensor in the manifest.
     """
 
-    checkpoint: Path
-    manifest: Manifest
+    reader: TensorReader
     name: str
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype in the checkpoint."""
-        return dtype_of(self.manifest["tensors"][self.name]["dtype"])
+        return dtype_of(self.reader.entry(self.name)["dtype"])
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the whole tensor."""
-        return torch.Size(self.manifest["tensors"][self.name]["shape"])
+        return torch.Size(self.reader.entry(self.name)["shape"])
 
     def contiguous(self) -> Tensor:
         """Read the tensor.
@@ -192,8 +179,7 @@ class SavedTensor:
         Raises:
             DamagedCheckpointError: A file is missing or damaged.
         """
-        with TensorReader(self.checkpoint, self.manifest) as reader:
-            return reader.tensor(self.name)
+        return self.reader.tensor(self.name)
 
 
 def _as_dcp(entry: TensorEntry) -> TensorStorageMetadata:

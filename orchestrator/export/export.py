@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from orchestrator.checkpoint import checkpoint_dir
 from orchestrator.checkpoint.manifest import MODEL, read_manifest
-from orchestrator.checkpoint.tensor_reader import SavedTensor
+from orchestrator.checkpoint.tensor_reader import SavedTensor, TensorReader
 from orchestrator.config.chat_templates import NAMED
 from orchestrator.config.schema import JobSpec
 from orchestrator.data.model_tokenizer import TOKENIZER_TEMPLATES, load_tokenizer
@@ -242,9 +242,9 @@ def fp32_weights(checkpoint: Path) -> dict[str, LazyTensor]:
         TrainingError: The manifest is missing, damaged, or of another format.
     """
     manifest = read_manifest(checkpoint)
-    prefix = f"{MODEL}."
+    reader, prefix = TensorReader(checkpoint, manifest), f"{MODEL}."
     weights: dict[str, LazyTensor] = {
-        name.removeprefix(prefix): SavedTensor(checkpoint, manifest, name)
+        name.removeprefix(prefix): SavedTensor(reader, name)
         for name in manifest["tensors"]
         if name.startswith(prefix)
     }

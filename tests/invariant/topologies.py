@@ -234,11 +234,11 @@ def differences(before: Path, after: Path) -> Iterator[str]:
     if old["tensors"].keys() != new["tensors"].keys():
         yield f"other tensors: {sorted(old['tensors'].keys() ^ new['tensors'].keys())[:5]}"
         return
-    with TensorReader(before, old) as reader, TensorReader(after, new) as other:
-        for name in old["tensors"]:
-            one, two = reader.tensor(name), other.tensor(name)
-            if one.shape != two.shape or not torch.equal(one.view(-1), two.view(-1)):
-                yield f"{name} of shape {list(one.shape)} is not equal to the bit"
+    reader, other = TensorReader(before, old), TensorReader(after, new)
+    for name in old["tensors"]:
+        one, two = reader.tensor(name), other.tensor(name)
+        if one.shape != two.shape or not torch.equal(one.view(-1), two.view(-1)):
+            yield f"{name} of shape {list(one.shape)} is not equal to the bit"
 
 
 def main() -> int:
