@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.checkpoint.manifest import MANIFEST, loads, read_manifest
+from orchestrator.checkpoint.retention import Retention
 from orchestrator.checks.owned_files import move_others, remove_own
 
 # Eight digits or more: names are zero-padded to eight, and longer from step 100,000,000.
@@ -46,12 +47,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def clean(directory: Path, keep: int) -> None:
+def clean(directory: Path, retention: Retention) -> None:
     """Remove drafts of earlier attempts, finish interrupted removals, and apply retention.
 
     Args:
         directory: The checkpoints directory of the run.
-        keep: Number of checkpoints to keep.
+        retention: What to keep.
     """
     # Only names of our own pattern: a user may have a directory *.partial as well.
     for draft in directory.glob("*.partial"):
@@ -61,18 +62,21 @@ def clean(directory: Path, keep: int) -> None:
             resolve_replaced(draft, directory / match[1])
     for manifest in directory.glob(f"step-*/{_RETIRED}"):
         _remove(manifest.parent, _RETIRED)
-    retain(directory, keep)
+    retain(directory, retention)
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints of a run.
+def retain(directory: Path, retention: Retention) -> None:
+    """Remove the checkpoints of a run that are not to be kept.
 
     Args:
         directory: The checkpoints directory of the run.
-        keep: Number of checkpoints to keep.
+        retention: What to keep.
     """
-    for checkpoint in published(directory)[:-keep]:
-        if not _own_files(checkpoint):  # its manifest is damaged: removing it is up to the user
+    checkpoints = published(directory)
+    kept = retention.kept([step_of(checkpoint) for checkpoint in checkpoints])
+    for checkpoint in checkpoints:
+        # If its manifest is damaged, removing it is up to the user.
+        if step_of(checkpoint) in kept or not _own_files(checkpoint):
             continue
         # Removal takes time and may be interrupted. Without its manifest a checkpoint is not complete.
         with suppress(OSError):

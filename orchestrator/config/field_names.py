@@ -192,6 +192,7 @@ EQUIVALENTS: Mapping[str, Equivalent] = {
         "checkpoint.keep", "save_total_limit", "max_keep_ckpts", "max_ckpt_to_keep",
         "keep_latest_n_checkpoints"
     ),
+    **_same("checkpoint.keep_best", "save_top_k"),
     **_same("checkpoint.asynchronous", "async_save", "async_mode"),
     **_same("run.seed", "data_seed", "random_seed", "manual_seed"),
     **_same("run.max_failures", "max_restarts"),

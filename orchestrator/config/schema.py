@@ -304,7 +304,11 @@ class CheckpointSpec(Section):
     every_steps: Count | None = None
     """Save a checkpoint every N steps; null saves only at the end."""
     keep: Count = 2
-    """Number of checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
+    keep_every_steps: Count | None = None
+    """Keep every checkpoint whose step is a multiple of N as well; a multiple of every_steps."""
+    keep_best: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    """Keep the N checkpoints with the lowest evaluation loss as well (requires eval.every_steps)."""
     asynchronous: bool = False
     """Upload in the background."""
 

@@ -29,6 +29,7 @@ def broken_rules(job: JobSpec) -> Iterator[Problem]:
     yield from _broken_memory_rules(job)
     yield from _broken_device_rules(job)
     yield from _broken_recomputation_rules(job)
+    yield from _broken_retention_rules(job)
     yield from _broken_attention_rules(job)
     yield from _broken_packing_rules(job)
     yield from _broken_source_rules(job)
@@ -192,6 +193,27 @@ def _broken_recomputation_rules(job: JobSpec) -> Iterator[Problem]:
             f"model.mlp_tile_tokens={job.model.mlp_tile_tokens} has no effect with gradient_checkpointing="
             "selective, which saves the MLP's matmul outputs; use gradient_checkpointing: full, or remove "
             "mlp_tile_tokens",
+        )
+
+
+def _broken_retention_rules(job: JobSpec) -> Iterator[Problem]:
+    checkpoint = job.checkpoint
+    every, kept = checkpoint.every_steps, checkpoint.keep_every_steps
+    if kept is not None and (every is None or kept % every):
+        yield (
+            ("checkpoint.keep_every_steps", "checkpoint.every_steps"),
+            f"checkpoint.keep_every_steps={kept} must be a multiple of checkpoint.every_steps (got "
+            f"{'null' if every is None else every}), since only these steps are saved; change one of them, "
+            "or remove it",
+        )
+    evaluated = job.eval.every_steps if job.eval else None
+    if checkpoint.keep_best and (every is None or evaluated is None or every % evaluated):
+        yield (
+            ("checkpoint.keep_best", "eval.every_steps", "checkpoint.every_steps"),
+            f"checkpoint.keep_best={checkpoint.keep_best} requires that every saved step is evaluated, and "
+            f"checkpoint.every_steps ({'null' if every is None else every}) is not a multiple of "
+            f"eval.every_steps ({'null' if evaluated is None else evaluated}); set both, such as "
+            "every_steps: 100 in checkpoint and in eval",
         )
 
 

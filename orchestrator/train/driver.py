@@ -14,6 +14,7 @@ from pathlib import Path
 
 from orchestrator.atomic_files import JsonObject, write_json
 from orchestrator.checkpoint import checkpoint_dir
+from orchestrator.checkpoint.retention import retention_of
 from orchestrator.config.schema import JobSpec
 from orchestrator.errors import ClusterError, SpecError
 from orchestrator.export.export import ExportResult
@@ -217,7 +218,7 @@ def _open_records(resolved: ResolvedJob, start: _Start) -> RecorderHandle:
     job = resolved.job
     run_dir.record_job(start.run_dir, job)
     write_json(start.run_dir / "deepspeed.json", resolved.deepspeed_config)
-    checkpoint_dir.clean(start.run_dir / CHECKPOINTS, job.checkpoint.keep)
+    checkpoint_dir.clean(start.run_dir / CHECKPOINTS, retention_of(job.checkpoint, start.run_dir))
     return start_recorder(job, start.run_dir, start.lock)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 
 from orchestrator.checkpoint import checkpoint_dir, checkpointer
+from orchestrator.checkpoint.retention import retention_of
 from orchestrator.cluster import hardware
 from orchestrator.engine.memory_limit import is_out_of_memory
 from orchestrator.engine.train_engine import TrainEngine
@@ -157,7 +158,8 @@ class Reporter:
         )
         self.register_checkpoint(path)
         if self._is_rank_zero:
-            checkpoint_dir.retain(self._config.checkpoints, self._config.job.checkpoint.keep)
+            retention = retention_of(self._config.job.checkpoint, self._config.run_dir)
+            checkpoint_dir.retain(self._config.checkpoints, retention)
             self._sent.append(
                 self._recorder.record_checkpoint.remote(self.attempt, step, time.perf_counter() - started)
             )

@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.checkpoint.manifest import MANIFEST
+from orchestrator.checkpoint.retention import Retention
 from orchestrator.errors import TrainingError
 from orchestrator.export.export import fp32_weights
 from tests.invariant import material
@@ -262,7 +263,7 @@ def test_clean_keeps_the_newest_and_removes_drafts(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         publish(tmp_path, f"step-{step:08d}")
     publish(tmp_path, "step-00000004.attempt-1.partial")
-    checkpoint_dir.clean(tmp_path, keep=2)
+    checkpoint_dir.clean(tmp_path, Retention(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 

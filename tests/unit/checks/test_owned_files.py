@@ -17,6 +17,7 @@ from orchestrator.bench.runner import run_cells
 from orchestrator.bench.sweep import load
 from orchestrator.checkpoint import checkpoint_dir, checkpointer
 from orchestrator.checkpoint.manifest import MANIFEST, read_manifest
+from orchestrator.checkpoint.retention import Retention
 from orchestrator.cli import demo
 from orchestrator.config import loader
 from orchestrator.config.schema import JobSpec
@@ -58,7 +59,7 @@ def test_retention_keeps_files_of_the_user_in_checkpoints(tmp_path: Path) -> Non
     mine = (tmp_path / "mine.partial", tmp_path / "step-00000009", tmp_path / "step-x.old.partial")
     planted = plant(tmp_path, old[0], old[1] / "deep", old[3], *mine)
     for _ in range(2):
-        checkpoint_dir.clean(tmp_path, keep=2)
+        checkpoint_dir.clean(tmp_path, Retention(2))
         assert_unchanged(planted)
         assert checkpoint_dir.published(tmp_path) == old[2:]
         assert content_of(pinned) == 0.0
@@ -70,7 +71,7 @@ def test_retention_removes_whole_checkpoints_and_our_drafts(tmp_path: Path) -> N
     old = [published(tmp_path, step) for step in (1, 2, 3)]
     for name in ("step-00000004.attempt-1.partial", "step-00000001.old.partial"):
         (tmp_path / name).mkdir(parents=True)
-    checkpoint_dir.clean(tmp_path, keep=1)
+    checkpoint_dir.clean(tmp_path, Retention(1))
     assert list(tmp_path.iterdir()) == [old[2]]
 
 
@@ -79,7 +80,7 @@ def test_an_interrupted_removal_is_finished(tmp_path: Path) -> None:
     (first / MANIFEST).rename(first / "manifest.retired.json")
     (first / TENSORS).unlink()
     assert checkpoint_dir.published(tmp_path) == [second]
-    checkpoint_dir.clean(tmp_path, keep=1)
+    checkpoint_dir.clean(tmp_path, Retention(1))
     assert list(tmp_path.iterdir()) == [second]
 
 
@@ -103,7 +104,7 @@ def test_an_interrupted_replacement_is_finished(tmp_path: Path, new_is_there: bo
     replaced = published(tmp_path, 1, 1.0).rename(tmp_path / "step-00000001.replaced.partial")
     planted = plant(replaced)
     final = published(tmp_path, 1, 2.0) if new_is_there else tmp_path / "step-00000001"
-    checkpoint_dir.clean(tmp_path, keep=1)
+    checkpoint_dir.clean(tmp_path, Retention(1))
     assert content_of(final) == (2.0 if new_is_there else 1.0)
     assert (final / "notes.txt").read_text() == planted[replaced / "notes.txt"]
     assert list(tmp_path.iterdir()) == [final]

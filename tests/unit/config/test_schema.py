@@ -260,6 +260,23 @@ def test_selective_checkpointing_undoes_a_tiled_mlp() -> None:
     assert broken(model__mlp_tile_tokens=512, model__gradient_checkpointing="none") == []
 
 
+def test_only_saved_steps_can_be_kept() -> None:
+    (sentence,) = broken(checkpoint__keep_every_steps=100)
+    assert "must be a multiple of checkpoint.every_steps (got null)" in sentence
+    (sentence,) = broken(checkpoint__keep_every_steps=100, checkpoint__every_steps=30)
+    assert "(got 30), since only these steps are saved; change one of them" in sentence
+    assert broken(checkpoint__keep_every_steps=90, checkpoint__every_steps=30) == []
+
+
+def test_the_best_checkpoints_are_among_evaluated_ones() -> None:
+    kept = {"checkpoint__keep_best": 1, "eval__data": ({"path": "d"},)}
+    (sentence,) = broken(**kept, checkpoint__every_steps=30)
+    assert "(30) is not a multiple of eval.every_steps (null); set both" in sentence
+    (sentence,) = broken(**kept, checkpoint__every_steps=30, eval__every_steps=20)
+    assert "(30) is not a multiple of eval.every_steps (20)" in sentence
+    assert broken(**kept, checkpoint__every_steps=40, eval__every_steps=20) == []
+
+
 def test_stage_0_keeps_its_state_on_the_device_and_does_not_scale_the_loss() -> None:
     (sentence,) = broken(parallel__zero_stage=0, parallel__offload_optimizer="cpu")
     assert "use zero_stage: 1 or offload_optimizer: none" in sentence
