@@ -158,7 +158,7 @@ class Bench:
             return [f"did not change: {wanted - changed}; changed though frozen: {changed - wanted}"]
         saved = self._home / "checkpoints" / name_of(choice) / f"step-{STEPS:08d}"
         try:
-            weights = fp32_weights(saved, only_trained="full" not in choice)
+            weights = fp32_weights(saved)
             found = {name: weights[name].contiguous().detach().float().numpy() for name in wanted}
             # The run's weights are rounded to its dtype, the checkpoint holds fp32.
             off = [name for name in wanted if not np.allclose(found[name], after[name], 1e-2, 1e-5)]

@@ -164,7 +164,7 @@ def test_a_run_of_adapters_goes_on_where_it_stopped(name: str, outcomes: dict[st
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_checkpoint_holds_no_frozen_weight(name: str, home: Path, outcomes: dict[str, Outcome]) -> None:
-    saved = fp32_weights(home / "checkpoints" / name / "step-00000004", only_trained=True)
+    saved = fp32_weights(home / "checkpoints" / name / "step-00000004")
     assert saved.keys() == outcomes[name].kind("gradient").keys()
 
 
@@ -202,7 +202,7 @@ def test_an_adapter_is_not_merged_into_another_base(
 ) -> None:
     document = task_of(tiny, "lora-zero0")["job"]
     job = JobSpec.model_validate_json(json.dumps(document))
-    weights = fp32_weights(home / "checkpoints" / "lora-zero0" / "step-00000004", only_trained=True)
+    weights = fp32_weights(home / "checkpoints" / "lora-zero0" / "step-00000004")
     write_adapter(job, weights, tmp_path, torch.float32, identity(job))
     material.write_model(tmp_path / "other", rms_norm_eps=1e-6)
     document["model"]["path"] = str(tmp_path / "other")
@@ -220,7 +220,7 @@ def test_an_adapter_is_gone_on_from(
     document = task_of(tiny, "embeddings-zero3")["job"]
     first = JobSpec.model_validate_json(json.dumps(document))
     saved = home / "checkpoints" / "embeddings-zero3" / "step-00000004"
-    write_adapter(first, fp32_weights(saved, only_trained=True), tmp_path, torch.float32, identity(first))
+    write_adapter(first, fp32_weights(saved), tmp_path, torch.float32, identity(first))
     cases = ("embeddings-zero2-sp2", "embeddings-zero3")
     tasks = []
     for name in cases:
@@ -242,7 +242,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_start(
 ) -> None:
     document = task_of(tiny, "lora-zero0")["job"]
     job = JobSpec.model_validate_json(json.dumps(document))
-    weights = fp32_weights(home / "checkpoints" / "lora-zero0" / "step-00000004", only_trained=True)
+    weights = fp32_weights(home / "checkpoints" / "lora-zero0" / "step-00000004")
     write_adapter(job, weights, tmp_path, torch.float32, identity(job))
     material.write_model(tmp_path / "other", rms_norm_eps=1e-6)
 

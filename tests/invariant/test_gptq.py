@@ -136,7 +136,7 @@ def test_the_merged_model_computes_what_the_run_did(
     from transformers import AutoModelForCausalLM
 
     spec = JobSpec.model_validate_json(json.dumps(task_of(home, name)["job"]))
-    weights = fp32_weights(home / "checkpoints" / name / f"step-{STEPS:08d}", only_trained=True)
+    weights = fp32_weights(home / "checkpoints" / name / f"step-{STEPS:08d}")
     for folder in ("adapter", "merged"):
         (tmp_path / folder).mkdir()
     write_adapter(spec, weights, tmp_path / "adapter", torch.float32, identity(spec))

@@ -150,7 +150,7 @@ def test_the_merged_model_computes_what_the_run_did(
     saved = home / "checkpoints" / name / f"step-{STEPS:08d}"
     for folder in ("adapter", "merged"):
         (tmp_path / folder).mkdir()
-    weights = fp32_weights(saved, only_trained=True)
+    weights = fp32_weights(saved)
     write_adapter(job, weights, tmp_path / "adapter", torch.float32, identity(job))
     merged_model(job, tmp_path / "adapter", torch.float32).save_pretrained(tmp_path / "merged")
     trained = plain_peft(tiny.model, CASES[name][0]).eval()
