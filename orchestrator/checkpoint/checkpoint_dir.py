@@ -23,8 +23,6 @@ from orchestrator.checkpoint.retention import Retention
 from orchestrator.checks.owned_files import move_others, remove_own
 
 # Eight digits or more: names are zero-padded to eight, and longer from step 100,000,000.
-DAMAGED = ".damaged"
-"""Suffix of a checkpoint that could not be read; it is kept, and never read or removed."""
 _PUBLISHED = re.compile(r"step-\d{8,}")
 _DRAFT = re.compile(r"step-\d{8,}\.(attempt-\d+|old)\.partial")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced\.partial")
@@ -101,14 +99,17 @@ def _own_files(checkpoint: Path, manifest: str = MANIFEST) -> set[str]:
         return set()
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint, so that it does not count as one that is kept."""
-    for number in itertools.count(1):
-        aside = checkpoint.with_name(f"{checkpoint.name}{DAMAGED}{f'-{number}' if number > 1 else ''}")
-        if not aside.exists():
-            with suppress(OSError):
-                checkpoint.rename(aside)
-            return
+def set_aside(checkpoint: Path) -> str:
+    """Rename a damaged checkpoint, so that it counts no more as one that is kept; return what was done."""
+    names = (
+        f"{checkpoint.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1)
+    )
+    aside = next(path for path in map(checkpoint.with_name, names) if not path.exists())
+    try:
+        checkpoint.rename(aside)
+    except OSError as error:
+        return f"it cannot be renamed ({error.strerror}), and counts as one of those that are kept"
+    return f"it is renamed to {aside.name}"
 
 
 def resolve_replaced(replaced: Path, final: Path) -> None:

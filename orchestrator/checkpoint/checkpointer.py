@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from orchestrator import __version__
 from orchestrator.checkpoint import manifest as manifests
 from orchestrator.checkpoint import training_state
-from orchestrator.checkpoint.checkpoint_dir import DAMAGED, error_text, resolve_replaced, set_aside
+from orchestrator.checkpoint.checkpoint_dir import error_text, resolve_replaced, set_aside
 from orchestrator.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -91,8 +91,8 @@ def save(
 
     with ExitStack() as stack:
         parts: dict[str, TensorPart] = {}
-        gather = partial(training_state.saved_parts, engine)
-        raise_on_all_ranks(_error_of(lambda: parts.update(stack.enter_context(gather()))))
+        state = training_state.saved_parts(engine)
+        raise_on_all_ranks(_error_of(lambda: parts.update(stack.enter_context(state))))
         writer = TensorFileWriter(draft, finish)
         try:
             dcp_save(dict(parts), storage_writer=writer, planner=PartsSavePlanner())
@@ -130,7 +130,7 @@ def load_newest(engine: TrainEngine, checkpoints: Sequence[Path]) -> tuple[Resto
         checkpoints: Published checkpoints, oldest first; at least one.
 
     Returns:
-        What was restored, and a line for each problem of a newer checkpoint that is damaged.
+        What was restored, and on rank 0 a line for each problem of a newer checkpoint, which is damaged.
 
     Raises:
         TrainingError: None is whole, or a whole one is of another model or optimizer.
@@ -142,11 +142,14 @@ def load_newest(engine: TrainEngine, checkpoints: Sequence[Path]) -> tuple[Resto
         except DamagedCheckpointError as error:
             damage[checkpoint] = [problem.rpartition("; ")[0] for problem in error.problems]
             continue
-        if dist.get_rank() == 0:
-            for damaged in damage:
-                set_aside(damaged)
-        instead = f"resuming from step {restored.step} instead, and it is renamed to *{DAMAGED}"
-        return restored, [f"{problem}; {instead}" for of_one in damage.values() for problem in of_one]
+        # All ranks have read what they need. Only the notes of rank 0 are shown.
+        done = {damaged: set_aside(damaged) for damaged in damage} if dist.get_rank() == 0 else {}
+        notes = [
+            f"{problem}; resuming from step {restored.step} instead, and {aside}"
+            for damaged, aside in done.items()
+            for problem in damage[damaged]
+        ]
+        return restored, notes
     folder = checkpoints[0].parent
     raise TrainingError(
         *(f"{problem}; restore it from a copy" for of_one in damage.values() for problem in of_one),
@@ -193,7 +196,6 @@ def load(engine: TrainEngine, checkpoint: Path) -> Restored:
 
 def _describe(engine: TrainEngine, step: int, attempt: int) -> Manifest:
     """Return the manifest without its tensors and files."""
-    layout = _layout(engine)
     return {
         "format": FORMAT,
         "step": step,
@@ -207,7 +209,7 @@ def _describe(engine: TrainEngine, step: int, attempt: int) -> Manifest:
         "engine": training_state.counters(engine),
         "optimizer": state_format(engine),
         "tied": training_state.tied_names(engine),
-        "layout": layout,
+        "layout": _layout(engine),
         "files": [],
         "tensors": {},
     }
@@ -231,9 +233,9 @@ def _differences(checkpoint: Path, manifest: Manifest, engine: TrainEngine) -> l
             f"{checkpoint} has the state of optim.optimizer={saved}, and this run uses "
             f"{_OPTIMIZERS[used]}; use the optimizer that wrote it, {fresh}"
         ]
-    layout = _layout(engine)
-    if manifest["layout"] != layout and manifest["layout"] and layout:
-        (stage, workers), (old_stage, old_workers) = layout, manifest["layout"]
+    layout, saved_layout = _layout(engine), manifest["layout"]
+    if layout and saved_layout and layout != saved_layout:
+        (stage, workers), (old_stage, old_workers) = layout, saved_layout
         return [
             f"{checkpoint} has 8-bit optimizer state in blocks of the partitions of "
             f"zero_stage={old_stage}{f', workers={old_workers}' if old_workers else ''}, and this run has "

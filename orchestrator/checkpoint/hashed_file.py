@@ -2,7 +2,7 @@
 
     bytes of the file, in blocks of 16 KiB, and a table with 16 bytes (of SHA-256) for each block
 
-The table is the last tensor of a file of `tensor_file`, and the manifest of the checkpoint has its digest.
+The table is the last tensor of a file of `tensor_writer`, and the manifest of the checkpoint has its digest.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class DamagedFileError(Exception):
 
     def __init__(self, start: int | None = None, end: int = 0) -> None:
         self.start, self.end = start, end
-        where = "its table of digests" if start is None else f"bytes {start:,} to {end:,}"
-        super().__init__(f"{where} are not what was written" if start is not None else f"{where} is damaged")
+        where = "the table of digests is" if start is None else f"bytes {start:,} to {end:,} are"
+        super().__init__(f"{where} not what was written")
 
 
 def digest(data: bytes | memoryview) -> bytes:

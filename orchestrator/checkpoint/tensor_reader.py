@@ -90,18 +90,13 @@ class TensorReader:
         self.fill({name: TensorPart(values, 0, values.numel())})
         return values.view(entry["shape"])
 
-    def problems(self, numbers: Iterable[int] | None = None) -> list[str]:
-        """Return an error message for each file that is missing or damaged.
-
-        Args:
-            numbers: The files to read, in whole; None for all.
-        """
-        files = self._manifest["files"]
+    def problems(self) -> list[str]:
+        """Read all files, and return an error message for each that is missing or damaged."""
         found: list[str] = []
-        for number in range(len(files)) if numbers is None else numbers:
+        for number, file in enumerate(self._manifest["files"]):
             try:
                 with self._opened(number) as reader:
-                    for _ in reader.read(0, files[number]["table_start"]):
+                    for _ in reader.read(0, file["table_start"]):
                         pass
             except DamagedCheckpointError as error:
                 found += error.problems

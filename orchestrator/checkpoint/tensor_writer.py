@@ -34,13 +34,13 @@ class TensorFileWriter(StorageWriter):
 
     Args:
         folder: An existing folder, the same on all ranks.
-        publish: Called on rank 0 with the tensors and files, once all ranks have written theirs.
+        on_written: Called on rank 0 with the tensors and files, once all ranks have written theirs.
     """
 
     def __init__(
-        self, folder: Path, publish: Callable[[dict[str, TensorEntry], list[TensorFile]], None]
+        self, folder: Path, on_written: Callable[[dict[str, TensorEntry], list[TensorFile]], None]
     ) -> None:
-        self._folder, self._publish = folder, publish
+        self._folder, self._on_written = folder, on_written
 
     def reset(self, checkpoint_id: object = None) -> None:
         """Do nothing: a writer is used once."""
@@ -91,7 +91,7 @@ class TensorFileWriter(StorageWriter):
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Publish, on rank 0."""
+        """Join what the ranks have written, on rank 0."""
         tensors: dict[str, TensorEntry] = {}
         files: list[TensorFile] = []
         for name, saved in metadata.state_dict_metadata.items():
@@ -104,13 +104,14 @@ class TensorFileWriter(StorageWriter):
         for result in itertools.chain.from_iterable(results):
             number, start, entry = result.storage_data
             tensor = tensors[result.index.fqn]
-            (first,) = result.index.offset or (0,)
+            assert result.index.offset is not None
+            (first,) = result.index.offset
             length = result.size_in_bytes // dtype_of(tensor["dtype"]).itemsize
             tensor["chunks"].append((first, length, number, start))
             files += [entry] if entry is not None else []
         for tensor in tensors.values():
             tensor["chunks"].sort()
-        self._publish(tensors, sorted(files, key=lambda file: file["name"]))
+        self._on_written(tensors, sorted(files, key=lambda file: file["name"]))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
@@ -126,6 +127,7 @@ def _size(item: WriteItem) -> int:
 def _header(items: Iterable[WriteItem]) -> tuple[bytes, list[int]]:
     """Return the header of a file of safetensors, and the first byte of each item in the file."""
     entries: dict[str, dict[str, object]] = {}
+    offsets: list[int] = []
     length = 0
     for item in items:
         assert item.tensor_data is not None
@@ -136,6 +138,7 @@ def _header(items: Iterable[WriteItem]) -> tuple[bytes, list[int]]:
         end = length + _size(item)
         dtype = dtype_name(item.tensor_data.properties.dtype)
         entries[name] = {"dtype": dtype, "shape": [count], "data_offsets": [length, end]}
+        offsets.append(length)
         length = end
     header = b""
     while True:  # the length of the header depends on that of the table, and the other way round
@@ -149,8 +152,7 @@ def _header(items: Iterable[WriteItem]) -> tuple[bytes, list[int]]:
         padded = text.ljust(-(-len(text) // 64) * 64)
         following = len(padded).to_bytes(8, "little") + padded
         if len(following) == len(header):
-            starts = [len(header) + int(entry["data_offsets"][0]) for entry in entries.values()]  # type: ignore[index]
-            return following, starts
+            return following, [len(header) + offset for offset in offsets]
         header = following
 
 

@@ -136,11 +136,19 @@ def differences(old: JobSpec, new: JobSpec) -> dict[str, str]:
         new: The job that would resume it, with absolute paths.
     """
     before, after = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    bound = _bound_to_partitions(old)
     return {
         key: f"{key}={after.get(key)} (the run has {before.get(key)})"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_FREE)
+        if before.get(key) != after.get(key) and (key in bound or not key.startswith(_FREE))
     }
+
+
+def _bound_to_partitions(job: JobSpec) -> frozenset[str]:
+    """Return the fields on which 8-bit optimizer state depends: it is in blocks of a worker's partition."""
+    if not job.optim.optimizer.endswith("8bit"):
+        return frozenset()
+    return frozenset({"parallel.zero_stage", *(["parallel.workers"] if job.parallel.zero_stage else [])})
 
 
 def unwritable_reason(folder: Path) -> str | None:

@@ -130,9 +130,10 @@ def _totals(steps: Sequence[Mapping[str, float]], workers_of: Mapping[float, int
     Args:
         steps: The rows of steps.jsonl.
         workers_of: Number of workers by attempt. Rates are those of one, so that each step is weighted by
-            its duration times its workers.
+            its duration times its workers. An attempt whose line was lost with a node counts as the last one.
     """
-    weights = [row["step_seconds"] * workers_of[row["attempt"]] for row in steps]
+    last = workers_of[max(workers_of)]
+    weights = [row["step_seconds"] * workers_of.get(row["attempt"], last) for row in steps]
     totals = {
         "step_seconds": sum(row["step_seconds"] for row in steps),
         "tokens": sum(row["tokens"] for row in steps),

@@ -113,6 +113,12 @@ def test_each_of_several_evaluation_sets_has_its_loss(recorder: Recorder, tmp_pa
     assert [row["evaluation_loss"] for row in rows] == [2.0, 2.0]
 
 
+def test_notes_of_the_workers_reach_the_driver_once(recorder: Recorder) -> None:
+    recorder.begin_attempt(WORKERS, INFO, 3, 10, ["step-00000005 is damaged; resuming from step 3 instead"])
+    assert recorder.status().notes == ("step-00000005 is damaged; resuming from step 3 instead",)
+    assert recorder.status().notes == ()
+
+
 def test_skipped_steps_are_counted(recorder: Recorder) -> None:
     attempt = recorder.begin_attempt(WORKERS, INFO, 0, 10)
     step(recorder, attempt, 1, skipped=True)

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.schema import CheckpointSpec, DataSpec, JobSpec, ModelSpec, ParallelSpec, SourceSpec
+from orchestrator.checks.folders import differences
+from orchestrator.config.schema import (
+    CheckpointSpec,
+    DataSpec,
+    JobSpec,
+    ModelSpec,
+    OptimSpec,
+    ParallelSpec,
+    SourceSpec,
+)
 from orchestrator.errors import ClusterError, SpecError, TrainingError
 from orchestrator.run.recorder import ATTEMPTS
 from orchestrator.run.run_dir import (
@@ -72,6 +81,18 @@ def test_a_run_may_resume_with_another_layout_and_settings_that_save_memory(tmp_
     open_run(job(tmp_path, zero_stage=2))
     with pytest.raises(SpecError, match=r"model\.dtype=bf16 \(the run has auto\)"):
         open_run(job(tmp_path, dtype="bf16"))
+
+
+def test_8_bit_state_keeps_its_partitions(tmp_path: Path) -> None:
+    def of(workers: int, zero_stage: int) -> JobSpec:
+        layout = ParallelSpec(workers=workers, zero_stage=zero_stage)  # type: ignore[arg-type]
+        optim = OptimSpec(optimizer="adamw_8bit")
+        return job(tmp_path).model_copy(update={"parallel": layout, "optim": optim})
+
+    assert list(differences(of(2, 2), of(4, 1))) == ["parallel.workers", "parallel.zero_stage"]
+    assert list(differences(of(2, 0), of(4, 0))) == [], "whole parameters, whatever the workers"
+    offloaded = of(2, 2).model_copy(update={"parallel": ParallelSpec(workers=2, zero_stage=2, device="cpu")})
+    assert differences(of(2, 2), offloaded) == {}
 
 
 def test_an_unwritable_storage_is_refused_before_a_directory_is_created(tmp_path: Path) -> None:
